@@ -1,0 +1,265 @@
+"""Text for calibration, training and evaluation, read or generated at run time.
+
+Prose and code come from the running interpreter's standard library, so no text is copied into
+this repository; arithmetic and recall are generated from seeds. A document (a module, a topic,
+a generated sheet) belongs to exactly one split.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import random
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+DOMAINS = ("prose", "code", "arithmetic", "recall")
+SPLITS = ("train", "validation", "test")
+# Share of tokens per domain in training; `mixture` draws samples of similar length by it.
+MIXTURE: dict[str, float] = {"prose": 0.3, "code": 0.25, "arithmetic": 0.2, "recall": 0.25}
+
+PASSAGE_CHARACTERS = 450  # 100-250 tokens of the reference tokenizer
+MINIMUM_CHARACTERS = 80  # shorter remains of a cut document say too little to be a sample
+GENERATED_DOCUMENTS = {"train": 20_000, "validation": 1_000, "test": 1_000}
+
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
+    | {"encodings", "pydoc_data"}  # generated tables and generated text
+)
+_SKIPPED_MODULES = frozenset({"html.entities", "stringprep", "msilib.schema", "msilib.sequence"})
+
+_KEYS = (
+    "red blue green pink gold gray north south east west one two three four five six day night "
+    "sun moon star rain snow wind fire ice king queen lord boy girl man left right up down"
+).split()
+_VALUES = (
+    "dog cat cow pig fox hen bee ant owl bear fish bird cup pot pan jar box bag bed desk door lamp "
+    "book pen ball car bus ship boat tree leaf root seed hat coat shoe ring bell drum horn"
+).split()
+_PAIR_COUNTS = (2, 3, 4, 5, 6)
+_PAIR_COUNT_WEIGHTS = (0.3, 0.25, 0.3, 0.08, 0.07)
+_RECALL_LINES = (24, 32)  # lines in a document, most of them repeating an earlier pair
+_RECALL_ECHO_SHARE = 0.3  # documents that only repeat their list in order: the easy form
+_ARITHMETIC_LINES = (14, 26)
+_OPERAND_LIMIT = 100
+
+
+def documents(domain: str, split: str) -> list[str]:
+    """All documents of one domain and split, in a fixed order.
+
+    Raises ValueError for a domain or split that does not exist.
+    """
+    return list(_cached_documents(domain, split))
+
+
+def passages(domain: str, split: str) -> list[str]:
+    """The documents of one domain and split, long ones cut at line boundaries.
+
+    A passage has at most about `PASSAGE_CHARACTERS` characters unless one line is longer.
+    """
+    return list(_cached_passages(domain, split))
+
+
+def mixture(split: str, num_documents: int, seed: int) -> list[str]:
+    """`num_documents` passages drawn domain by domain by `MIXTURE`, shuffled by `seed`.
+
+    No passage repeats while its domain has enough of them. Raises ValueError for an unknown split
+    or a negative count.
+    """
+    if num_documents < 0:
+        raise ValueError(f"num_documents must not be negative, got {num_documents}")
+    _check(DOMAINS[0], split)
+    generator = random.Random(f"mixture/{split}/{seed}")
+    drawn: list[str] = []
+    for domain, count in _counts(num_documents).items():
+        drawn.extend(_draw(_cached_passages(domain, split), count, generator))
+    generator.shuffle(drawn)
+    return drawn
+
+
+def split_of(name: str) -> str:
+    """The split a document belongs to, by a stable hash of its name: about 90/5/5."""
+    fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    if fraction < 0.9:
+        return "train"
+    return "validation" if fraction < 0.95 else "test"
+
+
+def recall_pairs(generator: random.Random, num_pairs: int) -> dict[str, str]:
+    """`num_pairs` random keys with distinct values, in the order in which they are listed."""
+    keys = generator.sample(_KEYS, num_pairs)
+    return dict(zip(keys, generator.sample(_VALUES, num_pairs), strict=True))
+
+
+def problems(split: str) -> list[tuple[int, str, int, int]]:
+    """Every arithmetic problem of a split as (left, operator, right, result)."""
+    return list(_cached_problems(split))
+
+
+def _check(domain: str, split: str) -> None:
+    if domain not in DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; there are {', '.join(DOMAINS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+
+
+@cache
+def _cached_documents(domain: str, split: str) -> tuple[str, ...]:
+    _check(domain, split)
+    if domain == "arithmetic":
+        return tuple(_arithmetic(split))
+    if domain == "recall":
+        return tuple(_recall(split))
+    return tuple(_library_documents()[domain, split])
+
+
+@cache
+def _cached_passages(domain: str, split: str) -> tuple[str, ...]:
+    found = []
+    for document in _cached_documents(domain, split):
+        found.extend(_cut(document))
+    return tuple(found)
+
+
+def _cut(document: str) -> Iterator[str]:
+    if len(document) <= PASSAGE_CHARACTERS:
+        yield document
+        return
+    passage = ""
+    for line in document.splitlines(keepends=True):
+        if passage and len(passage) + len(line) > PASSAGE_CHARACTERS:
+            yield from _worth_keeping(passage)
+            passage = ""
+        passage += line
+    yield from _worth_keeping(passage)
+
+
+def _worth_keeping(passage: str) -> Iterator[str]:
+    passage = passage.strip("\n")
+    if len(passage.strip()) >= MINIMUM_CHARACTERS:
+        yield passage
+
+
+def _counts(total: int) -> dict[str, int]:
+    """Samples per domain that add up to `total`, by largest remainder."""
+    counts = {domain: int(share * total) for domain, share in MIXTURE.items()}
+    remainders = sorted(MIXTURE, key=lambda domain: counts[domain] - MIXTURE[domain] * total)
+    for domain in remainders[: total - sum(counts.values())]:
+        counts[domain] += 1
+    return counts
+
+
+def _draw(pool: tuple[str, ...], count: int, generator: random.Random) -> list[str]:
+    drawn: list[str] = []
+    while len(drawn) < count:
+        drawn.extend(generator.sample(pool, min(len(pool), count - len(drawn))))
+    return drawn
+
+
+@cache
+def _library_documents() -> dict[tuple[str, str], list[str]]:
+    """Prose and code of the standard library by (domain, split), modules in alphabetic order."""
+    found: dict[tuple[str, str], list[str]] = {
+        (domain, split): [] for domain in ("prose", "code") for split in SPLITS
+    }
+    for name, path in _modules():
+        source = path.read_bytes().decode("ascii", errors="ignore").replace("\r\n", "\n")
+        try:
+            prose, code = _separate(source.expandtabs(4))
+        except SyntaxError:  # templates and files for other language versions
+            continue
+        for domain, document in (("prose", prose), ("code", code)):
+            if len(document) >= MINIMUM_CHARACTERS:
+                found[domain, split_of(name)].append(document)
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    for name in sorted(topics):
+        document = topics[name].encode("ascii", errors="ignore").decode()
+        found["prose", split_of(f"topic {name}")].append(_without_examples(document))
+    return found
+
+
+def _modules() -> list[tuple[str, Path]]:
+    """Dotted names and paths of the standard library's modules, without tests and tables."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts)
+        if _SKIPPED_FOLDERS.isdisjoint(parts[:-1]) and name not in _SKIPPED_MODULES:
+            if not parts[-1].startswith("_sysconfigdata") and not parts[0].startswith("config-"):
+                found.append((name, path))
+    return sorted(found)
+
+
+def _separate(source: str) -> tuple[str, str]:
+    """Docstrings of a module, and its source without them."""
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    lines = source.splitlines(keepends=True)
+    docstrings = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, holders) or ast.get_docstring(node) is None:
+            continue
+        text = node.body[0]
+        docstrings.append((text.lineno, _without_examples(inspect.cleandoc(text.value.value))))
+        _blank(lines, text, "pass" if len(node.body) == 1 else "")
+    prose = "\n\n".join(docstring for _, docstring in sorted(docstrings) if docstring)
+    return prose, "".join(line for line in lines if line).strip("\n")
+
+
+def _blank(lines: list[str], node: ast.stmt, replacement: str) -> None:
+    """Put `replacement` where `node` stands in `lines`, dropping lines that become empty."""
+    first, last = node.lineno - 1, node.end_lineno - 1
+    line = lines[first][: node.col_offset] + replacement + lines[last][node.end_col_offset :]
+    for index in range(first, last + 1):
+        lines[index] = ""
+    lines[first] = line if line.strip() else ""
+
+
+def _without_examples(text: str) -> str:
+    """Text without its interactive examples, which are code and not prose."""
+    paragraphs = [paragraph for paragraph in text.split("\n\n") if ">>>" not in paragraph]
+    return "\n\n".join(paragraphs).strip()
+
+
+@cache
+def _cached_problems(split: str) -> tuple[tuple[int, str, int, int], ...]:
+    _check(DOMAINS[0], split)
+    found = []
+    for left in range(_OPERAND_LIMIT):
+        for right in range(_OPERAND_LIMIT):
+            if split_of(f"{left}+{right}") == split:
+                found.append((left, "+", right, left + right))
+            if right <= left and split_of(f"{left}-{right}") == split:
+                found.append((left, "-", right, left - right))
+    return tuple(found)
+
+
+def _arithmetic(split: str) -> Iterator[str]:
+    generator = random.Random(f"arithmetic/{split}")
+    pool = _cached_problems(split)
+    sums = [f"{left}{operator}{right}={result}" for left, operator, right, result in pool]
+    for _ in range(GENERATED_DOCUMENTS[split]):
+        yield "\n".join(generator.choices(sums, k=generator.randint(*_ARITHMETIC_LINES)))
+
+
+def _recall(split: str) -> Iterator[str]:
+    """Lists of pairs, repeated once in order and then asked again and again in random order.
+
+    Nearly every value can be copied from a line above, which is what makes copying learnable fast.
+    """
+    generator = random.Random(f"recall/{split}")
+    for _ in range(GENERATED_DOCUMENTS[split]):
+        count = generator.choices(_PAIR_COUNTS, _PAIR_COUNT_WEIGHTS)[0]
+        pairs = [f"{key}: {value}" for key, value in recall_pairs(generator, count).items()]
+        total = generator.randint(*_RECALL_LINES)
+        if generator.random() < _RECALL_ECHO_SHARE:
+            lines = (pairs * total)[:total]
+        else:
+            repeats = generator.randint(1, 2)
+            lines = pairs * repeats
+            lines = lines + generator.choices(pairs, k=max(0, total - len(lines)))
+        yield "\n".join(lines)
