@@ -1,0 +1,401 @@
+"""MoE layers of a transformers model: finding, observing and editing them.
+
+Together with `checkpoint.py` the only file that knows transformers' insides. It relies on the
+contract that the v5 families share: inside a decoder layer stands a block with a router, which
+returns (logits, weights, indices), and an experts module decorated with
+`use_experts_implementation`, which takes (hidden_states, top_k_index, top_k_weights).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from moe_lab.types import LayerInfo, Plan, Routing, UserError
+
+OBSERVING = "moe_lab_observing"
+COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
+
+
+@dataclass
+class MoELayer:
+    """One MoE layer of a loaded model: what it is, and the modules that make it up."""
+
+    info: LayerInfo
+    decoder: nn.Module
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    shared: nn.Module | None
+    shared_gate: nn.Module | None
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model in order; empty where it has none."""
+    modules = dict(model.named_modules())
+    found = []
+    for path, experts in modules.items():
+        if not hasattr(type(experts), "_apply_gate") or not hasattr(experts, "has_gate"):
+            continue
+        block_path = path.rpartition(".")[0]
+        match = _LAYER_PATH.match(path)
+        if match is None:
+            raise UserError(f"experts at {path!r} stand in no numbered decoder layer")
+        found.append(_moe_layer(model, modules, block_path, experts, match))
+    return found
+
+
+def _moe_layer(
+    model: nn.Module, modules: dict[str, nn.Module], name: str, experts: nn.Module, match: re.Match
+) -> MoELayer:
+    block = modules[name]
+    children = dict(block.named_children())
+    router = children.get("gate", children.get("router"))
+    if router is None:
+        raise UserError(
+            f"{type(block).__name__} at {name!r} has no child named 'gate' or 'router': this "
+            "family does not keep the common contract of transformers' MoE layers"
+        )
+    shared = next((m for n, m in children.items() if n in SHARED_NAMES), None)
+    num_experts, hidden_size = _experts_shape(experts)
+    groups, groups_used = _groups(router, model.config)
+    info = LayerInfo(
+        index=int(match["index"]),
+        name=name,
+        num_experts=num_experts,
+        top_k=_top_k(router, model.config),
+        hidden_size=hidden_size,
+        shared=shared is not None,
+        groups=groups,
+        groups_used=groups_used,
+    )
+    decoder = modules[match["decoder"]]
+    gate = children.get("shared_expert_gate")
+    return MoELayer(info, decoder, block, router, experts, shared, gate)
+
+
+SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
+
+
+def _experts_shape(experts: nn.Module) -> tuple[int, int]:
+    down = experts.down_proj  # [E, D, I], or [E, I, D] where transposed
+    return down.shape[0], down.shape[2 if experts.is_transposed else 1]
+
+
+def _top_k(router: nn.Module, config: object) -> int:
+    for holder in (router, config):
+        for field in ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"):
+            if isinstance(getattr(holder, field, None), int):
+                return getattr(holder, field)
+    raise UserError(f"{type(router).__name__} does not say how many experts a token gets")
+
+
+def _groups(router: nn.Module, config: object) -> tuple[int, int]:
+    if getattr(router, "topk_method", "grouped") == "greedy":
+        return 1, 1
+    groups = getattr(router, "num_group", getattr(router, "n_group", 1)) or 1
+    used = getattr(router, "topk_group", 1) or 1
+    return (groups, used) if groups > 1 else (1, 1)
+
+
+# --------------------------------------------------------------------------- observing
+
+
+class Observation:
+    """The open observation of one model: set `valid` before each forward pass.
+
+    valid: [B, L] bool, True where a token is data (no padding enters any statistic).
+    """
+
+    def __init__(self, observer: Callable[[LayerInfo, Routing], None], implementation: str):
+        self.observer = observer
+        self.implementation = implementation
+        self.valid: Tensor | None = None
+        self.layer_of: dict[nn.Module, MoELayer] = {}
+        self.logits: dict[nn.Module, Tensor] = {}
+        self.shared_gate: dict[nn.Module, Tensor] = {}
+        self.inputs: dict[nn.Module, Tensor] = {}
+
+
+_open: dict[nn.Module, Observation] = {}
+
+
+@contextmanager
+def observe(
+    model: nn.Module, observer: Callable[[LayerInfo, Routing], None]
+) -> Iterator[Observation]:
+    """Call `observer` with the routing of every batch at every MoE layer, without changing logits.
+
+    Raises UserError where a router does not return (logits, weights, indices).
+    """
+    layers = moe_layers(model)
+    handles = []
+    previous = model.config._experts_implementation
+    observation = Observation(observer, previous)
+    model.set_experts_implementation(OBSERVING)
+    try:
+        for layer in layers:
+            observation.layer_of[layer.experts] = layer
+            _open[layer.experts] = observation
+            keep = _keeper(observation.logits, layer.experts, _router_logits)
+            handles.append(layer.router.register_forward_hook(keep))
+            if layer.shared_gate is not None:
+                keep = _keeper(observation.shared_gate, layer.experts, lambda gate: gate)
+                handles.append(layer.shared_gate.register_forward_hook(keep))
+            handles.append(layer.block.register_forward_hook(_emitter(observation, layer)))
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            _open.pop(layer.experts, None)
+        model.set_experts_implementation(previous)
+
+
+def _router_logits(output: object) -> Tensor:
+    if not isinstance(output, tuple) or len(output) < 3:
+        raise UserError("this family's router does not return (logits, weights, indices)")
+    return output[0]
+
+
+def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        store[key] = pick(output)
+
+    return hook
+
+
+def _emitter(observation: Observation, layer: MoELayer) -> Callable:
+    # Emitted when the block ends, not when its experts ran: only then is the shared gate known.
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        routed = observation.inputs.pop(layer.experts)
+        logits = observation.logits.pop(layer.experts).reshape(-1, layer.info.num_experts)
+        gate = observation.shared_gate.pop(layer.experts, None)
+        gate = None if gate is None else gate.reshape(-1).sigmoid()
+        valid = None if observation.valid is None else observation.valid.reshape(-1)
+        observation.observer(layer.info, _routing(routed, logits, gate, valid))
+
+    return hook
+
+
+def _routing(routed: tuple, logits: Tensor, gate: Tensor | None, valid: Tensor | None) -> Routing:
+    x, index, weight, y, expert, token, weight_s = routed
+    if valid is None or bool(valid.all()):
+        return Routing(x, logits, index, weight, y, expert, token, weight_s, gate)
+    valid = valid.to(x.device)
+    pairs = valid[token]
+    row = valid.cumsum(0) - 1  # a valid token's row after padding is gone
+    gate = None if gate is None else gate[valid]
+    return Routing(
+        x[valid], logits[valid], index[valid], weight[valid],
+        y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
+    )  # fmt: skip
+
+
+def _observing_experts(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The experts, one product per expert over the token-expert pairs sorted by expert.
+
+    Products have the shapes, and sums the order, of the implementation that was set before: on
+    CPU the logits are equal to the bit. `unbind` keeps the backward pass linear in the number of
+    experts.
+    """
+    num_tokens, num_chosen = top_k_index.shape
+    expert_S, order_S = top_k_index.t().reshape(-1).sort(stable=True)
+    token_S = order_S % num_tokens
+    weight_S = top_k_weights[token_S, order_S // num_tokens]
+    x_SD = hidden_states[token_S]
+    counts = torch.bincount(expert_S, minlength=self.num_experts).tolist()
+    y_SD = torch.cat(
+        [
+            expert_forward(self, parameters, x)
+            for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True)
+            if len(x)
+        ]
+    )
+    observation = _open.get(self)
+    weighted_SD = y_SD * weight_S[:, None]
+    if observation is not None and observation.implementation == "eager":
+        out = torch.zeros_like(hidden_states)
+        out.index_add_(0, token_S, weighted_SD.to(out.dtype))
+    else:
+        slots = torch.empty_like(weighted_SD)
+        slots[token_S * num_chosen + order_S // num_tokens] = weighted_SD
+        out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
+    if observation is not None:
+        observation.inputs[self] = (
+            hidden_states, top_k_index, top_k_weights, y_SD, expert_S, token_S, weight_S
+        )  # fmt: skip
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVING, _observing_experts)
+
+
+def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:
+    """Each expert's own weights: a dictionary of slices per expert, without copying."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = {"up": up, "down": "down_proj"}
+    if experts.has_bias:
+        names |= {"up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+    slices = {key: getattr(experts, name).unbind(0) for key, name in names.items()}
+    return [dict(zip(slices, row, strict=True)) for row in zip(*slices.values(), strict=True)]
+
+
+def expert_forward(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    """The output [T, D] of one expert, before any router weight."""
+    h = _linear(x_TD, parameters["up"], parameters.get("up_bias"), experts.is_transposed)
+    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    y = _linear(h, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
+    return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
+
+
+# --------------------------------------------------------------------------- editing
+
+
+class DenseMLP(nn.Module):
+    """A gated dense MLP, down(act(gate(x)) * up(x)), of any width per layer."""
+
+    def __init__(self, hidden_size: int, width: int, activation: nn.Module, **factory: object):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False, **factory)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False, **factory)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False, **factory)
+        self.act_fn = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
+    """Keep only the `kept` experts of a layer, in that order, and their router rows, in place.
+
+    Every tensor of the block outside the shared experts with a dimension of the size of the
+    number of experts is indexed by expert: the first such dimension is cut.
+    """
+    old, kept = layer.info.num_experts, list(kept)
+    for name, module in layer.block.named_modules():
+        if name.split(".")[0] in (*SHARED_NAMES, "shared_expert_gate"):
+            continue
+        for holder in (module._parameters, module._buffers):
+            for key, tensor in holder.items():
+                if tensor is not None and old in tensor.shape:
+                    index = torch.tensor(kept, device=tensor.device)
+                    cut = tensor.detach().index_select(tensor.shape.index(old), index)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    holder[key] = nn.Parameter(cut, tensor.requires_grad) if parameter else cut
+        for key, value in vars(module).items():
+            if "expert" in key and type(value) is int and value == old:
+                setattr(module, key, len(kept))
+
+
+def why_not_condensable(layer: MoELayer) -> str | None:
+    """The reason why a layer cannot become one dense gated MLP; None where it can."""
+    experts = layer.experts
+    if not experts.has_gate:
+        return "its experts have no gate projection"
+    if experts.has_bias:
+        return "its experts have biases"
+    if experts.is_transposed or not experts.is_concatenated:
+        return "its experts store their weights transposed or interleaved"
+    if experts.has_post_expert_norm:
+        return "its experts end in a norm"
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "its experts do not compute act(gate) * up"
+    return None
+
+
+def condensed(
+    layer: MoELayer, experts: Sequence[int], gates: Sequence[float], shared_gate: float
+) -> DenseMLP:
+    """The layer as one dense MLP: shared_gate * shared(x) + sum_i gates[i] * E_experts[i](x).
+
+    CD-MoE (2412.00069 section 3): rows of the shared and the chosen experts are concatenated and
+    each constant gate is folded into its columns of the down projection.
+    """
+    gate, up, down = [], [], []
+    if layer.shared is not None:
+        gate.append(layer.shared.gate_proj.weight)
+        up.append(layer.shared.up_proj.weight)
+        down.append(layer.shared.down_proj.weight * shared_gate)
+    for expert, weight in zip(experts, gates, strict=True):
+        gate_part, up_part = layer.experts.gate_up_proj[expert].chunk(2)
+        gate.append(gate_part)
+        up.append(up_part)
+        down.append(layer.experts.down_proj[expert] * weight)
+    if not gate:
+        raise UserError(
+            f"{layer.info.name} has no shared expert: a condensed layer without routed experts "
+            "would be empty; ask for condense.num_routed of at least 1"
+        )
+    width = sum(part.shape[0] for part in gate)
+    reference = gate[0]
+    dense = DenseMLP(
+        layer.info.hidden_size, width, layer.experts.act_fn, device="meta", dtype=reference.dtype
+    )
+    weights = (torch.cat(gate), torch.cat(up), torch.cat(down, dim=1))
+    for linear, weight in zip(
+        (dense.gate_proj, dense.up_proj, dense.down_proj), weights, strict=True
+    ):
+        linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return dense
+
+
+def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
+    """Put `block` at the path `name` of a model; returns what stood there."""
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    previous = getattr(holder, child)
+    setattr(holder, child, block)
+    return previous
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
+
+    The model computes the edited function at once; `checkpoint.save` finds the form in which
+    stock transformers can hold it.
+    """
+    layers = {layer.info.index: layer for layer in moe_layers(model)}
+    for edit in plan.edited():
+        if edit.index not in layers:
+            raise UserError(
+                f"the plan edits layer {edit.index}, which is no MoE layer of this model; its MoE "
+                f"layers are {sorted(layers)}"
+            )
+        layer = layers[edit.index]
+        if edit.edit == "prune":
+            prune_layer(layer, edit.kept)
+        else:
+            dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
+            set_block(model, layer.info.name, dense)
+
+
+def check_kept(info: LayerInfo, num_kept: int) -> None:
+    """Refuse a number of kept experts with which the layer's router cannot work."""
+    asked = f"layer {info.index}: {num_kept} of {info.num_experts} experts would stay"
+    if num_kept < info.top_k:
+        raise UserError(f"{asked}, but its router chooses {info.top_k} for each token (top-k)")
+    per_group = num_kept // info.groups
+    if info.groups > 1 and (
+        num_kept % info.groups or per_group < 2 or info.groups_used * per_group < info.top_k
+    ):
+        raise UserError(
+            f"{asked}, but its router works on {info.groups} groups and uses {info.groups_used}: "
+            f"each group must keep the same number, at least 2, and together at least {info.top_k}"
+        )

@@ -1,0 +1,153 @@
+"""The values that pass between the stages: frozen, made to be read, JSON in and out.
+
+Shape suffixes used throughout moe_lab:
+    T tokens (valid ones only)    D hidden size          E routed experts
+    K experts chosen per token    S = T*K token-expert pairs, sorted by expert
+    I width of one expert         W width of a dense MLP  B sequences  L length
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(ValueError):
+    """A request that cannot be met: says what was asked, what is possible, how to ask for it."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What one MoE layer is, without its weights.
+
+    index: the decoder layer's true index in the model (dense layers counted);
+    name: path of the MoE block in the model; groups, groups_used: of group-limited routers
+    (1, 1 elsewhere); shared: whether shared experts stand beside the routed ones.
+    """
+
+    index: int
+    name: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    shared: bool = False
+    groups: int = 1
+    groups_used: int = 1
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One batch at one MoE layer, valid tokens only.
+
+    x_TD: input of the MoE block; logits_TE: the router's; index_TK, weight_TK: exactly what the
+    router hands to the experts. The chosen experts' outputs before their weights lie sorted by
+    expert: y_SD, with expert_S, token_S (row in x_TD) and weight_S beside it.
+    shared_gate_T: the sigmoid gate of the shared expert, None where it has none.
+    """
+
+    x_TD: Tensor
+    logits_TE: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    y_SD: Tensor
+    expert_S: Tensor
+    token_S: Tensor
+    weight_S: Tensor
+    shared_gate_T: Tensor | None = None
+
+
+EditName = Literal["prune", "condense", "keep"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What happens to one MoE layer.
+
+    prune: `kept` experts stay, the router loses the other rows. condense: the layer becomes one
+    dense MLP, shared_gate * shared(x) + sum of gates[i] * expert[experts[i]](x); `divergence`
+    holds the search's value after each choice. keep: nothing.
+    """
+
+    index: int
+    name: str
+    edit: EditName
+    kept: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    experts: tuple[int, ...] = ()
+    gates: tuple[float, ...] = ()
+    shared_gate: float = 1.0
+    divergence: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The edit with only the fields that its kind uses."""
+        used = {
+            "prune": ("kept", "scores"),
+            "condense": ("experts", "gates", "shared_gate", "divergence"),
+            "keep": ("scores",),
+        }[self.edit]
+        values = {"index": self.index, "name": self.name, "edit": self.edit}
+        return values | {key: _plain(getattr(self, key)) for key in used}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Edit:
+        """The inverse of `to_json`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to a model: an edit per MoE layer, and what decided it.
+
+    layer_order and layer_divergence tell a search over layers in its order of choice; searched
+    holds what that search knew of layers it did not choose (their experts and divergences).
+    """
+
+    edits: tuple[Edit, ...]
+    layer_order: tuple[int, ...] = ()
+    layer_divergence: tuple[float, ...] = ()
+    searched: tuple[Edit, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def edited(self) -> tuple[Edit, ...]:
+        """The edits that change something."""
+        return tuple(edit for edit in self.edits if edit.edit != "keep")
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, one layer a line so that two plans can be diffed."""
+        head: dict[str, Any] = dict(self.notes)
+        if self.layer_order:
+            head["layer_order"] = list(self.layer_order)
+            head["layer_divergence"] = list(self.layer_divergence)
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        for key, edits in (("searched", self.searched), ("layers", self.edits)):
+            rows = ",\n".join("    " + json.dumps(edit.to_json()) for edit in edits)
+            lines.append(f'  "{key}": [\n{rows}\n  ],' if edits else f'  "{key}": [],')
+        lines[-1] = lines[-1].rstrip(",")
+        path.write_text("{\n" + "\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read what `save` wrote."""
+        values = json.loads(path.read_text())
+        return cls(
+            edits=tuple(Edit.from_json(row) for row in values.pop("layers")),
+            searched=tuple(Edit.from_json(row) for row in values.pop("searched")),
+            layer_order=tuple(values.pop("layer_order", ())),
+            layer_divergence=tuple(values.pop("layer_divergence", ())),
+            notes=values,
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A frozen dataclass as a JSON dictionary."""
+    return dataclasses.asdict(value)
