@@ -1,0 +1,183 @@
+"""A run's result: one flat JSON object, and the tables made from it.
+
+The keys are the contract: `<variant>/<figure>` for dense, compressed and finetuned, and
+`seconds/<stage>`, `cached/<stage>` for the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+FILE = "report.json"
+VARIANTS = ("dense", "compressed", "finetuned")
+MISSING = "–"
+
+# A task may give several metrics; the first of these that it has stands for it.
+MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "byte_perplexity")
+SHARES = frozenset({"acc_norm", "acc", "exact_match", "f1"})  # 0 to 1, shown in percent
+
+Report = dict[str, str | int | float | bool | None]
+
+
+def write(folder: Path, report: Mapping[str, Any]) -> Path:
+    """Write report.json into the run's folder, keys in the order given, and return its path.
+
+    NaN and infinities become null. Raises TypeError for a value that is not flat.
+    """
+    for key, value in report.items():
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise TypeError(f"report[{key!r}] is a {type(value).__name__}, not text or a number")
+    path = folder / FILE
+    plain = {key: _finite(value) for key, value in report.items()}
+    partial = folder / f".{FILE}.partial"
+    partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def read(folder: Path) -> Report:
+    """The report that `write` put into a run's folder."""
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+
+
+def main_metric(metrics: Iterable[str]) -> str:
+    """The one metric that stands for a task: the first of MAIN_METRICS, else the first given."""
+    given = list(metrics)
+    return next((name for name in MAIN_METRICS if name in given), given[0])
+
+
+def rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The result table as text: a head with the variants present, then a row per figure."""
+    variants = [name for name in VARIANTS if any(key.startswith(f"{name}/") for key in report)]
+    body = [
+        [f"{task} ({metric})", *_scores(report, variants, f"eval/{task}/{metric}", metric)]
+        for task, metric in _tasks(report, variants)
+    ]
+    figures = [
+        ["average accuracy", *_scores(report, variants, "eval/average", "acc")],
+        ["KL to dense (nats per token)", *_figures(report, variants, "kl", "{:.4f}".format)],
+        ["parameters", *_figures(report, variants, "parameters", _count)],
+        ["active parameters", *_figures(report, variants, "active_parameters", _count)],
+        ["size on disk", *_figures(report, variants, "bytes", _bytes)],
+        ["peak memory of a forward", *_figures(report, variants, "memory_ratio", _percent)],
+        ["prefill speed", *_figures(report, variants, "prefill_speedup", "{:.2f}×".format)],
+        ["decode speed", *_figures(report, variants, "decode_speedup", "{:.2f}×".format)],
+        ["loads in stock transformers", *_figures(report, variants, "stock", _yes_or_no)],
+    ]
+    body += [row for row in figures if any(cell != MISSING for cell in row[1:])]
+    return [["", *variants], *body]
+
+
+def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The stages as text: a head, then what each took and whether it was found finished."""
+    stages = [key.removeprefix("seconds/") for key in report if key.startswith("seconds/")]
+    body = [
+        [
+            stage,
+            _shown(report.get(f"seconds/{stage}"), "{:.1f} s".format),
+            _shown(report.get(f"cached/{stage}"), _yes_or_no),
+        ]
+        for stage in stages
+    ]
+    return [["stage", "took", "cached"], *body]
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The result table for a terminal."""
+    return _rich(rows(report))
+
+
+def stages_table(report: Mapping[str, Any]) -> Table:
+    """What each stage took, and what was found finished, for a terminal."""
+    return _rich(stage_rows(report))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The result table as GitHub Markdown."""
+    head, *body = rows(report)
+    rule = ["---", *["---:" for _ in head[1:]]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body]) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tasks(report: Mapping[str, Any], variants: list[str]) -> list[tuple[str, str]]:
+    """Each evaluated task with its main metric, in the order of the report."""
+    metrics: dict[str, list[str]] = {}
+    for key in report:
+        variant, _, rest = key.partition("/eval/")
+        task, _, metric = rest.rpartition("/")
+        if variant in variants and task and not metric.endswith("_stderr"):
+            metrics.setdefault(task, []).append(metric)
+    return [(task, main_metric(names)) for task, names in metrics.items()]
+
+
+def _scores(report: Mapping[str, Any], variants: list[str], key: str, metric: str) -> list[str]:
+    """One task's cells: shares in percent, with the difference to dense in points."""
+    if metric not in SHARES:
+        return _figures(report, variants, key, "{:.3f}".format)
+    dense = report.get(f"dense/{key}")
+    cells = _figures(report, variants, key, _percent)
+    for position, variant in enumerate(variants):
+        value = report.get(f"{variant}/{key}")
+        if variant != "dense" and value is not None and dense is not None:
+            cells[position] += f" ({_signed(100 * (value - dense))})"
+    return cells
+
+
+def _figures(report: Mapping[str, Any], variants: list[str], key: str, show: Any) -> list[str]:
+    return [_shown(report.get(f"{variant}/{key}"), show) for variant in variants]
+
+
+def _shown(value: Any, show: Any) -> str:
+    return MISSING if value is None or _finite(value) is None else show(value)
+
+
+def _signed(points: float) -> str:
+    """A difference with its sign, a typographic minus, and no sign on zero."""
+    text = f"{points:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    """Three or so digits and a thousands' prefix: 12.3 M."""
+    power = 0
+    while abs(value) >= 999.95 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.{1 if power else 0}f} {units[power]}".strip()
+
+
+def _count(value: float) -> str:
+    return _scaled(value, ("", "k", "M", "B", "T"))
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _rich(lines: list[list[str]]) -> Table:
+    head, *body = lines
+    made = Table()
+    for position, name in enumerate(head):
+        made.add_column(name, justify="right" if position else "left")
+    for line in body:
+        made.add_row(*line)
+    return made
