@@ -1,0 +1,203 @@
+"""What a model costs: parameters, peak memory of a forward, prefill and decode speed.
+
+All models are in one process and take turns, so that a busy machine slows them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from moe_lab.moe import moe_layers
+
+REFERENCE = "dense"
+
+
+@torch.inference_mode()
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    prompt_length: int,
+    batch_size: int,
+    decode_tokens: int,
+    repeats: int,
+    vocabulary_size: int,
+    seed: int,
+) -> dict[str, float]:
+    """Flat figures `<variant>/<figure>` of every model; ratios are to the one named "dense".
+
+    Prefill is one forward over batch_size x prompt_length random token ids which fills the KV
+    cache and computes the last position's logits; decode is greedy, `decode_tokens` steps through
+    the cache, and its seconds are per step (one token for each sequence of the batch). Times are
+    medians over `repeats` rounds in which each model takes its turn, the order alternating.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompt_BL = torch.randint(vocabulary_size, (batch_size, prompt_length), generator=generator)
+    peaks = _peaks(models, prompt_BL)
+    times = _times(models, prompt_BL, decode_tokens, repeats)
+    figures: dict[str, float] = {}
+    for name, model in models.items():
+        prefill, decode = times[name]
+        dense_prefill, dense_decode = times[REFERENCE]
+        figures |= {
+            f"{name}/parameters": num_parameters(model),
+            f"{name}/active_parameters": active_parameters(model),
+            f"{name}/peak_memory_bytes": peaks[name],
+            f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],
+            f"{name}/prefill_seconds": prefill,
+            f"{name}/prefill_speedup": dense_prefill / prefill,
+            f"{name}/decode_seconds_per_token": decode,
+            f"{name}/decode_speedup": dense_decode / decode,
+        }
+    return figures
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def active_parameters(model: torch.nn.Module) -> int:
+    """Parameters that one token uses: all but the routed experts, and top_k of those."""
+    active = num_parameters(model)
+    for layer in moe_layers(model):
+        routed = num_parameters(layer.experts)
+        active -= routed - routed * layer.info.top_k // layer.info.num_experts
+    return active
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Size of a checkpoint's weights: all its safetensors files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def peak_memory_bytes(model: PreTrainedModel, prompt_BL: Tensor) -> int:
+    """Most memory that tensors hold at once during a prefill, the weights among it.
+
+    On CUDA what its allocator saw (the model should be alone there). Elsewhere an exact count:
+    weights, buffers and inputs, and each storage that an operator returns, from then until it is
+    freed. Scratch memory inside an operator is not seen, nor is the interpreter's own; in return
+    the figure is the same on every machine and in every run.
+    """
+    prompt_BL = prompt_BL.to(model.device)
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _prefill(model, prompt_BL)
+        return torch.cuda.max_memory_allocated(model.device)
+    counter = _StorageCounter([*model.parameters(), *model.buffers(), prompt_BL])
+    with counter:
+        _prefill(model, prompt_BL)
+    return counter.peak
+
+
+class _StorageCounter(TorchDispatchMode):
+    """Counts the bytes of live storages: those given, and those that operators return."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}  # a storage's address in C++ -> its bytes
+        self.now = self.peak = 0
+        for tensor in tensors:
+            self._count(tensor)
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.live:
+            return
+        self.live[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        # The storage's Python object lives as long as the memory, so its end is the free.
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, address: int) -> None:
+        self.now -= self.live.pop(address)
+
+
+def _peaks(models: Mapping[str, PreTrainedModel], prompt_BL: Tensor) -> dict[str, int]:
+    peaks = {}
+    for name, model in models.items():
+        others = [other for other in models.values() if other is not model]
+        with _moved_off(others):
+            peaks[name] = peak_memory_bytes(model, prompt_BL)
+    return peaks
+
+
+@contextmanager
+def _moved_off(models: list[PreTrainedModel]) -> Iterator[None]:
+    """Take models off their CUDA device for a while; models in main memory stay."""
+    homes = [(model, model.device) for model in models if model.device.type == "cuda"]
+    for model, _ in homes:
+        model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for model, device in homes:
+            model.to(device)
+
+
+def _times(
+    models: Mapping[str, PreTrainedModel], prompt_BL: Tensor, decode_tokens: int, repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Median (prefill, decode step) seconds of each model."""
+    prompts = {name: prompt_BL.to(model.device) for name, model in models.items()}
+    for name, model in models.items():
+        _timed_turn(model, prompts[name], decode_tokens)  # warm-up
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for number in tqdm(range(repeats), desc="measure", unit="round", leave=False):
+        order = list(models) if number % 2 == 0 else list(reversed(models))
+        for name in order:
+            turns[name].append(_timed_turn(models[name], prompts[name], decode_tokens))
+    return {
+        name: (
+            statistics.median(prefill for prefill, _ in measured),
+            statistics.median(decode for _, decode in measured),
+        )
+        for name, measured in turns.items()
+    }
+
+
+def _timed_turn(
+    model: PreTrainedModel, prompt_BL: Tensor, decode_tokens: int
+) -> tuple[float, float]:
+    started = _now(model)
+    output = _prefill(model, prompt_BL)
+    filled = _now(model)
+    for _ in range(decode_tokens):
+        next_B1 = output.logits[:, -1:].argmax(dim=-1)
+        output = model(input_ids=next_B1, past_key_values=output.past_key_values, use_cache=True)
+    return filled - started, (_now(model) - filled) / decode_tokens
+
+
+def _prefill(model: PreTrainedModel, prompt_BL: Tensor) -> Any:
+    return model(input_ids=prompt_BL, use_cache=True, logits_to_keep=1)
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,136 @@
+"""Measuring: parameter arithmetic in closed form, and an exact count of memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from moe_lab.stages.measure import (
+    _StorageCounter,
+    active_parameters,
+    bytes_on_disk,
+    measure,
+    num_parameters,
+    peak_memory_bytes,
+)
+
+VOCABULARY, HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH, SHARED, DENSE = 96, 32, 3, 8, 2, 16, 24, 40
+
+
+def tiny(experts: int = EXPERTS, tied: bool = False) -> Qwen2MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=DENSE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_intermediate_size=WIDTH,
+        shared_expert_intermediate_size=SHARED,
+        num_experts=experts,
+        num_experts_per_tok=TOP_K,
+        mlp_only_layers=[0],
+        tie_word_embeddings=tied,
+    )
+    return Qwen2MoeForCausalLM(config).eval()
+
+
+def expected_parameters(experts: int, tied: bool) -> int:
+    """The arithmetic of Qwen2-MoE, its first layer dense; four heads share two keys and values."""
+    attention = HIDDEN * HIDDEN * 2 + HIDDEN + 2 * (HIDDEN * HIDDEN // 2 + HIDDEN // 2)
+    norms = 2 * HIDDEN
+    dense = 3 * HIDDEN * DENSE
+    moe = experts * 3 * HIDDEN * WIDTH + EXPERTS * HIDDEN + 3 * HIDDEN * SHARED + HIDDEN
+    embeddings = VOCABULARY * HIDDEN * (1 if tied else 2)
+    return embeddings + HIDDEN + LAYERS * (attention + norms) + dense + (LAYERS - 1) * moe
+
+
+def prompt(batch: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.arange(batch * length).reshape(batch, length) % VOCABULARY
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters(tied: bool) -> None:
+    model = tiny(tied=tied)
+    assert num_parameters(model) == expected_parameters(EXPERTS, tied)
+    assert active_parameters(model) == expected_parameters(TOP_K, tied)
+
+
+def test_counter_follows_each_storage() -> None:
+    weight = torch.ones(100)
+    with _StorageCounter([weight, weight.view(10, 10)]) as counter:
+        assert counter.now == 400
+        doubled = weight * 2
+        assert counter.now == 800
+        doubled.add_(1)
+        assert doubled.view(10, 10)[2:].shape == (8, 10)
+        assert counter.now == 800
+        (doubled + 1).sum().item()
+        del doubled
+        assert counter.now == 400
+        assert counter.peak == 400 + 400 + 400 + 4
+    assert counter.now == 400
+
+
+def test_peak_memory_is_exact_and_grows_with_the_batch() -> None:
+    model = tiny()
+    weights = 4 * num_parameters(model)
+    first, second = (peak_memory_bytes(model, prompt()) for _ in range(2))
+    assert first == second
+    larger = peak_memory_bytes(model, prompt(batch=4))
+    longer = peak_memory_bytes(model, prompt(length=32))
+    assert weights < first < larger
+    assert first < longer
+    # Activations, unlike weights, double with the batch (position tables and such stay).
+    assert 1.8 < (larger - weights) / (first - weights) < 2.05
+
+
+def test_peak_memory_holds_the_cache() -> None:
+    model = tiny()
+    cache = LAYERS * 2 * 2 * 16 * (HIDDEN // 2) * 4  # keys and values, batch 2, 16 tokens, fp32
+    assert peak_memory_bytes(model, prompt()) > 4 * num_parameters(model) + cache
+
+
+def test_measure_gives_every_key() -> None:
+    models = {"dense": tiny(), "compressed": tiny(experts=4)}
+    figures = measure(
+        models,
+        prompt_length=16,
+        batch_size=2,
+        decode_tokens=3,
+        repeats=2,
+        vocabulary_size=VOCABULARY,
+        seed=0,
+    )
+    names = {
+        "parameters",
+        "active_parameters",
+        "peak_memory_bytes",
+        "memory_ratio",
+        "prefill_seconds",
+        "prefill_speedup",
+        "decode_seconds_per_token",
+        "decode_speedup",
+    }
+    assert set(figures) == {f"{variant}/{name}" for variant in models for name in names}
+    assert all(value > 0 for value in figures.values())
+    for name in ("memory_ratio", "prefill_speedup", "decode_speedup"):
+        assert figures[f"dense/{name}"] == 1.0
+    assert figures["compressed/memory_ratio"] < 1.0
+    assert figures["compressed/parameters"] < figures["dense/parameters"]
+    assert figures["compressed/peak_memory_bytes"] < figures["dense/peak_memory_bytes"]
+    speedup = figures["dense/prefill_seconds"] / figures["compressed/prefill_seconds"]
+    assert figures["compressed/prefill_speedup"] == pytest.approx(speedup)
+
+
+def test_bytes_on_disk_counts_weights_alone(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({"x": torch.zeros(100)}, tmp_path / f"model-{number}.safetensors")
+    (tmp_path / "tokenizer.json").write_text("{}" * 1000)
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert bytes_on_disk(tmp_path) == sum(sizes) >= 800
