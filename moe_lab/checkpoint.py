@@ -1,8 +1,8 @@
 """Checkpoints: finding, fingerprinting, loading and saving them.
 
 A checkpoint is an ordinary Hugging Face folder. Where the family's own config can say an edited
-structure, it is saved so and stock transformers loads it. Otherwise `config.json` carries it under
-the key "moe_lab", and it is replayed on the model before the weights come in: `load(path)`, or plain
+structure, it is saved so and stock transformers loads it. Otherwise `config.json` carries it in
+"moe_lab", and it is replayed on the model before the weights come in: `load(path)`, or plain
 `from_pretrained(path)` after `import moe_lab`.
 """
 
@@ -35,6 +35,7 @@ from moe_lab.moe import (
 )
 from moe_lab.types import LayerInfo, UserError
 
+SHIPPED = "shipped:"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
@@ -42,14 +43,21 @@ DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "in
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. dtype: in which to compute ("auto" is the one it is stored in)."""
+    """A checkpoint on disk.
+
+    dtype: in which to compute ("auto" is the one it is stored in); known_fingerprint: what tells
+    its content where that is known without reading it, as of the store's own checkpoints.
+    """
 
     path: Path
     dtype: str = "auto"
+    known_fingerprint: str | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hex over the config and every byte of the weights."""
+        if self.known_fingerprint:
+            return self.known_fingerprint
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), default=str).encode())
         for file in weight_files(self.path):
             digest.update(_sha256(file).encode())
@@ -82,12 +90,16 @@ class Checkpoint:
             raise UserError(f"no tokenizer can be read from {self.path}: {error}") from error
 
 
-def resolve(path: str | os.PathLike, revision: str | None = None, dtype: str = "auto") -> Checkpoint:
-    """The checkpoint of a local folder, or of a hub id (which is then downloaded).
+def resolve(
+    path: str | os.PathLike, revision: str | None = None, dtype: str = "auto"
+) -> Checkpoint:
+    """The checkpoint of a local folder, of a hub id (which is then downloaded), or "shipped:name".
 
     Raises UserError where there is none, files are missing, or the weights are not safetensors.
     """
     folder = Path(path).expanduser()
+    if str(path).startswith(SHIPPED):
+        folder = Path(__file__).parent / "checkpoints" / str(path).removeprefix(SHIPPED)
     if not folder.is_dir():
         folder = _download(str(path), revision)
     if not (folder / "config.json").is_file():
@@ -131,6 +143,11 @@ def weight_files(folder: Path) -> list[Path]:
         hint = f" (only {', '.join(other[:3])}: convert it to safetensors first)" if other else ""
         raise UserError(f"{folder} holds no *.safetensors weights{hint}")
     return files
+
+
+def size_in_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _sha256(file: Path) -> str:

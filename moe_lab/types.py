@@ -118,8 +118,8 @@ class Plan:
         """The edits that change something."""
         return tuple(edit for edit in self.edits if edit.edit != "keep")
 
-    def save(self, path: Path) -> None:
-        """Write the plan as JSON, one layer a line so that two plans can be diffed."""
+    def to_text(self) -> str:
+        """The plan as JSON, one layer a line so that two plans can be diffed."""
         head: dict[str, Any] = dict(self.notes)
         if self.layer_order:
             head["layer_order"] = list(self.layer_order)
@@ -129,11 +129,11 @@ class Plan:
             rows = ",\n".join("    " + json.dumps(edit.to_json()) for edit in edits)
             lines.append(f'  "{key}": [\n{rows}\n  ],' if edits else f'  "{key}": [],')
         lines[-1] = lines[-1].rstrip(",")
-        path.write_text("{\n" + "\n".join(lines) + "\n}\n")
+        return "{\n" + "\n".join(lines) + "\n}\n"
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read what `save` wrote."""
+        """Read a file with the text of `to_text`."""
         values = json.loads(path.read_text())
         return cls(
             edits=tuple(Edit.from_json(row) for row in values.pop("layers")),

@@ -6,11 +6,13 @@ All models are in one process and take turns, so that a busy machine slows them 
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,61 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_lab.checkpoint import Checkpoint
+from moe_lab.compute import Compute
 from moe_lab.moe import moe_layers
+from moe_lab.store import Artifact, Store, code_version, write_whole
+from moe_lab.types import UserError
 
 REFERENCE = "dense"
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How to measure: batch_size prompts of prompt_length tokens, decode_tokens steps, repeats."""
+
+    prompt_length: int = 512
+    batch_size: int = 1
+    decode_tokens: int = 16
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_length", "batch_size", "decode_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"measure.{name} must be at least 1, got {getattr(self, name)}")
+
+
+def measure_stage(
+    store: Store, variants: Mapping[str, Checkpoint], how: Measurement, compute: Compute
+) -> Artifact:
+    """A folder with figures.json: `measure` and `<variant>/bytes` of all variants, flat.
+
+    The machine is part of the identity: a speed is a property of it as much as of the model.
+    """
+
+    def make(folder: Path) -> None:
+        models = {name: checkpoint.load(compute.device) for name, checkpoint in variants.items()}
+        vocabulary = next(iter(models.values())).config.vocab_size
+        figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
+        for name, checkpoint in variants.items():
+            figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
+        write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+
+    identity = {
+        "checkpoints": {name: checkpoint.fingerprint for name, checkpoint in variants.items()},
+        "dtypes": {name: checkpoint.dtype for name, checkpoint in variants.items()},
+        "how": asdict(how),
+        "machine": compute.machine(),
+        "code": code_version(measure_stage),
+    }
+    return store.get("measure", identity, make)
+
+
+def figures_of(artifact: Artifact) -> dict[str, float]:
+    """What `measure_stage` found."""
+    return json.loads((artifact.folder / FIGURES).read_text())
 
 
 @torch.inference_mode()

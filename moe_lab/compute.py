@@ -1,0 +1,43 @@
+"""Where and how to compute: never part of what a result is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_lab.types import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """device: auto, cpu, cuda or cuda:N; batch_size: samples in a forward pass; threads: of the CPU."""
+
+    device: str = "auto"
+    batch_size: int = 16
+    threads: int | None = None
+
+    def start(self) -> Compute:
+        """The same with the device chosen and the number of threads set; UserError if not there."""
+        import torch
+
+        if self.batch_size < 1:
+            raise UserError(f"compute.batch_size must be at least 1, got {self.batch_size}")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        available = torch.cuda.is_available()
+        device = ("cuda" if available else "cpu") if self.device == "auto" else self.device
+        if not device.startswith(("cpu", "cuda")) or (device.startswith("cuda") and not available):
+            raise UserError(
+                f"compute.device={self.device} is not available here; there is "
+                f"{'cuda, cpu' if available else 'cpu'}, or auto"
+            )
+        return Compute(device, self.batch_size, self.threads)
+
+    def machine(self) -> str:
+        """What a timing was measured on."""
+        import platform
+
+        import torch
+
+        if self.device.startswith("cuda"):
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,1 @@
+"""Ways to choose the layers to condense: condense.layers=<file>."""

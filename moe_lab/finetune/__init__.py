@@ -1,0 +1,1 @@
+"""Fine-tuning recipes: what is trainable, which loss, which schedule."""

@@ -1,0 +1,22 @@
+"""No compression: the dense model alone, profiled and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_lab.methods import Evidence
+from moe_lab.types import Edit, LayerInfo, Plan
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Keep every layer as it is."""
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Everything is possible."""
+
+    def plan(self, evidence: Evidence) -> Plan:
+        """Each layer is kept."""
+        infos = [layer.info for layer in evidence.statistics]
+        return Plan(tuple(Edit(info.index, info.name, "keep") for info in infos))

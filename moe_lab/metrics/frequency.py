@@ -1,0 +1,13 @@
+"""How often the router chose an expert."""
+
+import torch
+
+from moe_lab.statistics import LayerStatistics
+
+
+def frequency(layer: LayerStatistics) -> torch.Tensor:
+    """Tokens routed to each expert [E]: a_j = sum_x 1[j in TopK(p(x))].
+
+    SEER-MoE (2404.05089), heavy-hitters counting, actual count.
+    """
+    return layer["count"]

@@ -1,0 +1,1 @@
+"""Pruning ratios: how many experts stay, per layer."""

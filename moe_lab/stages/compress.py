@@ -1,0 +1,32 @@
+"""Compress: carry out a plan and write the result as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moe_lab import checkpoint as checkpoint_module
+from moe_lab import moe
+from moe_lab.checkpoint import Checkpoint, save
+from moe_lab.compute import Compute
+from moe_lab.moe import apply_plan
+from moe_lab.store import Artifact, Store, code_version
+from moe_lab.types import Plan
+
+
+def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Compute) -> Artifact:
+    """A folder with checkpoint/ and form.json, which says whether stock transformers loads it."""
+
+    def make(folder: Path) -> None:
+        model = checkpoint.load()
+        apply_plan(model, Plan.load(plan.folder / "plan.json"))
+        stock = save(model, folder / "checkpoint", checkpoint.path)
+        (folder / "form.json").write_text(json.dumps({"stock": stock}) + "\n")
+
+    identity = {
+        "model": checkpoint.fingerprint,
+        "dtype": checkpoint.dtype,
+        "plan": plan.key,
+        "code": code_version(moe, checkpoint_module),
+    }
+    return store.get("compress", identity, make)

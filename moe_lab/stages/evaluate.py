@@ -1,0 +1,203 @@
+"""Evaluate: tasks through lm-eval in this process, and the divergence from the dense model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_lab.checkpoint import Checkpoint
+from moe_lab.compute import Compute
+from moe_lab.data import Tokens, standard_library_fingerprint
+from moe_lab.progress import progress
+from moe_lab.store import Artifact, Store, code_version, write_whole
+from moe_lab.tasks import tiny
+from moe_lab.types import UserError
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is evaluated.
+
+    tasks: names that lm-eval knows, or of our embedded ones (moe_lab/tasks/tiny); num_items: per
+    embedded task; limit: of items per other task; num_fewshot: examples before each item (None is
+    the task's own number); metrics: which accuracy of a task enters the average (default: acc);
+    held_out: a text source for the divergence from the dense model, None for none.
+    """
+
+    tasks: Sequence[str] = ()
+    num_items: int = 200
+    limit: int | None = None
+    num_fewshot: int | None = None
+    metrics: Mapping[str, str] | None = None
+    held_out: Any = None
+
+    def check(self) -> None:
+        """Refuse tasks that do not exist, before any work."""
+        others = [name for name in self.tasks if name not in tiny.NAMES]
+        if not others:
+            return
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager()
+        if unknown := [name for name in others if name not in manager.all_tasks]:
+            raise UserError(
+                f"eval.tasks names {unknown}, which lm-eval does not know; embedded ones are "
+                f"{', '.join(tiny.NAMES)}; `lm-eval ls tasks` lists lm-eval's own"
+            )
+
+
+def evaluate(
+    store: Store,
+    variant: Checkpoint,
+    dense: Checkpoint,
+    suite: Suite,
+    options: dict[str, Any],
+    held_out: Tokens | None,
+    compute: Compute,
+) -> Artifact:
+    """A folder with results.json: <task>/<metric>, average, and kl, flat.
+
+    options: the suite's composed config, its identity.
+    """
+
+    def make(folder: Path) -> None:
+        model = variant.load(compute.device)
+        results: dict[str, float] = {}
+        if suite.tasks:
+            results |= run_tasks(model, variant.tokenizer(), suite, folder, compute)
+        if held_out is not None:
+            same = variant.fingerprint == dense.fingerprint
+            reference = model if same else dense.load(compute.device)
+            batches = held_out.batches(compute.batch_size, compute.device)
+            results |= on_held_out(reference, model, batches)
+        write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+
+    embedded = [name for name in suite.tasks if name in tiny.NAMES]
+    identity = {
+        "checkpoint": variant.fingerprint,
+        "dense": dense.fingerprint,
+        "dtype": variant.dtype,
+        "suite": options,
+        "held_out": held_out.fingerprint if held_out else None,
+        "text": standard_library_fingerprint("test") if embedded else None,
+        "code": code_version(evaluate, tiny),
+    }
+    return store.get("evaluate", identity, make)
+
+
+def results_of(artifact: Artifact) -> dict[str, float]:
+    """What `evaluate` found."""
+    return json.loads((artifact.folder / RESULTS).read_text())
+
+
+def run_tasks(
+    model: nn.Module, tokenizer: Any, suite: Suite, folder: Path, compute: Compute
+) -> dict[str, float]:
+    """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average."""
+    embedded = [name for name in suite.tasks if name in tiny.NAMES]
+    found: dict[str, dict[str, Any]] = {}
+    with _offline(only=len(embedded) == len(suite.tasks)), _quiet():
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=compute.batch_size)
+        common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
+        if embedded:
+            tiny.write_items(folder, num_items=suite.num_items)
+            chosen = [config for config in tiny.configs(folder) if config["task"] in embedded]
+            manager = TaskManager(include_defaults=False)
+            found |= simple_evaluate(tasks=chosen, task_manager=manager, **common)["results"]
+        others = [name for name in suite.tasks if name not in embedded]
+        if others:
+            made = simple_evaluate(tasks=others, limit=suite.limit, **common)
+            found |= made["results"]
+    return _flat(found, suite)
+
+
+def _flat(found: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:
+    results: dict[str, float] = {}
+    accuracies = []
+    for task in [*suite.tasks, *(name for name in found if name not in suite.tasks)]:
+        metrics = {
+            key.removesuffix(",none"): value
+            for key, value in found[task].items()
+            if isinstance(value, float) and "stderr" not in key
+        }
+        results |= {f"{task}/{name}": value for name, value in metrics.items()}
+        wanted = (suite.metrics or {}).get(task, "acc")
+        if task in suite.tasks and wanted in metrics:
+            accuracies.append(metrics[wanted])
+    if accuracies:
+        results["average"] = sum(accuracies) / len(accuracies)
+    return results
+
+
+@torch.inference_mode()
+def on_held_out(
+    dense: nn.Module, model: nn.Module, batches: list[dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """kl, KL(dense || model) of the next-token distributions in nats, and held_out/perplexity.
+
+    Both are means over the valid positions that have a next token (perplexity: its exponential).
+    """
+    divergence, loss, count = 0.0, 0.0, 0
+    for batch in progress(batches, "evaluate: held-out text"):
+        valid = batch["attention_mask"][:, 1:].bool()
+        target = batch["input_ids"][:, 1:][valid]
+        p, q = (_log_probabilities(one, batch, valid) for one in (dense, model))
+        divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+        loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
+        count += len(target)
+    return {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
+
+
+def _log_probabilities(
+    model: nn.Module, batch: dict[str, torch.Tensor], valid: torch.Tensor
+) -> torch.Tensor:
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return logits[valid].float().log_softmax(dim=-1)
+
+
+@contextlib.contextmanager
+def _offline(only: bool) -> Iterator[None]:
+    """Keep datasets and the hub off the network where all data is local."""
+    names = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if only else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence lm-eval's and datasets' talk, but not their errors or progress bars."""
+    names = ("lm_eval", "lm-eval", "datasets")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
