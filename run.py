@@ -20,7 +20,7 @@ exit_codes: list[int] = []
 
 
 def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
-    """Run all stages, filling in `report` as results come; raises UserError for a user's mistake."""
+    """Run all stages, filling in `report` as results come; UserError for a user's mistake."""
     # Imported here, so that --help and a misspelt option answer at once.
     from moe_lab import checkpoint, stages
     from moe_lab.stages.compress import compress

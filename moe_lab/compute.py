@@ -9,7 +9,7 @@ from moe_lab.types import UserError
 
 @dataclass(frozen=True)
 class Compute:
-    """device: auto, cpu, cuda or cuda:N; batch_size: samples in a forward pass; threads: of the CPU."""
+    """device: auto, cpu, cuda or cuda:N; batch_size: samples in a forward; threads: of the CPU."""
 
     device: str = "auto"
     batch_size: int = 16

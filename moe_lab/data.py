@@ -100,8 +100,8 @@ class Texts:
             )
             raise UserError(
                 f"{self.num_samples} samples were asked for, but {self.describe()} holds only "
-                f"{len(samples)} {unit}; ask for fewer (num_samples={max(len(samples), 1)}) or give "
-                "more text"
+                f"{len(samples)} {unit}; ask for fewer (num_samples={max(len(samples), 1)}) or "
+                "give more text"
             )
         pad_id = tokenizer.pad_token_id
         return Tokens(samples, tokenizer.eos_token_id or 0 if pad_id is None else pad_id)

@@ -52,7 +52,7 @@ class LayerStream:
             caught.append(arguments)
             return hidden
 
-        with torch.inference_mode(), _forwards(self.layers, note):
+        with torch.no_grad(), _forwards(self.layers, note):
             self.model.base_model(**batch, use_cache=False)
         self.arguments.append(caught)
         self.valid.append(batch["attention_mask"].bool())

@@ -115,7 +115,7 @@ class Search:
         self._hidden = list(stream.hidden)
         self._position = 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def open(self, index: int) -> OpenLayer:
         """An MoE layer on the intact model's own hidden states; layers are asked for in order."""
         while self._position < index:
@@ -150,12 +150,12 @@ class PartlyCondensed:
         self.blocks = blocks
         self.chosen: list[int] = []
         self.layer_runs = 0
-        with torch.inference_mode():
+        with torch.no_grad():
             self.before = self._run(0, list(stream.hidden))
             self.target = self._last_valid(self.before[-1])
         self.token_weight_T = torch.cat(stream.token_weight)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def divergence_with(self, index: int) -> float:
         """The last hidden state's JS divergence to the intact model, with `index` condensed too."""
         with self._condensed([*self.chosen, index]):
@@ -163,7 +163,7 @@ class PartlyCondensed:
         value_T = js_divergence(self.target, self._last_valid(states[-1]))
         return float(self.token_weight_T @ value_T.double())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def choose(self, index: int) -> None:
         """Condense `index` for good."""
         self.chosen.append(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from moe_lab.condense import (
@@ -79,6 +80,7 @@ class Condense:
                 "has none: ask for condense.num_routed of at least 1"
             )
 
+    @torch.no_grad()
     def plan(self, evidence: Evidence) -> Plan:
         """Choose experts for every layer in question, then the layers; one edit per MoE layer."""
         model = evidence.model()

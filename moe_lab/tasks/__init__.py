@@ -1,0 +1,1 @@
+"""Evaluation tasks for the Language Model Evaluation Harness."""
