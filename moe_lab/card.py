@@ -20,11 +20,11 @@ import moe_lab
 model = moe_lab.load("<this folder>")
 ```
 
-Its layers differ in a way that the model's own family cannot say, so stock transformers cannot load
-it; after `import moe_lab`, plain `AutoModelForCausalLM.from_pretrained` can."""
-ENGINES = """Serving engines: not run with this checkpoint. vLLM reads `mlp_only_layers` of Qwen2-MoE
-(read in its source). SGLang's Qwen2-MoE ignored `mlp_only_layers` without an error when its source was
-read: do not serve a condensed Qwen2-MoE with it before checking."""
+Its layers differ in a way that the model's own family cannot say, so stock transformers cannot
+load it; after `import moe_lab`, plain `AutoModelForCausalLM.from_pretrained` can."""
+ENGINES = """Serving engines: not run with this checkpoint. vLLM reads `mlp_only_layers` of
+Qwen2-MoE (read in its source). SGLang's Qwen2-MoE ignored `mlp_only_layers` without an error when
+its source was read: do not serve a condensed Qwen2-MoE with it before checking."""
 
 
 def text(variant: str, report: Mapping[str, Any], config: Mapping[str, Any], table: str) -> str:
