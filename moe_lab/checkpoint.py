@@ -58,7 +58,11 @@ class Checkpoint:
         """12 hex over the config and every byte of the weights."""
         if self.known_fingerprint:
             return self.known_fingerprint
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), default=str).encode())
+        # Where it was loaded from and which version wrote it do not change what a model computes.
+        ignored = ("_name_or_path", "transformers_version")
+        config = json.loads((self.path / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in ignored}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for file in weight_files(self.path):
             digest.update(_sha256(file).encode())
         return digest.hexdigest()[:12]

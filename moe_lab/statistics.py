@@ -45,7 +45,9 @@ class LayerStatistics:
         num_experts, tokens = self.info.num_experts, len(routing.x_TD)
         if self.scoring is None and tokens:
             self.scoring = router_scoring(routing)
-        norm_S = routing.y_SD.norm(dim=-1, dtype=torch.float32).double()
+        # Norms of half-precision outputs would overflow and round: at least float32 is used.
+        exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
+        norm_S = torch.linalg.vector_norm(routing.y_SD, dim=-1, dtype=exact).double()
         weight_S = routing.weight_S.double()
         expert_S = routing.expert_S
 
@@ -58,7 +60,7 @@ class LayerStatistics:
         self._add("norm_sum", per_expert(norm_S))
         self._add("gate_norm_sum", per_expert(weight_S * norm_S))
         if self.scoring is not None:
-            probability_TE = SCORINGS[self.scoring](routing.logits_TE.float())
+            probability_TE = SCORINGS[self.scoring](routing.logits_TE.to(exact))
             self._add("probability_sum", probability_TE.sum(dim=0, dtype=torch.float64))
         if routing.shared_gate_T is not None:
             self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])

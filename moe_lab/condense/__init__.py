@@ -62,7 +62,8 @@ def js_divergence(reference_TD: Tensor, candidate_TD: Tensor) -> Tensor:
     u = _softmax(reference_TD) + EPSILON
     v = _softmax(candidate_TD) + EPSILON
     total = u + v
-    r = v.sub_(u).div_(total)
+    edge = 1 - torch.finfo(u.dtype).eps / 2  # r rounds to 1 where u and v share no mass
+    r = v.sub_(u).div_(total).clamp_(-edge, edge)
     inner = torch.log1p(-r * r).add_(r.atanh().mul_(r), alpha=2)
     return inner.mul_(total).sum(dim=-1) / 4
 
