@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,23 +175,31 @@ def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> P
 
     Raises UserError where weights are missing or do not fit the config.
     """
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with _no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
             f"{path} lacks {len(names)} tensors that its config asks for, such as {names[0]}"
         )
     return model.to(device).eval()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence transformers' own bars, which finish before anyone reads them."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 # --------------------------------------------------------------------------- structure
@@ -226,7 +235,8 @@ def save(model: PreTrainedModel, folder: Path, source: Path) -> bool:
     _to_stored_dtype(model, original.dtype)
     # A model that came from fused files would be written fused; engines want per-expert names.
     model._weight_conversions = None
-    model.save_pretrained(folder)
+    with _no_bars():
+        model.save_pretrained(folder)
     _write_count_aliases(folder / "config.json", model.config)
     copy_text_files(source, folder)
     return native

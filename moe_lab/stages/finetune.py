@@ -100,8 +100,7 @@ class Training:
         self._write_trainable()
         steps = itertools.islice(enumerate(self._batches()), start, self.num_steps)
         for step, batch in progress(steps, "finetune", self.num_steps - start):
-            row = {"step": step + 1, "learning_rate": self._step(step, batch)["learning_rate"]}
-            row["loss"] = self._last_loss
+            row = {"step": step + 1} | self._step(step, batch)
             if (step + 1) % self.recipe.validate_every == 0 or step + 1 == self.num_steps:
                 row["validation_loss"] = self._validate()
             self._log(row)
@@ -131,8 +130,7 @@ class Training:
         self.accelerator.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._last_loss = loss.item()
-        return {"learning_rate": rate}
+        return {"loss": loss.item(), "learning_rate": rate}
 
     @torch.inference_mode()
     def _validate(self) -> float:
