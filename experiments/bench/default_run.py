@@ -1,7 +1,8 @@
 """Wall time and peak memory of `python run.py` from nothing, and of the same run again.
 
 Peak memory is the largest sum over the run's processes of what each holds in RAM (resident set
-sizes, looked at five times a second). Everything is written to a temporary folder.
+sizes, looked at five times a second). Everything is written to a temporary folder. Arguments are
+handed on to run.py, to look at another run against the same limits.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ def resident_bytes(root_pid: int) -> int:
 
 def run_once(outputs: Path, name: str) -> tuple[float, float]:
     """(wall seconds, peak GiB) of one default run; its log follows where it fails."""
-    command = [
-        sys.executable, "run.py", f"store={outputs / 'store'}", f"run_dir={outputs / name}",
-    ]  # fmt: skip
+    folders = [f"store={outputs / 'store'}", f"run_dir={outputs / name}"]
+    command = [sys.executable, "run.py", *folders, *sys.argv[1:]]
     log = outputs / f"{name}.log"
     with log.open("w") as stream:
         started, peak = time.perf_counter(), 0
