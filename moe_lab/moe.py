@@ -76,6 +76,7 @@ def _moe_layer(
         shared=shared is not None,
         groups=groups,
         groups_used=groups_used,
+        obstacle=_obstacle(experts),
     )
     decoder = modules[match["decoder"]]
     gate = children.get("shared_expert_gate")
@@ -304,9 +305,7 @@ def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
                 setattr(module, key, len(kept))
 
 
-def why_not_condensable(layer: MoELayer) -> str | None:
-    """The reason why a layer cannot become one dense gated MLP; None where it can."""
-    experts = layer.experts
+def _obstacle(experts: nn.Module) -> str | None:
     if not experts.has_gate:
         return "its experts have no gate projection"
     if experts.has_bias:
@@ -318,6 +317,35 @@ def why_not_condensable(layer: MoELayer) -> str | None:
     if type(experts)._apply_gate is not _default_apply_gate:
         return "its experts do not compute act(gate) * up"
     return None
+
+
+@torch.no_grad()
+def check_is_sum(layer: MoELayer) -> None:
+    """Refuse a block that is not shared(x) + sum_k weight_k * E_k(x), by trying it on 8 tokens.
+
+    Some families scale or average the sum afterwards; condensing would forget that.
+    """
+    reference = layer.experts.down_proj
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(8, layer.info.hidden_size, generator=generator).to(reference)
+    _, weight_TK, index_TK = layer.router(x_TD)
+    parameters = expert_parameters(layer.experts)
+    expected = torch.zeros_like(x_TD)
+    for token, (weights, indices) in enumerate(zip(weight_TK, index_TK.tolist(), strict=True)):
+        for weight, expert in zip(weights, indices, strict=True):
+            y_D = expert_forward(layer.experts, parameters[expert], x_TD[token : token + 1])[0]
+            expected[token] += weight * y_D
+    if layer.shared is not None:
+        gate = 1.0 if layer.shared_gate is None else layer.shared_gate(x_TD).sigmoid()
+        expected += gate * layer.shared(x_TD)
+    found = layer.block(x_TD[None])
+    found = (found[0] if isinstance(found, tuple) else found)[0]
+    scale = expected.abs().max()
+    if (found - expected).abs().max() > 0.02 * scale:
+        raise UserError(
+            f"{type(layer.block).__name__} does more than add its shared and routed experts: this "
+            "family cannot be condensed yet"
+        )
 
 
 def condensed(

@@ -28,7 +28,8 @@ class LayerInfo:
 
     index: the decoder layer's true index in the model (dense layers counted);
     name: path of the MoE block in the model; groups, groups_used: of group-limited routers
-    (1, 1 elsewhere); shared: whether shared experts stand beside the routed ones.
+    (1, 1 elsewhere); shared: whether shared experts stand beside the routed ones; obstacle: why
+    the layer cannot become one dense gated MLP, None where it can.
     """
 
     index: int
@@ -39,6 +40,7 @@ class LayerInfo:
     shared: bool = False
     groups: int = 1
     groups_used: int = 1
+    obstacle: str | None = None
 
 
 @dataclass(frozen=True)

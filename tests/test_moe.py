@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lab.condense import mean_gates, shared_gate
+from moe_lab.methods.condense import Condense
 from moe_lab.moe import (
     apply_plan,
+    check_is_sum,
     check_kept,
     condensed,
     expert_forward,
@@ -18,7 +20,6 @@ from moe_lab.moe import (
     moe_layers,
     observe,
     prune_layer,
-    why_not_condensable,
 )
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.types import Edit, LayerInfo, Plan, Routing, UserError
@@ -277,7 +278,18 @@ def test_condensing_all_experts_with_the_true_gates_is_the_layer() -> None:
 
 
 def test_gpt_oss_cannot_be_condensed_and_says_why() -> None:
-    assert "biases" in (why_not_condensable(moe_layers(tiny_model("gpt_oss"))[0]) or "")
+    infos = [layer.info for layer in moe_layers(tiny_model("gpt_oss"))]
+    with pytest.raises(UserError, match="layer 0 .* biases"):
+        Condense(1, 2, "greedy_js", "greedy_js").check(infos)
+
+
+@pytest.mark.parametrize("family", CONDENSABLE)
+def test_a_block_that_scales_its_sum_is_refused(family: str) -> None:
+    layer = moe_layers(tiny_model(family))[0]
+    check_is_sum(layer)
+    layer.block.register_forward_hook(lambda _, args, output: output * 1.1)
+    with pytest.raises(UserError, match="does more than add"):
+        check_is_sum(layer)
 
 
 def test_too_few_experts_are_refused_with_both_numbers() -> None:

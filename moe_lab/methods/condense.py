@@ -17,7 +17,7 @@ from moe_lab.condense import (
     shared_gate,
 )
 from moe_lab.methods import Evidence
-from moe_lab.moe import condensed, moe_layers, why_not_condensable
+from moe_lab.moe import check_is_sum, condensed, moe_layers
 from moe_lab.stream import LayerStream
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
@@ -59,6 +59,11 @@ class Condense:
             self._check_layer(info)
 
     def _check_layer(self, info: LayerInfo) -> None:
+        if info.obstacle:
+            raise UserError(
+                f"layer {info.index} cannot become one dense gated MLP: {info.obstacle}; "
+                "method=prune works with this family"
+            )
         if isinstance(self.experts, str):
             option("experts", self.experts)
             num_routed = self.num_routed
@@ -85,8 +90,7 @@ class Condense:
         """Choose experts for every layer in question, then the layers; one edit per MoE layer."""
         model = evidence.model()
         for layer in moe_layers(model):
-            if reason := why_not_condensable(layer):
-                raise UserError(f"layer {layer.info.index} cannot become one dense MLP: {reason}")
+            check_is_sum(layer)
         stream = LayerStream(model, evidence.batches())
         search = Search(stream, evidence.statistics)
         edits = self._choose_experts(search)
