@@ -20,7 +20,7 @@ from pathlib import Path
 DOMAINS = ("prose", "code", "arithmetic", "recall")
 SPLITS = ("train", "validation", "test")
 # Share of tokens per domain in training; `mixture` draws samples of similar length by it.
-MIXTURE: dict[str, float] = {"prose": 0.3, "code": 0.25, "arithmetic": 0.2, "recall": 0.25}
+MIXTURE: dict[str, float] = {"prose": 0.25, "code": 0.2, "arithmetic": 0.25, "recall": 0.3}
 
 PASSAGE_CHARACTERS = 450  # 100-250 tokens of the reference tokenizer
 MINIMUM_CHARACTERS = 80  # shorter remains of a cut document say too little to be a sample
@@ -40,12 +40,12 @@ _VALUES = (
     "dog cat cow pig fox hen bee ant owl bear fish bird cup pot pan jar box bag bed desk door lamp "
     "book pen ball car bus ship boat tree leaf root seed hat coat shoe ring bell drum horn"
 ).split()
-_PAIR_COUNTS = (2, 3, 4, 5, 6)
-_PAIR_COUNT_WEIGHTS = (0.3, 0.25, 0.3, 0.08, 0.07)
-_RECALL_LINES = (24, 32)  # lines in a document, most of them repeating an earlier pair
-_RECALL_ECHO_SHARE = 0.3  # documents that only repeat their list in order: the easy form
-_ARITHMETIC_LINES = (14, 26)
-_OPERAND_LIMIT = 100
+_RECALL_LINES = (32, 42)  # lines in a document, most of them repeating an earlier pair
+_QUERIED_PAIRS = (2, 2, 3, 3, 4, 4, 4, 5, 6)  # drawn evenly
+_ECHOED_PAIRS = (3, 12)
+_ECHO_SHARE = 0.5
+_ARITHMETIC_LINES = (16, 30)
+_OPERAND_LIMITS = (100, 20)
 
 
 def documents(domain: str, split: str) -> list[str]:
@@ -229,8 +229,8 @@ def _without_examples(text: str) -> str:
 def _cached_problems(split: str) -> tuple[tuple[int, str, int, int], ...]:
     _check(DOMAINS[0], split)
     found = []
-    for left in range(_OPERAND_LIMIT):
-        for right in range(_OPERAND_LIMIT):
+    for left in range(_OPERAND_LIMITS[0]):
+        for right in range(_OPERAND_LIMITS[1]):
             if split_of(f"{left}+{right}") == split:
                 found.append((left, "+", right, left + right))
             if right <= left and split_of(f"{left}-{right}") == split:
@@ -247,19 +247,24 @@ def _arithmetic(split: str) -> Iterator[str]:
 
 
 def _recall(split: str) -> Iterator[str]:
-    """Lists of pairs, repeated once in order and then asked again and again in random order.
+    """Lists of key and value pairs that are asked again and again.
 
-    Nearly every value can be copied from a line above, which is what makes copying learnable fast.
+    Half of the documents repeat a longer list in order: there nearly every token can be copied
+    from the previous round, which is what makes copying learnable at all; lists of two to six
+    pairs alone left a model guessing among their values. The others ask in random order.
     """
     generator = random.Random(f"recall/{split}")
     for _ in range(GENERATED_DOCUMENTS[split]):
-        count = generator.choices(_PAIR_COUNTS, _PAIR_COUNT_WEIGHTS)[0]
-        pairs = [f"{key}: {value}" for key, value in recall_pairs(generator, count).items()]
         total = generator.randint(*_RECALL_LINES)
-        if generator.random() < _RECALL_ECHO_SHARE:
+        if generator.random() < _ECHO_SHARE:
+            pairs = _lines(recall_pairs(generator, generator.randint(*_ECHOED_PAIRS)))
             lines = (pairs * total)[:total]
         else:
-            repeats = generator.randint(1, 2)
-            lines = pairs * repeats
-            lines = lines + generator.choices(pairs, k=max(0, total - len(lines)))
+            pairs = _lines(recall_pairs(generator, generator.choice(_QUERIED_PAIRS)))
+            lines = pairs * generator.randint(1, 2)
+            lines += generator.choices(pairs, k=total - len(lines))
         yield "\n".join(lines)
+
+
+def _lines(pairs: dict[str, str]) -> list[str]:
+    return [f"{key} {value}" for key, value in pairs.items()]

@@ -79,10 +79,10 @@ def _recall(split: str, generator: random.Random, num_items: int) -> list[Item]:
     for number in range(num_items):
         pairs = text.recall_pairs(generator, RECALL_PAIRS)
         asked = generator.choice(list(pairs))
-        lines = [f"{key}: {value}" for key, value in pairs.items()]
+        lines = [f"{key} {value}" for key, value in pairs.items()]
         wrong = [f" {value}" for key, value in pairs.items() if key != asked]
         generator.shuffle(wrong)
-        context = "\n".join([*lines, f"{asked}:"])
+        context = "\n".join([*lines, asked])
         items.append(_item(context, f" {pairs[asked]}", wrong, number))
     return items
 
@@ -166,13 +166,15 @@ def _sources(domain: str, split: str) -> list[_Source]:
     sources = []
     for document, encoding in zip(documents, encodings, strict=True):
         source = _Source(document, encoding.offsets, [])
-        boundaries = {i for i in range(len(encoding.ids)) if _is_boundary(source, i)}
-        for start in sorted(boundaries):
+        logarithms = [math.log(counts[token]) for token in encoding.ids]
+        boundaries = [i for i in range(len(logarithms)) if _is_boundary(source, i)]
+        ends = set(boundaries)
+        for start in boundaries:
             stop = start + CONTINUATION_TOKENS
-            if stop in boundaries:
-                logarithms = [math.log(counts[token]) for token in encoding.ids[start:stop]]
-                piece = document[encoding.offsets[start][0] : encoding.offsets[stop][0]]
-                source.spans.append(_Span(start, piece, sum(logarithms) / CONTINUATION_TOKENS))
-        if len(source.spans) > 48:
+            if stop in ends:
+                piece = document[source.offsets[start][0] : source.offsets[stop][0]]
+                frequency = sum(logarithms[start:stop]) / CONTINUATION_TOKENS
+                source.spans.append(_Span(start, piece, frequency))
+        if len(source.spans) > SIMILAR_SPANS * NUM_CHOICES:
             sources.append(source)
     return sources
