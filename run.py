@@ -6,6 +6,7 @@ depends on; `python run.py --help` teaches the options.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-USER_MISTAKE, FAILURE = 2, 1
+from moe_lab import options
+
+USER_MISTAKE, STOPPED = 2, 130
 exit_codes: list[int] = []
 
 
@@ -31,7 +34,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     from moe_lab.stages.profile import profile
     from moe_lab.store import Store, check_writable
 
-    options = OmegaConf.to_container(config, resolve=True)
+    chosen = OmegaConf.to_container(config, resolve=True)
     parts = {
         name: instantiate(config[name], _convert_="object") or None
         for name in ("calibration", "method", "finetune", "eval", "measure")
@@ -53,7 +56,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     profiled = record("profile", profile(store, dense, texts["calibration"], compute))
     planned = record(
         "plan",
-        plan(store, dense, profiled, texts["calibration"], method, options["method"], compute),
+        plan(store, dense, profiled, texts["calibration"], method, chosen["method"], compute),
     )
     variants = {"dense": dense}
     if stages.publish_plan(planned, folder):
@@ -61,14 +64,14 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
         variants["compressed"] = stages.checkpoint_of(compressed, dense)
         if recipe:
             tuned = finetune(
-                store, variants["compressed"], planned, recipe, options["finetune"], texts,
+                store, variants["compressed"], planned, recipe, chosen["finetune"], texts,
                 config.seed, compute,
             )  # fmt: skip
             variants["finetuned"] = stages.checkpoint_of(record("finetune", tuned), dense)
     record.checkpoints(variants)
     for name, variant in variants.items() if suite else ():
         evaluated = evaluate(
-            store, variant, dense, suite, options["eval"], texts.get("held_out"), compute
+            store, variant, dense, suite, chosen["eval"], texts.get("held_out"), compute
         )
         record(f"evaluate_{name}", evaluated)
         record.evaluation(name, results_of(evaluated))
@@ -93,13 +96,26 @@ def main(config: DictConfig) -> None:
         config=OmegaConf.to_container(config, resolve=True),
     )
     tracker = instantiate(config.track)
-    work = lambda report: pipeline(config, report, folder)  # noqa: E731
+
+    def work(report: dict[str, Any]) -> None:
+        raw = OmegaConf.to_container(config)
+        options.check(description.config, raw, description.choices)
+        pipeline(config, report, folder)
+
     exit_codes.append(job.run(description, tracker, work))
 
 
 if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
     try:
         main()
-    except SystemExit as stop:  # Hydra's own refusals: an unknown option, group or value
-        sys.exit(USER_MISTAKE if stop.code == FAILURE else stop.code)
+    except KeyboardInterrupt:
+        print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
+    except Exception as error:
+        message = options.refusal(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
+        sys.exit(USER_MISTAKE)
     sys.exit(max(exit_codes, default=0))

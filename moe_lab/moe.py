@@ -1,26 +1,24 @@
-"""MoE layers of a transformers model: finding, observing and editing them.
+"""MoE layers of a transformers model: finding, computing and editing them.
 
-Together with `checkpoint.py` the only file that knows transformers' insides. It relies on the
-contract that the v5 families share: inside a decoder layer stands a block with a router, which
-returns (logits, weights, indices), and an experts module decorated with
+With `observing.py` and `checkpoint.py` the only file that knows transformers' insides. It relies
+on the contract that the v5 families share: inside a decoder layer stands a block with a router,
+which returns (logits, weights, indices), and an experts module decorated with
 `use_experts_implementation`, which takes (hidden_states, top_k_index, top_k_weights).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import _default_apply_gate
 
-from moe_lab.types import LayerInfo, Plan, Routing, UserError
+from moe_lab.types import LayerInfo, Plan, UserError
 
-OBSERVING = "moe_lab_observing"
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
 
@@ -105,141 +103,6 @@ def _groups(router: nn.Module, config: object) -> tuple[int, int]:
     groups = getattr(router, "num_group", getattr(router, "n_group", 1)) or 1
     used = getattr(router, "topk_group", 1) or 1
     return (groups, used) if groups > 1 else (1, 1)
-
-
-# --------------------------------------------------------------------------- observing
-
-
-class Observation:
-    """The open observation of one model: set `valid` before each forward pass.
-
-    valid: [B, L] bool, True where a token is data (no padding enters any statistic).
-    """
-
-    def __init__(self, observer: Callable[[LayerInfo, Routing], None], implementation: str):
-        self.observer = observer
-        self.implementation = implementation
-        self.valid: Tensor | None = None
-        self.layer_of: dict[nn.Module, MoELayer] = {}
-        self.logits: dict[nn.Module, Tensor] = {}
-        self.shared_gate: dict[nn.Module, Tensor] = {}
-        self.inputs: dict[nn.Module, Tensor] = {}
-
-
-_open: dict[nn.Module, Observation] = {}
-
-
-@contextmanager
-def observe(
-    model: nn.Module, observer: Callable[[LayerInfo, Routing], None]
-) -> Iterator[Observation]:
-    """Call `observer` with the routing of every batch at every MoE layer, without changing logits.
-
-    Raises UserError where a router does not return (logits, weights, indices).
-    """
-    layers = moe_layers(model)
-    handles = []
-    previous = model.config._experts_implementation
-    observation = Observation(observer, previous)
-    model.set_experts_implementation(OBSERVING)
-    try:
-        for layer in layers:
-            observation.layer_of[layer.experts] = layer
-            _open[layer.experts] = observation
-            keep = _keeper(observation.logits, layer.experts, _router_logits)
-            handles.append(layer.router.register_forward_hook(keep))
-            if layer.shared_gate is not None:
-                keep = _keeper(observation.shared_gate, layer.experts, lambda gate: gate)
-                handles.append(layer.shared_gate.register_forward_hook(keep))
-            handles.append(layer.block.register_forward_hook(_emitter(observation, layer)))
-        yield observation
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            _open.pop(layer.experts, None)
-        model.set_experts_implementation(previous)
-
-
-def _router_logits(output: object) -> Tensor:
-    if not isinstance(output, tuple) or len(output) < 3:
-        raise UserError("this family's router does not return (logits, weights, indices)")
-    return output[0]
-
-
-def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
-        store[key] = pick(output)
-
-    return hook
-
-
-def _emitter(observation: Observation, layer: MoELayer) -> Callable:
-    # Emitted when the block ends, not when its experts ran: only then is the shared gate known.
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
-        routed = observation.inputs.pop(layer.experts)
-        logits = observation.logits.pop(layer.experts).reshape(-1, layer.info.num_experts)
-        gate = observation.shared_gate.pop(layer.experts, None)
-        gate = None if gate is None else gate.reshape(-1).sigmoid()
-        valid = None if observation.valid is None else observation.valid.reshape(-1)
-        observation.observer(layer.info, _routing(routed, logits, gate, valid))
-
-    return hook
-
-
-def _routing(routed: tuple, logits: Tensor, gate: Tensor | None, valid: Tensor | None) -> Routing:
-    x, index, weight, y, expert, token, weight_s = routed
-    if valid is None or bool(valid.all()):
-        return Routing(x, logits, index, weight, y, expert, token, weight_s, gate)
-    valid = valid.to(x.device)
-    pairs = valid[token]
-    row = valid.cumsum(0) - 1  # a valid token's row after padding is gone
-    gate = None if gate is None else gate[valid]
-    return Routing(
-        x[valid], logits[valid], index[valid], weight[valid],
-        y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
-    )  # fmt: skip
-
-
-def _observing_experts(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """The experts, one product per expert over the token-expert pairs sorted by expert.
-
-    Products have the shapes, and sums the order, of the implementation that was set before: on
-    CPU the logits are equal to the bit. `unbind` keeps the backward pass linear in the number of
-    experts.
-    """
-    num_tokens, num_chosen = top_k_index.shape
-    expert_S, order_S = top_k_index.t().reshape(-1).sort(stable=True)
-    token_S = order_S % num_tokens
-    weight_S = top_k_weights[token_S, order_S // num_tokens]
-    x_SD = hidden_states[token_S]
-    counts = torch.bincount(expert_S, minlength=self.num_experts).tolist()
-    y_SD = torch.cat(
-        [
-            expert_forward(self, parameters, x)
-            for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True)
-            if len(x)
-        ]
-    )
-    observation = _open.get(self)
-    weighted_SD = y_SD * weight_S[:, None]
-    if observation is not None and observation.implementation == "eager":
-        out = torch.zeros_like(hidden_states)
-        out.index_add_(0, token_S, weighted_SD.to(out.dtype))
-    else:
-        slots = torch.empty_like(weighted_SD)
-        slots[token_S * num_chosen + order_S // num_tokens] = weighted_SD
-        out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
-    if observation is not None:
-        observation.inputs[self] = (
-            hidden_states, top_k_index, top_k_weights, y_SD, expert_S, token_S, weight_S
-        )  # fmt: skip
-    return out
-
-
-ALL_EXPERTS_FUNCTIONS.register(OBSERVING, _observing_experts)
 
 
 def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:

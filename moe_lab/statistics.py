@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.moe import observe
+from moe_lab.observing import observe
 from moe_lab.types import LayerInfo, Routing, UserError
 
 SCORINGS = {

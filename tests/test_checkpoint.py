@@ -29,7 +29,8 @@ found = {}
 for folder in sys.argv[2:]:
     want = load_file(folder + "/expected.safetensors")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder + "/model", output_loading_info=True)
+        read = AutoModelForCausalLM.from_pretrained
+        model, info = read(folder + "/model", output_loading_info=True)
         with torch.no_grad():
             got = model(input_ids=want["input_ids"], attention_mask=want["attention_mask"]).logits
         clean = not info["missing_keys"] and not info["unexpected_keys"]

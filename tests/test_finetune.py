@@ -42,7 +42,9 @@ def training(model, plan: Plan, folder: Path, **changes: object) -> stage.Traini
     options = dict(data=None, validation=None, batch_size=4, learning_rate=1e-2, validate_every=3)
     tokens = {"data": samples(1, 24), "validation": samples(2, 6)}
     recipe = Experts(**(options | changes))
-    return stage.Training(model, plan, recipe, tokens, seed=0, compute=Compute("cpu"), folder=folder)
+    return stage.Training(
+        model, plan, recipe, tokens, seed=0, compute=Compute("cpu"), folder=folder
+    )
 
 
 def compressed(kind: str, folder: Path) -> Plan:
@@ -166,5 +168,5 @@ def test_divergence_is_reported_with_the_way_out(tmp_path: Path) -> None:
     model = load(tmp_path / "compressed", dtype="float32")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="lower finetune.learning_rate"):
+    with pytest.raises(UserError, match=r"lower finetune\.learning_rate"):
         training(model, plan, tmp_path).run()

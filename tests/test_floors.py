@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; packages stand for all their files. A new file needs a floor.
 FLOORS = (
     {"types"},
-    {"store", "text", "report", "tables", "progress", "compute", "card"},
+    {"store", "text", "report", "tables", "progress", "compute", "card", "options"},
     {"data", "moe", "tasks"},
-    {"families", "checkpoint"},
+    {"observing", "checkpoint"},
     {"statistics", "stream"},
     {"metrics", "ratios", "condense", "finetune"},
     {"methods"},
@@ -26,11 +26,11 @@ FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floo
 
 # Who alone may import what: the first match counts, so insides come before the whole.
 ALONE = {
-    "transformers.integrations": {"moe", "families"},
-    "transformers.core_model_loading": {"moe", "families"},
-    "transformers.modeling_utils": {"moe", "families"},
-    "transformers.models": {"moe", "families"},
-    "transformers": {"moe", "families", "checkpoint", "stages.measure"},
+    "transformers.integrations": {"moe", "observing"},
+    "transformers.core_model_loading": {"moe"},
+    "transformers.modeling_utils": {"moe"},
+    "transformers.models": {"moe"},
+    "transformers": {"moe", "observing", "checkpoint", "stages.measure"},
     "wandb": {"track"},
     "hydra": {"run"},
 }
@@ -86,7 +86,8 @@ def why_not(module: str, name: str) -> str | None:
     package, other_package = module.split(".")[0], other.split(".")[0]
     if package == other_package:
         is_base = module.startswith(f"{other}.") and FILES[other].stem == "__init__"
-        return None if is_base else f"{other} is a sibling plug-in"
+        is_part = package == "tasks" and other.startswith(f"{module}.")  # of one task's own package
+        return None if is_base or is_part else f"{other} is a sibling plug-in"
     if FLOOR_OF[other_package] >= FLOOR_OF[package]:
         return f"{other} is on floor {FLOOR_OF[other_package]}, {module} on {FLOOR_OF[package]}"
     return None

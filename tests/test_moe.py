@@ -18,9 +18,9 @@ from moe_lab.moe import (
     expert_forward,
     expert_parameters,
     moe_layers,
-    observe,
     prune_layer,
 )
+from moe_lab.observing import observe
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.types import Edit, LayerInfo, Plan, Routing, UserError
 
@@ -279,7 +279,7 @@ def test_condensing_all_experts_with_the_true_gates_is_the_layer() -> None:
 
 def test_gpt_oss_cannot_be_condensed_and_says_why() -> None:
     infos = [layer.info for layer in moe_layers(tiny_model("gpt_oss"))]
-    with pytest.raises(UserError, match="layer 0 .* biases"):
+    with pytest.raises(UserError, match=r"layer 0 .* biases"):
         Condense(1, 2, "greedy_js", "greedy_js").check(infos)
 
 

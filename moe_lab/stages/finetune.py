@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_lab import checkpoint as checkpoint_module
-from moe_lab import moe
+from moe_lab import moe, observing
 from moe_lab.checkpoint import Checkpoint, save
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
@@ -50,7 +50,7 @@ def finetune(
         "recipe": options,
         "data": {name: part.fingerprint for name, part in tokens.items()},
         "seed": seed,
-        "code": code_version(finetune, recipe, moe, checkpoint_module),
+        "code": code_version(finetune, recipe, moe, observing, checkpoint_module),
     }
 
     def make(folder: Path) -> None:
@@ -84,7 +84,7 @@ class Training:
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
         # Experts computed in a sorted loop: eager's backward pass is quadratic in their number.
-        model.set_experts_implementation(moe.OBSERVING)
+        model.set_experts_implementation(observing.OBSERVING)
         self.accelerator = Accelerator(cpu=compute.device == "cpu")
         optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_lab import moe, statistics
+from moe_lab import moe, observing, statistics
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
@@ -25,6 +25,6 @@ def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compu
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "data": tokens.fingerprint,
-        "code": code_version(statistics, moe),
+        "code": code_version(statistics, observing, moe),
     }
     return store.get("profile", identity, make)
