@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -37,8 +38,10 @@ from moe_lab.moe import (
 from moe_lab.types import LayerInfo, UserError
 
 SHIPPED = "shipped:"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
 
 
@@ -71,7 +74,10 @@ class Checkpoint:
     @functools.cached_property
     def config(self) -> Any:
         """Its config, as transformers reads it."""
-        return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        try:
+            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}/config.json cannot be read: {error}") from error
 
     def layers(self) -> list[LayerInfo]:
         """Its MoE layers, found on a model without weights; UserError where it has none."""
@@ -89,6 +95,9 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """Its tokenizer; UserError where it has none."""
+        # Without any of these transformers makes an empty tokenizer, and says nothing.
+        if not any(file for pattern in VOCABULARIES for file in self.path.glob(pattern)):
+            raise UserError(f"{self.path} has no tokenizer: none of {', '.join(VOCABULARIES)}")
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -104,12 +113,19 @@ def resolve(
     """
     folder = Path(path).expanduser()
     if str(path).startswith(SHIPPED):
-        folder = Path(__file__).parent / "checkpoints" / str(path).removeprefix(SHIPPED)
+        home = Path(__file__).parent / "checkpoints"
+        folder = home / str(path).removeprefix(SHIPPED)
+        if not folder.is_dir():
+            there = ", ".join(sorted(file.parent.name for file in home.glob("*/config.json")))
+            raise UserError(f"model.path={path}: no such model is shipped; there are {there}")
     if not folder.is_dir():
         folder = _download(str(path), revision)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no checkpoint: config.json is missing")
-    weight_files(folder)
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype={dtype} does not exist; there are {', '.join(DTYPES)}")
+    for file in weight_files(folder):
+        _check_readable(file)
     return Checkpoint(folder.resolve(), dtype)
 
 
@@ -134,7 +150,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; UserError where one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} cannot be read: {error!r}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(
@@ -148,6 +167,18 @@ def weight_files(folder: Path) -> list[Path]:
         hint = f" (only {', '.join(other[:3])}: convert it to safetensors first)" if other else ""
         raise UserError(f"{folder} holds no *.safetensors weights{hint}")
     return files
+
+
+def _check_readable(file: Path) -> None:
+    """Refuse a corrupt or truncated file by its header, without reading its tensors."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} is damaged or incomplete ({file.stat().st_size} bytes): {error}. Copy or "
+            "download it again"
+        ) from error
 
 
 def size_in_bytes(folder: Path) -> int:

@@ -21,14 +21,17 @@ class Compute:
 
         if self.batch_size < 1:
             raise UserError(f"compute.batch_size must be at least 1, got {self.batch_size}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"compute.threads must be at least 1, or null, got {self.threads}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        available = torch.cuda.is_available()
-        device = ("cuda" if available else "cpu") if self.device == "auto" else self.device
-        if not device.startswith(("cpu", "cuda")) or (device.startswith("cuda") and not available):
+        cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        there = ["cpu", *(["cuda", *cards] if cards else [])]
+        device = there[min(1, len(cards))] if self.device == "auto" else self.device
+        if device not in there:
             raise UserError(
                 f"compute.device={self.device} is not available here; there is "
-                f"{'cuda, cpu' if available else 'cpu'}, or auto"
+                f"{', '.join(there)}, or auto"
             )
         return Compute(device, self.batch_size, self.threads)
 

@@ -100,8 +100,9 @@ class Texts:
             )
             raise UserError(
                 f"{self.num_samples} samples were asked for, but {self.describe()} holds only "
-                f"{len(samples)} {unit}; ask for fewer (num_samples={max(len(samples), 1)}) or "
-                "give more text"
+                f"{len(samples)} {unit}; "
+                + (f"ask for fewer (num_samples={len(samples)}) or " if samples else "")
+                + "give more text"
             )
         pad_id = tokenizer.pad_token_id
         return Tokens(samples, tokenizer.eos_token_id or 0 if pad_id is None else pad_id)
@@ -149,12 +150,13 @@ class StandardLibrary(Texts):
     domains: tuple[str, ...] = ()
 
     def documents(self) -> Iterable[str]:
-        if not self.domains:
-            return text.mixture(self.split, self.num_samples, self.seed)
+        domains = self.domains or text.DOMAINS
         try:
-            found = [p for domain in self.domains for p in text.passages(domain, self.split)]
+            found = [p for domain in domains for p in text.passages(domain, self.split)]
         except ValueError as error:
             raise UserError(str(error)) from error
+        if not self.domains and self.num_samples <= len(found):
+            return text.mixture(self.split, self.num_samples, self.seed)
         random.Random(self.seed).shuffle(found)
         return found
 
@@ -181,18 +183,7 @@ class Files(Texts):
     def _read(self, path: Path) -> Iterable[str]:
         if not path.is_file():
             raise UserError(f"{path} is not a file (calibration.files)")
-        try:
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
-
-                rows: list[dict] = pyarrow.parquet.read_table(path).to_pylist()
-            elif path.suffix in (".jsonl", ".json"):
-                rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            else:
-                rows = [{self.field: path.read_text()}]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        for row in rows:
+        for row in self._rows_or_refuse(path):
             if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                 fields = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
@@ -201,8 +192,36 @@ class Files(Texts):
                 )
             yield row[self.field]
 
+    def _rows_or_refuse(self, path: Path) -> Iterator[Any]:
+        try:
+            yield from self._rows(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+
+    def _rows(self, path: Path) -> Iterator[Any]:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        elif path.suffix in (".jsonl", ".json"):
+            # Not str.splitlines, which also splits at U+2028 inside a JSON string.
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield _json_line(line, number)
+        else:
+            yield {self.field: path.read_text(encoding="utf-8")}
+
     def describe(self) -> str:
         return ", ".join(self.files)
+
+
+def _json_line(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON ({error}); one object a line") from error
 
 
 @dataclass(frozen=True)
@@ -237,9 +256,21 @@ class HubDataset(Texts):
                 "local folder of the same layout (calibration.path=<folder>), or calibration=files"
             ) from error
         for row in rows:
-            if self.template is None and self.field not in row:
-                raise UserError(f"{self.path} has no column {self.field!r}; it has {sorted(row)}")
-            yield row[self.field] if self.template is None else self.template.format(**row)
+            yield self._document(row)
+
+    def _document(self, row: dict[str, Any]) -> str:
+        if self.template is None and not isinstance(row.get(self.field), str):
+            raise UserError(
+                f"{self.path} has no text in the column {self.field!r}; its columns are "
+                f"{sorted(row)}: name another with calibration.field=<name>"
+            )
+        try:
+            return row[self.field] if self.template is None else self.template.format(**row)
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self.path} has columns {sorted(row)}, which do not fill the template "
+                f"{self.template!r}: {error!r}"
+            ) from error
 
     def describe(self) -> str:
         return f"{self.path} ({self.split})"
@@ -254,7 +285,10 @@ class Mixture(Texts):
     def documents(self) -> Iterable[str]:
         if not self.parts:
             raise UserError("a mixture needs parts: calibration.parts.<name>={weight:…,source:…}")
-        total = sum(part["weight"] for part in self.parts.values())
+        weights = {name: part["weight"] for name, part in self.parts.items()}
+        if min(weights.values()) <= 0:
+            raise UserError(f"the weights of a mixture must be above 0, got {weights}")
+        total = sum(weights.values())
         drawn: list[str] = []
         for part in self.parts.values():
             share = round(self.num_samples * part["weight"] / total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from moe_lab.track import Tracker
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
     code = 1
     try:
         code = _guarded(work, found)
+    except KeyboardInterrupt:
+        found["error"] = "stopped by Ctrl-C"
+        raise
     finally:
         # Also on Ctrl-C: what is known so far is not lost.
         found["status"] = "ok" if code == 0 else "failed"
@@ -92,6 +97,8 @@ def _mistake(error: BaseException | None) -> UserError | None:
     while error is not None:
         if isinstance(error, UserError):
             return error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
         error = error.__cause__ or error.__context__
     return None
 

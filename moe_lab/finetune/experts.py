@@ -35,10 +35,16 @@ class Experts:
     validate_every: int = 100
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0:
+        for name in ("epochs", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"finetune.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"finetune.{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
             raise UserError(
-                "finetune: epochs and batch_size must be at least 1 and learning_rate above 0, got "
-                f"{self.epochs}, {self.batch_size} and {self.learning_rate}"
+                f"finetune.warmup_ratio={self.warmup_ratio} must be from 0 to 1, and "
+                f"finetune.weight_decay={self.weight_decay} at least 0"
             )
 
     def trainable(self, model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:

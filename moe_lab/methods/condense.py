@@ -50,6 +50,8 @@ class Condense:
                 raise UserError(
                     f"condense.num_layers={self.num_layers}: the model has {len(layers)} MoE layers"
                 )
+        elif not self.layers or len(set(self.layers)) < len(self.layers):
+            raise UserError(f"condense.layers={list(self.layers)}: name one or more, each once")
         elif unknown := [index for index in self.layers if index not in indices]:
             raise UserError(
                 f"condense.layers names {unknown}, but the model's MoE layers are {indices} "
@@ -69,6 +71,8 @@ class Condense:
             num_routed = self.num_routed
         else:
             num_routed = len(self.experts)
+            if len(set(self.experts)) < num_routed:
+                raise UserError(f"condense.experts={list(self.experts)}: name each only once")
             if unknown := [e for e in self.experts if not 0 <= e < info.num_experts]:
                 raise UserError(
                     f"condense.experts names {unknown}, but layer {info.index} has experts "

@@ -45,7 +45,11 @@ class Suite:
     held_out: Any = None
 
     def check(self) -> None:
-        """Refuse tasks that do not exist, before any work."""
+        """Refuse tasks that do not exist and impossible numbers, before any work."""
+        for name, least in (("num_items", 1), ("limit", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"eval.{name} must be at least {least}, got {value}")
         others = [name for name in self.tasks if name not in tiny.NAMES]
         if not others:
             return

@@ -1,0 +1,327 @@
+"""What a user can get wrong: exit code 2, one message with the way out, before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+from families import tiny_model
+
+Job = Callable[..., Outcome]
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, each of `words` in the message, no traceback, and no stage ran."""
+    assert outcome.code == 2, outcome.text
+    assert "Traceback" not in outcome.text
+    missing = [word for word in words if word not in outcome.text]
+    assert not missing, outcome.text
+    assert outcome.stages() == []
+    if outcome.report:
+        assert outcome.report["status"] == "failed"
+        assert all(word in outcome.report["error"] for word in words)
+
+
+CONDENSE, TUNE = "method=condense", "finetune=experts"
+OVERRIDES = {
+    # an unknown option, group or value
+    "group": (["metod=prune"], ["metod", "method", "calibration"]),
+    "added group": (["+metod=prune"], ["metod", "method", "calibration"]),
+    "choice": (["method=pruning"], ["condense", "prune"]),
+    "option": (["ratio.ration=0.5"], ["ratio.ration", "there are ratio"]),
+    "added option": (["+calibration.nam=3"], ["calibration.nam", "num_samples"]),
+    "added inner option": (["eval=tiny", "+eval.held_out.x=3"], ["eval.held_out.x", "max_length"]),
+    "no equals sign": (["foo"], ["foo", "EQUAL"]),
+    "open bracket": (["calibration.files=[a"], ["[a"]),
+    "experts search": ([CONDENSE, "condense.experts=greedy"], ["greedy_js", "'greedy'"]),
+    "layers search": ([CONDENSE, "condense.layers=greedy"], ["greedy_js", "'greedy'"]),
+    "tracking": (["track.mode=sometimes"], ["sometimes", "online|offline|off"]),
+    "dtype": (["model.dtype=float99"], ["float99", "bfloat16"]),
+    "task": (["eval=tiny", "eval.tasks=[tiny_poem]"], ["tiny_poem", "tiny_prose"]),
+    "split": (["calibration=stdlib", "calibration.split=tests"], ["tests", "validation"]),
+    "domain": (["calibration=stdlib", "calibration.domains=[art]"], ["art", "prose"]),
+    # impossible numbers of experts and layers
+    "ratio": (["ratio.ratio=0.75"], ["layer 1", "2 of 8", "chooses 3", "0.625"]),
+    "ratio above 1": (["ratio.ratio=1.5"], ["ratio.ratio=1.5", "below 1"]),
+    "negative ratio": (["ratio.ratio=-0.1"], ["ratio.ratio=-0.1", "at least 0"]),
+    "layer": ([CONDENSE, "condense.layers=[0,2]"], ["[0]", "[1, 2, 3]", "condense.layers"]),
+    "no layer": ([CONDENSE, "condense.layers=[]"], ["condense.layers=[]", "one or more"]),
+    "layer twice": ([CONDENSE, "condense.layers=[1,1]"], ["condense.layers=[1, 1]", "once"]),
+    "layers": ([CONDENSE, "condense.num_layers=4"], ["condense.num_layers=4", "3 MoE layers"]),
+    "no layers": ([CONDENSE, "condense.num_layers=0"], ["condense.num_layers=0", "3"]),
+    "experts": ([CONDENSE, "condense.experts=[1,8]"], ["[8]", "0 to 7"]),
+    "expert twice": ([CONDENSE, "condense.experts=[1,1]"], ["condense.experts=[1, 1]", "once"]),
+    "more experts": ([CONDENSE, "condense.num_routed=9"], ["condense.num_routed=9", "8"]),
+    "fewer experts": ([CONDENSE, "condense.num_routed=-1"], ["condense.num_routed=-1", "8"]),
+    # values of the wrong kind
+    "word": ([CONDENSE, "condense.num_layers=abc"], ["condense.num_layers=abc", "whole number"]),
+    "fraction": ([CONDENSE, "condense.num_routed=1.5"], ["condense.num_routed=1.5", "whole"]),
+    "one layer": ([CONDENSE, "condense.layers=3"], ["condense.layers=3", "list [a,b]"]),
+    "word in a list": ([CONDENSE, "condense.layers=[x]"], ["condense.layers", "whole numbers"]),
+    "word as ratio": (["ratio.ratio=half"], ["ratio.ratio=half", "a number"]),
+    "no ratio": (["ratio.ratio=null"], ["ratio.ratio", "a number"]),
+    "nan": ([TUNE, "finetune.learning_rate=nan"], ["finetune.learning_rate=nan", "a number"]),
+    "one file": (["calibration.files=a.txt"], ["calibration.files=a.txt", "list [a,b]"]),
+    "one task": (["eval=tiny", "eval.tasks=tiny_prose"], ["eval.tasks", "list [a,b]"]),
+    "seed": (["seed=-1"], ["seed=-1", "at least 0"]),
+    "seed in words": (["seed=one"], ["seed=one", "whole number"]),
+    # negative and absurd numbers
+    "samples": (["calibration.num_samples=-1"], ["num_samples", "-1", "at least 1"]),
+    "length": (["calibration.max_length=0"], ["max_length", "at least 1"]),
+    "batch": (["compute.batch_size=0"], ["compute.batch_size", "at least 1"]),
+    "threads": (["compute.threads=-1"], ["compute.threads", "at least 1"]),
+    "device": (["compute.device=tpu"], ["compute.device=tpu", "cpu"]),
+    "device number": (["compute.device=cuda:99"], ["compute.device=cuda:99", "cpu"]),
+    "epochs": ([TUNE, "finetune.epochs=0"], ["finetune.epochs", "at least 1"]),
+    "validation": ([TUNE, "finetune.validate_every=0"], ["finetune.validate_every", "at least 1"]),
+    "learning rate": ([TUNE, "finetune.learning_rate=-1"], ["finetune.learning_rate", "above 0"]),
+    "warm-up": ([TUNE, "finetune.warmup_ratio=2"], ["finetune.warmup_ratio=2", "0 to 1"]),
+    "tuning text": ([TUNE, "finetune.data.num_samples=0"], ["num_samples", "at least 1"]),
+    "items": (["eval=tiny", "eval.num_items=0"], ["eval.num_items", "at least 1"]),
+    "limit": (["eval=tiny", "eval.limit=-3"], ["eval.limit", "at least 1"]),
+    "repeats": (["measure=speed", "measure.repeats=0"], ["measure.repeats", "at least 1"]),
+    # models and data that are not there
+    "model path": (["model.path=???"], ["model.path"]),
+    "folder": (["model.path=/no/such/folder"], ["/no/such/folder", "neither a folder"]),
+    "model name": (["model.path=tiny"], ["'tiny'", "owner/name"]),
+    "hub id": (["model.path=owner/name"], ["owner/name", "model.path=<folder>"]),
+    "shipped": (["model.path=shipped:huge"], ["huge", "tiny_deepseek"]),
+    "no files": (["calibration.files=[]"], ["calibration.files=[a.jsonl"]),
+    "missing file": (["calibration.files=[/no/text.jsonl]"], ["/no/text.jsonl", "not a file"]),
+    "field": (["calibration.field=body"], ["'body'", "['text']", "calibration.field=<name>"]),
+    "documents": (["calibration.num_samples=17"], ["17 samples", "only 16", "num_samples=16"]),
+    "packed": (
+        ["calibration.pack=true", "calibration.num_samples=99"],
+        ["99 samples", "full samples of 32 tokens"],
+    ),
+    "no parts": (["calibration=mixture", "calibration.parts=null"], ["calibration.parts"]),
+    "hub dataset": (["calibration=wikitext2"], ["Salesforce/wikitext", "calibration=files"]),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_refused(name: str, job: Job) -> None:
+    overrides, words = OVERRIDES[name]
+    assert_refused(job(*overrides), *words)
+
+
+def test_the_least_that_is_accepted(job: Job) -> None:
+    outcome = job("ratio.ratio=0.625")
+    assert outcome.code == 0, outcome.text
+    assert outcome.stages() == ["compress", "plan", "profile"]
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint, to be broken."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+
+
+def test_a_model_that_is_not_an_moe(job: Job, copy: Path, tokenizer: object) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(copy)
+    assert_refused(job(f"model.path={copy}"), str(copy), "not a Mixture-of-Experts", "'llama'")
+
+
+def test_a_weight_file_is_missing(job: Job, copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    tiny_model("qwen2_moe", vocab_size=259).save_pretrained(copy, max_shard_size="30KB")
+    shards = sorted(copy.glob("model-*.safetensors"))
+    shards[1].unlink()
+    numbers = f"1 of {len(shards)} weight files"
+    assert_refused(job(f"model.path={copy}"), numbers, shards[1].name)
+
+
+def test_the_index_is_damaged(job: Job, copy: Path) -> None:
+    (copy / "model.safetensors.index.json").write_text("{")
+    assert_refused(job(f"model.path={copy}"), "model.safetensors.index.json", "cannot be read")
+
+
+def test_only_bin_weights(job: Job, copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert_refused(job(f"model.path={copy}"), "no *.safetensors", "pytorch_model.bin", "convert")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_truncated_weights(job: Job, copy: Path, kept: int) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert_refused(job(f"model.path={copy}"), str(weights), "damaged", "download it again")
+
+
+def test_corrupt_weights(job: Job, copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"not a safetensors file " * 50)
+    assert_refused(job(f"model.path={copy}"), "model.safetensors", "damaged")
+
+
+def test_a_tensor_is_missing(job: Job, copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if "self_attn.q_proj.weight" in name)
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    outcome = job(f"model.path={copy}")
+    assert outcome.code == 2 and "Traceback" not in outcome.text
+    assert name in outcome.text and "lacks 1 tensor" in outcome.text
+
+
+def test_a_truncated_config(job: Job, copy: Path) -> None:
+    config = copy / "config.json"
+    config.write_text(config.read_text()[:100])
+    assert_refused(job(f"model.path={copy}"), str(config), "cannot be read")
+
+
+def test_an_unknown_family(job: Job, copy: Path) -> None:
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace('"qwen2_moe"', '"qwen99_moe"'))
+    assert_refused(job(f"model.path={copy}"), str(config), "qwen99_moe")
+
+
+def test_no_config(job: Job, copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert_refused(job(f"model.path={copy}"), str(copy), "config.json is missing")
+
+
+def test_no_tokenizer(job: Job, copy: Path) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert_refused(job(f"model.path={copy}"), "has no tokenizer", str(copy))
+
+
+# --------------------------------------------------------------------------- calibration files
+
+FILES = {
+    "empty text": ("a.txt", b"", ["a.txt", "holds only 0 documents", "give more text"]),
+    "empty lines": ("a.jsonl", b"\n\n", ["a.jsonl", "holds only 0 documents"]),
+    "blank text": ("a.txt", b" \n\t\n", ["a.txt", "holds only 0 documents"]),
+    "not UTF-8": ("a.txt", b"caf\xe9", ["a.txt", "cannot be read", "utf-8"]),
+    "lines not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', ["a.jsonl", "cannot be read"]),
+    "broken line": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl", "line 2", "not JSON"]),
+    "a JSON array": ("a.json", b'[\n {"text": "a"}\n]', ["a.json", "line 1", "one object a line"]),
+    "numbers": ("a.jsonl", b"1\n2\n", ["a.jsonl", "'text'", "int"]),
+    "no text": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text'", "calibration.field=<name>"]),
+    "null": ("a.jsonl", b"null\n", ["a.jsonl", "'text'"]),
+    "not Parquet": ("a.parquet", b"something else", ["a.parquet", "cannot be read"]),
+    "empty Parquet": ("a.parquet", b"", ["a.parquet", "cannot be read"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unreadable_text(name: str, job: Job, tmp_path: Path) -> None:
+    file, content, words = FILES[name]
+    (tmp_path / file).write_bytes(content)
+    overrides = [f"calibration.files=[{tmp_path / file}]", "calibration.num_samples=1"]
+    if name == "broken line":
+        overrides[1] = "calibration.num_samples=2"
+    assert_refused(job(*overrides), *words)
+
+
+def test_a_folder_as_file(job: Job, tmp_path: Path) -> None:
+    assert_refused(job(f"calibration.files=[{tmp_path}]"), str(tmp_path), "not a file")
+
+
+# --------------------------------------------------------------------------- disks
+
+
+def test_a_store_below_a_file(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(job(f"store={tmp_path / 'file' / 'store'}"), "cannot write", "store=<folder>")
+
+
+def test_too_little_space(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    assert_refused(job(), "needs about", "0.00 GiB free", "store=<folder>")
+
+
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of our own at `folder`; skips where this user may not mount."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let root mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    yield from mounted(tmp_path / "disk", "size=400k")
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    yield from mounted(tmp_path / "disk", "ro")
+
+
+def test_a_full_disk_is_found_before_any_work(job: Job, small_disk: Path) -> None:
+    (small_disk / "large").write_bytes(b"x" * 300_000)
+    assert_refused(job(f"store={small_disk / 'store'}"), "needs about", str(small_disk))
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    job: Job, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(small_disk)._replace(free=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    (small_disk / "large").write_bytes(b"x" * 200_000)
+    store = small_disk / "store"
+    outcome = job(f"store={store}")
+    assert outcome.code == 2 and "Traceback" not in outcome.text
+    assert "is full" in outcome.report["error"] and "kept" in outcome.report["error"]
+    done = {path.parent.parent.name for path in store.glob("*/*/artifact.json")}
+    assert done == {"profile", "plan"}
+    (small_disk / "large").unlink()
+    again = job(f"store={store}")
+    assert again.code == 0, again.text
+    assert again.report["cached/profile"] and again.report["cached/plan"]
+
+
+def test_a_read_only_store(job: Job, read_only_disk: Path) -> None:
+    assert_refused(job(f"store={read_only_disk / 'store'}"), "Read-only", "store=<folder>")
+
+
+# --------------------------------------------------------------------------- in its own process
+
+
+def test_refusals_of_the_command(run_py: Callable, small: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    cases = {
+        ("method=pruning",): "condense",
+        ("ratio.ration=0.5",): "ratio.ration is no option; there are ratio",
+        ("model=checkpoint",): "model.path",
+        (f"run_dir={file}/run",): "run_dir=<folder>",
+        (*small, "method=prune", "ratio.ratio=0.99"): "top-k",
+    }
+    for overrides, word in cases.items():
+        done = run_py("track=off", f"run_dir={tmp_path / 'run'}", *overrides)
+        assert done.returncode == 2, done.stderr
+        assert word in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["status"] == "failed" and "ratio.ratio=0.99" in report["error"]
+    assert not (tmp_path / "outputs" / "store" / "profile").exists()
