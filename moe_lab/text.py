@@ -24,6 +24,7 @@ MIXTURE: dict[str, float] = {"prose": 0.25, "code": 0.2, "arithmetic": 0.25, "re
 
 PASSAGE_CHARACTERS = 450  # 100-250 tokens of the reference tokenizer
 MINIMUM_CHARACTERS = 80  # shorter remains of a cut document say too little to be a sample
+PARTNER_SIGN = "?"  # before the key of a recall question that asks for the value's partner
 GENERATED_DOCUMENTS = {"train": 20_000, "validation": 1_000, "test": 1_000}
 
 _SKIPPED_FOLDERS = frozenset(
@@ -42,8 +43,9 @@ _VALUES = (
 ).split()
 _RECALL_LINES = (32, 42)  # lines in a document, most of them repeating an earlier pair
 _QUERIED_PAIRS = (2, 2, 3, 3, 4, 4, 4, 5, 6)  # drawn evenly
-_ECHOED_PAIRS = (3, 12)
-_ECHO_SHARE = 0.5
+_ECHOED_PAIRS = (3, 10)
+_ECHO_SHARE = 0.25
+_PARTNER_SHARE = 0.75  # questions for the partner of a value, not for the value
 _ARITHMETIC_LINES = (16, 30)
 _OPERAND_LIMITS = (100, 20)
 
@@ -93,6 +95,15 @@ def recall_pairs(generator: random.Random, num_pairs: int) -> dict[str, str]:
     """`num_pairs` random keys with distinct values, in the order in which they are listed."""
     keys = generator.sample(_KEYS, num_pairs)
     return dict(zip(keys, generator.sample(_VALUES, num_pairs), strict=True))
+
+
+def partner(value: str) -> str:
+    """The value that a recall question with `PARTNER_SIGN` wants for a listed value.
+
+    The pairing is the same everywhere: it has to be known, as the list does not show it. Raises
+    ValueError for a word that is no value.
+    """
+    return _VALUES[_VALUES.index(value) ^ 1]
 
 
 def problems(split: str) -> list[tuple[int, str, int, int]]:
@@ -189,9 +200,10 @@ def _modules() -> list[tuple[str, Path]]:
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts)
-        if _SKIPPED_FOLDERS.isdisjoint(parts[:-1]) and name not in _SKIPPED_MODULES:
-            if not parts[-1].startswith("_sysconfigdata") and not parts[0].startswith("config-"):
-                found.append((name, path))
+        generated = parts[-1].startswith("_sysconfigdata") or parts[0].startswith("config-")
+        skipped = generated or name in _SKIPPED_MODULES
+        if not skipped and _SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
+            found.append((name, path))
     return sorted(found)
 
 
@@ -249,22 +261,24 @@ def _arithmetic(split: str) -> Iterator[str]:
 def _recall(split: str) -> Iterator[str]:
     """Lists of key and value pairs that are asked again and again.
 
-    Half of the documents repeat a longer list in order: there nearly every token can be copied
-    from the previous round, which is what makes copying learnable at all; lists of two to six
-    pairs alone left a model guessing among their values. The others ask in random order.
+    Some documents repeat a longer list in order: there nearly every token can be copied from the
+    previous round, which is what makes copying learnable at all; short lists alone left a model
+    guessing among their values. The others ask in random order, mostly for a value's partner,
+    since plain copying is attention's work alone and stays when experts are removed.
     """
     generator = random.Random(f"recall/{split}")
     for _ in range(GENERATED_DOCUMENTS[split]):
         total = generator.randint(*_RECALL_LINES)
         if generator.random() < _ECHO_SHARE:
-            pairs = _lines(recall_pairs(generator, generator.randint(*_ECHOED_PAIRS)))
-            lines = (pairs * total)[:total]
+            pairs = recall_pairs(generator, generator.randint(*_ECHOED_PAIRS))
+            lines = ([f"{key} {value}" for key, value in pairs.items()] * total)[:total]
         else:
-            pairs = _lines(recall_pairs(generator, generator.choice(_QUERIED_PAIRS)))
-            lines = pairs * generator.randint(1, 2)
-            lines += generator.choices(pairs, k=total - len(lines))
+            pairs = recall_pairs(generator, generator.choice(_QUERIED_PAIRS))
+            lines = [f"{key} {value}" for key, value in pairs.items()]
+            while len(lines) < total:
+                key = generator.choice(list(pairs))
+                if generator.random() < _PARTNER_SHARE:
+                    lines.append(f"{PARTNER_SIGN}{key} {partner(pairs[key])}")
+                else:
+                    lines.append(f"{key} {pairs[key]}")
         yield "\n".join(lines)
-
-
-def _lines(pairs: dict[str, str]) -> list[str]:
-    return [f"{key} {value}" for key, value in pairs.items()]

@@ -16,7 +16,7 @@ from moe_lab import text
 NUM_CHOICES = 4
 CONTEXT_TOKENS = 48
 CONTINUATION_TOKENS = 6
-RECALL_PAIRS = NUM_CHOICES  # so that every choice stands in the list
+RECALL_PAIRS = 4
 ARITHMETIC_EXAMPLES = 3
 # Distances of wrong results from the right one: slips in one digit or in the carry.
 ARITHMETIC_SLIPS = (-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20)
@@ -75,15 +75,22 @@ def _arithmetic(split: str, generator: random.Random, num_items: int) -> list[It
 
 
 def _recall(split: str, generator: random.Random, num_items: int) -> list[Item]:
+    """A list of pairs, then one key with the sign that asks for its value's partner.
+
+    The wrong choices are the listed value itself and the partners of two other listed values.
+    """
     items = []
-    for number in range(num_items):
+    while len(items) < num_items:
         pairs = text.recall_pairs(generator, RECALL_PAIRS)
-        asked = generator.choice(list(pairs))
-        lines = [f"{key} {value}" for key, value in pairs.items()]
-        wrong = [f" {value}" for key, value in pairs.items() if key != asked]
+        partners = {key: text.partner(value) for key, value in pairs.items()}
+        if not set(partners.values()).isdisjoint(pairs.values()):
+            continue  # a listed value would also be another one's partner
+        asked, *others = generator.sample(list(pairs), NUM_CHOICES - 1)
+        wrong = [f" {pairs[asked]}", *(f" {partners[key]}" for key in others)]
         generator.shuffle(wrong)
-        context = "\n".join([*lines, asked])
-        items.append(_item(context, f" {pairs[asked]}", wrong, number))
+        lines = [f"{key} {value}" for key, value in pairs.items()]
+        context = "\n".join([*lines, f"{text.PARTNER_SIGN}{asked}"])
+        items.append(_item(context, f" {partners[asked]}", wrong, len(items)))
     return items
 
 

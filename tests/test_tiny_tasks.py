@@ -1,0 +1,181 @@
+"""The tiny tasks and the shipped reference model that they were made for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lab import text
+from moe_lab.tasks import tiny
+from moe_lab.tasks.tiny import items
+
+MODEL = Path(tiny.__file__).parents[2] / "checkpoints" / "tiny_deepseek"
+NUM_ITEMS = 60
+LEAST_ACCURACY = 0.40  # chance is 0.25; the card's figures on 200 items are higher
+LEAST_AVERAGE = 0.55
+LEAST_USE = 0.1  # of the layer's mean
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny.write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, seed=0)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_task_has_a_file_and_a_configuration(written: dict[str, Path]) -> None:
+    assert tuple(written) and set(written) == set(tiny.NAMES)
+    folder = written["tiny_prose"].parent
+    for name, config in zip(tiny.NAMES, tiny.configs(folder), strict=True):
+        assert config["task"] == name
+        assert config["dataset_path"] == "json"
+        assert config["dataset_kwargs"]["data_files"]["test"] == str(written[name])
+
+
+def test_files_depend_on_the_seed_alone(written: dict[str, Path], tmp_path: Path) -> None:
+    again = tiny.write_items(tmp_path / "again", NUM_ITEMS, seed=0)
+    other = tiny.write_items(tmp_path / "other", NUM_ITEMS, seed=1)
+    for name in tiny.NAMES:
+        assert again[name].read_bytes() == written[name].read_bytes()
+        assert other[name].read_bytes() != written[name].read_bytes()
+
+
+@pytest.mark.parametrize("name", tiny.MULTIPLE_CHOICE)
+def test_choices_are_distinct_equally_long_and_balanced(
+    name: str, written: dict[str, Path]
+) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(items.TOKENIZER))
+    rows = _read(written[name])
+    assert len(rows) == NUM_ITEMS
+    positions = Counter(row["answer"] for row in rows)
+    assert set(positions) == set(range(4))
+    assert max(positions.values()) - min(positions.values()) <= 1
+    for row in rows:
+        assert len(set(row["choices"])) == items.NUM_CHOICES
+        context = tokenizer.encode(row["context"]).ids
+        assert len(context) <= 64
+        lengths = set()
+        for choice in row["choices"]:
+            whole = tokenizer.encode(row["context"] + choice).ids
+            assert whole[: len(context)] == context
+            lengths.add(len(whole) - len(context))
+        assert len(lengths) == 1
+
+
+@pytest.mark.parametrize("domain", ["prose", "code"])
+def test_choices_come_from_one_held_out_document(domain: str, written: dict[str, Path]) -> None:
+    documents = text.documents(domain, "test")
+    for row in _read(written[f"tiny_{domain}"]):
+        right = row["context"] + row["choices"][row["answer"]]
+        homes = [document for document in documents if right in document]
+        assert any(all(choice in home for choice in row["choices"]) for home in homes)
+
+
+def test_arithmetic_answers_are_right_and_unseen(written: dict[str, Path]) -> None:
+    train = {line for d in text.documents("arithmetic", "train") for line in d.splitlines()}
+    for row in _read(written["tiny_arithmetic"]):
+        problem = row["context"].splitlines()[-1].removesuffix("=")
+        answer = row["choices"][row["answer"]]
+        assert eval(problem) == int(answer)
+        assert f"{problem}={answer}" not in train
+
+
+def test_recall_answers_follow_from_the_list(written: dict[str, Path]) -> None:
+    for row in _read(written["tiny_recall"]):
+        *lines, question = row["context"].splitlines()
+        pairs = dict(line.split(" ") for line in lines)
+        value = pairs[question.removeprefix(text.PARTNER_SIGN)]
+        assert row["choices"][row["answer"]].strip() == text.partner(value)
+
+
+def test_impossible_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        tiny.write_items(tmp_path, 0)
+    with pytest.raises(ValueError, match="unknown domain 'poetry'"):
+        items.multiple_choice("poetry", 1, 0)
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, moe_lab.text, moe_lab.tasks.tiny; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_shipped_folder_is_small() -> None:
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 12_000_000
+
+
+def test_shipped_tokenizer_begins_with_bos_and_splits_digits() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    numbers = tokenizer("12+345")["input_ids"]
+    assert numbers[0] == tokenizer.bos_token_id
+    assert len(numbers) == 1 + len("12+345")
+    sample = "def f(x):\n    return x  # \u00e9\n"
+    assert tokenizer.decode(tokenizer(sample)["input_ids"], skip_special_tokens=True) == sample
+
+
+def test_shipped_model_answers_and_uses_all_experts(written: dict[str, Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model, loading = AutoModelForCausalLM.from_pretrained(MODEL, output_loading_info=True)
+    assert not any(loading.values())
+    counts = _count_chosen_experts(model)
+    with torch.no_grad():
+        sample = text.mixture("validation", 64, seed=0)
+        for passage in sample:
+            model(**tokenizer(passage, return_tensors="pt"))
+        least = min((count.min() / count.mean()).item() for count in counts)
+        accuracies = [_accuracy(model, tokenizer, _read(written[n])) for n in tiny.MULTIPLE_CHOICE]
+    assert least >= LEAST_USE
+    assert min(accuracies) >= LEAST_ACCURACY
+    assert sum(accuracies) / len(accuracies) >= LEAST_AVERAGE
+
+
+def _count_chosen_experts(model: Any) -> list[Any]:
+    """Counters per mixture-of-experts layer, [experts], filled by every later forward pass."""
+    import torch
+
+    counts = []
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            counts.append(torch.zeros(model.config.num_experts))
+
+            def add(module: Any, inputs: Any, output: Any, count: Any = counts[-1]) -> None:
+                count.add_(torch.bincount(output[2].flatten(), minlength=len(count)))
+
+            layer.mlp.gate.register_forward_hook(add)
+    return counts
+
+
+def _accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
+    """Share of items whose right choice is the most probable one."""
+    import torch
+
+    correct = 0
+    for start in range(0, len(rows), 20):
+        batch = rows[start : start + 20]
+        texts = [row["context"] + choice for row in batch for choice in row["choices"]]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        ids = inputs["input_ids"]
+        logits = model(**inputs).logits[:, :-1].float().log_softmax(-1)
+        scores = logits.gather(2, ids[:, 1:, None]).squeeze(2)
+        for number, row in enumerate(batch):
+            whole = len(tokenizer(texts[4 * number])["input_ids"])
+            length = whole - len(tokenizer(row["context"])["input_ids"])
+            totals = scores[4 * number : 4 * number + 4, -length:].sum(1)
+            correct += int(torch.argmax(totals)) == row["answer"]
+    return correct / len(rows)
