@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from moe_lab.stream import LayerStream, swapped
 from moe_lab.types import UserError
 
 EPSILON = 1e-10
+TOKENS_AT_ONCE = 1024  # candidates are compared chunk by chunk, so that a chunk stays in the cache
 
 
 def option(kind: str, name: str) -> Callable:
@@ -59,17 +60,21 @@ def js_divergence(reference_TD: Tensor, candidate_TD: Tensor) -> Tensor:
     1e-10 added to each of u, v and m. Computed as sum_d m (log(1-r^2) + 2 r atanh(r)) / 2 with
     r = (v-u)/(v+u), which is the same value without the cancellation of the textbook form.
     """
-    u = _softmax(reference_TD) + EPSILON
-    v = _softmax(candidate_TD) + EPSILON
-    total = u + v
-    edge = 1 - torch.finfo(u.dtype).eps / 2  # r rounds to 1 where u and v share no mass
-    r = v.sub_(u).div_(total).clamp_(-edge, edge)
+    return _js_of(_probability(reference_TD), candidate_TD)
+
+
+def _js_of(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
+    v = _probability(candidate_TD)
+    total = u_TD + v
+    edge = 1 - torch.finfo(total.dtype).eps / 2  # r rounds to 1 where u and v share no mass
+    r = v.sub_(u_TD).div_(total).clamp_(-edge, edge)
     inner = torch.log1p(-r * r).add_(r.atanh().mul_(r), alpha=2)
     return inner.mul_(total).sum(dim=-1) / 4
 
 
-def _softmax(hidden: Tensor) -> Tensor:
-    return (hidden if hidden.dtype == torch.float64 else hidden.float()).softmax(dim=-1)
+def _probability(hidden: Tensor) -> Tensor:
+    exact = hidden if hidden.dtype == torch.float64 else hidden.float()
+    return exact.softmax(dim=-1).add_(EPSILON)
 
 
 @dataclass
@@ -90,10 +95,29 @@ class OpenLayer:
     token_weight_T: Tensor
     finish: Callable[[Tensor], Tensor]
 
+    def __post_init__(self) -> None:
+        self._target_parts = [_probability(part) for part in self.target_TD.split(TOKENS_AT_ONCE)]
+
+    def divergences(self, hidden_TD: Tensor, experts: Sequence[int]) -> list[float]:
+        """Mean JS divergence from the intact output if one of `experts` is added to `hidden_TD`."""
+        sums = [0.0] * len(experts)
+        hidden = hidden_TD.split(TOKENS_AT_ONCE)
+        weights = self.token_weight_T.split(TOKENS_AT_ONCE)
+        outputs = self.outputs_ETD.split(TOKENS_AT_ONCE, dim=1)
+        for u, h, y, weight in zip(self._target_parts, hidden, outputs, weights, strict=True):
+            for i, expert in enumerate(experts):
+                js_T = _js_of(u, self.finish(h + self.gates_E[expert] * y[expert]))
+                sums[i] += float(weight @ js_T.double())
+        return sums
+
     def divergence(self, hidden_TD: Tensor) -> float:
-        """Mean JS divergence between the intact layer's output and `hidden_TD`."""
-        value_T = js_divergence(self.target_TD, self.finish(hidden_TD))
-        return float(self.token_weight_T @ value_T.double())
+        """Mean JS divergence from the intact layer's output to `hidden_TD`."""
+        js_T = js_divergence(self.target_TD, self.finish(hidden_TD))
+        return float(self.token_weight_T @ js_T.double())
+
+    def add(self, hidden_TD: Tensor, expert: int) -> Tensor:
+        """The output with one more routed expert behind its constant gate."""
+        return hidden_TD + self.gates_E[expert] * self.outputs_ETD[expert]
 
 
 @dataclass(frozen=True)

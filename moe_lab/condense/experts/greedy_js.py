@@ -19,13 +19,10 @@ def choose(layer: OpenLayer, num_routed: int) -> Choice:
     for _ in range(num_routed):
         rest = [i for i in range(len(layer.gates_E)) if i not in experts]
         rest = [i for i in rest if layer.gates_E[i] != 0] or rest
-        values = [layer.divergence(_with(layer, hidden, expert)) for expert in rest]
+        values = layer.divergences(hidden, rest)
         best = min(range(len(rest)), key=values.__getitem__)
         experts.append(rest[best])
         divergence.append(values[best])
-        hidden = _with(layer, hidden, rest[best])
+        hidden = layer.add(hidden, rest[best])
     return Choice(tuple(experts), tuple(divergence))
 
-
-def _with(layer: OpenLayer, hidden_TD, expert: int):
-    return hidden_TD + layer.gates_E[expert] * layer.outputs_ETD[expert]
