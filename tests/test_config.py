@@ -1,0 +1,169 @@
+"""conf/: every file composes, what it names exists, and it mirrors moe_lab/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from moe_lab import checkpoint as checkpoint_module
+from moe_lab import options
+
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+OPTIONS = [(str(path.parent), path.stem) for path in FILES if path.parent.name]
+GROUPS = sorted({group for group, _ in OPTIONS})
+# Folders of conf/ that name code, and the package where it lies; "none" needs no code there.
+MIRRORED = {"metric": "metrics", "ratio": "ratios", "method": "methods", "finetune": "finetune"}
+EACH_OPTION = pytest.mark.parametrize(
+    ("group", "option"), OPTIONS, ids=["=".join(one) for one in OPTIONS]
+)
+Compose = Callable[..., DictConfig]
+
+
+def overrides(group: str, option: str) -> list[str]:
+    given = ["model.path=some/folder"] if (group, option) == ("model", "checkpoint") else []
+    return [f"{group}={option}", *given]
+
+
+def targets(node: Any) -> list[DictConfig]:
+    """All nodes with a `_target_` that stand in no other such node."""
+    if isinstance(node, DictConfig) and "_target_" in node:
+        return [node]
+    if isinstance(node, DictConfig):
+        return [found for key in node for found in targets(node[key])]
+    if isinstance(node, ListConfig):
+        return [found for value in node for found in targets(value)]
+    return []
+
+
+def test_the_groups_of_the_contract() -> None:
+    contract = "model calibration metric ratio condense method finetune eval measure compute track"
+    assert set(contract.split()) <= set(GROUPS)
+    assert [str(path) for path in FILES if not path.parent.name] == ["run.yaml"]
+    assert len(OPTIONS) >= 30
+    stray = [path for path in CONF.rglob("*") if path.is_file() and path.suffix != ".yaml"]
+    assert not stray, "a file that Hydra cannot see"
+
+
+@EACH_OPTION
+def test_composes_and_instantiates(group: str, option: str, composed: Compose) -> None:
+    config = composed(*overrides(group, option))
+    choices = dict(config.hydra.runtime.choices)
+    assert choices[group] == option
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    written = OmegaConf.to_container(config)
+    options.check(OmegaConf.to_container(config, resolve=True), written, choices)
+    parts = {name: targets(config[name]) for name in GROUPS if name in config}
+    for part in (part for found in parts.values() for part in found):
+        assert instantiate(part, _convert_="object") is not None
+    code = {"none": 0} if group in ("finetune", "eval", "measure") else {}
+    expected = 0 if group in ("model", "condense") else code.get(option, 1)
+    assert len(parts[group]) == expected
+
+
+@pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "model"])
+def test_models(name: str, composed: Compose) -> None:
+    model = composed(*overrides("model", name)).model
+    assert set(model) == {"name", "path", "revision", "dtype"}
+    assert model.dtype in checkpoint_module.DTYPES
+    if name == "checkpoint":
+        assert model.name == model.path
+    else:
+        assert model.name == name
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model.path)
+        assert model.path == f"shipped:{name}" or hub_id
+    if model.path.startswith("shipped:"):
+        found = checkpoint_module.resolve(model.path, model.revision, model.dtype)
+        assert found.layers()
+
+
+@pytest.mark.parametrize("group", MIRRORED)
+def test_conf_mirrors_code(group: str, composed: Compose) -> None:
+    package = ROOT / "moe_lab" / MIRRORED[group]
+    code = {path.stem for path in package.glob("*.py") if path.stem != "__init__"}
+    files = {path.stem for path in (CONF / group).glob("*.yaml")}
+    assert code - {"none"} == files - {"none"}
+    for name in sorted(code):
+        target = composed(f"{group}={name}")[group]._target_
+        assert target.rpartition(".")[0] == f"moe_lab.{MIRRORED[group]}.{name}"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_misspelt_option_lists_what_exists(group: str, composed: Compose) -> None:
+    with pytest.raises(HydraException) as caught:
+        composed(f"{group}=mispelt")
+    message = options.refusal(caught.value)
+    assert f"{group}/mispelt" in message
+    assert all(option in message for name, option in OPTIONS if name == group)
+    assert str(ROOT) not in message
+
+
+@pytest.mark.parametrize("node", ["", *GROUPS])
+def test_a_misspelt_key_lists_what_exists(node: str, composed: Compose) -> None:
+    config = composed()
+    there = config[node] if node else config
+    with pytest.raises(HydraException) as caught:
+        composed(f"{node}.mispelt=1" if node else "mispelt=1")
+    message = options.refusal(caught.value)
+    assert "mispelt is no option; there are" in message
+    keys = {str(key) for key in there} - {"hydra", "_target_"}
+    assert keys and all(key in message for key in keys)
+
+
+def test_every_yaml_of_hydra_itself_is_untouched(composed: Compose) -> None:
+    HydraConfig.instance().set_config(composed())
+    assert HydraConfig.get().job.chdir is False
+    assert "${" not in HydraConfig.get().run.dir
+    HydraConfig.instance().cfg = None
+
+
+def test_no_machine_path_in_any_file() -> None:
+    texts = {path: (CONF / path).read_text() for path in FILES}
+    wrong = [
+        path for path, text in texts.items() if re.search(r"(^|[\s:\[])/(home|work|tmp)", text)
+    ]
+    assert not wrong
+
+
+# --------------------------------------------------------------------------- options.check
+
+
+def checked(options_: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
+    top = {"seed": 0, "store": "a", "run_dir": "b"}
+    options.check(top | options_, top | (raw or options_), ["method", "condense", "metric"])
+
+
+def test_a_message_names_what_the_user_set() -> None:
+    target = "moe_lab.methods.condense.Condense"
+    good = {"_target_": target, "num_layers": 1, "num_routed": 0, "experts": "a", "layers": [1, 2]}
+    raw = good | {"num_layers": "${condense.num_layers}"}
+    checked({"method": good, "condense": {"num_layers": 1}})
+    for value in ("abc", 1.5, True, None):
+        values = {"method": good | {"num_layers": value}, "condense": {"num_layers": value}}
+        with pytest.raises(options.UserError, match=r"^condense.num_layers=.*a whole number"):
+            checked(values, {"method": raw, "condense": {"num_layers": value}})
+    with pytest.raises(
+        options.UserError, match=r"^method.layers=.*text or a list \[a,b\] of whole"
+    ):
+        checked({"method": good | {"layers": ["x"]}})
+    with pytest.raises(options.UserError, match="no option of method; there are num_layers"):
+        checked({"method": good | {"num_layer": 1}})
+    with pytest.raises(options.UserError, match=r"Pruner does not exist"):
+        checked({"method": {"_target_": "moe_lab.methods.prune.Pruner"}})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
+def test_only_finite_numbers_are_numbers(value: Any) -> None:
+    uniform = {"_target_": "moe_lab.ratios.uniform.Uniform", "ratio": value}
+    with pytest.raises(options.UserError, match=r"metric.ratio=.*a number"):
+        checked({"metric": uniform})
+    checked({"metric": uniform | {"ratio": 1}})

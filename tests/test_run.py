@@ -1,0 +1,273 @@
+"""Whole runs of run.py on a tiny checkpoint, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Outcome, run_command
+
+import moe_lab
+
+DEFAULT = [
+    "finetune.data.num_samples=16",
+    "finetune.data.max_length=32",
+    "finetune.validation.num_samples=4",
+    "finetune.batch_size=8",
+    "eval.num_items=4",
+    "eval.held_out.num_samples=4",
+    "measure.prompt_length=16",
+    "measure.decode_tokens=2",
+    "measure.repeats=1",
+]
+SWEEP = [
+    "method=prune",
+    "metric=random,frequency,soft_count,reap",
+    "ratio.ratio=0.25,0.5",
+    "finetune=none",
+    "eval=perplexity",
+    "calibration@eval.held_out=files",
+    "eval.held_out.files=${calibration.files}",
+    "eval.held_out.num_samples=4",
+    "measure=none",
+]
+STAGES = (
+    "profile plan compress finetune evaluate_dense evaluate_compressed evaluate_finetuned measure"
+).split()
+OF_A_VARIANT = (
+    "parameters active_parameters bytes eval/average kl memory_ratio prefill_speedup "
+    "decode_speedup checkpoint stock"
+).split()
+OF_A_RUN = (
+    "status error model method metric ratio seed commit fingerprint/model fingerprint/data"
+).split()
+
+
+def artifacts(folder: Path) -> dict[Path, tuple[int, str]]:
+    """When each finished result under outputs/store was written."""
+    found = sorted((folder / "outputs" / "store").glob("*/*/artifact.json"))
+    return {path: (path.stat().st_mtime_ns, path.read_text()) for path in found}
+
+
+def identities(folder: Path, kind: str) -> list[dict[str, Any]]:
+    files = (folder / "outputs" / "store" / kind).glob("*/artifact.json")
+    return [json.loads(file.read_text())["identity"] for file in files]
+
+
+def reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of the last sweep under `folder`, by job number."""
+    sweep = sorted((folder / "outputs" / "runs").iterdir())[-1]
+    return {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/report.json")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its working folder, its run folder, its report, what it printed."""
+
+    home: Path
+    folder: Path
+    report: dict[str, Any]
+    done: subprocess.CompletedProcess[str]
+
+    def checkpoint(self, variant: str) -> Path:
+        """Where a variant lies; reports name it as the store was named, here relative to home."""
+        return self.home / self.report[f"{variant}/checkpoint"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Run:
+    """The default run, in small: condensed, fine-tuned, evaluated, measured, tracked offline."""
+    home = tmp_path_factory.mktemp("first")
+    done = run_command(home, *small, *DEFAULT, "track=offline", "run_dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Run(home, home / "run", json.loads((home / "run" / "report.json").read_text()), done)
+
+
+def test_the_report_has_the_contracts_keys(first: Run) -> None:
+    report = first.report
+    assert [key for key in OF_A_RUN if key not in report] == []
+    assert (report["status"], report["error"], report["method"]) == ("ok", None, "condense")
+    for variant in ("dense", "compressed", "finetuned"):
+        assert [key for key in OF_A_VARIANT if report.get(f"{variant}/{key}") is None] == []
+        assert 0 <= report[f"{variant}/eval/tiny_prose/acc"] <= 1
+        assert report[f"{variant}/eval/tiny_perplexity_code/bits_per_byte"] > 0
+        assert report[f"{variant}/stock"] is True
+        assert (first.checkpoint(variant) / "config.json").is_file()
+    for stage in STAGES:
+        assert report[f"seconds/{stage}"] >= 0
+        assert report[f"cached/{stage}"] is False
+    assert report["dense/kl"] == 0 < report["compressed/kl"]
+    assert report["dense/memory_ratio"] == 1
+    assert report["compressed/parameters"] < report["dense/parameters"]
+
+
+def test_a_run_leaves_its_files_and_says_where(first: Run) -> None:
+    plan = json.loads((first.folder / "plan.json").read_text())
+    assert [layer["index"] for layer in plan["layers"]] == [1, 2, 3]
+    condensed = [layer for layer in plan["layers"] if layer["edit"] == "condense"]
+    assert [layer["index"] for layer in condensed] == plan["layer_order"]
+    assert len(condensed[0]["experts"]) == 2
+    assert (first.folder / ".hydra" / "config.yaml").is_file()
+    assert list((first.folder / "wandb").glob("offline-run-*"))
+    shown = first.done.stdout
+    for word in ("dense", "compressed", "finetuned", "tiny_prose", "KL", "prefill"):
+        assert word in shown
+    assert first.report["finetuned/checkpoint"] in shown.replace("\n", "")
+    assert "Traceback" not in shown + first.done.stderr
+    for variant in ("compressed", "finetuned"):
+        card = (first.checkpoint(variant) / "README.md").read_text()
+        assert "condense" in card and first.report["fingerprint/model"] in card
+
+
+def test_a_second_run_computes_nothing(first: Run, small: list[str]) -> None:
+    before = artifacts(first.home)
+    done = run_command(first.home, *small, *DEFAULT, "track=off", "run_dir=again")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((first.home / "again" / "report.json").read_text())
+    assert all(report[f"cached/{stage}"] is True for stage in STAGES)
+    own = ("cached/", "sweep", "job", "seconds/total")
+    assert {key: value for key, value in report.items() if not key.startswith(own)} == {
+        key: value for key, value in first.report.items() if not key.startswith(own)
+    }
+    assert artifacts(first.home) == before
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = model(torch.arange(3, 43).reshape(2, 20)).logits
+assert "moe_lab" not in sys.modules
+torch.save(logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("variant", ["compressed", "finetuned"])
+def test_stock_transformers_loads_it(first: Run, variant: str, tmp_path: Path) -> None:
+    folder, saved = first.checkpoint(variant), tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", FRESH, folder, str(saved)], check=True, cwd=tmp_path)
+    model = moe_lab.load(folder, dtype="float32")
+    assert model.config.mlp_only_layers != [0], "one more layer is dense"
+    with torch.no_grad():
+        ours = model(torch.arange(3, 43).reshape(2, 20)).logits
+    assert torch.equal(torch.load(saved), ours)
+
+
+def test_one_failed_job_spoils_no_sweep_and_a_second_compression_works(
+    first: Run, small: list[str]
+) -> None:
+    """On the condensed checkpoint: no method, a second compression, and a ratio out of reach."""
+    compressed = first.checkpoint("compressed")
+    jobs = ["method=none,prune", "ratio.ratio=0.25,0.99", f"model.path={compressed}"]
+    stages = ["eval=none", "measure=none", "finetune.data.num_samples=8"]
+    done = run_command(first.home, "-m", *small, *DEFAULT[1:4], *stages, *jobs)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    found = reports(first.home)
+    status = {job: report["status"] for job, report in found.items()}
+    assert status == {"0": "ok", "1": "ok", "2": "ok", "3": "failed"}
+    assert "ratio.ratio=0.99 is too much" in found["3"]["error"]
+    assert "top-k" in found["3"]["error"]
+    assert "compressed/checkpoint" not in found["0"]
+    assert found["2"]["finetuned/stock"] is True
+    twice = moe_lab.load(first.home / found["2"]["finetuned/checkpoint"])
+    assert twice.config.num_experts == 6
+    assert len(twice.config.mlp_only_layers) == 2
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "run.py"), *overrides]
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, small: list[str]) -> None:
+    process = start(tmp_path, "-m", *small, *SWEEP)
+    finished = tmp_path / "outputs" / "store" / "compress"
+    until = time.monotonic() + 300
+    while len(list(finished.glob("*/artifact.json"))) < 3 and time.monotonic() < until:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = artifacts(tmp_path)
+    assert 3 <= len(identities(tmp_path, "compress")) < 8, "killed in the middle"
+
+    done = run_command(tmp_path, "-m", *small, *SWEEP)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = artifacts(tmp_path)
+    assert {path: after[path] for path in before} == before, "finished work was not repeated"
+
+    found = reports(tmp_path)
+    assert {report["status"] for report in found.values()} == {"ok"}
+    pairs = {(report["metric"], report["ratio"]) for report in found.values()}
+    metrics = ("random", "frequency", "soft_count", "reap")
+    assert pairs == {(metric, ratio) for metric in metrics for ratio in (0.25, 0.5)}
+    assert len(identities(tmp_path, "profile")) == 1
+    assert len(identities(tmp_path, "compress")) == 8
+    evaluated = identities(tmp_path, "evaluate")
+    assert len([one for one in evaluated if one["checkpoint"] == one["dense"]]) == 1
+    assert len(evaluated) == 9
+    assert len({report["dense/eval/held_out/perplexity"] for report in found.values()}) == 1
+
+
+def test_help_is_light() -> None:
+    done = run_command(ROOT, "--help", python=("-X", "importtime"))
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not imported & {"torch", "transformers", "datasets", "wandb", "lm_eval", "numpy"}
+    groups = "model calibration metric ratio condense method finetune eval measure compute track"
+    assert [group for group in groups.split() if f"{group}: " not in done.stdout] == []
+    assert "ratio.ratio" in done.stdout and "run_dir" in done.stdout
+
+
+# --------------------------------------------------------------------------- in this process
+
+
+def test_a_failure_of_ours_is_reported_with_its_traceback(
+    job: Callable[..., Outcome], main_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(main_module, "pipeline", broken)
+    outcome = job()
+    outcome_error = (outcome.report["status"], outcome.report["error"])
+    assert outcome_error == ("failed", "ZeroDivisionError: ours")
+    assert outcome.code == 1 and "Traceback" in outcome.text
+
+
+def test_a_stopped_run_writes_its_report(
+    job: Callable[..., Outcome], main_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module, "pipeline", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    report = json.loads((tmp_path / "job" / "report.json").read_text())
+    assert (report["status"], report["error"]) == ("failed", "stopped by Ctrl-C")
+
+
+def test_device_and_batch_size_enter_no_key(job: Callable[..., Outcome]) -> None:
+    assert job("compute.batch_size=3").code == 0
+    report = job("compute.batch_size=8", "compute.threads=null").report
+    assert all(report[f"cached/{stage}"] for stage in ("profile", "plan", "compress"))
+
+
+def test_a_ratio_of_zero_changes_nothing(job: Callable[..., Outcome]) -> None:
+    outcome = job("ratio.ratio=0", "eval=none")
+    assert outcome.code == 0, outcome.text
