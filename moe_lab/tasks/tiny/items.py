@@ -14,8 +14,9 @@ from typing import Any
 from moe_lab import text
 
 NUM_CHOICES = 4
-CONTEXT_TOKENS = 48
-CONTINUATION_TOKENS = 6
+CONTEXT_TOKENS = 32
+# Longer pieces differ more in how common they are than in how well they fit.
+CONTINUATION_TOKENS = 2
 RECALL_PAIRS = 4
 ARITHMETIC_EXAMPLES = 3
 # Distances of wrong results from the right one: slips in one digit or in the carry.
