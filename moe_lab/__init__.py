@@ -58,7 +58,7 @@ def _teach(modeling: Any) -> None:
     def post_init(self: Any) -> None:
         structure = getattr(self.config, "moe_lab", None)
         if structure:
-            from moe_lab.checkpoint import apply_structure
+            from moe_lab.saving import apply_structure
 
             apply_structure(self, structure)
         original(self)

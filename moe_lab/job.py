@@ -141,4 +141,7 @@ def _show(job: Description, found: dict[str, Any]) -> None:
     for variant in report.VARIANTS:
         if f"{variant}/checkpoint" in found:
             console.print(f"{variant:>10}: {found[f'{variant}/checkpoint']}", soft_wrap=True)
-    console.print(f"{'run':>10}: {job.folder} (report.json, plan.json, run.log)", soft_wrap=True)
+    files = [
+        name for name in ("report.json", "plan.json", "run.log") if (job.folder / name).exists()
+    ]
+    console.print(f"{'run':>10}: {job.folder} ({', '.join(files)})", soft_wrap=True)

@@ -1,6 +1,6 @@
 """MoE layers of a transformers model: finding, computing and editing them.
 
-With `observing.py` and `checkpoint.py` the only file that knows transformers' insides. It relies
+With `observing.py`, `checkpoint.py` and `saving.py` the only file that knows transformers' insides. It relies
 on the contract that the v5 families share: inside a decoder layer stands a block with a router,
 which returns (logits, weights, indices), and an experts module decorated with
 `use_experts_implementation`, which takes (hidden_states, top_k_index, top_k_weights).
@@ -259,7 +259,7 @@ def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
 def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
 
-    The model computes the edited function at once; `checkpoint.save` finds the form in which
+    The model computes the edited function at once; `saving.save` finds the form in which
     stock transformers can hold it.
     """
     layers = {layer.info.index: layer for layer in moe_layers(model)}

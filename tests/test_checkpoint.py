@@ -12,8 +12,9 @@ import torch
 from families import FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
-from moe_lab.checkpoint import load, resolve, save
+from moe_lab.checkpoint import load, resolve
 from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.saving import save
 from moe_lab.types import Edit, Plan, UserError
 
 # Loads each folder and compares its logits with those of the model before it was saved.

@@ -10,11 +10,12 @@ import torch
 from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 
-from moe_lab.checkpoint import load, save
+from moe_lab.checkpoint import load
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
 from moe_lab.finetune.experts import Experts
 from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.saving import save
 from moe_lab.stages import finetune as stage
 from moe_lab.types import Edit, Plan, UserError
 

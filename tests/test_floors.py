@@ -16,7 +16,7 @@ FLOORS = (
     {"store", "text", "report", "tables", "progress", "compute", "card", "options"},
     {"data", "moe", "tasks"},
     {"observing", "checkpoint"},
-    {"statistics", "stream"},
+    {"statistics", "stream", "saving"},
     {"metrics", "ratios", "condense", "finetune"},
     {"methods"},
     {"stages", "track"},
@@ -30,12 +30,12 @@ ALONE = {
     "transformers.core_model_loading": {"moe"},
     "transformers.modeling_utils": {"moe"},
     "transformers.models": {"moe"},
-    "transformers": {"moe", "observing", "checkpoint", "stages.measure"},
+    "transformers": {"moe", "observing", "checkpoint", "saving", "stages.measure"},
     "wandb": {"track"},
     "hydra": {"run"},
 }
 # The package's own face: lazy entry points, so that `import moe_lab` stays light.
-FACE_IMPORTS = {"checkpoint"}
+FACE_IMPORTS = {"checkpoint", "saving"}
 
 
 def module_of(path: Path) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_lab import checkpoint as checkpoint_module
-from moe_lab import moe
-from moe_lab.checkpoint import Checkpoint, save
+from moe_lab import moe, saving
+from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.moe import apply_plan
+from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
 from moe_lab.types import Plan
 
@@ -27,6 +27,6 @@ def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Comp
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "plan": plan.key,
-        "code": code_version(moe, checkpoint_module),
+        "code": code_version(moe, saving),
     }
     return store.get("compress", identity, make)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.tasks import tiny
 from moe_lab.types import UserError
 
+logger = logging.getLogger(__name__)
 RESULTS = "results.json"
 
 
@@ -79,6 +81,7 @@ def evaluate(
 
     def make(folder: Path) -> None:
         model = variant.load(compute.device)
+        logger.info("evaluate: %s", ", ".join(suite.tasks) or "held-out text")
         results: dict[str, float] = {}
         if suite.tasks:
             results |= run_tasks(model, variant.tokenizer(), suite, folder, compute)
@@ -194,13 +197,15 @@ def _offline(only: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval's and datasets' talk, but not their errors or progress bars."""
+    """Silence lm-eval's and datasets' talk but not their errors; bars only show in a terminal."""
     names = ("lm_eval", "lm-eval", "datasets")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+            if not sys.stderr.isatty():
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         for name, level in before.items():

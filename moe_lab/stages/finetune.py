@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe_lab import checkpoint as checkpoint_module
-from moe_lab import moe, observing
-from moe_lab.checkpoint import Checkpoint, save
+from moe_lab import moe, observing, saving
+from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
 from moe_lab.progress import progress
+from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
 from moe_lab.types import Plan, UserError
 
@@ -50,7 +50,7 @@ def finetune(
         "recipe": options,
         "data": {name: part.fingerprint for name, part in tokens.items()},
         "seed": seed,
-        "code": code_version(finetune, recipe, moe, observing, checkpoint_module),
+        "code": code_version(finetune, recipe, moe, observing, saving),
     }
 
     def make(folder: Path) -> None:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.moe import moe_layers
+from moe_lab.progress import progress
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.types import UserError
 
@@ -222,7 +222,7 @@ def _times(
     for name, model in models.items():
         _timed_turn(model, prompts[name], decode_tokens)  # warm-up
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for number in tqdm(range(repeats), desc="measure", unit="round", leave=False):
+    for number in progress(range(repeats), "measure"):
         order = list(models) if number % 2 == 0 else list(reversed(models))
         for name in order:
             turns[name].append(_timed_turn(models[name], prompts[name], decode_tokens))

@@ -25,4 +25,3 @@ def choose(layer: OpenLayer, num_routed: int) -> Choice:
         divergence.append(values[best])
         hidden = layer.add(hidden, rest[best])
     return Choice(tuple(experts), tuple(divergence))
-
