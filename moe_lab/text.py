@@ -212,7 +212,7 @@ def _separate(source: str) -> tuple[str, str]:
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     lines = source.splitlines(keepends=True)
     docstrings = []
-    for node in ast.walk(ast.parse(source)):
+    for node in _statements(ast.parse(source)):
         if not isinstance(node, holders) or ast.get_docstring(node) is None:
             continue
         text = node.body[0]
@@ -220,6 +220,15 @@ def _separate(source: str) -> tuple[str, str]:
         _blank(lines, text, "pass" if len(node.body) == 1 else "")
     prose = "\n\n".join(docstring for _, docstring in sorted(docstrings) if docstring)
     return prose, "".join(line for line in lines if line).strip("\n")
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all statements inside it; expressions, which hold no docstrings, are left out."""
+    yield node
+    for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+        inner = getattr(node, block, ())
+        for child in inner if isinstance(inner, list) else ():
+            yield from _statements(child)
 
 
 def _blank(lines: list[str], node: ast.stmt, replacement: str) -> None:
