@@ -24,6 +24,6 @@ def progress(values: Iterable[Value], what: str, total: int | None = None) -> It
     for done, value in enumerate(values, start=1):
         yield value
         tenth = done * 10 // total if total else 0
-        if tenth > shown and (tenth == 10 or total >= 20):
+        if tenth > shown and (tenth == 10 or total >= 5):
             shown = tenth
             logger.info("%s: %d of %d", what, done, total)

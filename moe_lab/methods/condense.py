@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +18,9 @@ from moe_lab.condense import (
 )
 from moe_lab.methods import Evidence
 from moe_lab.moe import check_is_sum, condensed, moe_layers
+from moe_lab.progress import progress
 from moe_lab.stream import LayerStream
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
-
-
-def _quiet(values: Iterable, what: str) -> Iterable:
-    return values
 
 
 @dataclass
@@ -39,7 +36,6 @@ class Condense:
     num_routed: int
     experts: str | Sequence[int]
     layers: str | Sequence[int]
-    progress: Callable = _quiet
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse layers, experts or searches that do not exist."""
@@ -112,7 +108,7 @@ class Condense:
 
     def _choose_experts(self, search: Search) -> dict[int, Edit]:
         edits = {}
-        for statistics in self.progress(search.statistics.values(), "condense: choosing experts"):
+        for statistics in progress(search.statistics.values(), "condense: choosing experts"):
             index, gates = statistics.info.index, mean_gates(statistics)
             choice = self._experts_of(search, index)
             edits[index] = Edit(
@@ -141,4 +137,4 @@ class Condense:
             for index, edit in edits.items()
         }
         model = PartlyCondensed(stream, blocks)
-        return option("layers", self.layers)(model, self.num_layers, self.progress)
+        return option("layers", self.layers)(model, self.num_layers)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from moe_lab.condense import Choice, PartlyCondensed
+from moe_lab.progress import progress
 
 
-def choose(model: PartlyCondensed, num_layers: int, progress: Callable) -> Choice:
+def choose(model: PartlyCondensed, num_layers: int) -> Choice:
     """Condense, `num_layers` times, the layer that moves the last hidden state least.
 
     CD-MoE (2412.00069): after the experts of every layer are fixed,
