@@ -43,13 +43,6 @@ def check(options: Node, raw: Node, groups: Collection[str]) -> None:
         _check_node(value, raw[name], name, raw)
 
 
-def check_call(values: Node, call: Any, name: str) -> None:
-    """Refuse the option `name`.<key> where its value is not what the function `call` takes."""
-    hints = typing.get_type_hints(call)
-    for key in values.keys() & hints.keys():
-        require(f"{name}.{key}", values[key], hints[key])
-
-
 def require(name: str, value: Any, hint: Any) -> None:
     """Refuse a value that is not of the kind that `hint` says."""
     if value == "???":

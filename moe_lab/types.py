@@ -8,7 +8,6 @@ Shape suffixes used throughout moe_lab:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,8 +147,3 @@ class Plan:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def to_json(value: Any) -> dict[str, Any]:
-    """A frozen dataclass as a JSON dictionary."""
-    return dataclasses.asdict(value)
