@@ -77,9 +77,13 @@ def _saved_config(
     for layer in layers:
         ours.moe_lab["layers"][str(layer.info.index)] = {"num_experts": layer.info.num_experts}
     for name, module in dense.items():
-        index = next(part for part in reversed(name.split(".")) if part.isdigit())
-        ours.moe_lab["layers"][index] = {"width": module.gate_proj.out_features}
+        ours.moe_lab["layers"][str(_layer_index(name))] = {"width": module.gate_proj.out_features}
     return ours
+
+
+def _layer_index(name: str) -> int:
+    """The decoder layer in the path of one of its modules."""
+    return int(next(part for part in reversed(name.split(".")) if part.isdigit()))
 
 
 def set_num_experts(config: Any, count: int) -> None:
@@ -98,7 +102,7 @@ def native_config(config: Any, dense: dict[str, DenseMLP]) -> Any | None:
         return config
     model = meta_model(config)
     moe = {layer.info.index for layer in moe_layers(model)}
-    condensed = {int(next(p for p in reversed(n.split(".")) if p.isdigit())) for n in dense}
+    condensed = {_layer_index(name) for name in dense}
     all_dense = set(range(config.num_hidden_layers)) - moe | condensed
     wanted = copy.deepcopy(config)
     if not _list_dense(wanted, sorted(all_dense)):
@@ -140,9 +144,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
 def _make_native(model: PreTrainedModel, dense: dict[str, DenseMLP]) -> None:
     """Replace our dense MLPs by the family's, zero-padded to its one width for dense layers."""
     built = meta_model(model.config)
-    own = {n: m for n, m in built.named_modules() if _is_gated_mlp(m) and n in _dense_names(model)}
-    for name, target in own.items():
-        source = model.get_submodule(name)
+    for name in _dense_names(model):
+        source, target = model.get_submodule(name), built.get_submodule(name)
         reference = source.gate_proj.weight
         target.to_empty(device=reference.device).to(reference.dtype)
         for parameter in target.parameters():

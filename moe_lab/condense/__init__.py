@@ -174,7 +174,6 @@ class PartlyCondensed:
         self.stream = stream
         self.blocks = blocks
         self.chosen: list[int] = []
-        self.layer_runs = 0
         with torch.no_grad():
             self.before = self._run(0, list(stream.hidden))
             self.target = self._last_valid(self.before[-1])
@@ -200,7 +199,6 @@ class PartlyCondensed:
         states = [hidden]
         for index in range(start, len(self.stream.layers)):
             hidden = [self.stream.replay(index, i, h) for i, h in enumerate(hidden)]
-            self.layer_runs += 1
             states = [*states, hidden] if keep else [hidden]
         return states
 

@@ -23,6 +23,7 @@ from moe_lab.data import Tokens, standard_library_fingerprint
 from moe_lab.progress import progress
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.tasks import tiny
+from moe_lab.tasks.tiny import items
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def evaluate(
         "suite": options,
         "held_out": held_out.fingerprint if held_out else None,
         "text": standard_library_fingerprint("test") if embedded else None,
-        "code": code_version(evaluate, tiny),
+        "code": code_version(evaluate, tiny, items),
     }
     return store.get("evaluate", identity, make)
 
