@@ -7,6 +7,8 @@ rounded up because the bfloat16 kernels are compiled anew for every shape they m
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,30 +16,37 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "padded_training"
-CAPACITY_STEP = 128
 
 
-def install(model: PreTrainedModel) -> None:
-    """Make every routed-experts module of `model` use this function (SiLU experts only)."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, torch.compiler.disable(padded_experts))
+def install(model: PreTrainedModel, capacity_step: int) -> None:
+    """Make every routed-experts module of `model` use this function (SiLU experts only).
+
+    capacity_step: the buffer holds a multiple of so many tokens for each expert.
+    """
+    function = functools.partial(padded_experts, capacity_step=capacity_step)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, torch.compiler.disable(function))
     model.set_experts_implementation(NAME)
 
 
 def padded_experts(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    capacity_step: int,
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs.
 
     Shapes: hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k]; the result
     has the shape of hidden_states.
     """
-    slots, sources = _dispatch(top_k_index, self.num_experts)
+    slots, sources = _dispatch(top_k_index, self.num_experts, capacity_step)
     return _PaddedExperts.apply(
         hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, slots, sources
     )
 
 
-def _dispatch(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _dispatch(index: Tensor, num_experts: int, capacity_step: int) -> tuple[Tensor, Tensor]:
     """Where every assignment lies in the buffer, and which assignment every slot holds.
 
     Shapes: index [tokens, k] gives slots [tokens * k] and sources [experts * capacity]; an empty
@@ -46,7 +55,7 @@ def _dispatch(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts)
-    capacity = -(-int(counts.max()) // CAPACITY_STEP) * CAPACITY_STEP
+    capacity = -(-int(counts.max()) // capacity_step) * capacity_step
     experts = flat.index_select(0, order)
     starts = counts.cumsum(0) - counts
     rank = torch.arange(flat.numel()) - starts.index_select(0, experts)

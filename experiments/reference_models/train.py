@@ -8,6 +8,7 @@ Continues from the last checkpoint in FOLDER if there is one.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -26,7 +27,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCau
 from moe_lab import text
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-COMPUTE_TYPE = torch.bfloat16
 
 
 def train_tokenizer(settings: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -81,20 +81,19 @@ def _tokenizer_texts(characters: dict[str, int]) -> list[str]:
 def build_model(
     settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> Qwen2MoeForCausalLM:
-    """An untrained model with its inert parts fixed: shared gates at 0.5, zero biases."""
+    """An untrained model; parameters with a name part of `fixed` are zero and not trained."""
     config = Qwen2MoeConfig(
-        **settings,
+        **settings["model"],
         vocab_size=len(tokenizer),
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    # Batched products in bfloat16 beat the fused attention kernel on a processor.
-    config._attn_implementation = "eager"
+    config._attn_implementation = settings["compute"]["attention"]
     model = Qwen2MoeForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if "shared_expert_gate" in name or name.endswith("_proj.bias"):
+        if any(part in name for part in settings["fixed"]):
             nn.init.zeros_(parameter)
             parameter.requires_grad_(False)
     return model
@@ -131,9 +130,9 @@ class Balance:
 
 
 class MasterWeights:
-    """Single-precision copies that the optimizer updates, while the model computes in bfloat16."""
+    """Single-precision copies that the optimizer updates; the model computes in `dtype`."""
 
-    def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
         self.settings = settings
         self.working = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().clone().float() for p in self.working]
@@ -147,7 +146,7 @@ class MasterWeights:
             betas=tuple(settings["betas"]),
             fused=True,
         )
-        model.to(COMPUTE_TYPE)
+        model.to(dtype)
 
     def update(self, step: int) -> None:
         """One optimizer step with the gradients of the working weights."""
@@ -203,8 +202,8 @@ def save(
     masters: MasterWeights,
     seconds: float,
 ) -> None:
-    """Weights in the hub's layout, and what is needed to continue."""
-    model.save_pretrained(folder / "model")
+    """Weights in the hub's layout (bfloat16), and what is needed to continue."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     state = {
         "step": step,
@@ -241,9 +240,10 @@ def train(folder: Path, settings: dict[str, Any]) -> None:
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = restore_tokenizer(folder) or train_tokenizer(settings["tokenizer"])
-    model = build_model(settings["model"], tokenizer)
-    install(model)
-    balance, masters = Balance(model), MasterWeights(model, training)
+    model = build_model(settings, tokenizer)
+    install(model, settings["compute"]["capacity_step"])
+    dtype = getattr(torch, settings["compute"]["dtype"])
+    balance, masters = Balance(model), MasterWeights(model, training, dtype)
     start, seconds = restore(folder, masters)
     streams = rows_of(tokenizer, "train", training["row_length"], seed + start)
     validation = rows_of(tokenizer, "validation", training["row_length"], seed)
