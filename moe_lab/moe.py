@@ -74,7 +74,10 @@ def _moe_layer(
         shared=shared is not None,
         groups=groups,
         groups_used=groups_used,
-        obstacle=_obstacle(experts),
+        obstacle=_obstacle(experts, shared),
+        shared_width=_width(shared),
+        expert_width=_expert_width(experts),
+        num_decoders=len(modules[match["decoder"].rpartition(".")[0]]),
     )
     decoder = modules[match["decoder"]]
     gate = children.get("shared_expert_gate")
@@ -87,6 +90,19 @@ SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
 def _experts_shape(experts: nn.Module) -> tuple[int, int]:
     down = experts.down_proj  # [E, D, I], or [E, I, D] where transposed
     return down.shape[0], down.shape[2 if experts.is_transposed else 1]
+
+
+def _expert_width(experts: nn.Module) -> int:
+    return experts.down_proj.shape[1 if experts.is_transposed else 2]
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    names = {"gate_proj", "up_proj", "down_proj"}
+    return {name for name, _ in module.named_children() if name.endswith("proj")} == names
+
+
+def _width(shared: nn.Module | None) -> int:
+    return shared.up_proj.weight.shape[0] if shared is not None and is_gated_mlp(shared) else 0
 
 
 def _top_k(router: nn.Module, config: object) -> int:
@@ -168,7 +184,9 @@ def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
                 setattr(module, key, len(kept))
 
 
-def _obstacle(experts: nn.Module) -> str | None:
+def _obstacle(experts: nn.Module, shared: nn.Module | None) -> str | None:
+    if shared is not None and not is_gated_mlp(shared):
+        return "its shared expert is no gated MLP of the usual three projections"
     if not experts.has_gate:
         return "its experts have no gate projection"
     if experts.has_bias:
@@ -209,6 +227,11 @@ def check_is_sum(layer: MoELayer) -> None:
             f"{type(layer.block).__name__} does more than add its shared and routed experts: this "
             "family cannot be condensed yet"
         )
+
+
+def part_widths(info: LayerInfo, experts: Sequence[int]) -> tuple[int, ...]:
+    """Hidden units of each part of the layer condensed to `experts`, in `condensed`'s order."""
+    return ((info.shared_width,) if info.shared else ()) + (info.expert_width,) * len(experts)
 
 
 def condensed(

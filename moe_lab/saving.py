@@ -17,7 +17,15 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_lab.checkpoint import TEXT_FILES, meta_model, no_bars
-from moe_lab.moe import COUNT_FIELDS, DenseMLP, MoELayer, moe_layers, prune_layer, set_block
+from moe_lab.moe import (
+    COUNT_FIELDS,
+    DenseMLP,
+    MoELayer,
+    is_gated_mlp,
+    moe_layers,
+    prune_layer,
+    set_block,
+)
 
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
 
@@ -115,7 +123,7 @@ def native_config(config: Any, dense: dict[str, DenseMLP]) -> Any | None:
     built = meta_model(wanted)
     if {layer.info.index for layer in moe_layers(built)} != moe - condensed:
         return None
-    return wanted if all(_is_gated_mlp(built.get_submodule(name)) for name in dense) else None
+    return wanted if all(is_gated_mlp(built.get_submodule(name)) for name in dense) else None
 
 
 def _list_dense(config: Any, dense: list[int]) -> bool:
@@ -133,11 +141,6 @@ def _list_dense(config: Any, dense: list[int]) -> bool:
     else:
         return False
     return True
-
-
-def _is_gated_mlp(module: nn.Module) -> bool:
-    names = {"gate_proj", "up_proj", "down_proj"}
-    return {name for name, _ in module.named_children() if name.endswith("proj")} == names
 
 
 @torch.no_grad()
@@ -163,7 +166,7 @@ def _make_native(model: PreTrainedModel, dense: dict[str, DenseMLP]) -> None:
 def _dense_names(model: PreTrainedModel) -> set[str]:
     """Paths of the dense MLPs that stand where other decoder layers have their MoE block."""
     tails = {"mlp", "feed_forward", "mixer", "block_sparse_moe"}
-    return {n for n, m in model.named_modules() if n.split(".")[-1] in tails and _is_gated_mlp(m)}
+    return {n for n, m in model.named_modules() if n.split(".")[-1] in tails and is_gated_mlp(m)}
 
 
 def _to_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> None:

@@ -28,7 +28,9 @@ class LayerInfo:
     index: the decoder layer's true index in the model (dense layers counted);
     name: path of the MoE block in the model; groups, groups_used: of group-limited routers
     (1, 1 elsewhere); shared: whether shared experts stand beside the routed ones; obstacle: why
-    the layer cannot become one dense gated MLP, None where it can.
+    the layer cannot become one dense gated MLP, None where it can. shared_width, expert_width:
+    hidden units of the shared part (all shared experts together) and of one routed expert;
+    num_decoders: decoder layers of the model, dense ones counted.
     """
 
     index: int
@@ -40,6 +42,9 @@ class LayerInfo:
     groups: int = 1
     groups_used: int = 1
     obstacle: str | None = None
+    shared_width: int = 0
+    expert_width: int = 0
+    num_decoders: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Routing:
     x_TD: input of the MoE block; logits_TE: the router's; index_TK, weight_TK: exactly what the
     router hands to the experts. The chosen experts' outputs before their weights lie sorted by
     expert: y_SD, with expert_S, token_S (row in x_TD) and weight_S beside it.
-    shared_gate_T: the sigmoid gate of the shared expert, None where it has none.
+    shared_gate_T: the sigmoid gate of the shared expert, None where it has none. Around the block:
+    entering_TD and leaving_TD, input and output of the decoder layer; residual_TD, the state to
+    which the MoE sublayer (norm and block) adds.
     """
 
     x_TD: Tensor
@@ -61,18 +68,29 @@ class Routing:
     token_S: Tensor
     weight_S: Tensor
     shared_gate_T: Tensor | None = None
+    entering_TD: Tensor | None = None
+    residual_TD: Tensor | None = None
+    leaving_TD: Tensor | None = None
 
 
-EditName = Literal["prune", "condense", "keep"]
+EditName = Literal["prune", "merge", "condense", "drop_layer", "drop_block", "keep"]
+RouterName = Literal["dominant", "mean"]
 
 
 @dataclass(frozen=True)
 class Edit:
     """What happens to one MoE layer.
 
-    prune: `kept` experts stay, the router loses the other rows. condense: the layer becomes one
+    prune: `kept` experts stay, the router loses the other rows. merge: kept[i] becomes the average
+    of the experts groups[i] (itself among them) with weights[i], after `align` has matched their
+    hidden units to its own; `router` says which row it keeps. condense: the layer becomes one
     dense MLP, shared_gate * shared(x) + sum of gates[i] * expert[experts[i]](x); `divergence`
-    holds the search's value after each choice. keep: nothing.
+    holds the search's value after each choice, `widths` the hidden units of each part in that
+    order (the shared part first where there is one). drop_layer: the MoE block adds nothing any
+    more, attention and residual stay. drop_block: the whole decoder layer goes. keep: nothing.
+
+    index is the decoder layer's in the model before any edit. scores: one per expert (prune,
+    merge), or one of the layer (drop_layer, drop_block, keep); the plan's notes say of what.
     """
 
     index: int
@@ -84,12 +102,20 @@ class Edit:
     gates: tuple[float, ...] = ()
     shared_gate: float = 1.0
     divergence: tuple[float, ...] = ()
+    widths: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    align: bool = True
+    router: RouterName = "dominant"
 
     def to_json(self) -> dict[str, Any]:
         """The edit with only the fields that its kind uses."""
         used = {
             "prune": ("kept", "scores"),
-            "condense": ("experts", "gates", "shared_gate", "divergence"),
+            "merge": ("kept", "groups", "weights", "align", "router", "scores"),
+            "condense": ("experts", "gates", "shared_gate", "divergence", "widths"),
+            "drop_layer": ("scores",),
+            "drop_block": ("scores",),
             "keep": ("scores",),
         }[self.edit]
         values = {"index": self.index, "name": self.name, "edit": self.edit}
@@ -98,7 +124,7 @@ class Edit:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Edit:
         """The inverse of `to_json`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{key: _tuples(value) for key, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -146,4 +172,8 @@ class Plan:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
