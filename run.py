@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +21,7 @@ from moe_lab import options
 
 USER_MISTAKE, STOPPED = 2, 130
 exit_codes: list[int] = []
+sweeps: set[Path] = set()
 
 
 def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
@@ -27,6 +29,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from moe_lab import checkpoint, stages
     from moe_lab.stages.compress import compress
+    from moe_lab.stages.convert import convert
     from moe_lab.stages.evaluate import evaluate, results_of
     from moe_lab.stages.finetune import finetune
     from moe_lab.stages.measure import figures_of, measure_stage
@@ -53,6 +56,8 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     }
 
     store, record = Store(Path(config.store)), stages.Recorder(report)
+    if isinstance(dense, checkpoint.Original):
+        dense = stages.checkpoint_of(record("convert", convert(store, dense)), dense)
     profiled = record("profile", profile(store, dense, texts["calibration"], compute))
     planned = record(
         "plan",
@@ -88,6 +93,8 @@ def main(config: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        sweeps.add(folder.parent)
     description = job.Description(
         folder=folder,
         sweep=folder.parent.name,
@@ -107,8 +114,13 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
+    os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
     try:
         main()
+        for folder in sweeps:
+            from moe_lab import tables
+
+            tables.tell(folder)
     except KeyboardInterrupt:
         print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
         sys.exit(STOPPED)

@@ -7,10 +7,13 @@ import functools
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +21,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from moe_lab.moe import (
-    check_kept,
-    moe_layers,
-)
+from moe_lab import families
+from moe_lab.moe import check_kept, moe_layers
 from moe_lab.types import LayerInfo, UserError
 
 SHIPPED = "shipped:"
@@ -29,6 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, no foreign code
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Checkpoint:
     def config(self) -> Any:
         """Its config, as transformers reads it."""
         try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            return AutoConfig.from_pretrained(self.path, **LOCAL)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path}/config.json cannot be read: {error}") from error
 
@@ -85,9 +87,90 @@ class Checkpoint:
         if not any(file for pattern in VOCABULARIES for file in self.path.glob(pattern)):
             raise UserError(f"{self.path} has no tokenizer: none of {', '.join(VOCABULARIES)}")
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.path, **LOCAL)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer can be read from {self.path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Original(Checkpoint):
+    """A checkpoint of a family that transformers does not read (`families/`), to be converted.
+
+    Its config, layers and tokenizer are those of the native form, so that a request can be refused
+    before anything is converted.
+    """
+
+    @property
+    def family(self) -> ModuleType:
+        """The family's file in `families/`."""
+        return families.of(_read_config(self.path)["model_type"])
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The native form's config."""
+        return AutoConfig.for_model(**self.family.native_config(_read_config(self.path)))
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """12 hex over the tokenizer and generation files, which come along."""
+        digest = hashlib.sha256()
+        for file in _text_files(self.path):
+            digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
+        return digest.hexdigest()[:12]
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        """Refused: it is loaded once it is converted."""
+        return load(self.path)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer as the converted checkpoint will have it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_texts(Path(folder))
+            return Checkpoint(Path(folder)).tokenizer()
+
+    def convert(self, target: Path) -> None:
+        """Write the native form, which stock transformers loads, into the folder `target`.
+
+        Memory: one weight file. Raises UserError, before it writes, for tensors that are missing,
+        unknown or of another shape.
+        """
+        values, files = _read_config(self.path), weight_files(self.path)
+        families.check_tensors(self.family, values, files)
+        expected = sum(parameter.numel() for parameter in meta_model(self.config).parameters())
+        target.mkdir(parents=True, exist_ok=True)
+        self._write_texts(target)
+        written = families.convert_weights(self.family, files, target)
+        if written != expected:
+            raise RuntimeError(
+                f"{self.path}: {written} weights were written, its native form has {expected}"
+            )
+
+    def _write_texts(self, target: Path) -> None:
+        for file in _text_files(self.path):
+            shutil.copyfile(file, target / file.name)
+        self.family.adapt_texts(target)
+        config = self.family.native_config(_read_config(self.path))
+        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{folder}/config.json cannot be read: it holds no object")
+    return values
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Tokenizer and generation files: all text beside the config and the weights' index."""
+    found = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
+    return sorted(
+        file
+        for file in found
+        if file.name != "config.json" and not file.name.endswith(".index.json")
+    )
 
 
 def resolve(
@@ -95,7 +178,8 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint of a local folder, of a hub id (which is then downloaded), or "shipped:name".
 
-    Raises UserError where there is none, files are missing, or the weights are not safetensors.
+    An `Original` where its family must be converted first. Raises UserError where there is none,
+    files are missing, the weights are not safetensors or not those that such a family has.
     """
     folder = Path(path).expanduser()
     if str(path).startswith(SHIPPED):
@@ -112,7 +196,12 @@ def resolve(
         raise UserError(f"model.dtype={dtype} does not exist; there are {', '.join(DTYPES)}")
     for file in weight_files(folder):
         _check_readable(file)
-    return Checkpoint(folder.resolve(), dtype)
+    family = families.of(_read_config(folder).get("model_type"))
+    if family is None:
+        return Checkpoint(folder.resolve(), dtype)
+    original = Original(folder.resolve(), dtype)
+    families.check_tensors(family, _read_config(folder), weight_files(folder))
+    return original
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -190,12 +279,14 @@ def meta_model(config: Any) -> PreTrainedModel:
 def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint that moe_lab or transformers wrote, in evaluation mode.
 
-    Raises UserError where weights are missing or do not fit the config.
+    Raises UserError where weights are missing or do not fit the config, and where its family must
+    be converted first.
     """
+    _refuse_original(Path(path))
     try:
         with no_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, output_loading_info=True
+                path, dtype=dtype, output_loading_info=True, **LOCAL
             )
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
@@ -204,7 +295,21 @@ def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> P
         raise UserError(
             f"{path} lacks {len(names)} tensors that its config asks for, such as {names[0]}"
         )
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default one knows no float64
     return model.to(device).eval()
+
+
+def _refuse_original(path: Path) -> None:
+    if (path / "config.json").is_file():
+        model_type = _read_config(path).get("model_type")
+        if families.of(model_type):
+            raise UserError(
+                f"{path} is a {model_type!r} checkpoint in its original layout, which transformers "
+                f"does not read. `python run.py model=checkpoint model.path={path}` converts it "
+                f'once and works with the copy; moe_lab.checkpoint.resolve("{path}").convert('
+                "<a pathlib.Path>) writes a copy wherever you like"
+            )
 
 
 @contextmanager

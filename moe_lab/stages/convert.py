@@ -1,0 +1,24 @@
+"""Convert: a checkpoint of a family that transformers does not read, in its native form, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_lab import families
+from moe_lab.checkpoint import Original, size_in_bytes
+from moe_lab.store import Artifact, Store, check_writable, code_version
+
+
+def convert(store: Store, original: Original) -> Artifact:
+    """A folder with checkpoint/; UserError where the disk has no room for it."""
+
+    def make(folder: Path) -> None:
+        check_writable(store.root, size_in_bytes(original.path))
+        original.convert(folder / "checkpoint")
+
+    identity = {
+        "model": original.fingerprint,
+        "texts": original.texts_fingerprint,
+        "code": code_version(original.family, families),
+    }
+    return store.get("convert", identity, make)
