@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS |= {type(None): "null", Sequence: "a list [a,b]", Mapping: "a mapping"}
+REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to one name, not made from other references
 Node = Mapping[str, Any]
 
 
@@ -92,7 +94,7 @@ def _check_node(node: Any, raw: Any, name: str, root: Node) -> None:
 
 def _where(raw: Any, name: str, root: Node) -> tuple[str, Any]:
     """Follow a ${reference} to the name and the raw node that it stands for."""
-    while isinstance(raw, str) and raw.startswith("${") and raw.endswith("}") and ":" not in raw:
+    while isinstance(raw, str) and REFERENCE.fullmatch(raw):
         name, raw = raw[2:-1], root
         for part in name.split("."):
             raw = raw[part]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,14 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
     ]
     figures = [
         ["average accuracy", *_scores(report, variants, "eval/average", "acc")],
-        ["KL to dense (nats per token)", *_figures(report, variants, "kl", "{:.4f}".format)],
-        ["parameters", *_figures(report, variants, "parameters", _count)],
-        ["active parameters", *_figures(report, variants, "active_parameters", _count)],
-        ["size on disk", *_figures(report, variants, "bytes", _bytes)],
-        ["peak memory of a forward", *_figures(report, variants, "memory_ratio", _percent)],
-        ["prefill speed", *_figures(report, variants, "prefill_speedup", "{:.2f}×".format)],
-        ["decode speed", *_figures(report, variants, "decode_speedup", "{:.2f}×".format)],
-        ["loads in stock transformers", *_figures(report, variants, "stock", _yes_or_no)],
+        ["KL to dense (nats per token)", *_figures(report, variants, "kl")],
+        ["parameters", *_figures(report, variants, "parameters")],
+        ["active parameters", *_figures(report, variants, "active_parameters")],
+        ["size on disk", *_figures(report, variants, "bytes")],
+        ["peak memory of a forward", *_figures(report, variants, "memory_ratio")],
+        ["prefill speed", *_figures(report, variants, "prefill_speedup")],
+        ["decode speed", *_figures(report, variants, "decode_speedup")],
+        ["loads in stock transformers", *_figures(report, variants, "stock")],
     ]
     body += [row for row in figures if any(cell != MISSING for cell in row[1:])]
     return [["", *variants], *body]
@@ -81,12 +81,20 @@ def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
     body = [
         [
             stage,
-            _shown(report.get(f"seconds/{stage}"), "{:.1f} s".format),
-            _shown(report.get(f"cached/{stage}"), _yes_or_no),
+            shown("seconds", report.get(f"seconds/{stage}")),
+            shown("cached", report.get(f"cached/{stage}")),
         ]
         for stage in stages
     ]
     return [["stage", "took", "cached"], *body]
+
+
+def shown(key: str, value: Any) -> str:
+    """One figure as text, by the last part of its key: 12.3 %, 1.20×, 3.9 M, 0.1352."""
+    if _finite(value) is None:
+        return MISSING
+    name = key.rpartition("/")[2]
+    return _percent(value) if name in SHARES else FORMATS.get(name, "{:.3f}".format)(value)
 
 
 def table(report: Mapping[str, Any]) -> Table:
@@ -123,10 +131,10 @@ def _tasks(report: Mapping[str, Any], variants: list[str]) -> list[tuple[str, st
 
 def _scores(report: Mapping[str, Any], variants: list[str], key: str, metric: str) -> list[str]:
     """One task's cells: shares in percent, with the difference to dense in points."""
+    cells = _figures(report, variants, key)
     if metric not in SHARES:
-        return _figures(report, variants, key, "{:.3f}".format)
+        return cells
     dense = report.get(f"dense/{key}")
-    cells = _figures(report, variants, key, _percent)
     for position, variant in enumerate(variants):
         value = report.get(f"{variant}/{key}")
         if variant != "dense" and value is not None and dense is not None:
@@ -134,12 +142,8 @@ def _scores(report: Mapping[str, Any], variants: list[str], key: str, metric: st
     return cells
 
 
-def _figures(report: Mapping[str, Any], variants: list[str], key: str, show: Any) -> list[str]:
-    return [_shown(report.get(f"{variant}/{key}"), show) for variant in variants]
-
-
-def _shown(value: Any, show: Any) -> str:
-    return MISSING if value is None or _finite(value) is None else show(value)
+def _figures(report: Mapping[str, Any], variants: list[str], key: str) -> list[str]:
+    return [shown(key, report.get(f"{variant}/{key}")) for variant in variants]
 
 
 def _signed(points: float) -> str:
@@ -171,6 +175,22 @@ def _percent(value: float) -> str:
 
 def _yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "average": _percent,
+    "kl": "{:.4f}".format,
+    "parameters": _count,
+    "active_parameters": _count,
+    "parameter_ratio": _percent,
+    "bytes": _bytes,
+    "memory_ratio": _percent,
+    "prefill_speedup": "{:.2f}×".format,
+    "decode_speedup": "{:.2f}×".format,
+    "stock": _yes_or_no,
+    "seconds": "{:.1f} s".format,
+    "cached": _yes_or_no,
+}
 
 
 def _rich(lines: list[list[str]]) -> Table:

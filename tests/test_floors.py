@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"types"},
     {"store", "text", "report", "progress", "compute", "card", "options"},
-    {"data", "moe", "tasks", "families"},
+    {"data", "moe", "tasks", "families", "tables"},
     {"observing", "checkpoint"},
     {"statistics", "stream", "saving"},
     {"metrics", "ratios", "condense", "finetune"},
