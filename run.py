@@ -14,7 +14,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,7 +21,6 @@ from moe_lab import options
 
 USER_MISTAKE, STOPPED = 2, 130
 exit_codes: list[int] = []
-sweeps: set[Path] = set()
 sweeps: set[Path] = set()
 
 
@@ -95,8 +93,6 @@ def main(config: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        sweeps.add(folder.parent)
     if hydra_config.mode == RunMode.MULTIRUN:
         sweeps.add(folder.parent)
     description = job.Description(
