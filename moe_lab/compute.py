@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_lab.types import UserError
 
 
 @dataclass(frozen=True)
 class Compute:
-    """device: auto, cpu, cuda or cuda:N; batch_size: samples in a forward; threads: of the CPU."""
+    """device: auto, cpu, cuda or cuda:N; batch_size: samples in a forward; threads: of the CPU.
+
+    cache_gib: memory for activations and layers that a search needs again; the rest goes to disk.
+    """
 
     device: str = "auto"
     batch_size: int = 16
     threads: int | None = None
+    cache_gib: float = 4.0
 
     def start(self) -> Compute:
         """The same with the device chosen and the number of threads set; UserError if not there."""
@@ -23,6 +27,8 @@ class Compute:
             raise UserError(f"compute.batch_size must be at least 1, got {self.batch_size}")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"compute.threads must be at least 1, or null, got {self.threads}")
+        if self.cache_gib < 0:
+            raise UserError(f"compute.cache_gib must be at least 0, got {self.cache_gib}")
         if self.threads:
             torch.set_num_threads(self.threads)
         cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -33,7 +39,7 @@ class Compute:
                 f"compute.device={self.device} is not available here; there is "
                 f"{', '.join(there)}, or auto"
             )
-        return Compute(device, self.batch_size, self.threads)
+        return replace(self, device=device)
 
     def machine(self) -> str:
         """What a timing was measured on."""

@@ -2,36 +2,125 @@
 
 Each decoder layer is replayed alone on cached hidden states with the keyword arguments that the
 model itself would give it (masks may differ from layer to layer, as in gpt_oss): what a search
-changes in one layer costs that layer, not a pass through the whole model.
+changes in one layer costs that layer, not a pass through the whole model. Weights may come layer
+by layer from disk, and cached states go to disk where they outgrow the memory given to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moe_lab.layerwise import LayerwiseModel, decoder_layers
 from moe_lab.moe import MoELayer, moe_layers, set_block
 from moe_lab.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Activations:
+    """Tensors by key: in main memory up to `limit` bytes in all, the others in files.
+
+    folder: where the files go (it is made when the first is written, and removed in the end);
+    device: where a tensor is handed out.
+    """
+
+    def __init__(self, limit: int, folder: Path | None = None, device: str = "cpu"):
+        self.limit, self.folder, self.device = limit, folder, device
+        self.held = 0
+        self.spilled = 0
+        self._memory: dict[Hashable, Tensor] = {}
+        self._files: dict[Hashable, Path] = {}
+        self._written = 0
+        self._home: Path | None = None
+
+    def __setitem__(self, key: Hashable, value: Tensor) -> None:
+        self.pop(key)
+        size = value.numel() * value.element_size()
+        if self.held + size <= self.limit:
+            self._memory[key] = value.to("cpu")
+            self.held += size
+            return
+        if self._home is None:
+            self._home = Path(tempfile.mkdtemp(prefix="activations_", dir=self.folder))
+            weakref.finalize(self, shutil.rmtree, self._home, ignore_errors=True)
+        path = self._home / f"{self._written}.safetensors"
+        self._written += 1
+        self.spilled += size
+        save_file({"value": value.contiguous().cpu()}, path)
+        self._files[key] = path
+
+    def __getitem__(self, key: Hashable) -> Tensor:
+        if key in self._memory:
+            return self._memory[key].to(self.device)
+        return load_file(self._files[key], device=self.device)["value"]
+
+    def announce(self, needs: Mapping[str, int]) -> None:
+        """Say what will be kept (in bytes, one after the other), and where; UserError if nowhere.
+
+        The memory that earlier tensors hold counts; the disk has to take what is left over.
+        """
+        spilled = max(0, self.held + max(needs.values()) - self.limit)
+        words = ", ".join(f"{what} up to {_gib(size)}" for what, size in needs.items())
+        folder = self.folder or Path(tempfile.gettempdir())
+        rest = f"{_gib(spilled)} of it in files under {folder}" if spilled else "all in memory"
+        logger.info("activations: %s; %s (compute.cache_gib)", words, rest)
+        free = shutil.disk_usage(folder).free
+        if spilled > free:
+            raise UserError(
+                f"activations need {_gib(spilled)} under {folder}, where {_gib(free)} are free: "
+                "ask for fewer or shorter samples (calibration.num_samples, "
+                "calibration.max_length), allow more memory (compute.cache_gib), or name another "
+                "store=<folder>"
+            )
+
+    def pop(self, key: Hashable) -> None:
+        """Forget a tensor, if it is there."""
+        value = self._memory.pop(key, None)
+        if value is not None:
+            self.held -= value.numel() * value.element_size()
+        path = self._files.pop(key, None)
+        if path is not None:
+            path.unlink()
 
 
 class LayerStream:
     """The decoder layers of a model over fixed batches.
 
-    hidden: per batch the input [B, L, D] of the first decoder layer. valid: per batch [B, L] bool.
-    token_weight: per batch [tokens]; each valid token's share in a mean over tokens of a document
-    and then over documents, so that long documents count as much as short ones.
+    source: a model in memory, or one whose decoder layers come from disk when they are used.
+    cache: where hidden states are kept; ("input", batch) holds what the first decoder layer gets,
+    [B, L, D]. valid: per batch [B, L] bool. token_weight: per batch [tokens]; each valid token's
+    share in a mean over tokens of a document and then over documents, so that long documents count
+    as much as short ones. input_ids: per batch [B, L].
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]):
-        self.model = model
-        self.moe: dict[int, MoELayer] = {layer.info.index: layer for layer in moe_layers(model)}
-        self.layers = _decoder_layers(model, self.moe)
-        self.hidden: list[Tensor] = []
+    def __init__(
+        self,
+        source: nn.Module | LayerwiseModel,
+        batches: Iterable[Mapping[str, Tensor]],
+        cache: Activations | None = None,
+    ):
+        layerwise = isinstance(source, LayerwiseModel)
+        self.model = source.model if layerwise else source
+        self._opener = source.layer if layerwise else None
+        self.cache = cache or Activations(limit=2**63)
+        self.moe: dict[int, MoELayer] = {
+            layer.info.index: layer for layer in moe_layers(self.model)
+        }
+        _, self.layers = decoder_layers(self.model)
         self.arguments: list[list[dict]] = []
         self.valid: list[Tensor] = []
+        self.input_ids: list[Tensor] = []
         self.token_weight: list[Tensor] = []
         for batch in batches:
             self._catch(batch)
@@ -41,13 +130,28 @@ class LayerStream:
             share = (valid / lengths / num_documents)[valid]
             self.token_weight.append(share.double())
 
-    def _catch(self, batch: dict[str, Tensor]) -> None:
+    def state_bytes(self) -> int:
+        """Size of one hidden state of every token of the calibration set, padding included."""
+        hidden = self.cache["input", 0]
+        tokens = sum(valid.numel() for valid in self.valid)
+        return tokens * hidden.shape[-1] * max(4, hidden.element_size())
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the calibration set has."""
+        return len(self.valid)
+
+    def layer(self, index: int) -> AbstractContextManager:
+        """Keeps the weights of decoder layer `index` in memory while it is open."""
+        return self._opener(index) if self._opener else nullcontext()
+
+    def _catch(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model with every decoder layer replaced by one that notes what it is given."""
         caught: list[dict] = []
 
         def note(hidden: Tensor, **arguments: object) -> Tensor:
             if not caught:
-                self.hidden.append(hidden)
+                self.cache["input", len(self.valid)] = hidden
             arguments |= {"past_key_values": None, "use_cache": False}
             caught.append(arguments)
             return hidden
@@ -55,10 +159,11 @@ class LayerStream:
         with torch.no_grad(), _forwards(self.layers, note):
             self.model.base_model(**batch, use_cache=False)
         self.arguments.append(caught)
+        self.input_ids.append(batch["input_ids"])
         self.valid.append(batch["attention_mask"].bool())
 
     def replay(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """The output [B, L, D] of decoder layer `index` on `hidden`."""
+        """The output [B, L, D] of decoder layer `index` (which is open) on `hidden`."""
         output = self.layers[index](hidden, **self.arguments[batch][index])
         return output[0] if isinstance(output, tuple) else output
 
@@ -66,27 +171,37 @@ class LayerStream:
         """The last hidden state: what follows the last decoder layer, before the head."""
         return _final_norm(self.model)(hidden)
 
-    def replay_open(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Replay an MoE layer, opened: valid tokens of (output, rest, block input), each [T, D].
+    def next_token_loss(self, batch: int, hidden: Tensor) -> tuple[float, int]:
+        """Sum of the cross entropy in nats over the targets of a batch, and their number.
 
-        rest is the layer's output with an empty MoE block, so that output = rest + block(input).
-        Raises UserError for families whose layers do more than add the block's output.
+        hidden: the last decoder layer's output [B, L, D].
+        """
+        targets = self.valid[batch][:, 1:]
+        states = self.finish(hidden)[:, :-1][targets]
+        labels = self.input_ids[batch][:, 1:][targets]
+        logits = self.model.get_output_embeddings()(states).float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return loss.sum(dtype=torch.float64).item(), len(labels)
+
+    def replay_open(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Replay an MoE layer, opened: (output [B, L, D], rest [T, D], block input [T, D]).
+
+        rest is the layer's output with an empty MoE block, so that output = rest + block(input);
+        rest and input hold the valid tokens only. Raises UserError for families whose layers do
+        more than add the block's output.
         """
         layer, valid = self.moe[index], self.valid[batch]
-        caught: dict[str, Tensor] = {}
+        caught: dict[str, Any] = {}
 
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             caught["x"] = args[0]
             caught["y"] = output[0] if isinstance(output, tuple) else output
 
-        def empty(module: nn.Module, args: tuple, output: object) -> object:
-            if isinstance(output, tuple):
-                return (torch.zeros_like(output[0]), *output[1:])
-            return torch.zeros_like(output)
+            caught["tuple"] = isinstance(output, tuple)
 
         with _hook(layer.block, keep):
             output = self.replay(index, batch, hidden)
-        with _hook(layer.block, empty):
+        with swapped(self, index, _Nothing(caught.pop("tuple"))):
             rest = self.replay(index, batch, hidden)
         tolerance = 1e-2 if output.dtype != torch.float32 else 1e-4
         if not torch.allclose(rest + caught["y"], output, rtol=tolerance, atol=tolerance):
@@ -95,12 +210,27 @@ class LayerStream:
                 "it: greedy expert search is not available for this family; name the experts with "
                 "condense.experts=[...]"
             )
-        return output[valid], rest[valid], caught["x"].reshape(output.shape)[valid]
+        return output, rest[valid], caught["x"].reshape(output.shape)[valid]
+
+
+class _Nothing(nn.Module):
+    """An MoE block that adds nothing; returns a tuple where the family's blocks do."""
+
+    def __init__(self, returns_tuple: bool):
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden: Tensor, *rest: object, **arguments: object) -> object:
+        nothing = torch.zeros_like(hidden)
+        return (nothing, None) if self.returns_tuple else nothing
 
 
 @contextmanager
-def swapped(stream: LayerStream, index: int, block: nn.Module) -> Iterator[None]:
-    """Put another block in the place of a layer's MoE block for a while."""
+def swapped(stream: LayerStream, index: int, block: nn.Module | None) -> Iterator[None]:
+    """Put another block in the place of a layer's MoE block for a while; None changes nothing."""
+    if block is None:
+        yield
+        return
     name = stream.moe[index].info.name
     previous = set_block(stream.model, name, block)
     try:
@@ -109,13 +239,8 @@ def swapped(stream: LayerStream, index: int, block: nn.Module) -> Iterator[None]
         set_block(stream.model, name, previous)
 
 
-def _decoder_layers(model: nn.Module, moe: dict[int, MoELayer]) -> nn.ModuleList:
-    if not moe:
-        raise UserError(f"{type(model).__name__} has no MoE layers")
-    name = next(iter(moe.values())).info.name
-    index = str(next(iter(moe)))
-    path = name[: name.index(f".{index}.")]
-    return model.get_submodule(path)
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _final_norm(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ from families import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lab.condense import Search, js_divergence, mean_gates, shared_gate
+from moe_lab import divergence
+from moe_lab.checkpoint import Checkpoint
+from moe_lab.condense import CondensedSets, greedy_layers, shared_gate
+from moe_lab.condense.gates.mean_selected import choose as mean_gates
+from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods import Evidence
 from moe_lab.methods.condense import Condense
 from moe_lab.moe import apply_plan, moe_layers
 from moe_lab.statistics import collect
-from moe_lab.stream import LayerStream
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.stream import Activations, LayerStream
+from moe_lab.types import Edit, LayerInfo, UserError
 
 FAMILIES = ["qwen2_moe", "deepseek_v2", "deepseek_v3", "mixtral"]
 
@@ -33,18 +38,34 @@ def textbook_js(u_logits: Tensor, v_logits: Tensor) -> Tensor:
     return (kl(u, m) + kl(v, m)) / 2
 
 
-def test_js_divergence_equals_the_textbook_form() -> None:
+def textbook_kl(u_logits: Tensor, v_logits: Tensor) -> Tensor:
+    """KL(u||v) with 1e-10 added to both, in float64."""
+    u, v = (logits.double().softmax(-1) + 1e-10 for logits in (u_logits, v_logits))
+    return (u * (u / v).log()).sum(dim=-1)
+
+
+TEXTBOOK = {"js": textbook_js, "kl": textbook_kl}
+
+
+@pytest.mark.parametrize("name", TEXTBOOK)
+def test_divergences_equal_the_textbook_form(name: str) -> None:
+    measure, textbook = getattr(divergence, name), TEXTBOOK[name]
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(50, 64, generator=generator)
     for distance in (1e-3, 1e-2, 1.0, 10.0, 100.0):
         v = u + distance * torch.randn(50, 64, generator=generator)
-        expected = textbook_js(u, v)
-        torch.testing.assert_close(js_divergence(u.double(), v.double()), expected,
-                                   rtol=1e-9, atol=1e-16)  # fmt: skip
+        expected = textbook(u, v)
+        exact = measure(divergence.probability(u.double()), v.double())
+        torch.testing.assert_close(exact, expected, rtol=1e-9, atol=1e-16)
         # In float32 the inputs' own rounding is what remains of the error.
-        torch.testing.assert_close(js_divergence(u, v).double(), expected, rtol=2e-3, atol=1e-12)
-    assert js_divergence(u, u).abs().max() == 0
-    far = js_divergence(torch.eye(2) * 1000, torch.eye(2).flip(0) * 1000)
+        found = measure(divergence.probability(u), v).double()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-12)
+    assert measure(divergence.probability(u), u).abs().max() == 0
+
+
+def test_js_divergence_of_states_without_common_mass_is_log_2() -> None:
+    u, v = torch.eye(2) * 1000, torch.eye(2).flip(0) * 1000
+    far = divergence.js(divergence.probability(u), v)
     assert far.tolist() == pytest.approx([torch.tensor(2.0).log().item()] * 2, rel=1e-6)
 
 
@@ -78,10 +99,11 @@ def brute_force_states(model, batches: list[dict]) -> list[list[Tensor]]:
     return documents
 
 
-def brute_force_divergence(intact: list, changed: list, position: int) -> float:
+def brute_force_divergence(intact: list, changed: list, position: int, measure="js") -> float:
     """Mean over a document's tokens, then over documents."""
+    textbook = TEXTBOOK[measure]
     values = [
-        textbook_js(a[position], b[position]).mean() for a, b in zip(intact, changed, strict=True)
+        textbook(a[position], b[position]).mean() for a, b in zip(intact, changed, strict=True)
     ]
     return float(torch.stack(values).mean())
 
@@ -106,7 +128,7 @@ def case(request):
     batches = [tiny_batch(seed=seed) for seed in (0, 1)]
     found = collect(model, batches)
     method = Condense(num_layers=2, num_routed=3, experts="greedy_js", layers="greedy_js")
-    plan = method.plan(Evidence(found, lambda: model, lambda: batches))
+    plan = method.plan(Evidence(found, lambda: LayerStream(model, batches)))
     statistics = {layer.info.index: layer for layer in found}
     return model, batches, statistics, brute_force_states(model, batches), plan
 
@@ -183,28 +205,265 @@ def test_replaying_layer_by_layer_is_the_model() -> None:
         model, batches = tiny_model(family), [tiny_batch(length=20)]
         stream = LayerStream(model, batches)
         with torch.no_grad():
-            hidden = stream.hidden[0]
+            hidden = stream.cache["input", 0]
             for index in range(4):
                 hidden = stream.replay(index, 0, hidden)
             expected = model.model(**batches[0]).last_hidden_state
             assert torch.equal(stream.finish(hidden), expected), family
 
 
-def test_layer_search_never_runs_the_whole_model_per_candidate(monkeypatch) -> None:
-    model, batches = tiny_model("qwen2_moe"), [tiny_batch()]
-    found = collect(model, batches)
-    runs: list[int] = []
-    original = LayerStream.replay
-    monkeypatch.setattr(
-        LayerStream, "replay", lambda self, i, *rest: runs.append(i) or original(self, i, *rest)
-    )
-    Condense(2, 0, "greedy_js", [1]).plan(Evidence(found, lambda: model, lambda: batches))
-    before = len(runs)
-    Condense(2, 0, "greedy_js", "greedy_js").plan(Evidence(found, lambda: model, lambda: batches))
-    # One whole pass, then each candidate from itself on: (3+2+1) + rerun, then two of the rest.
-    assert len(runs) - before <= 4 + 6 + 3 + 5 + 3
-    search = Search(LayerStream(model, batches), found)
-    assert search.open(2).target_TD.shape == (int(batches[0]["attention_mask"].sum()), 32)
+# --------------------------------------------------------------------------- every option
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model in float64 with three MoE layers after a dense one, batches and statistics."""
+    model = tiny_model("qwen2_moe").double()
+    model.set_experts_implementation("eager")
+    batches = [tiny_batch(seed=seed) for seed in (0, 1, 2)]
+    return model, batches, collect(model, batches)
+
+
+def planned(small, **options: object):
+    """The plan of Condense with these options, and the stream it used (None for none)."""
+    model, batches, found = small
+    streams: list[LayerStream] = []
+
+    def open_stream() -> LayerStream:
+        streams.append(LayerStream(model, batches))
+        return streams[-1]
+
+    method = Condense(**(dict(num_layers=2, num_routed=2) | options))
+    method.check([layer.info for layer in found])
+    return method.plan(Evidence(found, open_stream)), streams[0] if streams else None
+
+
+def experts_of(plan) -> dict[int, list[int]]:
+    return {edit.index: list(edit.experts) for edit in (*plan.edited(), *plan.searched)}
+
+
+def ranked(scores) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))
+
+
+def l1(model, index: int) -> list[float]:
+    experts = model.model.layers[index].mlp.experts
+    both = (experts.gate_up_proj, experts.down_proj)
+    return [sum(weight[e].detach().abs().sum().item() for weight in both) for e in range(8)]
+
+
+EXPERT_SCORES = {
+    "frequency": lambda model, layer: layer["count"],
+    "soft_count": lambda model, layer: layer["probability_sum"],
+    "mean_gate": lambda model, layer: mean_gates(layer),
+    "l1": lambda model, layer: l1(model, layer.info.index),
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_SCORES)
+def test_experts_by_a_score(small, name: str) -> None:
+    model, _, found = small
+    plan, _ = planned(small, experts=name, num_routed=3)
+    expected = {s.info.index: ranked(EXPERT_SCORES[name](model, s))[:3] for s in found}
+    assert experts_of(plan) == expected
+
+
+def test_expert_options_differ(small) -> None:
+    names = [*EXPERT_SCORES, "greedy_js", "random"]
+    plans = [experts_of(planned(small, experts=name, num_routed=3)[0]) for name in names]
+    assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
+
+
+def test_greedy_kl_chooses_experts_by_kl(small) -> None:
+    model, batches, found = small
+    statistics = {layer.info.index: layer for layer in found}
+    plan, _ = planned(small, experts="greedy_kl")
+    intact = brute_force_states(model, batches)
+    for edit in (*plan.edited(), *plan.searched):
+        chosen: list[int] = []
+        for step in (1, 2):
+            values = {}
+            for expert in set(range(8)) - set(chosen):
+                choices = {edit.index: [*chosen, expert]}
+                states = brute_force_states(with_condensed(model, choices, statistics), batches)
+                values[expert] = brute_force_divergence(intact, states, edit.index + 1, "kl")
+            chosen.append(min(sorted(values), key=values.__getitem__))
+            assert edit.divergence[step] == pytest.approx(values[chosen[-1]], rel=1e-6)
+        assert list(edit.experts) == chosen
+
+
+@pytest.mark.parametrize("kind", ["experts", "layers"])
+def test_random_follows_the_seed(small, kind: str) -> None:
+    def choice(seed: int):
+        plan, _ = planned(small, **{kind: "random"}, num_layers=1, seed=seed, num_routed=3)
+        return experts_of(plan) if kind == "experts" else plan.layer_order
+
+    assert choice(1) == choice(1)
+    assert len({str(choice(seed)) for seed in range(6)}) > 1
+
+
+def brute_force_perplexity(model, batches: list[dict]) -> float:
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(**batch).logits
+        for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+            labels = batch["input_ids"][row, 1:length]
+            losses.append(F.cross_entropy(logits[row, : length - 1], labels, reduction="none"))
+    return float(torch.cat(losses).mean().exp())
+
+
+def harm(small, name: str, sets: list[tuple[int, ...]], experts: dict) -> list[float]:
+    """What an option minimises, for each set of condensed layers, by running whole models."""
+    model, batches, found = small
+    statistics = {layer.info.index: layer for layer in found}
+    intact = brute_force_states(model, batches)
+    values = []
+    for one in sets:
+        changed = with_condensed(model, {i: experts[i] for i in one}, statistics)
+        if name == "ppl":
+            values.append(brute_force_perplexity(changed, batches))
+        else:
+            position = one[0] + 1 if name == "local" else -1
+            measure = "kl" if name == "kl" else "js"
+            states = brute_force_states(changed, batches)
+            values.append(brute_force_divergence(intact, states, position, measure))
+    return values
+
+
+@pytest.mark.parametrize("name", ["js", "kl", "ppl"])
+def test_greedy_layers_against_brute_force(small, name: str) -> None:
+    plan, _ = planned(small, layers=f"greedy_{name}", num_layers=3)
+    experts, order = experts_of(plan), ()
+    for step in range(3):
+        sets = [(*order, index) for index in (1, 2, 3) if index not in order]
+        values = harm(small, name, sets, experts)
+        best = min(range(len(sets)), key=values.__getitem__)
+        order = sets[best]
+        assert plan.layer_divergence[step] == pytest.approx(values[best], rel=1e-6)
+    assert plan.layer_order == order
+
+
+@pytest.mark.parametrize("name", ["local", "global"])
+def test_one_shot_layers_against_brute_force(small, name: str) -> None:
+    plan, _ = planned(small, layers=f"one_shot_{name}", num_layers=3)
+    values = harm(small, name, [(1,), (2,), (3,)], experts_of(plan))
+    expected = sorted((1, 2, 3), key=lambda index: values[index - 1])
+    assert plan.layer_order == tuple(expected)
+    assert plan.layer_divergence == pytest.approx(sorted(values), rel=1e-6)
+
+
+def test_layers_by_cosine_similarity(small) -> None:
+    model, batches, _ = small
+    plan, stream = planned(small, layers="cosine", num_layers=3, experts="frequency")
+    similarities = []
+    documents = brute_force_states(model, batches)
+    model_states = {index: [(d[index], d[index + 1]) for d in documents] for index in (1, 2)}
+    for index in (1, 2):  # the last layer's output is only known after the final norm
+        pairs = [F.cosine_similarity(a, b, dim=-1) for a, b in model_states[index]]
+        similarities.append(float(torch.cat(pairs).mean()))
+    by_layer = dict(zip(plan.layer_order, plan.layer_divergence, strict=True))
+    assert [1 - by_layer[index] for index in (1, 2)] == pytest.approx(similarities, rel=1e-9)
+    assert list(plan.layer_divergence) == sorted(plan.layer_divergence)
+    assert stream is None  # nothing but the profile is needed
+
+
+def test_first_and_last_layers(small) -> None:
+    assert planned(small, layers="first", experts=[0])[0].layer_order == (1, 2)
+    assert planned(small, layers="last", experts=[0])[0].layer_order == (3, 2)
+
+
+def test_only_the_layers_in_question_get_experts(small) -> None:
+    plan, _ = planned(small, layers=[3])
+    assert [edit.index for edit in plan.edited()] == [3]
+    assert plan.searched == ()
+    assert len(planned(small, layers="greedy_js", num_layers=1)[0].searched) == 2
+
+
+def test_a_beam_finds_what_exhaustive_search_finds(small) -> None:
+    wide, _ = planned(small, beam=99)
+    experts = experts_of(wide)
+    pairs = [(1, 2), (1, 3), (2, 3)]
+    values = harm(small, "js", pairs, experts)
+    assert set(wide.layer_order) == set(pairs[min(range(3), key=values.__getitem__)])
+    assert wide.layer_divergence[-1] == pytest.approx(min(values), rel=1e-6)
+
+
+def test_gates_over_all_tokens(small) -> None:
+    _, _, found = small
+    plan, _ = planned(small, gates="mean_all", layers=[2], experts=[4, 1])
+    layer = next(layer for layer in found if layer.info.index == 2)
+    expected = [float(layer["gate_sum"][e] / layer["tokens"]) for e in (4, 1)]
+    assert list(plan.edited()[0].gates) == expected
+    selected, _ = planned(small, layers=[2], experts=[4, 1])
+    assert all(a < b for a, b in zip(expected, selected.edited()[0].gates, strict=True))
+
+
+# --------------------------------------------------------------------------- cost
+
+
+def test_from_disk_with_no_memory_for_activations_it_finds_the_same(small, tmp_path) -> None:
+    model, batches, found = small
+    model.save_pretrained(tmp_path / "model")
+    expected, _ = planned(small, num_layers=3)
+
+    def open_stream() -> LayerStream:
+        cache = Activations(limit=0, folder=tmp_path)
+        source = LayerwiseModel(Checkpoint(tmp_path / "model", "float64"))
+        return LayerStream(source, batches, cache)
+
+    plan = Condense(num_layers=3, num_routed=2).plan(Evidence(found, open_stream))
+    assert plan.to_text() == expected.to_text()
+
+
+def test_the_layer_search_needs_few_layer_evaluations(small) -> None:
+    model, batches, found = small
+    stream = LayerStream(model, batches)
+    experts = experts_of(planned(small)[0])
+    edits = {
+        layer.info.index: Edit(
+            layer.info.index, layer.info.name, "condense",
+            experts=tuple(experts[layer.info.index]), gates=(0.3, 0.3),
+        )
+        for layer in found
+    }  # fmt: skip
+    sets = CondensedSets(lambda: stream, edits, lambda identity, work: work())
+    greedy_layers(sets, 3, 1, sets.js)
+    # The intact model; layers 1, 2, 3 each condensed alone; then from what is kept.
+    assert sets.evaluations <= 4 + (3 + 2 + 1) + (3 + 2 + 3) + (3 + 2)
+    brute_force = 4 * (1 + 3 + 2 + 1)
+    assert sets.evaluations < brute_force
+    kept = [key for key in stream.cache._memory if key[0] not in ("input", "intact last")]
+    assert len({key[:2] for key in kept}) <= 2 * len(stream.layers)
+
+
+def test_what_was_found_before_is_not_searched_again(small) -> None:
+    model, batches, found = small
+    answers: dict[str, object] = {}
+    asked: list[str] = []
+
+    def remember(identity, work):
+        key = json.dumps(identity, sort_keys=True)
+        if key not in answers:
+            asked.append(identity["question"])
+            answers[key] = json.loads(json.dumps(work()))
+        return answers[key]
+
+    def plan(opened, **options):
+        evidence = Evidence(found, opened, remember)
+        return Condense(**(dict(num_layers=2, num_routed=2) | options)).plan(evidence)
+
+    def no_stream() -> LayerStream:
+        raise AssertionError("everything is known")
+
+    first = plan(lambda: LayerStream(model, batches))
+    assert asked == ["experts"] * 3 + ["js"] * 2
+    assert plan(no_stream).to_text() == first.to_text()
+    assert plan(no_stream, num_layers=1).layer_order == first.layer_order[:1]
+    longer = plan(lambda: LayerStream(model, batches), num_layers=3)
+    assert longer.layer_order[:2] == first.layer_order
+    assert asked == ["experts"] * 3 + ["js"] * 3
+    assert longer.to_text() == planned(small, num_layers=3)[0].to_text()
 
 
 @pytest.mark.parametrize(
@@ -215,8 +474,12 @@ def test_layer_search_never_runs_the_whole_model_per_candidate(monkeypatch) -> N
         (dict(num_routed=9), "has 8 routed experts"),
         (dict(layers=[1, 7]), r"names \[7\], but the model's MoE layers are \[1, 2, 3\]"),
         (dict(experts=[8]), r"names \[8\]"),
-        (dict(layers="greedy_jz"), "there are greedy_js"),
-        (dict(experts="greedy_jz"), "there are greedy_js"),
+        (dict(layers="greedy_jz"), "there are cosine, first, greedy_js"),
+        (dict(experts="greedy_jz"), "there are frequency, greedy_js"),
+        (dict(gates="median"), "there are mean_all, mean_selected"),
+        (dict(beam=0), "at least 1"),
+        (dict(beam=2, layers="random"), "leave condense.beam at 1"),
+        (dict(padding=2), "from 0 to 1"),
     ],
 )
 def test_impossible_requests_are_refused(options: dict, message: str) -> None:

@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; packages stand for all their files. A new file needs a floor.
 FLOORS = (
     {"types"},
-    {"store", "text", "report", "progress", "compute", "card", "options"},
+    {"store", "text", "report", "progress", "compute", "divergence", "card", "options"},
     {"data", "moe", "tasks", "families", "tables"},
     {"observing", "checkpoint"},
-    {"statistics", "stream", "saving"},
+    {"statistics", "layerwise", "saving"},
+    {"stream"},
     {"metrics", "ratios", "condense", "finetune"},
     {"methods"},
     {"stages", "track"},
@@ -27,10 +28,18 @@ FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floo
 # Who alone may import what: the first match counts, so insides come before the whole.
 ALONE = {
     "transformers.integrations": {"moe", "observing"},
-    "transformers.core_model_loading": {"moe"},
-    "transformers.modeling_utils": {"moe"},
+    "transformers.core_model_loading": {"layerwise"},
+    "transformers.conversion_mapping": {"layerwise"},
+    "transformers.modeling_utils": {"layerwise"},
     "transformers.models": {"moe"},
-    "transformers": {"moe", "observing", "checkpoint", "saving", "stages.measure"},
+    "transformers": {
+        "moe",
+        "observing",
+        "checkpoint",
+        "layerwise",
+        "saving",
+        "stages.measure",
+    },
     "wandb": {"track"},
     "hydra": {"run"},
 }

@@ -1,26 +1,31 @@
 """Methods: from statistics to a plan that says what happens to each layer.
 
 A method has `check(layers)`, which refuses an impossible request before any work, and
-`plan(evidence)`.
+`plan(evidence)`. It may have `irrelevant()`, the names of options that do not change its plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor, nn
+from typing import Any
 
 from moe_lab.statistics import LayerStatistics
+from moe_lab.stream import LayerStream
+
+
+def _always_anew(identity: dict[str, Any], work: Callable[[], Any]) -> Any:
+    return work()
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a method may look at. model and batches are made only when a method asks for them.
+    """What a method may look at.
 
-    batches: the calibration set as input_ids and attention_mask [B, L].
+    open_stream: the model's decoder layers over the calibration set, made only when a method asks.
+    remember: gives what `work` (plain JSON values) gave for the same identity and data before.
     """
 
     statistics: list[LayerStatistics]
-    model: Callable[[], nn.Module]
-    batches: Callable[[], list[dict[str, Tensor]]]
+    open_stream: Callable[[], LayerStream]
+    remember: Callable[[dict[str, Any], Callable[[], Any]], Any] = _always_anew

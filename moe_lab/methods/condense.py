@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_lab.condense import (
+    Candidates,
     Choice,
-    PartlyCondensed,
-    Search,
-    mean_gates,
+    CondensedSets,
+    IntactStates,
+    Layers,
     option,
     shared_gate,
 )
 from moe_lab.methods import Evidence
-from moe_lab.moe import check_is_sum, condensed, moe_layers
+from moe_lab.moe import check_is_sum, part_widths
 from moe_lab.progress import progress
+from moe_lab.statistics import LayerStatistics
 from moe_lab.stream import LayerStream
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
@@ -29,16 +34,24 @@ class Condense:
 
     CD-MoE (2412.00069): num_routed=0 is CD-MoE-S, more is CD-MoE-SR. experts, layers: the name of a
     search in moe_lab/condense/, or an explicit list (experts for every layer alike; true indices
-    of decoder layers).
+    of decoder layers). gates: the constants in the router's place. beam: of a greedy search over
+    layers. seed: of random choices. padding: the largest share of the compressed model's
+    parameters that zeros may take so that stock transformers can hold it.
     """
 
     num_layers: int
     num_routed: int
-    experts: str | Sequence[int]
-    layers: str | Sequence[int]
+    experts: str | Sequence[int] = "greedy_js"
+    layers: str | Sequence[int] = "greedy_js"
+    gates: str = "mean_selected"
+    beam: int = 1
+    seed: int = 0
+    padding: float = 0.01
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
-        """Refuse layers, experts or searches that do not exist."""
+        """Refuse layers, experts, searches or numbers that do not exist."""
+        self._check_numbers()
+        option("gates", self.gates)
         indices = [info.index for info in layers]
         if isinstance(self.layers, str):
             option("layers", self.layers)
@@ -55,6 +68,17 @@ class Condense:
             )
         for info in layers:
             self._check_layer(info)
+
+    def _check_numbers(self) -> None:
+        if self.beam < 1:
+            raise UserError(f"condense.beam={self.beam}: it must be at least 1")
+        if self.beam > 1 and not str(self.layers).startswith("greedy_"):
+            raise UserError(
+                f"condense.beam={self.beam} is for greedy searches over layers, and "
+                f"condense.layers={self.layers} is none: leave condense.beam at 1"
+            )
+        if not 0 <= self.padding <= 1:
+            raise UserError(f"condense.padding={self.padding}: it must be from 0 to 1")
 
     def _check_layer(self, info: LayerInfo) -> None:
         if info.obstacle:
@@ -85,56 +109,132 @@ class Condense:
                 "has none: ask for condense.num_routed of at least 1"
             )
 
+    def irrelevant(self) -> set[str]:
+        """Options that do not change the plan as the others are."""
+        return set() if "random" in (self.experts, self.layers) else {"seed"}
+
     @torch.no_grad()
     def plan(self, evidence: Evidence) -> Plan:
-        """Choose experts for every layer in question, then the layers; one edit per MoE layer."""
-        model = evidence.model()
-        for layer in moe_layers(model):
-            check_is_sum(layer)
-        stream = LayerStream(model, evidence.batches())
-        search = Search(stream, evidence.statistics)
-        edits = self._choose_experts(search)
-        chosen = self._choose_layers(stream, edits)
-        rest = [edit for edit in edits.values() if edit.index not in chosen.experts]
-        keep = [Edit(edit.index, edit.name, "keep") for edit in rest]
-        ends = [edits[index] for index in chosen.experts]
+        """Choose the layers, and experts for all that come into question; one edit per MoE layer.
+
+        A search over layers needs the experts of every layer; else only the chosen ones get some.
+        """
+        experts = Experts(self, evidence)
+        order = self._choose_layers(experts)
+        edits = experts.edits(order.chosen)
+        kept = {i: Edit(i, s.info.name, "keep") for i, s in experts.statistics.items()}
         return Plan(
-            tuple(sorted([*keep, *ends], key=lambda edit: edit.index)),
-            layer_order=chosen.experts,
-            layer_divergence=chosen.divergence,
-            searched=tuple(rest),
-            notes={"statistics": "intact model"},
+            tuple((kept | edits).values()),
+            layer_order=order.chosen,
+            layer_divergence=order.divergence,
+            searched=tuple(e for i, e in experts.chosen.items() if i not in order.chosen),
+            notes={"statistics": "intact model", "padding": self.padding},
         )
 
-    def _choose_experts(self, search: Search) -> dict[int, Edit]:
-        edits = {}
-        for statistics in progress(search.statistics.values(), "condense: choosing experts"):
-            index, gates = statistics.info.index, mean_gates(statistics)
-            choice = self._experts_of(search, index)
-            edits[index] = Edit(
-                index,
-                statistics.info.name,
-                "condense",
-                experts=choice.experts,
-                gates=tuple(float(gates[expert]) for expert in choice.experts),
-                shared_gate=shared_gate(statistics),
-                divergence=choice.divergence,
-            )
-        return edits
-
-    def _experts_of(self, search: Search, index: int) -> Choice:
-        if not isinstance(self.experts, str):
-            return Choice(tuple(self.experts))
-        if self.num_routed == 0:
-            return Choice(())
-        return option("experts", self.experts)(search.open(index), self.num_routed)
-
-    def _choose_layers(self, stream: LayerStream, edits: dict[int, Edit]) -> Choice:
+    def _choose_layers(self, experts: Experts) -> Choice:
         if not isinstance(self.layers, str):
             return Choice(tuple(self.layers))
-        blocks: dict[int, nn.Module] = {
-            index: condensed(stream.moe[index], edit.experts, edit.gates, edit.shared_gate)
-            for index, edit in edits.items()
+
+        def condensed() -> CondensedSets:
+            edits = experts.edits(experts.statistics)
+            return CondensedSets(lambda: experts.stream, edits, experts.remember)
+
+        layers = Layers(experts.statistics, condensed, self.beam, self.seed)
+        return option("layers", self.layers)(layers, self.num_layers)
+
+
+class Experts:
+    """The experts of each layer, chosen when they are first asked for and remembered."""
+
+    def __init__(self, method: Condense, evidence: Evidence):
+        self.method, self.evidence = method, evidence
+        self.statistics = {one.info.index: one for one in evidence.statistics}
+        self.chosen: dict[int, Edit] = {}
+        self._states: IntactStates | None = None
+        by_name = isinstance(method.experts, str)
+        self._identity = {
+            "experts": method.experts if by_name else list(method.experts),
+            "num_routed": method.num_routed if by_name else None,
+            "gates": method.gates,
+            "seed": method.seed if method.experts == "random" else None,
         }
-        model = PartlyCondensed(stream, blocks)
-        return option("layers", self.layers)(model, self.num_layers)
+
+    @functools.cached_property
+    def stream(self) -> LayerStream:
+        """The model's decoder layers on the calibration set, opened when first needed."""
+        stream = self.evidence.open_stream()
+        stream.cache.announce(
+            {
+                "every expert's output at one layer": self._expert_bytes(stream),
+                "states of the search over layers": self._layer_bytes(stream),
+            }
+        )
+        first = next(iter(stream.moe))
+        with stream.layer(first):
+            check_is_sum(stream.moe[first])
+        return stream
+
+    def _expert_bytes(self, stream: LayerStream) -> int:
+        most = max(one.info.num_experts for one in self.statistics.values())
+        return (most + 4) * stream.state_bytes()
+
+    def _layer_bytes(self, stream: LayerStream) -> int:
+        levels, sets = len(stream.layers) + 1, self.method.beam * len(self.statistics)
+        return (levels + 2 * sets) * stream.state_bytes()
+
+    def remember(self, identity: dict[str, Any], work: Any) -> Any:
+        """What was found before for the same question, options and data."""
+        return self.evidence.remember(self._identity | identity, work)
+
+    def edits(self, indices: Iterable[int]) -> dict[int, Edit]:
+        """Condensing edits of these layers, in order of the layers."""
+        indices = sorted(indices)
+        missing = [index for index in indices if index not in self.chosen]
+        if missing and min(missing) < max(self.chosen, default=-1):
+            self._states = None  # the pass over the layers begins again
+        for index in progress(missing, "condense: choosing experts") if missing else ():
+            self.chosen[index] = self._edit(self.statistics[index])
+        self.chosen = dict(sorted(self.chosen.items()))
+        return {index: self.chosen[index] for index in indices}
+
+    def _edit(self, statistics: LayerStatistics) -> Edit:
+        gates = option("gates", self.method.gates)(statistics)
+        choice = self._choice(statistics, gates)
+        return Edit(
+            statistics.info.index,
+            statistics.info.name,
+            "condense",
+            experts=choice.chosen,
+            gates=tuple(float(gates[expert]) for expert in choice.chosen),
+            shared_gate=shared_gate(statistics),
+            divergence=choice.divergence,
+            widths=part_widths(statistics.info, choice.chosen),
+        )
+
+    def _choice(self, statistics: LayerStatistics, gates: torch.Tensor) -> Choice:
+        if not isinstance(self.method.experts, str):
+            return Choice(tuple(self.method.experts))
+        if self.method.num_routed == 0:
+            return Choice(())
+
+        def work() -> dict[str, Any]:
+            candidates = self._candidates(statistics, gates)
+            made = option("experts", self.method.experts)(candidates, self.method.num_routed)
+            return {"chosen": made.chosen, "divergence": made.divergence}
+
+        found = self.remember({"question": "experts", "layer": statistics.info.index}, work)
+        return Choice(tuple(found["chosen"]), tuple(found["divergence"]))
+
+    def _candidates(self, statistics: LayerStatistics, gates: torch.Tensor) -> Candidates:
+        index = statistics.info.index
+
+        def open_layer() -> Any:
+            self._states = self._states or IntactStates(self.stream)
+            return self._states.open(index, gates, shared_gate(statistics))
+
+        @contextmanager
+        def weights() -> Iterator[nn.Module]:
+            with self.stream.layer(index):
+                yield self.stream.moe[index].experts
+
+        return Candidates(statistics, gates, self.method.seed, open_layer, weights)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_lab import condense, moe, statistics, stream
+from moe_lab import condense, divergence, layerwise, moe, statistics, stream
 from moe_lab.checkpoint import Checkpoint, check_plan
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
+from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods import Evidence
 from moe_lab.store import Artifact, Store, code_version, write_whole
+from moe_lab.stream import Activations, LayerStream
+
+ANSWER = "answer.json"
 
 
 def plan(
@@ -23,22 +28,37 @@ def plan(
     options: dict[str, Any],
     compute: Compute,
 ) -> Artifact:
-    """A folder with plan.json. options: the method's composed config, its identity."""
+    """A folder with plan.json. options: the method's composed config, its identity.
+
+    What a search finds on the way is kept too, step by step (kind `search`): searches go on where
+    they were stopped, and plans that ask the same questions share the answers.
+    """
+    code = code_version(*_code(method))
 
     def make(folder: Path) -> None:
-        evidence = Evidence(
-            statistics=statistics.load(profile.folder),
-            model=functools.partial(checkpoint.load, compute.device),
-            batches=lambda: tokens.batches(compute.batch_size, compute.device),
-        )
+        evidence = Evidence(statistics.load(profile.folder), open_stream, remember)
         made = method.plan(evidence)
         check_plan([layer.info for layer in evidence.statistics], made.edited())
         write_whole(folder / "plan.json", made.to_text())
 
+    def open_stream() -> LayerStream:
+        limit = int(compute.cache_gib * 2**30)
+        cache = Activations(limit, folder=store.root, device=compute.device)
+        model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
+        return LayerStream(model, tokens.batches(compute.batch_size, compute.device), cache)
+
+    def remember(identity: dict[str, Any], work: Callable[[], Any]) -> Any:
+        def answer(folder: Path) -> None:
+            write_whole(folder / ANSWER, json.dumps(work()) + "\n")
+
+        question = identity | {"profile": profile.key, "code": code}
+        return json.loads((store.get("search", question, answer).folder / ANSWER).read_text())
+
+    irrelevant = method.irrelevant() if hasattr(method, "irrelevant") else ()
     identity = {
         "profile": profile.key,
-        "method": options,
-        "code": code_version(*_code(method)),
+        "method": {name: value for name, value in options.items() if name not in irrelevant},
+        "code": code,
     }
     return store.get("plan", identity, make)
 
@@ -46,9 +66,11 @@ def plan(
 def _code(method: Any) -> list[Any]:
     """The modules that decide this plan: the method's own and those of its plug-ins."""
     parts = [value for value in vars(method).values() if callable(value) or hasattr(value, "keep")]
+    if not hasattr(method, "gates"):
+        return [method, *parts]
     named = [
         condense.option(kind, value)
         for kind, value in vars(method).items()
-        if kind in ("experts", "layers") and isinstance(value, str)
+        if kind in ("experts", "layers", "gates") and isinstance(value, str)
     ]
-    return [method, condense, moe, stream, *parts, *named]
+    return [method, condense, divergence, layerwise, moe, stream, *named]

@@ -1,25 +1,15 @@
-"""CD-MoE's layer search: forward selection by the divergence of the last hidden state."""
+"""Forward selection of layers by the Jensen-Shannon divergence of the last hidden state."""
 
 from __future__ import annotations
 
-from moe_lab.condense import Choice, PartlyCondensed
-from moe_lab.progress import progress
+from moe_lab.condense import Choice, Layers, greedy_layers
 
 
-def choose(model: PartlyCondensed, num_layers: int) -> Choice:
-    """Condense, `num_layers` times, the layer that moves the last hidden state least.
+def choose(layers: Layers, num_layers: int) -> Choice:
+    """Condense, again and again, the layer that gives the lowest Jensen-Shannon divergence.
 
     CD-MoE (2412.00069): after the experts of every layer are fixed,
-    P <- P + argmin_l JS(H, H^(P+l)) with H the last hidden state after the final norm; beam 1.
-    Ties go to the lower layer. A candidate runs only the decoder layers from itself on.
+    P <- P + argmin_l JS(H, H^(P+l)) with H the last hidden state after the final norm.
     """
-    order: list[int] = []
-    divergence: list[float] = []
-    for _ in progress(range(num_layers), "condense: choosing layers"):
-        rest = [index for index in sorted(model.blocks) if index not in order]
-        values = [model.divergence_with(index) for index in rest]
-        best = min(range(len(rest)), key=values.__getitem__)
-        order.append(rest[best])
-        divergence.append(values[best])
-        model.choose(rest[best])
-    return Choice(tuple(order), tuple(divergence))
+    sets = layers.condensed()
+    return greedy_layers(sets, num_layers, layers.beam, sets.js)

@@ -1,0 +1,14 @@
+"""Forward selection of experts by the Kullback-Leibler divergence of the layer's output."""
+
+from __future__ import annotations
+
+from moe_lab import divergence
+from moe_lab.condense import Candidates, Choice, greedy_experts
+
+
+def choose(candidates: Candidates, num_routed: int) -> Choice:
+    """Add, again and again, the expert that brings the layer's output closest to the intact one.
+
+    As greedy_js, with KL(h || h^(S+i)) in the place of JS.
+    """
+    return greedy_experts(candidates, num_routed, divergence.kl)

@@ -1,0 +1,16 @@
+"""Experts by the size of their weights."""
+
+from __future__ import annotations
+
+from moe_lab.condense import Candidates, Choice, ranked
+from moe_lab.moe import expert_parameters
+
+
+def choose(candidates: Candidates, num_routed: int) -> Choice:
+    """The experts with the highest l1 norm of all their weights; needs no calibration data."""
+    with candidates.experts() as experts:
+        norms = [
+            sum(float(weight.abs().double().sum()) for weight in parameters.values())
+            for parameters in expert_parameters(experts)
+        ]
+    return ranked(norms, num_routed)

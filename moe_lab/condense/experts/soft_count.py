@@ -1,0 +1,13 @@
+"""Experts by the router's full probability."""
+
+from __future__ import annotations
+
+from moe_lab.condense import Candidates, Choice, ranked
+
+
+def choose(candidates: Candidates, num_routed: int) -> Choice:
+    """The experts with the highest sum of the router's full probability over all tokens.
+
+    SEER-MoE (2404.05089): soft heavy-hitters counting.
+    """
+    return ranked(candidates.statistics["probability_sum"], num_routed)

@@ -1,0 +1,14 @@
+"""Forward selection of layers by the Kullback-Leibler divergence of the last hidden state."""
+
+from __future__ import annotations
+
+from moe_lab.condense import Choice, Layers, greedy_layers
+
+
+def choose(layers: Layers, num_layers: int) -> Choice:
+    """Condense, again and again, the layer that gives the lowest Kullback-Leibler divergence.
+
+    As greedy_js, with KL(H || H^(P+l)) in the place of JS.
+    """
+    sets = layers.condensed()
+    return greedy_layers(sets, num_layers, layers.beam, sets.kl)

@@ -1,0 +1,10 @@
+"""The last MoE layers."""
+
+from __future__ import annotations
+
+from moe_lab.condense import Choice, Layers
+
+
+def choose(layers: Layers, num_layers: int) -> Choice:
+    """The MoE layers nearest to the head, the last one first."""
+    return Choice(tuple(layers.indices[::-1][:num_layers]))

@@ -1,0 +1,11 @@
+"""Layers by the harm that each does alone to the last hidden state."""
+
+from __future__ import annotations
+
+from moe_lab.condense import Choice, Layers, ranked_layers
+
+
+def choose(layers: Layers, num_layers: int) -> Choice:
+    """The layers with the lowest JS divergence of the last hidden state, each condensed alone."""
+    sets = layers.condensed()
+    return ranked_layers(layers.indices, sets.js([[index] for index in layers.indices]), num_layers)
