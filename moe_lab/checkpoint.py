@@ -135,7 +135,7 @@ class Original(Checkpoint):
         unknown or of another shape.
         """
         values, files = _read_config(self.path), weight_files(self.path)
-        families.check_tensors(self.family, values, files)
+        families.check(self.family, values, files)
         expected = sum(parameter.numel() for parameter in meta_model(self.config).parameters())
         target.mkdir(parents=True, exist_ok=True)
         self._write_texts(target)
@@ -199,9 +199,8 @@ def resolve(
     family = families.of(_read_config(folder).get("model_type"))
     if family is None:
         return Checkpoint(folder.resolve(), dtype)
-    original = Original(folder.resolve(), dtype)
-    families.check_tensors(family, _read_config(folder), weight_files(folder))
-    return original
+    families.check(family, _read_config(folder), weight_files(folder))
+    return Original(folder.resolve(), dtype)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -330,5 +329,5 @@ def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Any]) -> None:
     for edit in edits:
         if edit.index not in known:
             raise UserError(f"layer {edit.index} is no MoE layer; they are {sorted(known)}")
-        if edit.edit == "prune":
+        if edit.edit in ("prune", "merge"):
             check_kept(known[edit.index], len(edit.kept))

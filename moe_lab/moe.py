@@ -9,7 +9,7 @@ with `use_experts_implementation`, which takes (hidden_states, top_k_index, top_
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import _default_apply_gate
 
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.depth import drop_decoders
+from moe_lab.merging import merge_experts
+from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
@@ -162,26 +164,86 @@ class DenseMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
-    """Keep only the `kept` experts of a layer, in that order, and their router rows, in place.
+class NoMLP(nn.Module):
+    """A block that adds nothing: zeros. `pair`: its decoder layer expects (output, None)."""
 
-    Every tensor of the block outside the shared experts with a dimension of the size of the
-    number of experts is indexed by expert: the first such dimension is cut.
+    def __init__(self, pair: bool):
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+        zeros = torch.zeros_like(x)
+        return (zeros, None) if self.pair else zeros
+
+
+@torch.no_grad()
+def no_mlp(layer: MoELayer) -> NoMLP:
+    """What stands in for a dropped MoE block; what the block returns is found by one token."""
+    reference = layer.experts.down_proj
+    x_BLD = torch.zeros(
+        1, 1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device
+    )
+    layer.experts.forward = lambda hidden, *routed, **named: torch.zeros_like(hidden)
+    try:
+        return NoMLP(pair=isinstance(layer.block(x_BLD), tuple))
+    finally:
+        del layer.experts.forward
+
+
+def _routed_modules(layer: MoELayer) -> list[nn.Module]:
+    shared = (*SHARED_NAMES, "shared_expert_gate")
+    return [m for name, m in layer.block.named_modules() if name.split(".")[0] not in shared]
+
+
+def _by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """Tensors that are indexed by expert: (module, name in it, tensor, dimension).
+
+    Those of the block outside the shared experts with a dimension of the size of the number of
+    experts; the first such dimension is the one.
     """
+    old = layer.info.num_experts
+    for module in _routed_modules(layer):
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and old in tensor.shape:
+                yield module, key, tensor, tensor.shape.index(old)
+
+
+def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
+    """Keep only the `kept` experts of a layer, in that order, and their router rows, in place."""
     old, kept = layer.info.num_experts, list(kept)
-    for name, module in layer.block.named_modules():
-        if name.split(".")[0] in (*SHARED_NAMES, "shared_expert_gate"):
-            continue
-        for holder in (module._parameters, module._buffers):
-            for key, tensor in holder.items():
-                if tensor is not None and old in tensor.shape:
-                    index = torch.tensor(kept, device=tensor.device)
-                    cut = tensor.detach().index_select(tensor.shape.index(old), index)
-                    parameter = isinstance(tensor, nn.Parameter)
-                    holder[key] = nn.Parameter(cut, tensor.requires_grad) if parameter else cut
+    for module, key, tensor, dimension in list(_by_expert(layer)):
+        index = torch.tensor(kept, device=tensor.device)
+        cut = tensor.detach().index_select(dimension, index)
+        if isinstance(tensor, nn.Parameter):
+            cut = nn.Parameter(cut, tensor.requires_grad)
+        setattr(module, key, cut)
+    for module in _routed_modules(layer):
         for key, value in vars(module).items():
             if "expert" in key and type(value) is int and value == old:
                 setattr(module, key, len(kept))
+
+
+@torch.no_grad()
+def merge_layer(layer: MoELayer, edit: Edit) -> None:
+    """Carry out a merge edit: average each group into the expert that stays, then prune the rest.
+
+    M-SMoE (2310.01334) lets all router rows live on and maps them to the merged experts; a stock
+    model cannot send two rows to one expert, so that a group keeps one row: that of the expert
+    that stays (`router` dominant), or the weighted mean of the group's rows (mean), with its
+    entries of the router's biases alike.
+    """
+    merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align)
+    for module, _, tensor, dimension in _by_expert(layer) if edit.router == "mean" else ():
+        if module is layer.experts:
+            continue
+        rows = tensor.movedim(dimension, 0)
+        means = [
+            torch.einsum("g,g...->...", rows.new_tensor(shares, dtype=torch.float64),
+                         rows[list(members)].double())
+            for members, shares in zip(edit.groups, edit.weights, strict=True)
+        ]  # fmt: skip
+        rows[list(edit.kept)] = torch.stack(means).to(rows.dtype)
+    prune_layer(layer, edit.kept)
 
 
 def _obstacle(experts: nn.Module, shared: nn.Module | None) -> str | None:
@@ -283,7 +345,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
 
     The model computes the edited function at once; `saving.save` finds the form in which
-    stock transformers can hold it.
+    stock transformers can hold it. Decoder layers behind a dropped one get new numbers.
     """
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     for edit in plan.edited():
@@ -292,12 +354,23 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
                 f"the plan edits layer {edit.index}, which is no MoE layer of this model; its MoE "
                 f"layers are {sorted(layers)}"
             )
-        layer = layers[edit.index]
-        if edit.edit == "prune":
-            prune_layer(layer, edit.kept)
-        else:
-            dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
-            set_block(model, layer.info.name, dense)
+        _apply(model, layers[edit.index], edit)
+    dropped = {edit.index: edit for edit in plan.edited() if edit.edit == "drop_block"}
+    if dropped:
+        name = next(iter(dropped.values())).name
+        drop_decoders(model, _LAYER_PATH.match(name)["decoder"].rpartition(".")[0], dropped)
+
+
+def _apply(model: nn.Module, layer: MoELayer, edit: Edit) -> None:
+    if edit.edit == "prune":
+        prune_layer(layer, edit.kept)
+    elif edit.edit == "merge":
+        merge_layer(layer, edit)
+    elif edit.edit == "condense":
+        dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
+        set_block(model, layer.info.name, dense)
+    elif edit.edit == "drop_layer":
+        set_block(model, layer.info.name, no_mlp(layer))
 
 
 def check_kept(info: LayerInfo, num_kept: int) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_lab.moe import MoELayer, expert_forward, expert_parameters, moe_layers
@@ -33,6 +34,10 @@ class Observation:
         self.logits: dict[nn.Module, Tensor] = {}
         self.shared_gate: dict[nn.Module, Tensor] = {}
         self.inputs: dict[nn.Module, Tensor] = {}
+        self.entering: dict[nn.Module, Tensor] = {}
+        self.norms: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self.residual: dict[nn.Module, Tensor | None] = {}
+        self.added: dict[nn.Module, Tensor] = {}
 
 
 _open: dict[nn.Module, Observation] = {}
@@ -55,12 +60,7 @@ def observe(
         for layer in layers:
             observation.layer_of[layer.experts] = layer
             _open[layer.experts] = observation
-            keep = _keeper(observation.logits, layer.experts, _router_logits)
-            handles.append(layer.router.register_forward_hook(keep))
-            if layer.shared_gate is not None:
-                keep = _keeper(observation.shared_gate, layer.experts, lambda gate: gate)
-                handles.append(layer.shared_gate.register_forward_hook(keep))
-            handles.append(layer.block.register_forward_hook(_emitter(observation, layer)))
+            handles += _hooks(observation, layer)
         yield observation
     finally:
         for handle in handles:
@@ -68,6 +68,45 @@ def observe(
         for layer in layers:
             _open.pop(layer.experts, None)
         model.set_experts_implementation(previous)
+
+
+def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
+    """All hooks of one layer; its routing is emitted when its decoder layer ends."""
+    key = layer.experts
+    keep = _keeper(observation.logits, key, _router_logits)
+    handles = [layer.router.register_forward_hook(keep)]
+    if layer.shared_gate is not None:
+        keep = _keeper(observation.shared_gate, key, lambda gate: gate)
+        handles.append(layer.shared_gate.register_forward_hook(keep))
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        observation.entering[key] = _input(args, kwargs)
+        observation.norms[key] = []
+
+    def normed(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        observation.norms[key].append((_input(args, kwargs), output))
+
+    def added(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        # The norm whose very output the block got: what went into it is the residual stream.
+        found = [x for x, out in observation.norms.pop(key) if out is _input(args, kwargs)]
+        observation.residual[key] = found[-1] if found else None
+        observation.added[key] = _first(output)
+
+    handles.append(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True))
+    for name, child in layer.decoder.named_children():
+        if "norm" in name:
+            handles.append(child.register_forward_hook(normed, with_kwargs=True))
+    handles.append(layer.block.register_forward_hook(added, with_kwargs=True))
+    handles.append(layer.decoder.register_forward_hook(_emitter(observation, layer)))
+    return handles
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _first(output: object) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _router_logits(output: object) -> Tensor:
@@ -84,22 +123,35 @@ def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable) -> C
 
 
 def _emitter(observation: Observation, layer: MoELayer) -> Callable:
-    # Emitted when the block ends, not when its experts ran: only then is the shared gate known.
     def hook(module: nn.Module, args: tuple, output: object) -> None:
-        routed = observation.inputs.pop(layer.experts)
-        logits = observation.logits.pop(layer.experts).reshape(-1, layer.info.num_experts)
-        gate = observation.shared_gate.pop(layer.experts, None)
+        key = layer.experts
+        routed = observation.inputs.pop(key)
+        logits = observation.logits.pop(key).reshape(-1, layer.info.num_experts)
+        gate = observation.shared_gate.pop(key, None)
         gate = None if gate is None else gate.reshape(-1).sigmoid()
         valid = None if observation.valid is None else observation.valid.reshape(-1)
-        observation.observer(layer.info, _routing(routed, logits, gate, valid))
+        leaving, added = _first(output), observation.added.pop(key)
+        residual = observation.residual.pop(key)
+        if residual is None:  # no norm before the block: what it added is taken off again
+            residual = leaving.double() - added.reshape(leaving.shape).double()
+        around = observation.entering.pop(key), residual, leaving
+        around = tuple(state.reshape(-1, state.shape[-1]) for state in around)
+        routing = _routing(routed, logits, gate, valid, around)
+        observation.observer(layer.info, routing)
 
     return hook
 
 
-def _routing(routed: tuple, logits: Tensor, gate: Tensor | None, valid: Tensor | None) -> Routing:
+def _routing(
+    routed: tuple,
+    logits: Tensor,
+    gate: Tensor | None,
+    valid: Tensor | None,
+    around: tuple[Tensor, ...],
+) -> Routing:
     x, index, weight, y, expert, token, weight_s = routed
     if valid is None or bool(valid.all()):
-        return Routing(x, logits, index, weight, y, expert, token, weight_s, gate)
+        return Routing(x, logits, index, weight, y, expert, token, weight_s, gate, *around)
     valid = valid.to(x.device)
     pairs = valid[token]
     row = valid.cumsum(0) - 1  # a valid token's row after padding is gone
@@ -107,6 +159,7 @@ def _routing(routed: tuple, logits: Tensor, gate: Tensor | None, valid: Tensor |
     return Routing(
         x[valid], logits[valid], index[valid], weight[valid],
         y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
+        *(state[valid] for state in around),
     )  # fmt: skip
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,46 @@ from moe_lab.moe import (
     COUNT_FIELDS,
     DenseMLP,
     MoELayer,
+    NoMLP,
+    apply_plan,
     is_gated_mlp,
     moe_layers,
+    no_mlp,
     prune_layer,
     set_block,
 )
+from moe_lab.types import Edit, Plan
+
+logger = logging.getLogger(__name__)
+PADDING = 0.01  # the largest share of a model's parameters that may be zeros, unless it is given
 
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an edited model is saved.
+
+    stock: whether stock transformers can load it; reason: which form and why, with the option that
+    changes it; plain: whether it is the family's own without any zeros.
+    """
+
+    stock: bool
+    reason: str
+    config: Any
+    plain: bool = False
+
+
+def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) -> Form:
+    """The form in which a model of `config` would be saved after `edits`, found without weights.
+
+    padding: see `save`. Raises UserError for blocks that cannot be dropped from this family.
+    """
+    model = meta_model(config)
+    # Which experts a merged one is made of does not matter here; averaging needs weights.
+    shapes = [replace(e, edit="prune") if e.edit == "merge" else e for e in edits]
+    apply_plan(model, Plan(tuple(shapes)))
+    return _form(model, _limit(config, padding))
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
@@ -38,25 +74,32 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
         if layer is None:
             continue
         if "width" in wanted:
-            dense = DenseMLP(layer.info.hidden_size, wanted["width"], layer.experts.act_fn)
-            set_block(model, layer.info.name, dense)
+            block = no_mlp(layer)
+            if wanted["width"]:
+                act = layer.experts.act_fn
+                block = DenseMLP(layer.info.hidden_size, wanted["width"], act)
+            set_block(model, layer.info.name, block)
         elif wanted["num_experts"] < layer.info.num_experts:
             prune_layer(layer, range(wanted["num_experts"]))
 
 
-def save(model: PreTrainedModel, folder: Path, source: Path) -> bool:
+def save(model: PreTrainedModel, folder: Path, source: Path, padding: float | None = None) -> bool:
     """Write an edited model as a checkpoint; True where stock transformers can load it.
 
     Parameters are written in the dtype of the checkpoint at `source`, whose tokenizer comes along.
-    The model itself is not changed except for its dtype and config.
+    padding: zeros make narrow dense layers as wide as the family's config has all of them, if that
+    adds at most this share of the model's parameters; else the exact sizes are saved in our own
+    form. None: as at `source` where it says so, else 0.01. The model itself is not changed except
+    for its dtype, its config and those zeros.
     """
-    dense = {name: module for name, module in model.named_modules() if type(module) is DenseMLP}
-    layers = moe_layers(model)
     original = AutoConfig.from_pretrained(source, local_files_only=True)
-    model.config = _saved_config(model, original, layers, dense)
-    native = getattr(model.config, "moe_lab", None) is None
-    if dense and native:
-        _make_native(model, dense)
+    form = _form(model, _limit(model.config, padding))
+    if not form.plain:
+        logger.info("saving: %s", form.reason)
+    edited = _edited_blocks(model)
+    model.config = form.config
+    if edited and form.stock:
+        _make_native(model, edited)
     _to_stored_dtype(model, original.dtype)
     # A model that came from fused files would be written fused; engines want per-expert names.
     model._weight_conversions = None
@@ -64,29 +107,89 @@ def save(model: PreTrainedModel, folder: Path, source: Path) -> bool:
         model.save_pretrained(folder)
     _write_count_aliases(folder / "config.json", model.config)
     copy_text_files(source, folder)
-    return native
+    return form.stock
 
 
-def _saved_config(
-    model: PreTrainedModel, original: Any, layers: list[MoELayer], dense: dict[str, DenseMLP]
+def _limit(config: Any, padding: float | None) -> float:
+    if padding is not None:
+        return padding
+    return (getattr(config, "moe_lab", None) or {}).get("padding", PADDING)
+
+
+def _edited_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if type(m) in (DenseMLP, NoMLP)}
+
+
+def _width(block: nn.Module) -> int:
+    return block.gate_proj.out_features if type(block) is DenseMLP else 0
+
+
+def _form(model: PreTrainedModel, padding: float) -> Form:
+    """The family's own form where it can say the model with few enough zeros, else ours."""
+    layers, edited = moe_layers(model), _edited_blocks(model)
+    config, obstacle = _native_config(model, layers, edited)
+    if not obstacle:
+        widths = " and ".join(str(width) for width in sorted(set(map(_width, edited.values()))))
+        zeros = _zeros(model, meta_model(config), edited)
+        share = zeros / _parameters(model)
+        if not zeros:
+            return Form(True, "in the family's own form, without padding", config, plain=True)
+        how = f"layers of width {widths} padded with zeros to its one width of dense layers"
+        if share <= padding:
+            reason = f"{how}, {share:.2%} more parameters (method.padding=0 keeps the exact sizes)"
+            return Form(True, f"in the family's own form: {reason}", config)
+        obstacle = (
+            f"the family's form, {how}, would have {share:.2%} more parameters "
+            f"(method.padding={padding:g} is what may be added)"
+        )
+    reason = (
+        f"in moe_lab's own form, which moe_lab.load reads but stock transformers not: {obstacle}"
+    )
+    return Form(False, reason, _own_config(model, layers, edited, padding))
+
+
+def _native_config(
+    model: PreTrainedModel, layers: list[MoELayer], edited: dict[str, nn.Module]
+) -> tuple[Any, str | None]:
+    """The config with which the family itself builds this model, and what is in the way."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "moe_lab"):
+        del config.moe_lab
+    counts = sorted({layer.info.num_experts for layer in layers})
+    if len(counts) > 1:
+        numbers = " and ".join(map(str, counts))
+        return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
+    for count in counts:
+        set_num_experts(config, count)
+    found = native_config(config, edited)
+    indices = sorted(_layer_index(name) for name in edited)
+    return (
+        found,
+        None if found else f"{config.model_type} cannot say that layers {indices} are dense",
+    )
+
+
+def _zeros(model: nn.Module, built: nn.Module, edited: dict[str, nn.Module]) -> int:
+    """Parameters by which the family's dense layers are larger than ours."""
+    names = _dense_names(model) | set(edited) if edited else ()
+    return sum(
+        _parameters(built.get_submodule(name)) - _parameters(model.get_submodule(name))
+        for name in names
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _own_config(
+    model: PreTrainedModel, layers: list[MoELayer], edited: dict[str, nn.Module], padding: float
 ) -> Any:
-    counts = {layer.info.num_experts for layer in layers}
-    uniform = copy.deepcopy(original)
-    if hasattr(uniform, "moe_lab"):
-        del uniform.moe_lab
-    if len(counts) <= 1:
-        for count in counts:
-            set_num_experts(uniform, count)
-        config = native_config(uniform, dense)
-        if config is not None:
-            return config
-    ours = copy.deepcopy(original)
-    ours.moe_lab = {"version": 1, "layers": {}}
-    for layer in layers:
-        ours.moe_lab["layers"][str(layer.info.index)] = {"num_experts": layer.info.num_experts}
-    for name, module in dense.items():
-        ours.moe_lab["layers"][str(_layer_index(name))] = {"width": module.gate_proj.out_features}
-    return ours
+    config = copy.deepcopy(model.config)
+    structure = {str(one.info.index): {"num_experts": one.info.num_experts} for one in layers}
+    structure |= {str(_layer_index(name)): {"width": _width(b)} for name, b in edited.items()}
+    config.moe_lab = {"version": 1, "padding": padding, "layers": structure}
+    return config
 
 
 def _layer_index(name: str) -> int:
@@ -101,7 +204,7 @@ def set_num_experts(config: Any, count: int) -> None:
             setattr(config, field, count)
 
 
-def native_config(config: Any, dense: dict[str, DenseMLP]) -> Any | None:
+def native_config(config: Any, dense: dict[str, nn.Module]) -> Any | None:
     """The config with which the family itself builds these dense layers, or None.
 
     Tried on a model without weights: every other layer must come out as it was.
@@ -118,7 +221,7 @@ def native_config(config: Any, dense: dict[str, DenseMLP]) -> Any | None:
     field = next((name for name in DENSE_WIDTHS if hasattr(wanted, name)), None)
     if field is None:
         return None
-    width = max(module.gate_proj.out_features for module in dense.values())
+    width = max(1, *(_width(block) for block in dense.values()))
     setattr(wanted, field, max(width, getattr(wanted, field) if len(all_dense - condensed) else 0))
     built = meta_model(wanted)
     if {layer.info.index for layer in moe_layers(built)} != moe - condensed:
@@ -144,16 +247,18 @@ def _list_dense(config: Any, dense: list[int]) -> bool:
 
 
 @torch.no_grad()
-def _make_native(model: PreTrainedModel, dense: dict[str, DenseMLP]) -> None:
+def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
     """Replace our dense MLPs by the family's, zero-padded to its one width for dense layers."""
     built = meta_model(model.config)
-    for name in _dense_names(model):
+    reference = model.get_input_embeddings().weight
+    for name in _dense_names(model) | set(edited):
         source, target = model.get_submodule(name), built.get_submodule(name)
-        reference = source.gate_proj.weight
         target.to_empty(device=reference.device).to(reference.dtype)
         for parameter in target.parameters():
             parameter.zero_()
-        for projection in ("gate_proj", "up_proj", "down_proj"):
+        for projection in (
+            ("gate_proj", "up_proj", "down_proj") if type(source) is not NoMLP else ()
+        ):
             weight = getattr(source, projection).weight
             rows, columns = weight.shape
             getattr(target, projection).weight[:rows, :columns] = weight

@@ -32,7 +32,10 @@ class LayerStatistics:
     Per expert [E]: count, tokens that the router sent to it; gate_sum, of its router weight over
     them; probability_sum, of the router's full probability over all tokens (SEER-MoE 2404.05089,
     soft count); norm_sum, of the l2 norm of its output; gate_norm_sum, of weight times norm.
-    Scalars [1]: tokens; shared_gate_sum, of the shared expert's sigmoid gate over all tokens.
+    Per pair of experts [E, E]: logit_product_sum, of the products of their router logits.
+    Scalars [1]: tokens; shared_gate_sum, of the shared expert's sigmoid gate over all tokens;
+    block_cosine_sum and layer_cosine_sum, of the cosine between what enters and what leaves the
+    decoder layer, or its MoE sublayer alone (x and x + MoE(norm(x)); He et al. 2406.02500).
     """
 
     def __init__(self, info: LayerInfo, sums: dict[str, Tensor] | None = None):
@@ -59,6 +62,13 @@ class LayerStatistics:
         self._add("gate_sum", per_expert(weight_S))
         self._add("norm_sum", per_expert(norm_S))
         self._add("gate_norm_sum", per_expert(weight_S * norm_S))
+        logits_TE = routing.logits_TE.double()
+        self._add("logit_product_sum", logits_TE.T @ logits_TE)
+        if routing.leaving_TD is not None:
+            leaving = routing.leaving_TD.to(exact)
+            for name, state in (("block", routing.entering_TD), ("layer", routing.residual_TD)):
+                cosine_T = F.cosine_similarity(state.to(exact), leaving, dim=-1)
+                self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
         if self.scoring is not None:
             probability_TE = SCORINGS[self.scoring](routing.logits_TE.to(exact))
             self._add("probability_sum", probability_TE.sum(dim=0, dtype=torch.float64))
@@ -79,6 +89,17 @@ class LayerStatistics:
             )
             raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
         return self.sums[name]
+
+    def mean_cosine(self, name: str) -> float:
+        """Mean over tokens of the `name` ("block" or "layer") cosine."""
+        return float(self[f"{name}_cosine_sum"] / self["tokens"])
+
+    def logit_cosine(self) -> Tensor:
+        """Cosine [E, E] of the experts' router logits over all tokens; 0 for logits always 0."""
+        product = self["logit_product_sum"]
+        norm = product.diagonal().sqrt()
+        scale = norm[:, None] * norm[None, :]
+        return torch.where(scale > 0, product / scale, torch.zeros_like(product))
 
     def mean(self, name: str) -> Tensor:
         """A sum over routed tokens divided by their count; 0 for experts that saw no token."""

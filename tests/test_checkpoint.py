@@ -50,16 +50,18 @@ def in_fresh_process(which: str, folders: list[Path]) -> dict[str, object]:
     return {Path(folder).name: value for folder, value in values.items()}
 
 
-def edited(family: str, edits: list[dict], folder: Path) -> bool:
+def edited(
+    family: str, edits: list[dict], folder: Path, padding: float = 1.0, **changes: object
+) -> bool:
     """Save a tiny model with the edits applied, and what it computed; True where it is stock."""
     folder.mkdir()
-    model, batch = tiny_model(family), tiny_batch()
+    model, batch = tiny_model(family, **changes), tiny_batch()
     model.save_pretrained(folder / "source")
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
     apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
     with torch.no_grad():
         logits = model(**batch).logits
-    stock = save(model, folder / "model", folder / "source")
+    stock = save(model, folder / "model", folder / "source", padding)
     save_file(batch | {"logits": logits}, folder / "expected.safetensors")
     return stock
 

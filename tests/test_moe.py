@@ -8,7 +8,8 @@ from families import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.condense import mean_gates, shared_gate
+from moe_lab.condense import shared_gate
+from moe_lab.condense.gates import mean_selected
 from moe_lab.methods.condense import Condense
 from moe_lab.moe import (
     apply_plan,
@@ -268,7 +269,7 @@ def test_condensing_all_experts_with_the_true_gates_is_the_layer() -> None:
     before = logits_of(model, batch)
     edits = []
     for found in collect(model, [batch]):
-        gates = mean_gates(found)
+        gates = mean_selected.choose(found)
         assert gates.tolist() == pytest.approx([1 / 8] * 8)
         assert shared_gate(found) == 0.5
         edits.append(Edit(found.info.index, found.info.name, "condense", experts=tuple(range(8)),

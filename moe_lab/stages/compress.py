@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_lab import moe, saving
+from moe_lab import depth, merging, moe, saving
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.moe import apply_plan
@@ -19,14 +19,16 @@ def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Comp
 
     def make(folder: Path) -> None:
         model = checkpoint.load()
-        apply_plan(model, Plan.load(plan.folder / "plan.json"))
-        stock = save(model, folder / "checkpoint", checkpoint.path)
+        edits = Plan.load(plan.folder / "plan.json")
+        apply_plan(model, edits)
+        padding = edits.notes.get("padding")
+        stock = save(model, folder / "checkpoint", checkpoint.path, padding)
         (folder / "form.json").write_text(json.dumps({"stock": stock}) + "\n")
 
     identity = {
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "plan": plan.key,
-        "code": code_version(moe, saving),
+        "code": code_version(depth, merging, moe, saving),
     }
     return store.get("compress", identity, make)

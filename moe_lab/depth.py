@@ -1,0 +1,91 @@
+"""Taking whole decoder layers out of a model, so that its own family can say the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_lab.types import UserError
+
+INDEX_LISTS = ("mlp_only_layers", "moe_layers")
+PREFIX_COUNTS = ("first_k_dense_replace", "num_dense_layers")
+
+
+def drop_decoders(model: nn.Module, path: str, dropped: Collection[int]) -> None:
+    """Take the decoder layers `dropped` out of the list of them at `path`, in place.
+
+    The others are renumbered, in the config, too, and where their attention keeps the number under
+    which it finds its part of the KV cache. Raises UserError, before anything is changed, where
+    the family's config cannot describe the rest.
+    """
+    kept = [i for i in range(model.config.num_hidden_layers) if i not in dropped]
+    if not kept:
+        raise UserError("all decoder layers would be dropped: at least one must stay")
+    _check(model, path, kept)
+    decoders = model.get_submodule(path)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(decoders[i] for i in kept))
+    for new, old in enumerate(kept):
+        for module in decoders[old].modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = new
+    cut_config(model.config, kept)
+
+
+def cut_config(config: Any, kept: Sequence[int]) -> None:
+    """Make a config describe only the decoder layers `kept`, in place.
+
+    Lists with an entry per layer are cut, lists of indices renumbered, numbers of leading dense
+    layers recounted, and so is what moe_lab itself wrote.
+    """
+    number, new = config.num_hidden_layers, {old: i for i, old in enumerate(kept)}
+    step = getattr(config, "decoder_sparse_step", 1)
+    if step > 1:  # every other layer is dense: that does not survive, a list does
+        dense = {i for i in range(number) if (i + 1) % step} | set(config.mlp_only_layers)
+        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
+    for key, value in list(vars(config).items()):
+        if key in INDEX_LISTS and isinstance(value, list):
+            setattr(config, key, [new[i] for i in value if i in new])
+        elif key in PREFIX_COUNTS and isinstance(value, int):
+            setattr(config, key, sum(i < value for i in kept))
+        elif isinstance(value, list) and len(value) == number:
+            setattr(config, key, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "moe_lab", None):
+        layers = config.moe_lab["layers"].items()
+        cut = {str(new[int(i)]): layer for i, layer in layers if int(i) in new}
+        config.moe_lab = config.moe_lab | {"layers": cut}
+
+
+def _check(model: nn.Module, path: str, kept: Sequence[int]) -> None:
+    """Build both models without weights: each layer must come out as it was."""
+    with torch.device("meta"):
+        before = type(model)(copy.deepcopy(model.config))
+        config = copy.deepcopy(model.config)
+        cut_config(config, kept)
+        after = type(model)(config)
+    for new, old in enumerate(kept):
+        one, other = (m.get_submodule(path)[i] for m, i in ((before, old), (after, new)))
+        if _nature(one) != _nature(other):
+            raise UserError(
+                f"decoder layer {old} would be another layer as number {new}: the config of "
+                f"{type(model).__name__} cannot say which of its layers were dropped; "
+                "method=drop_layers works with this family"
+            )
+
+
+def _nature(decoder: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes of a decoder layer's tensors, and all plain values in it but its number."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    plain = (bool, int, float, str, type(None))
+    values = {
+        f"{path}.{key}": value
+        for path, module in decoder.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, plain) and key != "layer_idx"
+    }
+    return shapes, values

@@ -1,0 +1,52 @@
+"""Block Drop: whole decoder layers go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_lab.layer_choice import check_layers, choose_layers
+from moe_lab.methods import Evidence
+from moe_lab.types import Edit, LayerInfo, Plan, UserError
+
+
+@dataclass(frozen=True)
+class DropBlocks:
+    """Drop `num_layers` decoder layers with their attention; the others are renumbered.
+
+    He et al. (2406.02500), Block Drop: importance 1 - cos(input, output) of the decoder layer, mean
+    over calibration tokens on the intact model, all layers chosen at once. Only decoder layers
+    with an MoE are candidates; the original may take a dense one, too. layers: cosine, or an
+    explicit list of decoder layers (then num_layers does not count).
+    """
+
+    num_layers: int
+    layers: str | Sequence[int] = "cosine"
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse layers and numbers that do not exist, and dropping all of a model."""
+        check_layers("drop_blocks", self.layers, self.num_layers, ["cosine"], layers)
+        number = self.num_layers if isinstance(self.layers, str) else len(self.layers)
+        if number >= layers[0].num_decoders:
+            raise UserError(
+                f"method=drop_blocks would drop all {number} decoder layers of the model: at least "
+                "one must stay"
+            )
+
+    def plan(self, evidence: Evidence) -> Plan:
+        """One edit per MoE layer, its score the mean similarity."""
+        order = choose_layers(self.layers, self.num_layers, evidence.statistics, "block")
+        edits = tuple(
+            Edit(
+                one.info.index,
+                one.info.name,
+                "drop_block" if one.info.index in order else "keep",
+                scores=(one.mean_cosine("block"),),
+            )
+            for one in evidence.statistics
+        )
+        notes = {
+            "statistics": "intact model",
+            "scores": "mean cosine of a decoder layer's input and output: the highest goes first",
+        }
+        return Plan(edits, layer_order=order, notes=notes)
