@@ -69,6 +69,10 @@ def _head(job: Description) -> dict[str, Any]:
     if method == "condense":
         plain = {key: _word(value) for key, value in config["condense"].items()}
         found |= {f"condense/{key}": value for key, value in plain.items()}
+    if method in ("drop_layers", "drop_blocks", "merge"):
+        plain = {key: _word(value) for key, value in config["method"].items() if key != "_target_"}
+        found["condense/num_layers"] = plain.pop("num_layers")  # one key for all, to compare them
+        found |= {f"{method}/{key}": value for key, value in plain.items()}
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
     found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}
     return found

@@ -122,7 +122,7 @@ def pivot(
     if reports.empty:
         asked = (f"{key}={_words(allowed)}" for key, allowed in filters.items())
         raise UserError(f"no report has {' and '.join(asked)}")
-    varying = [key for key in _settings(reports) if reports[key].map(_label).nunique() > 1]
+    varying = [key for key in _settings(reports) if _differs(reports[key])]
     free = [key for key in varying if not SEED.search(key) and not ORIGIN.match(key)]
     rows = list(rows) or [key for key in free if key not in columns] or ["model"]
     values = list(values) or [key for key in DEFAULT_VALUES if key in reports] or [STATUS]
@@ -207,7 +207,7 @@ def _remarks(reports: pd.DataFrame, labels: pd.DataFrame, varying: list[str]) ->
     inside = [key for key in varying if key not in labels]
     ok = reports[reports[STATUS] == "ok"]
     cells = ok.groupby([labels.loc[ok.index, key] for key in labels], sort=False)
-    mixed = [key for key in inside if cells[key].agg(lambda x: x.map(_label).nunique()).max() > 1]
+    mixed = [key for key in inside if cells[key].agg(_differs).any()]
     for title, keys in (
         ("mean ± sample standard deviation over", [key for key in mixed if SEED.search(key)]),
         ("cells also mix", [key for key in mixed if not SEED.search(key)]),
@@ -217,10 +217,15 @@ def _remarks(reports: pd.DataFrame, labels: pd.DataFrame, varying: list[str]) ->
             yield f"{title} {_values(reports, keys)}"
     same = [key for key in _settings(reports) if key not in varying and key not in labels]
     given = [key for key in same if reports[key].notna().any()]
-    yield f"the same in all {len(reports)} reports: {_values(reports, given)}"
+    yield f"the same in all {len(reports)} reports that have it: {_values(reports, given)}"
     for number, one in reports[reports[STATUS] != "ok"].iterrows():
         where = ", ".join(f"{key}={labels.at[number, key]}" for key in labels)
         yield f"{FAILED}: {where}: {' '.join(_label(one.get('error')).split())}"
+
+
+def _differs(column: pd.Series) -> bool:
+    """Whether a setting has several values; to have none (another method's setting) is none."""
+    return column.dropna().map(str).nunique() > 1
 
 
 def _label(value: Any) -> str:
@@ -232,7 +237,7 @@ def _words(values: Iterable[Any]) -> str:
 
 
 def _values(reports: pd.DataFrame, keys: list[str]) -> str:
-    return "; ".join(f"{key}={_words(reports[key])}" for key in keys)
+    return "; ".join(f"{key}={_words(reports[key].dropna())}" for key in keys)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

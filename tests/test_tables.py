@@ -1,0 +1,213 @@
+"""Tables: pivots of reports that the report module wrote, against means computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lab import report, tables
+from moe_lab.types import UserError
+
+ACCURACY = {(2, 0): 0.80, (2, 1): 0.83, (2, 2): 0.79, (4, 0): 0.60, (4, 1): 0.71, (4, 2): 0.64}
+
+
+def write(folder: Path, number: int, **given: Any) -> None:
+    one = {"status": "ok", "error": None, "model": "tiny", "method": "condense"}
+    one |= {key.replace("__", "/"): value for key, value in given.items()}
+    one |= {"commit": "abc", "sweep": "s", "job": f"job {number}"}
+    (folder / str(number)).mkdir(parents=True)
+    report.write(folder / str(number), one)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two experts options, two numbers of layers; random has three seeds, one job failed."""
+    folder = tmp_path / "sweep"
+    for number, ((layers, seed), accuracy) in enumerate(ACCURACY.items()):
+        write(folder, number, condense__experts="random", condense__num_layers=layers,
+              condense__seed=seed, dense__eval__average=0.9, compressed__eval__average=accuracy,
+              compressed__kl=layers / 10, dense__parameters=1000, compressed__parameters=750,
+              compressed__prefill_speedup=1.25)  # fmt: skip
+    write(folder, 6, condense__experts="l1", condense__num_layers=2, condense__seed=0,
+          dense__eval__average=0.9, compressed__eval__average=0.7)  # fmt: skip
+    write(folder, 10, condense__experts="l1", condense__num_layers=4, condense__seed=0,
+          status="failed", error="too many\nlayers | 4", dense__eval__average=0.9)  # fmt: skip
+    return folder
+
+
+def parsed(table: tables.Table) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(table.csv())))
+
+
+def cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_rows_are_what_differs_and_seeds_are_averaged(sweep: Path) -> None:
+    made = tables.pivot(tables.read(sweep))
+    rows = parsed(made)
+    keys = ["condense/experts", "condense/num_layers"]
+    assert [[row[key] for key in keys] for row in rows] == [
+        ["random", "2"], ["random", "4"], ["l1", "2"], ["l1", "4"],
+    ]  # fmt: skip
+    for row, layers in zip(rows, (2, 4), strict=False):
+        found = [value for (one, _), value in ACCURACY.items() if one == layers]
+        mean = sum(found) / 3
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in found) / 2)
+        assert float(row["compressed/eval/average"]) == pytest.approx(mean, abs=1e-9)
+        assert float(row["compressed/eval/average (std)"]) == pytest.approx(deviation, abs=1e-9)
+        assert deviation == pytest.approx(statistics.stdev(found))
+        assert row["compressed/parameter_ratio"] == "0.75"
+    assert rows[2]["compressed/eval/average"] == "0.7"
+    assert rows[2]["compressed/eval/average (std)"] == ""
+    assert rows[2]["compressed/kl"] == ""
+    head, _, *body = cells(made.markdown())
+    at = head.index("compressed/eval/average")
+    assert [row[at] for row in body] == ["80.7 % ± 2.1 %", "65.0 % ± 5.6 %", "70.0 %", "failed"]
+    assert body[0][head.index("compressed/prefill_speedup")] == "1.25×"
+    assert body[0][head.index("compressed/kl")] == "0.2000"
+    assert body[2][head.index("compressed/kl")] == report.MISSING
+
+
+def test_a_failed_job_is_told_and_gives_no_number(sweep: Path) -> None:
+    made = tables.pivot(tables.read(sweep))
+    last = parsed(made)[-1]
+    assert last["dense/eval/average"] == "", "what a failed job left is no result"
+    text = made.markdown()
+    told = "- failed: condense/experts=l1, condense/num_layers=4: too many layers | 4\n"
+    assert told in text
+    assert "over condense/seed=0,1,2\n" in text
+    assert "same in all 8 reports that have it: model=tiny; method=condense; commit=abc\n" in text
+
+
+def test_what_is_mixed_in_a_cell_is_told(sweep: Path) -> None:
+    text = tables.pivot(tables.read(sweep), rows=["condense/num_layers"]).markdown()
+    assert "- cells also mix condense/experts=random,l1\n" in text
+    narrow = tables.pivot(
+        tables.read(sweep), rows=["model"], filters={"condense/seed": ["0"]}
+    ).markdown()
+    assert "condense/seed=0;" in narrow and "± sample" not in narrow
+    layers = sweep.parent / "layers"
+    write(layers, 0, condense__num_layers=2, seed=0)
+    write(layers, 1, condense__num_layers=4, seed=1)
+    text = tables.pivot(tables.read(layers)).markdown()
+    assert "- differs between cells seed=0,1\n" in text
+    assert cells(text)[2:] == [["2", "ok"], ["4", "ok"]], "no figures, but it is known how it went"
+
+
+def test_columns_spread_a_setting(sweep: Path) -> None:
+    made = tables.pivot(
+        tables.read(sweep), columns=["condense/num_layers"], values=["compressed/eval/average"]
+    )
+    head, _, *body = cells(made.markdown())
+    assert head == ["condense/experts"] + [
+        f"compressed/eval/average (condense/num_layers={layers})" for layers in (2, 4)
+    ]
+    assert body == [
+        ["random", "80.7 % ± 2.1 %", "65.0 % ± 5.6 %"],
+        ["l1", "70.0 %", "failed"],
+    ]
+    write(sweep, 11, condense__experts="frequency", condense__num_layers=2, condense__seed=0,
+          compressed__eval__average=0.5)  # fmt: skip
+    made = tables.pivot(
+        tables.read(sweep), columns=["condense/num_layers"], values=["compressed/eval/average"]
+    )
+    assert cells(made.markdown())[-1] == ["frequency", "50.0 %", report.MISSING], "never asked for"
+
+
+def test_filters(sweep: Path) -> None:
+    reports = tables.read(sweep)
+    made = tables.pivot(reports, filters={"condense/experts": ["l1"], "status": ["ok", "x"]})
+    assert len(parsed(made)) == 1
+    with pytest.raises(UserError, match=r"no report has condense/seed=7 and model=tiny"):
+        tables.pivot(reports, filters={"condense/seed": ["7"], "model": ["tiny"]})
+
+
+def test_jobs_come_in_their_own_order(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        write(tmp_path, number, condense__num_layers=number, compressed__kl=0.1)
+    assert list(tables.read(tmp_path)["condense/num_layers"]) == [1, 9, 10]
+
+
+def test_settings_of_another_method(tmp_path: Path) -> None:
+    """What only one method has makes rows where it differs, and is otherwise told below."""
+    for number, routed in enumerate((0, 4)):
+        write(tmp_path, number, condense__num_routed=routed, condense__beam=1, compressed__kl=0.1)
+    write(tmp_path, 2, method="drop_layers", compressed__kl=0.3)
+    made = tables.pivot(tables.read(tmp_path))
+    rows = [list(row.values()) for row in parsed(made)]
+    assert rows == [
+        ["condense", "0", "0.1"], ["condense", "4", "0.1"], ["drop_layers", "none", "0.3"],
+    ]  # fmt: skip
+    assert "condense/beam=1" in made.remarks[-1]
+
+
+def run(*given: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "moe_lab.tables", *given]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(sweep: Path, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    only = ["--filter", "condense/experts=random,l1", "--filter", "condense/num_layers=2"]
+    done = run(str(sweep), *only, "--values", "compressed/kl", "--rows", "condense/experts",
+               "--format", "csv", "--output", str(path))  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert path.read_text().splitlines() == [
+        "condense/experts,compressed/kl,compressed/kl (std)", "random,0.2,0", "l1,,",
+    ]  # fmt: skip
+    wide = run(str(sweep), "--columns", "condense/num_layers")
+    expected = tables.pivot(tables.read(sweep), columns=["condense/num_layers"]).markdown()
+    assert (wide.returncode, wide.stdout) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rows", "condense/expert"], "settings are model, method, condense/experts"),
+        (["--values", "compressed/kll"], "results are status, error"),
+        (["--values", "model"], "model is no number in any report"),
+        (["--rows", "model", "--columns", "model"], "in --rows or in --columns, not in both"),
+        (["--filter", "model"], "'model' is not KEY=VALUE"),
+        (["--filter", "model=other"], "no report has model=other"),
+        (["--output", "no/such/folder/table.md"], "no/such/folder/table.md"),
+    ],
+)
+def test_a_wrong_request_is_explained(
+    sweep: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = tables.main([str(sweep), *given])
+    except SystemExit as left:  # argparse leaves by itself
+        code = left.code
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert message in printed.err
+
+
+@pytest.mark.parametrize("name", ["empty", "missing"])
+def test_no_reports(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert tables.main([str(tmp_path / name)]) == 2
+    assert f"{tmp_path / name} holds no report.json" in capsys.readouterr().err
+
+
+def test_a_sweep_is_told_also_when_all_of_it_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        write(tmp_path, number, ratio=number, status="failed", error=f"reason {number}")
+    tables.tell(tmp_path)
+    shown = capsys.readouterr().out
+    assert "reason 0" in shown and "reason 1" in shown and "table.md" in shown
+    assert cells((tmp_path / "table.md").read_text())[2:] == [["0", "failed"], ["1", "failed"]]
+    assert (tmp_path / "table.csv").read_text() == "ratio,status\n0,\n1,\n"
