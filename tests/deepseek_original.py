@@ -38,7 +38,7 @@ CONFIG = {
     "hidden_act": "silu",
     "hidden_size": 32,
     "initializer_range": 0.02,
-    "intermediate_size": 44,
+    "intermediate_size": 60,  # as wide as a layer condensed to both shared and 3 routed experts
     "max_position_embeddings": 128,
     "model_type": "deepseek",
     "moe_intermediate_size": 12,
@@ -101,7 +101,8 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         found[f"{name}.input_layernorm.weight"] = (hidden,)
         found[f"{name}.post_attention_layernorm.weight"] = (hidden,)
     found["model.norm.weight"] = (hidden,)
-    found["lm_head.weight"] = (config["vocab_size"], hidden)
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (config["vocab_size"], hidden)
     return found
 
 
@@ -114,7 +115,8 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes(config).items():
-        scale = 1.0 if "embed" in name else 0.1 if len(shape) == 1 else 0.2
+        embeds = "embed" in name and not config["tie_word_embeddings"]
+        scale = 1.0 if embeds else 0.1 if len(shape) == 1 else 0.2
         value = torch.randn(shape, generator=generator) * scale + ("norm" in name)
         tensors[name] = value.to(dtype)
     # Layer 2 lies in both shards, as layers of the original do.

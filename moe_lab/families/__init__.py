@@ -35,8 +35,12 @@ def of(model_type: Any) -> ModuleType | None:
     return importlib.import_module(f"{__name__}.{model_type}")
 
 
-def check_tensors(family: ModuleType, values: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly its family's, by the files' headers."""
+def check(family: ModuleType, values: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Refuse a checkpoint that cannot be converted, by its config and the headers of its files.
+
+    Raises UserError where the native form cannot say it, or its tensors are not its family's.
+    """
+    family.native_config(values)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as shard:
