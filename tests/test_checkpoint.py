@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_lab.checkpoint import load, resolve
 from moe_lab.moe import apply_plan, moe_layers
-from moe_lab.saving import save
+from moe_lab.saving import form_of, save
 from moe_lab.types import Edit, Plan, UserError
 
 # Loads each folder and compares its logits with those of the model before it was saved.
@@ -137,6 +137,73 @@ def test_what_a_family_cannot_say_is_loaded_by_us_and_refused_loudly_by_stock(
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             logits = load(tmp_path / name / "model")(**inputs).logits
         assert torch.equal(logits, batch["logits"])
+
+
+def closed_form(dense_width: int, widths: list[int], padded: bool) -> int:
+    """Parameters of the tiny qwen2_moe, layer 0 dense, layers 1, 2, … condensed to `widths`."""
+    hidden, layers, vocabulary, experts = 32, 4, 96, 8
+    attention = 2 * hidden * hidden + hidden + 2 * (hidden * hidden // 2 + hidden // 2)
+    moe = experts * 3 * hidden * 16 + experts * hidden + 3 * hidden * 24 + hidden
+    dense = [dense_width, *([max(dense_width, *widths)] * len(widths) if padded else widths)]
+    if padded:
+        dense[0] = max(dense)
+    rest = layers * (attention + 2 * hidden) + hidden + 2 * vocabulary * hidden
+    return rest + 3 * hidden * sum(dense) + (layers - len(dense)) * moe
+
+
+@pytest.mark.parametrize("experts", [[], [5, 2, 6]], ids=["S", "SR"])
+@pytest.mark.parametrize("padding", [None, 1.0])
+def test_condensed_layers_keep_their_exact_size_unless_padding_may_be_added(
+    experts: list[int], padding: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="moe_lab.saving")
+    edits = [condense(1, experts), condense(2, experts)]
+    folder = tmp_path / "x"
+    assert edited("qwen2_moe", edits, folder, padding, intermediate_size=400) == (padding == 1.0)
+    model, expected = load(folder / "model"), load_file(folder / "expected.safetensors")
+    width = 24 + 16 * len(experts)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert number == closed_form(400, [width, width], padded=padding == 1.0)
+    assert in_fresh_process("stock" if padding else "ours", [folder]) == {"x": 0.0}
+    with torch.no_grad():
+        inputs = {key: expected[key] for key in ("input_ids", "attention_mask")}
+        assert torch.equal(model(**inputs).logits, expected["logits"])
+    [line] = caplog.messages
+    assert f"width {width} padded with zeros" in line
+    assert "method.padding=0" in line
+    # What is written again from there, as after fine-tuning, keeps its form.
+    assert save(model, tmp_path / "again", folder / "model") == (padding == 1.0)
+    again = load(tmp_path / "again")
+    assert sum(parameter.numel() for parameter in again.parameters()) == number
+
+
+def test_a_checkpoint_remembers_how_much_padding_was_allowed(tmp_path: Path) -> None:
+    edits = [condense(1, [5, 2, 6]), condense(2, [5, 2])]  # zeros of 16 units: 2 % of this model
+    assert not edited("qwen3_moe", edits, tmp_path / "none", padding=0.0)
+    assert edited("qwen3_moe", edits, tmp_path / "some", padding=0.05)
+    source = tmp_path / "none" / "model"
+    assert not save(load(source), tmp_path / "again", source)
+    assert save(load(source), tmp_path / "native", source, padding=0.05)
+
+
+def test_the_form_is_known_without_weights(tmp_path: Path) -> None:
+    cases = {
+        "qwen2_moe": [condense(1, [5, 2, 6]), condense(3, [0])],
+        "mixtral": [condense(1, [0, 4])],
+        "deepseek_v3": [condense(2, [0, 4])],
+        "deepseek_v2": [{"index": 2, "edit": "drop_layer"}, condense(1, [1])],
+        "olmoe": [prune(1, [0, 1, 2]), prune(2, [1, 2, 3])],
+        "glm4_moe": [{"index": 2, "edit": "drop_block"}],
+    }
+    for family, edits in cases.items():
+        for padding in (0.0, 1.0):
+            folder = tmp_path / f"{family}{padding}"
+            stock = edited(family, edits, folder, padding)
+            names = {one.info.index: one.info.name for one in moe_layers(tiny_model(family))}
+            plan = [Edit(name=names[edit["index"]], **edit) for edit in edits]
+            form = form_of(resolve(folder / "source").config, plan, padding)
+            assert form.stock == stock, form.reason
+            assert form.config.num_hidden_layers == load(folder / "model").config.num_hidden_layers
 
 
 def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moe_lab.moe import (
     expert_forward,
     expert_parameters,
     moe_layers,
+    part_widths,
     prune_layer,
 )
 from moe_lab.observing import observe
@@ -52,6 +53,10 @@ def test_finds_the_layers(family: str) -> None:
     assert {info.hidden_size for info in infos} == {32}
     shared = {"qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"}
     assert all(info.shared == (family in shared) for info in infos)
+    assert {info.num_decoders for info in infos} == {4}
+    assert {info.expert_width for info in infos} == {16}
+    width = {"qwen2_moe": 24}.get(family, 16 if family in shared else 0)
+    assert {info.shared_width for info in infos} == {width}
     assert all((info.groups, info.groups_used) == ((2, 1) if family == "deepseek_v3" else (1, 1))
                for info in infos)  # fmt: skip
 
@@ -79,9 +84,7 @@ def slow_router(layer, x: Tensor, config) -> tuple[Tensor, Tensor]:
     Written from the families' descriptions, not from their code.
     """
     router = layer.router
-    logits = router.weight.double() @ x.double()
-    if getattr(router, "bias", None) is not None:
-        logits = logits + router.bias.double()
+    logits = slow_logits(layer, x)
     kind = config.model_type
     if kind in ("deepseek_v3", "glm4_moe"):
         probability = torch.sigmoid(logits)
@@ -120,6 +123,50 @@ def test_statistics_equal_a_slow_reference(family: str) -> None:
         for name, value in sums.items():
             torch.testing.assert_close(found[name], value, rtol=2e-5, atol=1e-5, msg=name)
         assert torch.equal(found["count"], sums["count"])
+        logits_TE = torch.stack([slow_logits(layer, x) for x in x_TD])
+        cosine = F.cosine_similarity(logits_TE.T[:, None], logits_TE.T[None], dim=-1)
+        torch.testing.assert_close(found.logit_cosine(), cosine, rtol=1e-5, atol=1e-5)
+
+
+def slow_logits(layer, x: Tensor) -> Tensor:
+    logits = layer.router.weight.detach().double() @ x.double()
+    bias = getattr(layer.router, "bias", None)
+    return logits if bias is None else logits + bias.detach().double()
+
+
+@EACH_FAMILY
+def test_cosines_around_a_layer_equal_a_slow_reference(family: str) -> None:
+    """The state without the MoE sublayer is found by making its block add zeros."""
+    model, batch = tiny_model(family), tiny_batch()
+    found = {one.info.index: one for one in collect(model, [batch])}
+    model.double().set_experts_implementation("eager")
+    for layer in moe_layers(model):
+        states: list[Tensor] = []
+
+        def keep(module, args: tuple, output, states: list[Tensor] = states) -> None:
+            states.extend([args[0], output[0] if isinstance(output, tuple) else output])
+
+        def empty(module, args: tuple, output) -> object:
+            pair = isinstance(output, tuple)
+            return (output[0] * 0, *output[1:]) if pair else output * 0
+
+        hook = layer.decoder.register_forward_hook(keep)
+        logits_of(model, batch)
+        zero = layer.block.register_forward_hook(empty)
+        logits_of(model, batch)
+        zero.remove()
+        hook.remove()
+        entering, leaving, _, residual = states
+        totals = {"block": 0.0, "layer": 0.0}
+        for row, position in batch["attention_mask"].nonzero().tolist():
+            after = leaving[row, position]
+            for name, before in (("block", entering), ("layer", residual)):
+                one = before[row, position]
+                totals[name] += float(one @ after / (one.norm() * after.norm()))
+        for name, total in totals.items():
+            mean = total / int(batch["attention_mask"].sum())
+            assert found[layer.info.index].mean_cosine(name) == pytest.approx(mean, abs=1e-6)
+            assert mean < 0.999  # else the test could not tell them apart
 
 
 def slow_sums(layer, x_TD: Tensor, config) -> dict[str, Tensor]:
@@ -257,6 +304,7 @@ def test_condensed_equals_the_sum_of_its_parts(family: str) -> None:
         if layer.shared is not None:
             expected = expected + 0.4 * layer.shared(x_TD)
         torch.testing.assert_close(dense(x_TD), expected, rtol=1e-4, atol=1e-5)
+    assert dense.gate_proj.out_features == sum(part_widths(layer.info, experts))
 
 
 def test_condensing_all_experts_with_the_true_gates_is_the_layer() -> None:
