@@ -109,6 +109,16 @@ class Condense:
                 "has none: ask for condense.num_routed of at least 1"
             )
 
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+        """Edits of the shape that the plan will have; of its layers only the number is known."""
+        if isinstance(self.layers, str):
+            chosen = list(layers)[-self.num_layers :]
+        else:
+            chosen = [info for info in layers if info.index in self.layers]
+        number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
+        parts = {"experts": tuple(range(number)), "gates": (1.0,) * number}
+        return tuple(Edit(info.index, info.name, "condense", **parts) for info in chosen)
+
     def irrelevant(self) -> set[str]:
         """Options that do not change the plan as the others are."""
         return set() if "random" in (self.experts, self.layers) else {"seed"}

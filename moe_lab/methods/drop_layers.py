@@ -31,6 +31,14 @@ class DropLayers:
         if not 0 <= self.padding <= 1:
             raise UserError(f"method.padding={self.padding}: it must be from 0 to 1")
 
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+        """Edits of the shape that the plan will have; of its layers only the number is known."""
+        if isinstance(self.layers, str):
+            chosen = list(layers)[-self.num_layers :]
+        else:
+            chosen = [info for info in layers if info.index in self.layers]
+        return tuple(Edit(info.index, info.name, "drop_layer") for info in chosen)
+
     def plan(self, evidence: Evidence) -> Plan:
         """One edit per MoE layer, its score the mean similarity."""
         order = choose_layers(self.layers, self.num_layers, evidence.statistics, "layer")

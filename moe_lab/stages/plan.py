@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from moe_lab.compute import Compute
 from moe_lab.data import Tokens
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods import Evidence
+from moe_lab.saving import form_of
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
+from moe_lab.types import LayerInfo
 
+logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
 
 
@@ -61,6 +65,15 @@ def plan(
         "code": code,
     }
     return store.get("plan", identity, make)
+
+
+def announce_form(checkpoint: Checkpoint, method: Any, layers: list[LayerInfo]) -> None:
+    """Say beforehand where the result will not load in stock transformers, or only with padding."""
+    if not hasattr(method, "example"):
+        return
+    form = form_of(checkpoint.config, method.example(layers), method.padding)
+    if not form.plain:
+        logger.info("the result will be saved %s", form.reason)
 
 
 def _code(method: Any) -> list[Any]:
