@@ -19,6 +19,7 @@ from pathlib import Path
 
 DOMAINS = ("prose", "code", "arithmetic", "recall")
 SPLITS = ("train", "validation", "test")
+QUESTION_DOMAINS = ("arithmetic", "recall")
 # Share of tokens per domain in training; `mixture` draws samples of similar length by it.
 MIXTURE: dict[str, float] = {"prose": 0.25, "code": 0.2, "arithmetic": 0.25, "recall": 0.3}
 
@@ -109,6 +110,31 @@ def partner(value: str) -> str:
 def problems(split: str) -> list[tuple[int, str, int, int]]:
     """Every arithmetic problem of a split as (left, operator, right, result)."""
     return list(_cached_problems(split))
+
+
+def questions(domain: str, split: str) -> tuple[tuple[str, str], ...]:
+    """Prompts with their answers from the beginnings of a domain's documents.
+
+    arithmetic: the third problem after two solved ones; recall: the first question that asks for a
+    partner, after the list. Raises ValueError for another domain, or a split that does not exist.
+    """
+    if domain not in QUESTION_DOMAINS:
+        raise ValueError(f"no questions in {domain!r}; there are {', '.join(QUESTION_DOMAINS)}")
+    cut = _cut_at_sum if domain == "arithmetic" else _cut_at_partner
+    return tuple(found for document in _cached_documents(domain, split) for found in cut(document))
+
+
+def _cut_at_sum(document: str) -> Iterator[tuple[str, str]]:
+    *solved, asked = document.split("\n")[:3]
+    problem, result = asked.split("=")
+    yield "\n".join([*solved, f"{problem}="]), result
+
+
+def _cut_at_partner(document: str) -> Iterator[tuple[str, str]]:
+    listed, sign, asked = document.partition(f"\n{PARTNER_SIGN}")
+    if sign:
+        key, wanted = asked.partition("\n")[0].split(" ")
+        yield f"{listed}{sign}{key}", f" {wanted}"
 
 
 def _check(domain: str, split: str) -> None:

@@ -29,7 +29,15 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
         assert all(word in outcome.report["error"] for word in words)
 
 
-CONDENSE, TUNE = "method=condense", "finetune=experts"
+CONDENSE, TUNE, SUPERVISED = "method=condense", "finetune=experts", "finetune=experts_sft"
+LM, SFT = "finetune.phases.lm", "finetune.phases.sft"
+OWN_ANSWERS = [
+    SUPERVISED,
+    f"calibration@{SFT}.data=files",
+    f"{SFT}.data.files=${{calibration.files}}",
+    f"{SFT}.data.num_samples=8",
+    "finetune.phases.lm.data.num_samples=8",
+]
 OVERRIDES = {
     # an unknown option, group or value
     "group": (["metod=prune"], ["metod", "method", "calibration"]),
@@ -67,7 +75,7 @@ OVERRIDES = {
     "word in a list": ([CONDENSE, "condense.layers=[x]"], ["condense.layers", "whole numbers"]),
     "word as ratio": (["ratio.ratio=half"], ["ratio.ratio=half", "a number"]),
     "no ratio": (["ratio.ratio=null"], ["ratio.ratio", "a number"]),
-    "nan": ([TUNE, "finetune.learning_rate=nan"], ["finetune.learning_rate=nan", "a number"]),
+    "nan": ([TUNE, f"{LM}.learning_rate=nan"], [f"{LM}.learning_rate=nan", "a number"]),
     "one file": (["calibration.files=a.txt"], ["calibration.files=a.txt", "list [a,b]"]),
     "one task": (["eval=tiny", "eval.tasks=tiny_prose"], ["eval.tasks", "list [a,b]"]),
     "seed": (["seed=-1"], ["seed=-1", "at least 0"]),
@@ -79,11 +87,27 @@ OVERRIDES = {
     "threads": (["compute.threads=-1"], ["compute.threads", "at least 1"]),
     "device": (["compute.device=tpu"], ["compute.device=tpu", "cpu"]),
     "device number": (["compute.device=cuda:99"], ["compute.device=cuda:99", "cpu"]),
-    "epochs": ([TUNE, "finetune.epochs=0"], ["finetune.epochs", "at least 1"]),
+    "epochs": ([TUNE, f"{LM}.epochs=0"], [f"{LM}.epochs=0", "at least 1"]),
     "validation": ([TUNE, "finetune.validate_every=0"], ["finetune.validate_every", "at least 1"]),
-    "learning rate": ([TUNE, "finetune.learning_rate=-1"], ["finetune.learning_rate", "above 0"]),
-    "warm-up": ([TUNE, "finetune.warmup_ratio=2"], ["finetune.warmup_ratio=2", "0 to 1"]),
-    "tuning text": ([TUNE, "finetune.data.num_samples=0"], ["num_samples", "at least 1"]),
+    "learning rate": ([TUNE, f"{LM}.learning_rate=-1"], [f"{LM}.learning_rate=-1", "above 0"]),
+    "warm-up": ([TUNE, f"{LM}.warmup_ratio=2"], [f"{LM}.warmup_ratio=2", "0 to 1"]),
+    "schedule": ([TUNE, f"{LM}.schedule=step"], [f"{LM}.schedule=step", "linear, cosine"]),
+    "no phase": ([TUNE, f"{LM}=null"], ["finetune.phases is empty", "finetune=none"]),
+    "nothing trains": ([TUNE, "finetune.experts=false"], ["trains nothing", "finetune=none"]),
+    "computing": ([TUNE, "finetune.dtype=int8"], ["finetune.dtype=int8", "bfloat16"]),
+    "tuning text": ([TUNE, f"{LM}.data.num_samples=0"], ["num_samples", "at least 1"]),
+    "long prompts": (
+        [SUPERVISED, f"{SFT}.data.max_length=8"],
+        [f"{SFT}.data", "max_length=8", "skip_long=true"],
+    ),
+    "no answers": (
+        [*OWN_ANSWERS, f"{SFT}.data.prompt='{{text}}'", f"{SFT}.data.answer='{{reply}}'"],
+        [f"{SFT}.data", "'{reply}'", "['text']"],
+    ),
+    "half a pair": (
+        [*OWN_ANSWERS, f"{SFT}.data.prompt='{{text}}'"],
+        ["prompt='{text}'", "answer=None", "give both"],
+    ),
     "items": (["eval=tiny", "eval.num_items=0"], ["eval.num_items", "at least 1"]),
     "limit": (["eval=tiny", "eval.limit=-3"], ["eval.limit", "at least 1"]),
     "repeats": (["measure=speed", "measure.repeats=0"], ["measure.repeats", "at least 1"]),

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.data import Files, HubDataset, Mixture, StandardLibrary, Texts, Tokens
+from moe_lab import text
+from moe_lab.data import (
+    IGNORED,
+    Files,
+    HubDataset,
+    Mixture,
+    Pair,
+    StandardLibrary,
+    StandardQuestions,
+    Texts,
+    Tokens,
+)
 from moe_lab.types import UserError
 
 ROWS = [f"document {number} " + "x" * number for number in range(12)]
@@ -192,4 +203,224 @@ def test_the_standard_library(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="prose, code, arithmetic, recall"):
         StandardLibrary(1, 8, domains=("music",)).tokens(tokenizer)
     with pytest.raises(UserError, match="10000000 samples were asked for"):
-        StandardLibrary(10_000_000, 8).tokens(lambda group, **_: {"input_ids": [(1, 2)] * 64})
+        StandardLibrary(10_000_000, 8).tokens(
+            lambda group, **_: {"input_ids": [(1, 2)] * len(group)}
+        )
+
+
+# --------------------------------------------------------------------------- prompts with answers
+
+QUESTIONS = [
+    {"question": f"{number}+{number}=", "reply": f"{2 * number}", "label": number % 2, "none": None}
+    for number in range(6)
+]
+TEMPLATES = dict(num_samples=6, prompt="{question}", answer="{reply}")
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return path
+
+
+def answers(tokens: Tokens, tokenizer: Any) -> list[str]:
+    """What a model learns of each sample: the text of its labels."""
+    found = []
+    for row in range(len(tokens.samples)):
+        labels = tokens.take([row]).labelled()["labels"][0]
+        found.append(tokenizer.decode(labels[labels != IGNORED].tolist()))
+    return found
+
+
+def test_only_answers_are_learned(questions: Path, tokenizer: Any) -> None:
+    tokens = files(questions, **TEMPLATES).tokens(tokenizer)
+    whole = [row["question"] + row["reply"] for row in QUESTIONS]
+    assert decoded(tokens, tokenizer) == whole
+    assert answers(tokens, tokenizer) == [row["reply"] for row in QUESTIONS]
+    assert tokens.num_targets == sum(len(row["reply"]) for row in QUESTIONS)
+    everything = files(questions, loss_on="all", **TEMPLATES).tokens(tokenizer)
+    assert everything.prompts == () and answers(everything, tokenizer) == whole
+    plain = files(questions, num_samples=6, template="{question}{reply}").tokens(tokenizer)
+    assert plain.fingerprint == everything.fingerprint != tokens.fingerprint
+
+
+def test_labels_leave_out_padding_and_prompts() -> None:
+    """Also padding whose id is one of the text's, as where the end stands for it."""
+    tokens = Tokens(((5, 6, 7, 9), (5, 9)), pad_id=9, prompts=(2, 1))
+    batch = tokens.labelled()
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 9], [5, 9, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    no = IGNORED
+    assert batch["labels"].tolist() == [[no, no, 7, 9], [no, 9, no, no]]
+    assert Tokens(tokens.samples, 9).labelled()["labels"].tolist()[1] == [5, 9, no, no]
+
+
+def test_prompts_stay_with_their_samples(questions: Path, tokenizer: Any) -> None:
+    tokens = files(questions, **TEMPLATES).tokens(tokenizer)
+    of = dict(zip(tokens.samples, tokens.prompts, strict=True))
+    for other in (tokens.shuffled(3), tokens.by_length(), tokens.take([4, 1])):
+        assert [of[sample] for sample in other.samples] == list(other.prompts)
+    assert tokens.shuffled(3).samples == Tokens(tokens.samples, 0).shuffled(3).samples
+    moved = Tokens(tokens.samples, tokens.pad_id, (1,) * 6)
+    assert moved.fingerprint != tokens.fingerprint
+
+
+def test_answers_that_rows_only_number(questions: Path, tokenizer: Any) -> None:
+    named = {"0": " even {question}", "1": " odd"}
+    source = files(questions, **(TEMPLATES | dict(answer="{label}", answers=named)))
+    found = answers(source.tokens(tokenizer), tokenizer)
+    assert found[:3] == [" even 0+0=", " odd", " even 2+2="]
+    with pytest.raises(UserError, match="answer is '1'; answers= knows 0"):
+        files(questions, **(TEMPLATES | dict(answer="{label}", answers={"0": "a"}))).tokens(
+            tokenizer
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(answer="{answer}"), r"\['label', 'none', 'question', 'reply'\].*'\{answer\}'"),
+        (dict(answer="{none}"), "do not fill the template '{none}'.*null"),
+        (dict(answer=" "), "a row without an answer"),
+        (dict(answer=None), "answer=None belong together"),
+        (dict(prompt=None), "prompt=None.*belong together"),
+        (dict(loss_on="prompt"), "loss_on=prompt: there are answer, all"),
+        (dict(pack=True), "pack=true would cut prompts from their answers"),
+        (dict(max_length=4), r"has 4 tokens, so that max_length=4 leaves nothing.*max_length=5"),
+    ],
+)
+def test_pairs_that_cannot_be_learned(
+    options: dict[str, Any], message: str, questions: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(UserError, match=message):
+        files(questions, **(TEMPLATES | options)).tokens(tokenizer)
+
+
+def test_long_prompts_can_be_left_out(tmp_path: Path, tokenizer: Any, caplog: Any) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"question": "x" * length, "reply": "yes"} for length in (3, 9, 4, 12, 5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = dict(max_length=6, prompt="{question}", answer="{reply}", skip_long=True)
+    with caplog.at_level("INFO"):
+        tokens = files(path, num_samples=3, **options).tokens(tokenizer)
+    assert answers(tokens, tokenizer) == ["yes", "ye", "y"], "cut to max_length, something is left"
+    with pytest.raises(UserError, match="holds only 3"):
+        files(path, num_samples=4, **options).tokens(tokenizer)
+    assert "2 prompts were too long and left out" in caplog.text
+
+
+class Merging:
+    """A tokenizer that joins a prompt's last letter with an answer's first, and ends each text."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts: Any, truncation: bool = False, max_length: int = 99) -> Any:
+        if isinstance(texts, str):
+            return {"input_ids": self([texts])["input_ids"][0]}
+        return {"input_ids": [[ord(c) for c in t.replace("ab", "X")] + [1] for t in texts]}
+
+
+def test_a_token_across_the_border_belongs_to_the_answer() -> None:
+    class One(Texts):
+        def documents(self) -> Any:
+            yield Pair("cca", "bd")
+
+    tokens = One(1, 9).tokens(Merging())
+    assert tokens.samples == ((ord("c"), ord("c"), ord("X"), ord("d"), 1),)
+    assert tokens.prompts == (2,)
+
+
+def test_a_mixture_of_pairs_and_text(questions: Path, lines: Path, tokenizer: Any) -> None:
+    parts = {
+        "pairs": {"weight": 1, "source": files(questions, **TEMPLATES)},
+        "text": {"weight": 1, "source": files(lines)},
+    }
+    mixture = Mixture(num_samples=8, max_length=64, parts=parts)
+    tokens = mixture.tokens(tokenizer)
+    learned = answers(tokens, tokenizer)
+    for whole, answer, prompt in zip(
+        decoded(tokens, tokenizer), learned, tokens.prompts, strict=True
+    ):
+        assert answer == (whole if whole.startswith("document") else whole.partition("=")[2])
+        assert (prompt > 0) == ("=" in whole)
+    assert mixture.sources() == (str(questions), str(lines))
+
+
+def test_the_standard_questions(tokenizer: Any) -> None:
+    """Of their own split only, in the form of the sheets, half sums and half partners."""
+    for split in ("train", "validation"):
+        tokens = StandardQuestions(64, 99, split=split).tokens(tokenizer)
+        problems = {f"{a}{sign}{b}": str(c) for a, sign, b, c in text.problems(split)}
+        found = [0, 0]
+        for whole, answer in zip(
+            decoded(tokens, tokenizer), answers(tokens, tokenizer), strict=True
+        ):
+            last = whole.split("\n")[-1]
+            if "=" in last:
+                assert problems[last.partition("=")[0]] == answer
+                found[0] += 1
+            else:
+                key = last.removeprefix("?").partition(" ")[0]
+                listed = dict(line.split(" ") for line in whole.split("\n")[:-1])
+                assert answer == f" {text.partner(listed[key])}"
+                found[1] += 1
+        assert found == [32, 32]
+    sums = StandardQuestions(8, 99, domains=("arithmetic",)).tokens(tokenizer)
+    assert all("=" in whole for whole in decoded(sums, tokenizer))
+    with pytest.raises(UserError, match="no questions in 'prose'; there are arithmetic, recall"):
+        StandardQuestions(8, 99, domains=("prose",)).tokens(tokenizer)
+
+
+# One row of each dataset that the supervised mixture reads, with its columns, and what is learned.
+CHOICES = {"label": ["A", "B", "C", "D"], "text": ["w", "x", "y", "z"]}
+ROWS_OF = {
+    "boolq": ({"question": "is it", "passage": "It is.", "answer": True}, " yes"),
+    "piqa": ({"goal": "g", "sol1": "first", "sol2": "second", "label": 1}, " second"),
+    "hellaswag": (
+        {"activity_label": "a", "ctx": "c", "endings": ["e", "f", "g", "h"], "label": "2"},
+        " g",
+    ),
+    "winogrande": (
+        {"sentence": "the _ is", "option1": "cat", "option2": "dog", "answer": "1"},
+        " cat",
+    ),
+    "openbookqa": ({"question_stem": "q", "choices": CHOICES, "answerKey": "D"}, " z"),
+    "arc_easy": ({"question": "q", "choices": CHOICES, "answerKey": "3"}, " y"),
+    "arc_challenge": ({"question": "q", "choices": CHOICES, "answerKey": "A"}, " w"),
+    "mmlu": ({"train": {"question": "q", "choices": ["w", "x", "y", "z"], "answer": 3}}, " D"),
+}
+
+
+def test_the_supervised_mixture_reads_training_splits_alone(composed: Any) -> None:
+    """Every part's templates fit its dataset's columns; validation never meets training."""
+    from hydra.utils import instantiate
+
+    config = composed("finetune=cd_moe").finetune.phases.sft
+    data, validation = (
+        instantiate(config[name], _convert_="object") for name in ("data", "validation")
+    )
+    assert data.parts.keys() == validation.parts.keys() == ROWS_OF.keys()
+    for name, (row, answer) in ROWS_OF.items():
+        source, held_out = (mixture.parts[name]["source"] for mixture in (data, validation))
+        assert (source.split, held_out.split) == ("train[:-100]", "train[-100:]")
+        pair = source._pair(source.path, row)
+        assert pair.answer == answer and pair.prompt and not pair.prompt.endswith(" ")
+        assert held_out._pair(source.path, row) == pair
+    assert all("train" in name for name in data.sources())
+
+
+def test_a_hub_dataset_of_pairs_in_parts(tokenizer: Any, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "piqa"
+    folder.mkdir()
+    rows = [{"goal": f"g{number}", "label": number % 2} for number in range(10)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
+    options = dict(path=str(folder), prompt="{goal}", answer="{label}")
+    source = HubDataset(7, 64, split="train[:-3]", **options)
+    assert decoded(source.tokens(tokenizer), tokenizer) == [f"g{n}{n % 2}" for n in range(7)]
+    assert source.sources() == (f"{folder} (train[:-3])",)
+    rest = HubDataset(3, 64, split="train[-3:]", **options)
+    assert decoded(rest.tokens(tokenizer), tokenizer) == ["g71", "g80", "g91"]

@@ -20,10 +20,10 @@ from conftest import ROOT, Outcome, run_command
 import moe_lab
 
 DEFAULT = [
-    "finetune.data.num_samples=16",
-    "finetune.data.max_length=32",
-    "finetune.validation.num_samples=4",
-    "finetune.batch_size=8",
+    "finetune.phases.lm.data.num_samples=16",
+    "finetune.phases.lm.data.max_length=32",
+    "finetune.phases.lm.validation.num_samples=4",
+    "finetune.phases.lm.batch_size=8",
     "eval.num_items=4",
     "eval.held_out.num_samples=4",
     "measure.prompt_length=16",
@@ -170,7 +170,7 @@ def test_one_failed_job_spoils_no_sweep_and_a_second_compression_works(
     """On the condensed checkpoint: no method, a second compression, and a ratio out of reach."""
     compressed = first.checkpoint("compressed")
     jobs = ["method=none,prune", "ratio.ratio=0.25,0.99", f"model.path={compressed}"]
-    stages = ["eval=none", "measure=none", "finetune.data.num_samples=8"]
+    stages = ["eval=none", "measure=none", "finetune.phases.lm.data.num_samples=8"]
     done = run_command(first.home, "-m", *small, *DEFAULT[1:4], *stages, *jobs)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -1,73 +1,154 @@
-"""Expert-only fine-tuning: the experts of edited layers train, nothing else moves."""
+"""Expert-only fine-tuning: the experts or gates of edited layers train, nothing else moves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lab.data import IGNORED
+from moe_lab.finetune import Phase
 from moe_lab.moe import SHARED_NAMES
-from moe_lab.types import Plan, UserError
+from moe_lab.types import Edit, Plan, UserError
+
+DTYPES = ("float32", "bfloat16")
+TRAINED_EDITS = ("prune", "merge", "condense")
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Train the shared and kept experts of the edited layers by language modelling.
+    """Train the shared and kept experts of the edited layers, phase after phase.
 
-    CD-MoE (2412.00069): routers, attention, norms, embeddings and all other layers are frozen; no
-    LoRA. In a condensed layer the whole dense MLP is made of those experts (its constant gates
-    lie folded in the down projection). Padding enters no loss. The learning rate rises linearly
-    over `warmup_ratio` of the steps, then falls linearly to 0.
+    CD-MoE (2412.00069): language modelling, then supervised answers; routers, attention, norms,
+    embeddings and all other layers are frozen; no LoRA. In a condensed layer the whole dense MLP
+    is made of those experts (its constant gates lie folded in the down projection). Neither
+    padding nor prompts enter the loss.
 
-    data, validation: sources of text; batch_size: samples per step; validate_every: steps.
+    phases: a Phase by name, in order; null leaves one out. experts: whether the experts train.
+    gates: whether each constant gate of a condensed layer learns a factor, folded back at the end.
+    dtype: of the computing; what trains is kept in float32. gradient_checkpointing: compute a
+    layer's activations again in the backward pass. validate_every: steps.
     """
 
-    data: Any
-    validation: Any
-    epochs: int = 1
-    batch_size: int = 8
-    learning_rate: float = 1e-5
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
+    phases: dict[str, Phase | None]
+    experts: bool = True
+    gates: bool = False
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
     gradient_clip: float = 1.0
     validate_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"finetune.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"finetune.{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
+        given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}
+        object.__setattr__(self, "phases", given)
+        if not given:
+            raise UserError("finetune.phases is empty: give one, or leave it out: finetune=none")
+        for name, phase in given.items():
+            phase.check(f"finetune.phases.{name}")
+        if not (self.experts or self.gates):
             raise UserError(
-                f"finetune.warmup_ratio={self.warmup_ratio} must be from 0 to 1, and "
-                f"finetune.weight_decay={self.weight_decay} at least 0"
+                "finetune.experts=false finetune.gates=false trains nothing: set one of them to "
+                "true, or finetune=none"
             )
+        if self.dtype not in DTYPES:
+            raise UserError(f"finetune.dtype={self.dtype}: there are {', '.join(DTYPES)}")
+        if self.gradient_clip <= 0:
+            raise UserError(f"finetune.gradient_clip={self.gradient_clip}: it must be above 0")
+        if self.validate_every < 1:
+            raise UserError(f"finetune.validate_every={self.validate_every}: it must be at least 1")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan in which nothing can train, before any weight is read."""
+        kinds = [edit.edit for edit in plan.edited()]
+        if not set(kinds) & set(TRAINED_EDITS):
+            raise UserError(
+                "fine-tuning trains what stays in layers that a plan prunes, merges or condenses; "
+                f"this one edits none so ({', '.join(sorted(set(kinds))) or 'it changes nothing'}):"
+                " finetune=none"
+            )
+        if "drop_block" in kinds and len(set(kinds)) > 1:
+            raise UserError("a plan that drops whole layers and edits others cannot be fine-tuned")
+        if "condense" not in kinds and not self.experts:
+            raise UserError(
+                "finetune.gates=true trains the gates of condensed layers, and this plan condenses "
+                "none: finetune.experts=true, or method=condense"
+            )
+        for edit in plan.edited() if self.gates else ():
+            if edit.edit == "condense" and not edit.widths:
+                raise UserError(
+                    f"the plan does not say how wide the parts of layer {edit.index} are, so their "
+                    "gates cannot be told apart: make the plan again, or finetune.gates=false"
+                )
 
     def trainable(self, model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-        """Names and parameters that train; UserError where the plan edits nothing."""
+        """Names and parameters that train; with `gates` their factors are put into the model."""
+        self.check(plan)
         named = {}
         for edit in plan.edited():
             block = model.get_submodule(edit.name)
-            for name, parameter in block.named_parameters():
+            for name, parameter in block.named_parameters() if self.experts else ():
                 if edit.edit == "condense" or name.split(".")[0] in ("experts", *SHARED_NAMES):
                     named[f"{edit.name}.{name}"] = parameter
-        if not named:
-            raise UserError("finetune=experts trains the layers that a plan edits; it edits none")
+            if self.gates and edit.edit == "condense":
+                named[f"{edit.name}.gates"] = Gates(block, edit).factor
         return named
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean next-token cross-entropy over valid targets, in nats."""
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        valid = batch["attention_mask"][:, 1:].bool()
-        return F.cross_entropy(logits[valid].float(), batch["input_ids"][:, 1:][valid])
+    def fold(self, model: nn.Module) -> None:
+        """Put the learned factors of the gates into the down projections, and take them out."""
+        for block in list(model.modules()):
+            gates = block._modules.get("gates")
+            if isinstance(gates, Gates):
+                gates.fold(block)
 
-    def rate(self, step: int, num_steps: int) -> float:
-        """The factor of the learning rate at a step counted from 0."""
-        warmup = max(1, round(self.warmup_ratio * num_steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        return (num_steps - step) / max(1, num_steps - warmup)
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The sum of next-token cross-entropies over a batch's targets, in nats."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        targets = labels != IGNORED
+        return F.cross_entropy(logits[targets].float(), labels[targets], reduction="sum")
+
+
+class Gates(nn.Module):
+    """A learned factor, starting at 1, on each constant gate folded into a dense MLP.
+
+    The hidden units of the MLP are its parts' one after another, the shared part first, then the
+    chosen experts in the plan's order, then zero padding, which has no gate.
+    """
+
+    def __init__(self, block: nn.Module, edit: Edit):
+        super().__init__()
+        weight = block.down_proj.weight
+        padding = weight.shape[1] - sum(edit.widths)
+        shared = len(edit.widths) - len(edit.experts)
+        if padding < 0 or shared not in (0, 1):
+            raise UserError(
+                f"the plan gives layer {edit.index} parts of {list(edit.widths)} hidden units for "
+                f"{len(edit.experts)} experts, but it has {weight.shape[1]}: this plan is not the "
+                "one that the checkpoint was made with"
+            )
+        widths = torch.tensor([*edit.widths, padding])
+        parts = torch.arange(len(widths)).repeat_interleave(widths)
+        self.register_buffer("part_W", parts.to(weight.device), persistent=False)
+        ones = torch.ones(len(edit.widths), dtype=torch.float32, device=weight.device)
+        self.factor = nn.Parameter(ones)
+        self.hook = block.down_proj.register_forward_pre_hook(lambda _, args: self(args[0]))
+        block.gates = self
+
+    def factors(self) -> Tensor:
+        """The factor [W] of each hidden unit."""
+        return torch.cat([self.factor, self.factor.new_ones(1)])[self.part_W]
+
+    def forward(self, h_W: Tensor) -> Tensor:
+        # In float32 whatever the hidden units are: near 1, bfloat16 has steps of 0.8 %.
+        return h_W * self.factors()
+
+    @torch.no_grad()
+    def fold(self, block: nn.Module) -> None:
+        """Scale the columns of the block's down projection, and leave it as it was before."""
+        weight = block.down_proj.weight
+        weight.copy_(weight.float() * self.factors())
+        self.hook.remove()
+        del block.gates

@@ -9,22 +9,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_lab.checkpoint import Checkpoint
+from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.data import Tokens
+from moe_lab.finetune import sources
 from moe_lab.store import Artifact
-from moe_lab.types import Plan
+from moe_lab.types import Plan, UserError
 
 
 def tokenize(parts: dict[str, Any], tokenizer: Any) -> dict[str, Tokens]:
-    """All text of a run: calibration, and where they are asked for data, validation, held_out."""
-    sources = {"calibration": parts["calibration"]}
+    """All text of a run: calibration, and where they are asked for <phase>/data, held_out."""
+    texts = {"calibration": parts["calibration"]}
     if parts["finetune"]:
-        sources |= {"data": parts["finetune"].data, "validation": parts["finetune"].validation}
+        texts |= sources(parts["finetune"].phases)
     if parts["eval"] and parts["eval"].held_out:
-        sources["held_out"] = parts["eval"].held_out
+        texts["held_out"] = parts["eval"].held_out
     if parts["eval"]:
         parts["eval"].check()
-    return {name: source.tokens(tokenizer) for name, source in sources.items()}
+    return {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+
+
+def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
+    try:
+        return source.tokens(tokenizer)
+    except UserError as error:
+        if "/" not in name:
+            raise
+        where = name.replace("/", ".")
+        raise UserError(f"finetune.phases.{where}: {error}") from error
 
 
 def publish_plan(planned: Artifact, folder: Path) -> bool:
@@ -52,12 +63,23 @@ class Recorder:
         return artifact
 
     def checkpoints(self, variants: dict[str, Checkpoint]) -> None:
-        """Where each variant lies, and whether stock transformers loads it."""
+        """Where each variant lies, whether stock transformers loads it, and what trained in it."""
         for name, checkpoint in variants.items():
             form = checkpoint.path.parent / "form.json"
             stock = json.loads(form.read_text())["stock"] if form.is_file() else True
             self.report[f"{name}/checkpoint"] = str(checkpoint.path)
             self.report[f"{name}/stock"] = stock
+        if "finetuned" in variants:
+            self._trained(variants["finetuned"].path.parent, variants["dense"])
+
+    def _trained(self, folder: Path, dense: Checkpoint) -> None:
+        """How many parameters trained, their share of the dense model's, and the text they saw."""
+        trained = json.loads((folder / "trainable.json").read_text())
+        total = sum(parameter.numel() for parameter in meta_model(dense.config).parameters())
+        self.report["finetuned/trainable_parameters"] = trained["parameters"]
+        self.report["finetuned/trainable_share"] = trained["parameters"] / total
+        for text, seen in trained["texts"].items():
+            self.report[f"finetune/{text}"] = ", ".join(seen)
 
     def evaluation(self, name: str, results: dict[str, float]) -> None:
         """The scores of one variant."""

@@ -6,14 +6,17 @@ experts, with no more than a warning.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import copy
+import dataclasses
 import json
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,12 +24,15 @@ from moe_lab import moe, observing, saving
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
+from moe_lab.finetune import Phase, sources
 from moe_lab.progress import progress
 from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
 from moe_lab.types import Plan, UserError
 
+logger = logging.getLogger(__name__)
 STATE = "training_state.safetensors"
+TRAINABLE = "trainable.json"
 
 
 def finetune(
@@ -41,21 +47,25 @@ def finetune(
 ) -> Artifact:
     """A folder with checkpoint/, form.json, curve.jsonl and trainable.json.
 
-    tokens: "data" to train on and "validation"; options: the recipe's composed config.
+    options: the recipe's composed config; tokens: by the names that
+    `sources` gives, others are not used.
     """
+    edits = Plan.load(plan.folder / "plan.json")
+    recipe.check(edits)
+    tokens = {name: tokens[name] for name in sources(recipe.phases)}
     identity = {
         "checkpoint": compressed.fingerprint,
-        "dtype": compressed.dtype,
         "plan": plan.key,
-        "recipe": options,
+        "recipe": _without_sources(options),
         "data": {name: part.fingerprint for name, part in tokens.items()},
         "seed": seed,
-        "code": code_version(finetune, recipe, moe, observing, saving),
+        "code": code_version(finetune, recipe, Phase, moe, observing, saving),
     }
 
     def make(folder: Path) -> None:
-        model = compressed.load(compute.device)
-        edits = Plan.load(plan.folder / "plan.json")
+        # Weights that do not train stay as they are stored, unless all is computed in float32.
+        dtype = "float32" if recipe.dtype == "float32" else "auto"
+        model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
         Training(model, edits, recipe, tokens, seed, compute, folder).run()
         stock = save(model.cpu(), folder / "checkpoint", compressed.path)
         (folder / "form.json").write_text(json.dumps({"stock": stock}) + "\n")
@@ -64,8 +74,21 @@ def finetune(
     return store.get("finetune", identity, make)
 
 
+def _without_sources(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without where text comes from: its fingerprints say what it is."""
+    options = copy.deepcopy(options)
+    for phase in options["phases"].values():
+        for name in ("data", "validation"):
+            (phase or {}).pop(name, None)
+    return options
+
+
 class Training:
-    """One fine-tuning of a loaded model, whose state lies in `folder` from time to time."""
+    """One fine-tuning of a loaded model, whose state lies in `folder` from time to time.
+
+    Steps are counted through all phases. A step's gradient is that of the mean loss over all its
+    targets, however they are spread over forwards and processes.
+    """
 
     def __init__(
         self,
@@ -78,100 +101,212 @@ class Training:
         folder: Path,
     ):
         self.recipe, self.tokens, self.seed, self.folder = recipe, tokens, seed, folder
-        self.compute = compute
-        model.requires_grad_(False)
+        self.processes = PartialState(cpu=compute.device == "cpu")
+        alone = self.processes.num_processes == 1
+        self.device = torch.device(compute.device) if alone else self.processes.device
+        self.eval_batch_size = compute.batch_size
+        self.model = model.to(self.device).requires_grad_(False)
         self.trainable = recipe.trainable(model, plan)
         for parameter in self.trainable.values():
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         # Experts computed in a sorted loop: eager's backward pass is quadratic in their number.
         model.set_experts_implementation(observing.OBSERVING)
-        self.accelerator = Accelerator(cpu=compute.device == "cpu")
-        optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        per_epoch = -(-len(tokens["data"].samples) // recipe.batch_size)
-        self.num_steps = recipe.epochs * per_epoch
+        if recipe.gradient_checkpointing:
+            checkpoint_trained_layers(model)
+        self.steps_of = {
+            name: phase.epochs * -(-len(tokens[f"{name}/data"].samples) // phase.step_size)
+            for name, phase in recipe.phases.items()
+        }
+        self.num_steps = sum(self.steps_of.values())
         self.save_every = max(50, self.num_steps // 10)
+        self.done = self.num_tokens = self.num_rows = 0
+        self.epoch: tuple[tuple[str, int], Tokens] | None = None
 
     def run(self) -> None:
         """Train from the last saved state, or from the start, to the end."""
-        start = self._resume()
+        state = self._resume()
         self._write_trainable()
-        steps = itertools.islice(enumerate(self._batches()), start, self.num_steps)
-        for step, batch in progress(steps, "finetune", self.num_steps - start):
-            row = {"step": step + 1} | self._step(step, batch)
-            if (step + 1) % self.recipe.validate_every == 0 or step + 1 == self.num_steps:
-                row["validation_loss"] = self._validate()
+        first = 0
+        for name, num_steps in self.steps_of.items():
+            if self.done < first + num_steps:
+                self._run_phase(name, first, state)
+            first += num_steps
+        self.recipe.fold(self.model)
+        self.model.requires_grad_(False)
+
+    def _run_phase(self, name: str, first: int, state: dict[str, Tensor]) -> None:
+        phase = self.recipe.phases[name]
+        optimizer = self._optimizer(phase)
+        if self.done > first:
+            self._restore(optimizer, state)
+        else:
+            self._log({"phase": name, "step": first} | self._validation(name))
+        last = first + self.steps_of[name]
+        for step in progress(range(self.done, last), f"finetune {name}", last - self.done):
+            row = {"phase": name, "step": step + 1}
+            row |= self._step(name, step - first, optimizer)
+            if (step + 1) % self.recipe.validate_every == 0 or step + 1 == last:
+                row |= self._validation(name)
             self._log(row)
-            if (step + 1) % self.save_every == 0:
-                self._save(step + 1)
-        for parameter in self.trainable.values():
-            parameter.requires_grad_(False)
+            self.done = step + 1
+            if self.done % self.save_every == 0:
+                self._save(optimizer)
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        for epoch in itertools.count():
-            samples = self.tokens["data"].shuffled(self.seed * 1000 + epoch)
-            for start in range(0, len(samples.samples), self.recipe.batch_size):
-                yield samples.pad(samples.samples[start : start + self.recipe.batch_size])
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        # Decay pulls towards 0: right for weights, wrong for vectors of factors around 1.
+        matrices = [p for p in self.trainable.values() if p.dim() > 1]
+        vectors = [p for p in self.trainable.values() if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": phase.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=phase.learning_rate)
 
-    def _step(self, step: int, batch: dict[str, Tensor]) -> dict[str, float]:
-        rate = self.recipe.learning_rate * self.recipe.rate(step, self.num_steps)
-        for group in self.optimizer.param_groups:
+    def _step(self, name: str, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """One update at a step counted from the phase's start; what it was like."""
+        phase = self.recipe.phases[name]
+        rate = phase.learning_rate * phase.rate(step, self.steps_of[name])
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-        loss = self.recipe.loss(self.model, batch)
+        rows = self._rows(name, step)
+        loss = self._backward(rows, phase.batch_size)
         if not torch.isfinite(loss):
             raise UserError(
-                f"fine-tuning diverged: the loss is {loss.item()} at step {step + 1}; try a lower "
-                f"finetune.learning_rate than {self.recipe.learning_rate}"
+                f"fine-tuning diverged: the loss is {loss.item()} at step {step + 1} of phase "
+                f"{name}; try a lower finetune.phases.{name}.learning_rate than "
+                f"{phase.learning_rate}"
             )
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "learning_rate": rate}
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.num_tokens += rows.num_tokens
+        return {
+            "tokens": self.num_tokens,
+            "loss": loss.item(),
+            "learning_rate": rate,
+            "gradient_norm": norm.item(),
+        }
 
-    @torch.inference_mode()
-    def _validate(self) -> float:
-        total = count = 0.0
-        tokens = self.tokens["validation"]
-        for batch in tokens.batches(self.compute.batch_size, self.compute.device):
-            targets = int(batch["attention_mask"][:, 1:].sum())
-            total += self.recipe.loss(self.model, batch).item() * targets
-            count += targets
-        return total / count
+    def _rows(self, name: str, step: int) -> Tokens:
+        """The samples of one step of a phase, over all processes."""
+        data, size = self.tokens[f"{name}/data"], self.recipe.phases[name].step_size
+        epoch, number = divmod(step, -(-len(data.samples) // size))
+        if self.epoch is None or self.epoch[0] != (name, epoch):
+            self.epoch = (name, epoch), data.shuffled(self.seed * 1000 + epoch)
+        return self.epoch[1].take(range(len(data.samples))[number * size : (number + 1) * size])
 
-    def _log(self, row: dict[str, float]) -> None:
-        with (self.folder / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _backward(self, rows: Tokens, batch_size: int) -> Tensor:
+        """Add up the gradients of the mean loss over the targets of `rows`, and give that loss."""
+        mine = self._my_share(rows)
+        loss = torch.zeros((), device=self.device)
+        for start in range(0, len(mine.samples), batch_size):
+            positions = range(len(mine.samples))[start : start + batch_size]
+            part = self._loss(mine.take(positions)) / rows.num_targets
+            part.backward()
+            loss += part.detach()
+        if self.processes.num_processes == 1:
+            return loss
+        for parameter in self.trainable.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = reduce(gradient, "sum")
+        return reduce(loss, "sum")
+
+    def _my_share(self, rows: Tokens) -> Tokens:
+        index, number = self.processes.process_index, self.processes.num_processes
+        return rows.take(range(index, len(rows.samples), number))
+
+    def _loss(self, rows: Tokens) -> Tensor:
+        batch = {key: value.to(self.device) for key, value in rows.labelled().items()}
+        with self._computing():
+            return self.recipe.loss(self.model, batch)
+
+    def _computing(self) -> contextlib.AbstractContextManager:
+        if self.recipe.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.recipe.dtype))
+
+    @torch.no_grad()
+    def _validation(self, name: str) -> dict[str, float]:
+        """The mean loss over the targets of the phase's validation text, where it has one."""
+        tokens = self.tokens.get(f"{name}/validation")
+        if tokens is None:
+            return {}
+        mine = self._my_share(tokens.by_length())
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, len(mine.samples), self.eval_batch_size):
+            positions = range(len(mine.samples))[start : start + self.eval_batch_size]
+            total += self._loss(mine.take(positions))
+        return {"validation_loss": reduce(total, "sum").item() / tokens.num_targets}
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.num_rows += 1
+        if self.processes.is_main_process:
+            with (self.folder / "curve.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def _write_trainable(self) -> None:
         shapes = {name: list(parameter.shape) for name, parameter in self.trainable.items()}
         number = sum(parameter.numel() for parameter in self.trainable.values())
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        values = {"parameters": number, "share": number / total, "tensors": shapes}
-        (self.folder / "trainable.json").write_text(json.dumps(values, indent=1) + "\n")
+        texts = {
+            name: list(source.sources()) for name, source in sources(self.recipe.phases).items()
+        }
+        values = {"parameters": number, "share": number / total, "texts": texts, "tensors": shapes}
+        if self.processes.is_main_process:
+            logger.info(
+                "fine-tuning trains %s of %s parameters (%.2f %%)",
+                f"{number:,}", f"{total:,}", 100 * number / total,
+            )  # fmt: skip
+            (self.folder / TRAINABLE).write_text(json.dumps(values, indent=1) + "\n")
 
-    def _save(self, step: int) -> None:
-        tensors = {"step": torch.tensor([step])}
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.processes.is_main_process:
+            return
+        counts = {"done": self.done, "num_tokens": self.num_tokens, "num_rows": self.num_rows}
+        tensors = {name: torch.tensor(count) for name, count in counts.items()}
         for name, parameter in self.trainable.items():
             tensors[f"{name}/weight"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in optimizer.state[parameter].items():
                 tensors[f"{name}/{key}"] = value
         partial = self.folder / f"{STATE}.partial"
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
         partial.replace(self.folder / STATE)
 
-    def _resume(self) -> int:
-        """The step to go on from, with weights and moments restored; the curve cut to it."""
+    def _resume(self) -> dict[str, Tensor]:
+        """The last saved state, with its weights and counts restored and the curve cut to it."""
         path, curve = self.folder / STATE, self.folder / "curve.jsonl"
         state = load_file(path) if path.is_file() else {}
-        start = int(state["step"]) if state else 0
-        rows = curve.read_text().splitlines()[:start] if curve.is_file() else []
-        curve.write_text("".join(f"{row}\n" for row in rows))
+        for name in ("done", "num_tokens", "num_rows") if state else ():
+            setattr(self, name, int(state[name]))
         for name, parameter in self.trainable.items() if state else ():
             parameter.data.copy_(state[f"{name}/weight"])
-            keys = [key for key in state if key.startswith(f"{name}/") and key != f"{name}/weight"]
-            self.optimizer.state[parameter] = {key.rpartition("/")[2]: state[key] for key in keys}
-        return start
+        if self.processes.is_main_process:
+            rows = curve.read_text().splitlines()[: self.num_rows] if curve.is_file() else []
+            curve.write_text("".join(f"{row}\n" for row in rows))
+        return state
+
+    def _restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            keys = [key.rpartition("/")[2] for key in state if key.startswith(f"{name}/")]
+            optimizer.state[parameter] = {
+                key: state[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in keys
+                if key != "weight"
+            }
+
+
+def checkpoint_trained_layers(model: nn.Module) -> None:
+    """Compute activations again in the backward pass, from the first layer that trains on.
+
+    Layers below it are part of no graph. Only the layers themselves are told that they train:
+    dropout and the like stay as in evaluation.
+    """
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # enabled by the line above, a graph through all layers
+    trains = False
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].isdigit() and hasattr(module, "_gradient_checkpointing_func"):
+            trains = trains or any(p.requires_grad for p in module.parameters())
+            module.training = trains
