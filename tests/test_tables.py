@@ -141,8 +141,9 @@ def test_jobs_come_in_their_own_order(tmp_path: Path) -> None:
 def test_settings_of_another_method(tmp_path: Path) -> None:
     """What only one method has makes rows where it differs, and is otherwise told below."""
     for number, routed in enumerate((0, 4)):
-        write(tmp_path, number, condense__num_routed=routed, condense__beam=1, compressed__kl=0.1)
-    write(tmp_path, 2, method="drop_layers", compressed__kl=0.3)
+        write(tmp_path, number, condense__num_routed=routed, condense__beam=1, compressed__kl=0.1,
+              plan__layers="[1, 2]")  # fmt: skip
+    write(tmp_path, 2, method="drop_layers", compressed__kl=0.3, plan__layers="[5]")
     made = tables.pivot(tables.read(tmp_path))
     rows = [list(row.values()) for row in parsed(made)]
     assert rows == [
