@@ -16,7 +16,7 @@ from rich.console import Console
 from moe_lab import card, report
 from moe_lab.store import commit
 from moe_lab.track import Tracker
-from moe_lab.types import UserError
+from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -50,6 +50,7 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
         # Also on Ctrl-C: what is known so far is not lost.
         found["status"] = "ok" if code == 0 else "failed"
         found["seconds/total"] = round(time.perf_counter() - started, 3)
+        found |= _planned(job.folder) if code == 0 else {}
         report.write(job.folder, found)
         _track(job, tracker, found)
         tracker.finish(code)
@@ -76,6 +77,14 @@ def _head(job: Description) -> dict[str, Any]:
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
     found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}
     return found
+
+
+def _planned(folder: Path) -> dict[str, str]:
+    """The layers that the run's plan edits, in order of choice where it has one."""
+    if not (folder / "plan.json").is_file():
+        return {}
+    plan = Plan.load(folder / "plan.json")
+    return {"plan/layers": json.dumps(plan.layer_order or [edit.index for edit in plan.edited()])}
 
 
 def _word(value: Any) -> Any:

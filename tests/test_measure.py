@@ -109,6 +109,7 @@ def test_measure_gives_every_key() -> None:
     )
     names = {
         "parameters",
+        "parameter_ratio",
         "active_parameters",
         "peak_memory_bytes",
         "memory_ratio",
@@ -123,6 +124,9 @@ def test_measure_gives_every_key() -> None:
         assert figures[f"dense/{name}"] == 1.0
     assert figures["compressed/memory_ratio"] < 1.0
     assert figures["compressed/parameters"] < figures["dense/parameters"]
+    assert figures["dense/parameter_ratio"] == 1
+    ratio = figures["compressed/parameters"] / figures["dense/parameters"]
+    assert figures["compressed/parameter_ratio"] == ratio
     assert figures["compressed/peak_memory_bytes"] < figures["dense/peak_memory_bytes"]
     speedup = figures["dense/prefill_seconds"] / figures["compressed/prefill_seconds"]
     assert figures["compressed/prefill_speedup"] == pytest.approx(speedup)

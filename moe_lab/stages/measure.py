@@ -63,6 +63,8 @@ def measure_stage(
         figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
         for name, checkpoint in variants.items():
             figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
+            dense_bytes = bytes_on_disk(variants[REFERENCE].path)
+            figures[f"{name}/bytes_ratio"] = figures[f"{name}/bytes"] / dense_bytes
         write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
 
     identity = {
@@ -107,6 +109,7 @@ def measure(
         dense_prefill, dense_decode = times[REFERENCE]
         figures |= {
             f"{name}/parameters": num_parameters(model),
+            f"{name}/parameter_ratio": num_parameters(model) / num_parameters(models[REFERENCE]),
             f"{name}/active_parameters": active_parameters(model),
             f"{name}/peak_memory_bytes": peaks[name],
             f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],

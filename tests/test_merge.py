@@ -1,0 +1,267 @@
+"""M-SMoE: which experts become one, matching of hidden units, averages, routers, saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome
+from families import FAMILIES, tiny_batch, tiny_model
+from test_checkpoint import edited, in_fresh_process
+from torch import Tensor, nn
+
+from moe_lab.checkpoint import load
+from moe_lab.merging import _permuted, _unit_places, matching
+from moe_lab.methods import Evidence
+from moe_lab.methods.merge import Merge, dominant_experts, groups_of
+from moe_lab.moe import apply_plan, expert_forward, expert_parameters, moe_layers
+from moe_lab.statistics import LayerStatistics, collect
+from moe_lab.types import Edit, LayerInfo, Plan, UserError
+
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+INFO = LayerInfo(3, "model.layers.3.mlp", num_experts=6, top_k=2, hidden_size=2)
+GROUPS = ((0, 3, 5), (1,), (4, 2), (6, 7))  # of 8 experts; deepseek_v3's router has 0-3 and 4-7
+KEPT = tuple(group[0] for group in GROUPS)
+
+
+def merge(index: int, shares: tuple = (0.25, 0.5, 0.25), **options: object) -> dict:
+    weights = (shares, (1.0,), (0.75, 0.25), (0.5, 0.5))
+    edit = {"index": index, "edit": "merge", "kept": KEPT, "groups": GROUPS, "weights": weights}
+    return edit | options
+
+
+def apply(model: nn.Module, edits: list[dict]) -> nn.Module:
+    names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
+    apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
+    return model
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**tiny_batch()).logits
+
+
+@torch.no_grad()
+def make_identical(experts: nn.Module, groups: tuple[tuple[int, ...], ...]) -> None:
+    """Make the experts of each group compute the same, with their hidden units shuffled."""
+    places = _unit_places(experts)
+    generator = torch.Generator().manual_seed(0)
+    for first, *others in groups:
+        for other in others:
+            order = torch.randperm(16, generator=generator)
+            for name, tensor in experts.named_parameters():
+                part = tensor[first].clone()
+                if name in places:
+                    part = _permuted(part, *places[name], order)
+                tensor[other] = part
+
+
+def outputs(experts: nn.Module, x_TD: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [expert_forward(experts, one, x_TD) for one in expert_parameters(experts)]
+
+
+def test_matching_undoes_a_permutation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    units = torch.randn(9, 5, generator=generator)
+    order = torch.randperm(9, generator=generator)
+    shuffled = units[order]
+    assert torch.equal(shuffled[matching(units, shuffled)], units)
+
+
+@EACH_FAMILY
+def test_merging_identical_experts_gives_that_expert_to_the_bit(family: str) -> None:
+    """Also where their hidden units come in another order, but only if they are matched."""
+    for align in (True, False):
+        model = tiny_model(family)
+        layer = moe_layers(model)[-1]
+        make_identical(layer.experts, GROUPS)
+        x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+        before = outputs(layer.experts, x_TD)
+        for members in GROUPS:  # shuffled units make the same function
+            for member in members:
+                torch.testing.assert_close(before[member], before[members[0]], rtol=1e-4, atol=1e-5)
+        apply(model, [merge(layer.info.index, align=align)])
+        after = outputs(moe_layers(model)[-1].experts, x_TD)
+        same = [torch.equal(after[i], before[expert]) for i, expert in enumerate(KEPT)]
+        assert same == ([True] * 4 if align else [False, True, False, False])
+
+
+@EACH_FAMILY
+def test_a_merge_of_identical_experts_is_pruning_the_others(family: str) -> None:
+    merged, pruned = tiny_model(family), tiny_model(family)
+    indices = [layer.info.index for layer in moe_layers(merged)]
+    for model in (merged, pruned):
+        for layer in moe_layers(model):
+            make_identical(layer.experts, GROUPS)
+    before = logits_of(merged)
+    apply(merged, [merge(index) for index in indices])
+    apply(pruned, [{"index": i, "edit": "prune", "kept": KEPT} for i in indices])
+    assert torch.equal(logits_of(merged), logits_of(pruned))
+    assert not torch.allclose(logits_of(merged), before, atol=1e-3)  # routers lost rows
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_merging_a_layer_of_one_function_is_the_identity(family: str) -> None:
+    """Where weights are renormalised it does not matter which of equal experts are chosen."""
+    model = tiny_model(family)
+    for layer in moe_layers(model):
+        make_identical(layer.experts, (tuple(range(8)),))
+    before = logits_of(model)
+    apply(model, [merge(layer.info.index) for layer in moe_layers(model)])
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-4)
+
+
+@EACH_FAMILY
+def test_averages_and_routers_are_what_was_asked_for(family: str) -> None:
+    plain, dominant, mean = (tiny_model(family) for _ in range(3))
+    index = moe_layers(plain)[-1].info.index
+    apply(dominant, [merge(index, align=False)])
+    apply(mean, [merge(index, align=False, router="mean")])
+    one, two, three = (moe_layers(model)[-1] for model in (plain, dominant, mean))
+    weights = merge(index)["weights"]
+
+    def averaged(tensor: Tensor) -> Tensor:
+        means = [
+            sum(share * tensor[member].double() for member, share in zip(members, row, strict=True))
+            for members, row in zip(GROUPS, weights, strict=True)
+        ]
+        return torch.stack(means).float()
+
+    for name, tensor in one.experts.named_parameters():
+        assert torch.equal(two.experts.get_parameter(name), averaged(tensor.detach()))
+        assert torch.equal(two.experts.get_parameter(name), three.experts.get_parameter(name))
+    for name, tensor in one.router.state_dict().items():
+        assert torch.equal(two.router.state_dict()[name], tensor[list(KEPT)])
+        torch.testing.assert_close(three.router.state_dict()[name], averaged(tensor))
+    if one.shared is not None:
+        for name, tensor in one.shared.named_parameters():
+            assert torch.equal(three.shared.get_parameter(name), tensor)
+
+
+def test_frequent_experts_stay_and_the_others_join_the_most_similar() -> None:
+    count = torch.tensor([5.0, 9, 0, 9, 2, 0], dtype=torch.float64)
+    kept = dominant_experts(INFO, count, 2)
+    assert kept == (1, 3)
+    similarity = torch.zeros(6, 6)
+    similarity[0, 3], similarity[2, 1], similarity[4, 3] = 0.9, 0.1, 0.2
+    similarity[5, 1] = similarity[5, 3] = 0.5  # a tie: the lower one
+    assert groups_of(INFO, similarity, kept) == ((1, 2, 5), (3, 0, 4))
+    assert dominant_experts(INFO, torch.zeros(6), 3) == (0, 1, 2)
+
+
+def test_router_groups_keep_the_same_number_and_merge_their_own() -> None:
+    info = LayerInfo(1, "x", 8, 2, 2, groups=2, groups_used=1)
+    kept = dominant_experts(info, torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4]), 4)
+    assert kept == (0, 1, 6, 7)
+    similarity = torch.zeros(8, 8)
+    similarity[2, 6] = similarity[4, 0] = 1.0  # of the other group: they do not count
+    similarity[2, 1] = similarity[4, 7] = 0.5
+    assert groups_of(info, similarity, kept) == ((0, 3), (1, 2), (6, 5), (7, 4))
+
+
+def test_experts_without_tokens_weigh_nothing_or_alike() -> None:
+    layer = LayerStatistics(INFO)
+    product = torch.eye(6, dtype=torch.float64)
+    product[0, 2] = product[2, 0] = product[1, 3] = product[3, 1] = 0.5
+    product[4, 4] = product[5, 5] = 0.0  # logits that are always 0
+    layer.sums |= {
+        "count": torch.tensor([3.0, 0, 1, 0, 0, 0], dtype=torch.float64),
+        "logit_product_sum": product,
+    }
+    method = Merge(1, 2, layers=[3])
+    [edit] = method.plan(Evidence([layer], None)).edited()
+    assert edit.kept == (0, 2)
+    assert edit.groups[0][0] == 0
+    assert edit.weights == ((1.0, 0.0, 0.0, 0.0, 0.0), (1.0,))
+    assert edit.scores == (3.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    layer.sums["count"] = torch.zeros(6, dtype=torch.float64)
+    [edit] = method.plan(Evidence([layer], None)).edited()
+    assert [set(shares) for shares in edit.weights] == [{1 / len(group)} for group in edit.groups]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3"])
+def test_plans_of_real_models_are_carried_out_and_loaded_by_stock(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    infos = [layer.info for layer in moe_layers(model)]
+    statistics = collect(model, [tiny_batch()])
+    for layers in ("all", [3]):
+        method = Merge(1, 4, layers=layers)
+        method.check(infos)
+        made = method.plan(Evidence(statistics, None))
+        (tmp_path / "plan.json").write_text(made.to_text())
+        assert Plan.load(tmp_path / "plan.json") == made
+        edits = json.loads((tmp_path / "plan.json").read_text())["layers"]
+        edits = [vars(Edit.from_json(edit)) for edit in edits]
+        for edit in edits:
+            del edit["name"]
+            assert sorted(e for group in edit["groups"] for e in group) in ([], list(range(8)))
+        assert edited(family, edits, tmp_path / str(layers)) == (layers == "all")
+        counts = [
+            layer.info.num_experts for layer in moe_layers(load(tmp_path / str(layers) / "model"))
+        ]
+        assert counts == [8 if layers == [3] and i.index != 3 else 4 for i in infos]
+    assert in_fresh_process("stock", [tmp_path / "all"]) == {"all": 0.0}
+    assert in_fresh_process("ours", [tmp_path / "[3]"]) == {"[3]": 0.0}
+
+
+def test_each_order_of_layers_is_its_own() -> None:
+    model = tiny_model("mixtral")
+    with torch.no_grad():
+        for layer, scale in zip(moe_layers(model), (1.0, 0.01, 0.3, 0.1), strict=True):
+            layer.experts.down_proj *= scale
+    statistics = collect(model, [tiny_batch()])
+
+    def order(layers: object, seed: int = 0) -> tuple[int, ...]:
+        made = Merge(2, 4, layers=layers, seed=seed).plan(Evidence(statistics, None))
+        assert {edit.index for edit in made.edited()} == set(made.layer_order)
+        return made.layer_order
+
+    assert order("all") == (0, 1, 2, 3)
+    assert order("cosine") == (1, 3)
+    assert order("first") == (0, 1)
+    assert order("last") == (3, 2)
+    assert order([2, 0]) == (2, 0)
+    drawn = {order("random", seed) for seed in range(8)}
+    assert order("random", 1) == order("random", 1)
+    assert len(drawn) > 3
+
+
+def test_impossible_requests_are_refused_before_any_work() -> None:
+    Merge(1, 2).check([INFO])
+    with pytest.raises(UserError, match=r"num_experts=1 is too few: layer 3: 1 of 6.*chooses 2"):
+        Merge(1, 1).check([INFO])
+    for number in (6, 7):
+        with pytest.raises(UserError, match=rf"num_experts={number}: layer 3 has 6 experts"):
+            Merge(1, number).check([INFO])
+    grouped = LayerInfo(1, "x", 8, 2, 2, groups=2, groups_used=1)
+    with pytest.raises(UserError, match=r"too few.*2 groups"):
+        Merge(1, 2).check([grouped])
+    with pytest.raises(UserError, match=r"router='last' does not exist.*dominant, mean"):
+        Merge(1, 2, router="last").check([INFO])
+    with pytest.raises(UserError, match=r"layers='best' does not exist.*all, cosine"):
+        Merge(1, 2, layers="best").check([INFO])
+    with pytest.raises(UserError, match=r"names \[2\]"):
+        Merge(1, 2, layers=[2]).check([INFO])
+
+
+def test_a_whole_run(job: Callable[..., Outcome]) -> None:
+    done = job("method=merge", "method.num_experts=4", "method.layers=last")
+    assert done.code == 0, done.text
+    report = done.report
+    assert (report["method"], report["merge/num_experts"], report["merge/layers"]) == (
+        "merge",
+        4,
+        "last",
+    )
+    assert report["plan/layers"] == "[3]"
+    counts = [x.info.num_experts for x in moe_layers(load(report["compressed/checkpoint"]))]
+    assert counts == [8, 8, 4]
+    refused = job("method=merge", "method.num_experts=2")
+    assert refused.code == 2
+    assert "num_experts=2 is too few: layer 1: 2 of 8" in refused.text
