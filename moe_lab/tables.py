@@ -30,7 +30,9 @@ DEFAULT_VALUES = (
     "compressed/decode_speedup"
 ).split()
 # Not settings: what a job gave, and what names it. The rest of a report's keys is its settings.
-RESULTS = re.compile(rf"(status|error|sweep|job)$|({'|'.join(report.VARIANTS)}|seconds|cached|plan)/")
+RESULTS = re.compile(
+    rf"(status|error|sweep|job)$|({'|'.join(report.VARIANTS)}|seconds|cached|plan)/"
+)
 ORIGIN = re.compile(r"commit$|fingerprint/")  # told below a table, not made rows by themselves
 SEED = re.compile(r"(^|/)seed$")
 FAILED, NONE, STATUS = "failed", "none", "status"
