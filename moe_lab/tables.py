@@ -1,9 +1,8 @@
 """One table from many reports: `python -m moe_lab.tables FOLDER` pivots every report.json below it.
 
-Keys are those of report.json, and `<variant>/parameter_ratio`, the share of the dense model's
-parameters that is left. A cell is the mean over the reports that fall into it, with the sample
-standard deviation (n - 1) where they differ; below the table stands what was averaged over, what
-was the same everywhere, and which jobs failed and why.
+Keys are those of report.json. A cell is the mean over the reports that fall into it, with the
+sample standard deviation (n - 1) where they differ; below the table stands what was averaged over,
+what was the same everywhere, and which jobs failed and why.
 """
 
 from __future__ import annotations
@@ -89,17 +88,12 @@ class Table:
 def read(folder: Path) -> pd.DataFrame:
     """All reports under a folder, one a row in the order of the jobs; UserError if there are none.
 
-    What a report lacks is None; `<variant>/parameter_ratio` is added where it can be.
+    What a report lacks is None.
     """
     paths = sorted(folder.rglob(report.FILE), key=_natural)
     if not paths:
         raise UserError(f"{folder} holds no {report.FILE}: name a folder of runs, or one run's")
     reports = [report.read(path.parent) for path in paths]
-    for one in reports:
-        for variant in report.VARIANTS:
-            if one.get(f"{variant}/parameters") and one.get("dense/parameters"):
-                ratio = one[f"{variant}/parameters"] / one["dense/parameters"]
-                one[f"{variant}/parameter_ratio"] = ratio
     keys = dict.fromkeys(key for one in reports for key in one)
     return pd.DataFrame({key: [one.get(key) for one in reports] for key in keys}, dtype=object)
 

@@ -34,7 +34,7 @@ def sweep(tmp_path: Path) -> Path:
     for number, ((layers, seed), accuracy) in enumerate(ACCURACY.items()):
         write(folder, number, condense__experts="random", condense__num_layers=layers,
               condense__seed=seed, dense__eval__average=0.9, compressed__eval__average=accuracy,
-              compressed__kl=layers / 10, dense__parameters=1000, compressed__parameters=750,
+              compressed__kl=layers / 10, dense__parameters=1000, compressed__parameter_ratio=0.75,
               compressed__prefill_speedup=1.25)  # fmt: skip
     write(folder, 6, condense__experts="l1", condense__num_layers=2, condense__seed=0,
           dense__eval__average=0.9, compressed__eval__average=0.7)  # fmt: skip
