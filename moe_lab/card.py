@@ -41,7 +41,7 @@ base_model: {report["model"]}
 Made by moe_lab (commit {report["commit"]}) from `{report["model"]}` (fingerprint
 {report["fingerprint/model"]}) with calibration data of fingerprint {report["fingerprint/data"]}.
 
-{STOCK if stock else OURS}
+{_seen(report) if variant == "finetuned" else ""}{STOCK if stock else OURS}
 
 {ENGINES}
 
@@ -54,3 +54,10 @@ Made by moe_lab (commit {report["commit"]}) from `{report["model"]}` (fingerprin
 {json.dumps(recipe, indent=1)}
 ```
 """
+
+
+def _seen(report: Mapping[str, Any]) -> str:
+    """What fine-tuning has seen: a score on a task whose training split is here is no zero-shot."""
+    keys = [key for key in report if key.startswith("finetune/") and key.endswith("/data")]
+    lines = [f"- {key.split('/')[1]}: {report[key]}" for key in keys]
+    return "\n".join(["Fine-tuned, phase after phase, on:", "", *lines, "", ""])

@@ -18,14 +18,17 @@ from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from moe_lab.checkpoint import load, meta_model
+from moe_lab import card
+from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
 from moe_lab.data import IGNORED, StandardLibrary, StandardQuestions, Tokens
 from moe_lab.finetune import Phase
 from moe_lab.finetune.experts import Experts, Gates
 from moe_lab.moe import apply_plan, moe_layers
 from moe_lab.saving import save
+from moe_lab.stages import Recorder
 from moe_lab.stages import finetune as stage
+from moe_lab.store import Artifact, Store
 from moe_lab.types import Edit, Plan, UserError
 
 PLANS = {
@@ -34,11 +37,18 @@ PLANS = {
         dict(index=3, edit="condense", experts=(0,), gates=(0.2,), widths=(24, 16)),
     ],
     "prune": [dict(index=2, edit="prune", kept=(0, 1, 2, 5))],
-}
+    "merge": [
+        dict(
+            index=2, edit="merge", kept=(0, 3, 6), groups=((0, 1, 2), (3, 4, 5), (6, 7)),
+            weights=((0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.5, 0.5)),
+        )
+    ],
+}  # fmt: skip
 # What must move: everything else must not, by a single bit.
 MOVING = {
     "condense": ("layers.1.mlp.", "layers.3.mlp."),
     "prune": ("layers.2.mlp.experts.", "layers.2.mlp.shared_expert."),
+    "merge": ("layers.2.mlp.experts.", "layers.2.mlp.shared_expert."),
 }
 GATES = ("layers.1.mlp.down_proj", "layers.3.mlp.down_proj")
 RECIPE = {field.name for field in dataclasses.fields(Experts)}
@@ -109,7 +119,7 @@ TRAINED = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("kind", "what"),
-    [("prune", "experts"), *(("condense", what) for what in TRAINED)],
+    [("prune", "experts"), ("merge", "experts"), *(("condense", what) for what in TRAINED)],
     ids=" ".join,
 )
 def test_only_what_trains_moves(kind: str, what: str, dtype: str, tmp_path: Path) -> None:
@@ -234,7 +244,7 @@ def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch) ->
     kind, changes, stop, save_every = RESUMED[case]
     dtype = "auto" if "bfloat16" in case else "float32"
     if "both" in case:
-        changes = changes | {"supervised": True, "dtype": "bfloat16", "gradient_accumulation": 1}
+        changes = changes | {"supervised": True, "dtype": "bfloat16"}
     else:
         changes = changes | {"epochs": 2}
     plan = compressed(kind, tmp_path)
@@ -417,6 +427,46 @@ def test_bfloat16_computes_in_it_and_trains_in_float32(tmp_path: Path) -> None:
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
+def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
+    plan = compressed("condense", tmp_path)
+    planned = tmp_path / "planned"
+    planned.mkdir()
+    (planned / "plan.json").write_text(plan.to_text())
+    store, recipe = Store(tmp_path / "store"), recipe_of(gates=True)
+    tokens = {"lm/data": samples(1, 8), "lm/validation": samples(2, 4), "held_out": samples(5, 2)}
+
+    def run(path: str, **changes: Tokens) -> Artifact:
+        options = {"gates": True, "phases": {"lm": {"data": {"files": [path]}}, "sft": None}}
+        artifact = Artifact("plan", "key", planned, True, 0.0)
+        dense = Checkpoint(tmp_path / "compressed", "float32")
+        given = tokens | {name.replace("_", "/", 1): part for name, part in changes.items()}
+        return stage.finetune(
+            store, dense, artifact, recipe, options, given, seed=0, compute=Compute("cpu")
+        )
+
+    first = run("here.jsonl")
+    assert not first.cached
+    files = {path.name for path in first.folder.iterdir()}
+    assert files == {"checkpoint", "form.json", "curve.jsonl", "trainable.json", "artifact.json"}
+    tuned = load_file(first.folder / "checkpoint" / "model.safetensors")
+    assert tuned.keys() == load_file(tmp_path / "compressed" / "model.safetensors").keys()
+    assert run("there.jsonl").key == first.key
+    assert run("here.jsonl", heldout=samples(6, 2)).key == first.key
+    assert run("here.jsonl", lm_data=samples(7, 8)).key != first.key
+    recorder = Recorder({})
+    recorder.checkpoints(
+        {
+            "dense": Checkpoint(tmp_path / "source"),
+            "finetuned": Checkpoint(first.folder / "checkpoint"),
+        }
+    )
+    dense = load(tmp_path / "source").num_parameters()
+    number = 2 * 3 * 32 * 56 + 5
+    assert recorder.report["finetuned/trainable_parameters"] == number
+    assert recorder.report["finetuned/trainable_share"] == number / dense
+    assert recorder.report["finetune/lm/data"] == "the standard library's train split"
+
+
 def test_the_report_line_counts_what_trains(tmp_path: Path, caplog) -> None:
     plan = compressed("condense", tmp_path)
     model = load(tmp_path / "compressed", dtype="float32")
@@ -426,6 +476,18 @@ def test_the_report_line_counts_what_trains(tmp_path: Path, caplog) -> None:
     number = 2 * 3 * 32 * 56
     share = f"{100 * number / total:.2f} %"
     assert f"fine-tuning trains {number:,} of {total:,} parameters ({share})" in caplog.text
+
+
+def test_the_card_names_the_splits_that_were_seen() -> None:
+    """Supervised sets hold the training splits of the tasks that they are later measured on."""
+    seen = {"finetune/lm/data": "C4 (train)", "finetune/sft/data": "ARC (train), BoolQ (train)"}
+    report = {"finetuned/stock": True, "method": "condense", "model": "m", "commit": "c"} | seen
+    report |= {"fingerprint/model": "1", "fingerprint/data": "2", "finetune/lm/validation": "C4"}
+    config = dict.fromkeys(("model", "calibration", "method", "finetune", "seed"))
+    made = card.text("finetuned", report, config, "")
+    assert "- lm: C4 (train)\n- sft: ARC (train), BoolQ (train)\n\n```python" in made
+    report["compressed/stock"] = True
+    assert "C4" not in card.text("compressed", report, config, "")
 
 
 def test_divergence_is_reported_with_the_way_out(tmp_path: Path) -> None:
