@@ -121,7 +121,7 @@ def _edited_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _width(block: nn.Module) -> int:
-    return block.gate_proj.out_features if type(block) is DenseMLP else 0
+    return 0 if type(block) is NoMLP else block.gate_proj.out_features
 
 
 def _form(model: PreTrainedModel, padding: float) -> Form:
@@ -129,22 +129,24 @@ def _form(model: PreTrainedModel, padding: float) -> Form:
     layers, edited = moe_layers(model), _edited_blocks(model)
     config, obstacle = _native_config(model, layers, edited)
     if not obstacle:
-        widths = " and ".join(str(width) for width in sorted(set(map(_width, edited.values()))))
-        zeros = _zeros(model, meta_model(config), edited)
-        share = zeros / _parameters(model)
+        built = meta_model(config)
+        names = sorted(_dense_names(model) | set(edited)) if edited else []
+        ours = [model.get_submodule(name) for name in names]
+        theirs = [built.get_submodule(name) for name in names]
+        zeros = sum(map(_parameters, theirs)) - sum(map(_parameters, ours))
         if not zeros:
             return Form(True, "in the family's own form, without padding", config, plain=True)
-        how = f"layers of width {widths} padded with zeros to its one width of dense layers"
+        widths = " and ".join(str(width) for width in sorted(set(map(_width, ours))))
+        share = zeros / _parameters(model)
+        how = f"dense layers {widths} wide, padded with zeros to {_width(theirs[0])}: {share:.2%}"
         if share <= padding:
-            reason = f"{how}, {share:.2%} more parameters (method.padding=0 keeps the exact sizes)"
-            return Form(True, f"in the family's own form: {reason}", config)
+            reason = f"{how} more parameters (method.padding=0 keeps the exact sizes)"
+            return Form(True, f"in the family's own form, {reason}", config)
         obstacle = (
-            f"the family's form, {how}, would have {share:.2%} more parameters "
-            f"(method.padding={padding:g} is what may be added)"
+            f"the family's would have {how} more parameters, and method.padding={padding:g} is "
+            "the largest share that may be added"
         )
-    reason = (
-        f"in moe_lab's own form, which moe_lab.load reads but stock transformers not: {obstacle}"
-    )
+    reason = f"in moe_lab's own form, which stock transformers cannot load: {obstacle}"
     return Form(False, reason, _own_config(model, layers, edited, padding))
 
 
@@ -166,15 +168,6 @@ def _native_config(
     return (
         found,
         None if found else f"{config.model_type} cannot say that layers {indices} are dense",
-    )
-
-
-def _zeros(model: nn.Module, built: nn.Module, edited: dict[str, nn.Module]) -> int:
-    """Parameters by which the family's dense layers are larger than ours."""
-    names = _dense_names(model) | set(edited) if edited else ()
-    return sum(
-        _parameters(built.get_submodule(name)) - _parameters(model.get_submodule(name))
-        for name in names
     )
 
 

@@ -169,7 +169,7 @@ def test_condensed_layers_keep_their_exact_size_unless_padding_may_be_added(
         inputs = {key: expected[key] for key in ("input_ids", "attention_mask")}
         assert torch.equal(model(**inputs).logits, expected["logits"])
     [line] = caplog.messages
-    assert f"width {width} padded with zeros" in line
+    assert f"dense layers {width} and 400 wide, padded with zeros to 400" in line
     assert "method.padding=0" in line
     # What is written again from there, as after fine-tuning, keeps its form.
     assert save(model, tmp_path / "again", folder / "model") == (padding == 1.0)

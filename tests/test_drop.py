@@ -20,6 +20,7 @@ from moe_lab.methods import Evidence
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers
 from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.saving import save
 from moe_lab.statistics import collect
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
@@ -178,6 +179,19 @@ def test_impossible_requests_are_refused_before_any_work() -> None:
         DropBlocks(3).check(everything)
     with pytest.raises(UserError, match="padding=2"):
         DropLayers(1, padding=2).check(INFOS)
+
+
+def test_what_was_dropped_is_compressed_again(tmp_path: Path) -> None:
+    """Our own form is cut along with the config when blocks of such a model are dropped."""
+    assert not edited("mixtral", [drop("drop_layer", 2)], tmp_path / "first")
+    model = load(tmp_path / "first" / "model")
+    assert [layer.info.index for layer in moe_layers(model)] == [0, 1, 3]
+    apply_plan(model, Plan((Edit(1, "model.layers.1.mlp", "drop_block"),)))
+    expected = logits_of(model)
+    assert not save(model, tmp_path / "second", tmp_path / "first" / "model")
+    again = load(tmp_path / "second")
+    assert [layer.info.index for layer in moe_layers(again)] == [0, 2]
+    assert torch.equal(logits_of(again), expected)
 
 
 def test_a_pattern_of_dense_layers_becomes_a_list(tmp_path: Path) -> None:
