@@ -9,14 +9,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from moe_lab.checkpoint import Checkpoint
+from moe_lab.compute import Compute
 from moe_lab.stages.measure import (
+    Measurement,
     _StorageCounter,
     active_parameters,
     bytes_on_disk,
+    figures_of,
     measure,
+    measure_stage,
     num_parameters,
     peak_memory_bytes,
 )
+from moe_lab.store import Store
 
 VOCABULARY, HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH, SHARED, DENSE = 96, 32, 3, 8, 2, 16, 24, 40
 
@@ -138,3 +144,18 @@ def test_bytes_on_disk_counts_weights_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}" * 1000)
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert bytes_on_disk(tmp_path) == sum(sizes) >= 800
+
+
+def test_the_stage_adds_sizes_on_disk_and_their_ratio(tmp_path: Path) -> None:
+    variants = {}
+    for name, experts in (("dense", EXPERTS), ("compressed", 4)):
+        tiny(experts).save_pretrained(tmp_path / name)
+        variants[name] = Checkpoint(tmp_path / name)
+    how = Measurement(prompt_length=8, decode_tokens=1, repeats=1)
+    store = Store(tmp_path / "store")
+    figures = figures_of(measure_stage(store, variants, how, Compute(device="cpu")))
+    for name in variants:
+        assert figures[f"{name}/bytes"] == bytes_on_disk(tmp_path / name)
+    ratio = bytes_on_disk(tmp_path / "compressed") / bytes_on_disk(tmp_path / "dense")
+    assert (figures["dense/bytes_ratio"], figures["compressed/bytes_ratio"]) == (1, ratio)
+    assert 0.3 < ratio < figures["compressed/parameter_ratio"] + 0.1
