@@ -131,7 +131,8 @@ def test_only_what_trains_moves(kind: str, what: str, dtype: str, tmp_path: Path
     before = load_file(tmp_path / "compressed" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(before[name].dtype == after[name].dtype for name in before)
+    for name in before:  # the compressed shapes, not the original's again
+        assert before[name].dtype == after[name].dtype and before[name].shape == after[name].shape
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     parts = GATES if what == "gates" else MOVING[kind]
     allowed = {name for name in before if any(part in name for part in parts)}
@@ -408,6 +409,14 @@ def test_gradient_checkpointing_computes_the_same(kind: str, tmp_path: Path) -> 
     (loss, gradients), (other_loss, other) = found
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(gradients[name], other[name]) for name in gradients)
+
+
+def test_a_family_without_checkpointing_says_so(tmp_path: Path) -> None:
+    plan = compressed("prune", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match=r"finetune\.gradient_checkpointing=false"):
+        training(model, plan, tmp_path, gradient_checkpointing=True)
 
 
 def test_bfloat16_computes_in_it_and_trains_in_float32(tmp_path: Path) -> None:

@@ -303,6 +303,11 @@ def checkpoint_trained_layers(model: nn.Module) -> None:
     Layers below it are part of no graph. Only the layers themselves are told that they train:
     dropout and the like stay as in evaluation.
     """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot compute its activations again: set "
+            "finetune.gradient_checkpointing=false"
+        )
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # enabled by the line above, a graph through all layers
     trains = False
