@@ -103,10 +103,10 @@ def test_the_number_of_jobs(composed: Compose) -> None:
         for experiment in EXPERIMENTS
     }
     assert found["main_table"] == (18, 18)
-    assert found["layers_sweep"] == (28, 32)
-    assert found["expert_selection"] == (27, 45)
-    assert found["layer_selection"] == (33, 55)
-    assert found["num_routed"] == (12, 20)
+    assert found["layers_sweep"] == (20, 32)
+    assert found["expert_selection"] == (18, 45)
+    assert found["layer_selection"] == (22, 55)
+    assert found["num_routed"] == (8, 20)
 
 
 def test_rows_of_the_main_table(composed: Compose) -> None:
