@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_lab import condense, divergence, layerwise, moe, statistics, stream
+from moe_lab import condense, divergence, layer_choice, layerwise, moe, statistics, stream
 from moe_lab.checkpoint import Checkpoint, check_plan
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
@@ -80,7 +80,7 @@ def _code(method: Any) -> list[Any]:
     """The modules that decide this plan: the method's own and those of its plug-ins."""
     parts = [value for value in vars(method).values() if callable(value) or hasattr(value, "keep")]
     if not hasattr(method, "gates"):
-        return [method, *parts]
+        return [method, *parts, *([layer_choice] if hasattr(method, "layers") else [])]
     named = [
         condense.option(kind, value)
         for kind, value in vars(method).items()
