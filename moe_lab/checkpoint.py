@@ -114,7 +114,7 @@ class Original(Checkpoint):
     def texts_fingerprint(self) -> str:
         """12 hex over the tokenizer and generation files, which come along."""
         digest = hashlib.sha256()
-        for file in _text_files(self.path):
+        for file in text_files(self.path):
             digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
         return digest.hexdigest()[:12]
 
@@ -146,7 +146,7 @@ class Original(Checkpoint):
             )
 
     def _write_texts(self, target: Path) -> None:
-        for file in _text_files(self.path):
+        for file in text_files(self.path):
             shutil.copyfile(file, target / file.name)
         self.family.adapt_texts(target)
         config = self.family.native_config(_read_config(self.path))
@@ -163,7 +163,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _text_files(folder: Path) -> list[Path]:
+def text_files(folder: Path) -> list[Path]:
     """Tokenizer and generation files: all text beside the config and the weights' index."""
     found = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
     return sorted(

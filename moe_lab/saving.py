@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moe_lab.checkpoint import TEXT_FILES, meta_model, no_bars
+from moe_lab.checkpoint import meta_model, no_bars, text_files
 from moe_lab.moe import (
     COUNT_FIELDS,
     DenseMLP,
@@ -287,7 +287,5 @@ def _write_count_aliases(path: Path, config: Any) -> None:
 
 def copy_text_files(source: Path, folder: Path) -> None:
     """Bring the tokenizer and generation files of a checkpoint along, byte for byte."""
-    for pattern in TEXT_FILES:
-        for file in source.glob(pattern):
-            if file.name != "config.json" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+    for file in text_files(source):
+        shutil.copyfile(file, folder / file.name)

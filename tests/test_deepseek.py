@@ -155,8 +155,8 @@ def test_the_tokenizer_keeps_adding_bos(tmp_path: Path) -> None:
         assert tokenizer("ab", "c").input_ids == [*encode("ab"), *encode("c")]
         assert tokenizer("ab", add_special_tokens=False).input_ids == encode("ab")[1:]
         assert tokenizer.bos_token_id == VOCABULARY[BOS]
-    for name in ("generation_config.json",):
-        assert (tmp_path / "native" / name).read_bytes() == (source / name).read_bytes()
+    copied = tmp_path / "native" / "generation_config.json"
+    assert copied.read_bytes() == (source / "generation_config.json").read_bytes()
 
 
 def test_a_tokenizer_that_adds_no_bos_still_adds_none(tmp_path: Path) -> None:
