@@ -33,7 +33,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     from moe_lab.stages.evaluate import evaluate, results_of
     from moe_lab.stages.finetune import finetune
     from moe_lab.stages.measure import figures_of, measure_stage
-    from moe_lab.stages.plan import announce_form, plan
+    from moe_lab.stages.plan import foresee, plan
     from moe_lab.stages.profile import profile
     from moe_lab.store import Store, check_writable
 
@@ -50,7 +50,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     check_writable(Path(config.store), 4 * checkpoint.size_in_bytes(dense.path))
     layers = dense.layers()
     method.check(layers)
-    announce_form(dense, method, layers)
+    foresee(dense, method, recipe, layers)
     texts = stages.tokenize(parts, dense.tokenizer())
     report |= {
         "fingerprint/model": dense.fingerprint,

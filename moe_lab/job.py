@@ -118,8 +118,8 @@ def _mistake(error: BaseException | None) -> UserError | None:
 
 def _track(job: Description, tracker: Tracker, found: dict[str, Any]) -> None:
     for row in _curve(found):
-        step = row.pop("step")
-        tracker.log({f"finetune/{key}": value for key, value in row.items()}, step)
+        phase, step = row.pop("phase"), row.pop("step")
+        tracker.log({f"finetune/{phase}/{key}": value for key, value in row.items()}, step)
     tracker.summary(found)
     head, *rows = report.rows(found)
     if rows and len(head) > 1:

@@ -38,6 +38,18 @@ def check_layers(
         )
 
 
+def example_layers(
+    layers: str | Sequence[int], num_layers: int, infos: Sequence[LayerInfo]
+) -> list[LayerInfo]:
+    """As many layers as a plan will choose, before it is known which: explicit ones, or the last.
+
+    The last say what a choice may cost: what stands before MoE layers is easier to say natively.
+    """
+    if isinstance(layers, str):
+        return list(infos)[-num_layers:]
+    return [info for info in infos if info.index in layers]
+
+
 def choose_layers(
     layers: str | Sequence[int],
     num_layers: int,

@@ -119,6 +119,19 @@ OVERRIDES = {
     "shipped": (["model.path=shipped:huge"], ["huge", "tiny_deepseek"]),
     "no files": (["calibration.files=[]"], ["calibration.files=[a.jsonl"]),
     "missing file": (["calibration.files=[/no/text.jsonl]"], ["/no/text.jsonl", "not a file"]),
+    "tuning what is dropped": (
+        ["method=drop_layers", "finetune=experts"],
+        ["drop_layer", "finetune=none"],
+    ),
+    "beam": (
+        ["method=condense", "condense.beam=2", "condense.layers=first"],
+        ["condense.beam=2", "leave condense.beam at 1"],
+    ),
+    "gates": (
+        ["method=condense", "condense.gates=median"],
+        ["condense.gates='median'", "mean_all, mean_selected"],
+    ),
+    "cache": (["compute.cache_gib=-1"], ["compute.cache_gib", "at least 0"]),
     "field": (["calibration.field=body"], ["'body'", "['text']", "calibration.field=<name>"]),
     "documents": (["calibration.num_samples=17"], ["17 samples", "only 16", "num_samples=16"]),
     "packed": (

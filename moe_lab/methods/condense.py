@@ -20,6 +20,7 @@ from moe_lab.condense import (
     option,
     shared_gate,
 )
+from moe_lab.layer_choice import example_layers
 from moe_lab.methods import Evidence
 from moe_lab.moe import check_is_sum, part_widths
 from moe_lab.progress import progress
@@ -111,13 +112,14 @@ class Condense:
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
-        if isinstance(self.layers, str):
-            chosen = list(layers)[-self.num_layers :]
-        else:
-            chosen = [info for info in layers if info.index in self.layers]
         number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
         parts = {"experts": tuple(range(number)), "gates": (1.0,) * number}
-        return tuple(Edit(info.index, info.name, "condense", **parts) for info in chosen)
+        return tuple(
+            Edit(
+                info.index, info.name, "condense", widths=part_widths(info, range(number)), **parts
+            )
+            for info in example_layers(self.layers, self.num_layers, layers)
+        )
 
     def irrelevant(self) -> set[str]:
         """Options that do not change the plan as the others are."""

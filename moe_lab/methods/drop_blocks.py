@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_lab.layer_choice import check_layers, choose_layers
+from moe_lab.layer_choice import check_layers, choose_layers, example_layers
 from moe_lab.methods import Evidence
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
@@ -32,6 +32,13 @@ class DropBlocks:
                 f"method=drop_blocks would drop all {number} decoder layers of the model: at least "
                 "one must stay"
             )
+
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+        """Edits of the shape that the plan will have; of its layers only the number is known."""
+        return tuple(
+            Edit(info.index, info.name, "drop_block")
+            for info in example_layers(self.layers, self.num_layers, layers)
+        )
 
     def plan(self, evidence: Evidence) -> Plan:
         """One edit per MoE layer, its score the mean similarity."""

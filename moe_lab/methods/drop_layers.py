@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_lab.layer_choice import check_layers, choose_layers
+from moe_lab.layer_choice import check_layers, choose_layers, example_layers
 from moe_lab.methods import Evidence
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
@@ -33,11 +33,10 @@ class DropLayers:
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
-        if isinstance(self.layers, str):
-            chosen = list(layers)[-self.num_layers :]
-        else:
-            chosen = [info for info in layers if info.index in self.layers]
-        return tuple(Edit(info.index, info.name, "drop_layer") for info in chosen)
+        return tuple(
+            Edit(info.index, info.name, "drop_layer")
+            for info in example_layers(self.layers, self.num_layers, layers)
+        )
 
     def plan(self, evidence: Evidence) -> Plan:
         """One edit per MoE layer, its score the mean similarity."""

@@ -17,7 +17,7 @@ from moe_lab.methods import Evidence
 from moe_lab.saving import form_of
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
-from moe_lab.types import LayerInfo
+from moe_lab.types import LayerInfo, Plan
 
 logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
@@ -67,11 +67,18 @@ def plan(
     return store.get("plan", identity, make)
 
 
-def announce_form(checkpoint: Checkpoint, method: Any, layers: list[LayerInfo]) -> None:
-    """Say beforehand where the result will not load in stock transformers, or only with padding."""
+def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[LayerInfo]) -> None:
+    """What can be known of a plan before any work, from the shape of its edits.
+
+    Refuses a recipe that such a plan leaves nothing to train, and says where the result will not
+    load in stock transformers, or only with padding.
+    """
     if not hasattr(method, "example"):
         return
-    form = form_of(checkpoint.config, method.example(layers), method.padding)
+    edits = method.example(layers)
+    if recipe:
+        recipe.check(Plan(edits))
+    form = form_of(checkpoint.config, edits, getattr(method, "padding", None))
     if not form.plain:
         logger.info("the result will be saved %s", form.reason)
 
