@@ -58,6 +58,7 @@ def train_tokenizer(settings: dict[str, Any]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         padding_side="left",
         add_bos_token=True,
+        model_max_length=1024,
         add_eos_token=False,
         clean_up_tokenization_spaces=False,
     )
