@@ -73,6 +73,18 @@ class Routing:
     leaving_TD: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Experts of one layer, or layers, in order of choice.
+
+    divergence: after each choice, where the search looked at it; for experts the first one is that
+    of the layer with no routed expert at all. For greedy_ppl it is a perplexity.
+    """
+
+    chosen: tuple[int, ...]
+    divergence: tuple[float, ...] = ()
+
+
 EditName = Literal["prune", "merge", "condense", "drop_layer", "drop_block", "keep"]
 RouterName = Literal["dominant", "mean"]
 

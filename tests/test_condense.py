@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from moe_lab import divergence
 from moe_lab.checkpoint import Checkpoint
-from moe_lab.condense import CondensedSets, greedy_layers, shared_gate
+from moe_lab.condense import shared_gate
 from moe_lab.condense.gates.mean_selected import choose as mean_gates
+from moe_lab.layer_search import CondensedSets, greedy_layers
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods import Evidence
 from moe_lab.methods.condense import Condense

@@ -29,6 +29,7 @@ FLOORS = (
     {"observing", "checkpoint"},
     {"statistics", "layerwise", "saving"},
     {"stream"},
+    {"expert_search", "layer_search"},
     {"metrics", "ratios", "condense", "finetune", "layer_choice"},
     {"methods"},
     {"stages", "track"},

@@ -11,22 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_lab.condense import (
-    Candidates,
-    Choice,
-    CondensedSets,
-    IntactStates,
-    Layers,
-    option,
-    shared_gate,
-)
+from moe_lab.condense import Candidates, Layers, option, shared_gate
+from moe_lab.expert_search import IntactStates
 from moe_lab.layer_choice import example_layers
+from moe_lab.layer_search import CondensedSets
 from moe_lab.methods import Evidence
 from moe_lab.moe import check_is_sum, part_widths
 from moe_lab.progress import progress
 from moe_lab.statistics import LayerStatistics
 from moe_lab.stream import LayerStream
-from moe_lab.types import Edit, LayerInfo, Plan, UserError
+from moe_lab.types import Choice, Edit, LayerInfo, Plan, UserError
 
 
 @dataclass

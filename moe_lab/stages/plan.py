@@ -8,7 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_lab import condense, divergence, layer_choice, layerwise, moe, statistics, stream
+from moe_lab import (
+    condense,
+    divergence,
+    expert_search,
+    layer_choice,
+    layer_search,
+    layerwise,
+    moe,
+    statistics,
+    stream,
+)
 from moe_lab.checkpoint import Checkpoint, check_plan
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
@@ -93,4 +103,5 @@ def _code(method: Any) -> list[Any]:
         for kind, value in vars(method).items()
         if kind in ("experts", "layers", "gates") and isinstance(value, str)
     ]
-    return [method, condense, divergence, layerwise, moe, stream, *named]
+    searches = [condense, divergence, expert_search, layer_search, layerwise, moe, stream]
+    return [method, *searches, *named]

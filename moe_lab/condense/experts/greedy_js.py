@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from moe_lab import divergence
-from moe_lab.condense import Candidates, Choice, greedy_experts
+from moe_lab.condense import Candidates
+from moe_lab.expert_search import greedy_experts
+from moe_lab.types import Choice
 
 
 def choose(candidates: Candidates, num_routed: int) -> Choice:
@@ -13,4 +15,4 @@ def choose(candidates: Candidates, num_routed: int) -> Choice:
     the final norm for the last one), all other layers intact. Every expert's output is computed
     once; a candidate costs one addition and one divergence.
     """
-    return greedy_experts(candidates, num_routed, divergence.js)
+    return greedy_experts(candidates.open(), candidates.gates_E, num_routed, divergence.js)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from moe_lab import divergence
-from moe_lab.condense import Candidates, Choice, greedy_experts
+from moe_lab.condense import Candidates
+from moe_lab.expert_search import greedy_experts
+from moe_lab.types import Choice
 
 
 def choose(candidates: Candidates, num_routed: int) -> Choice:
@@ -11,4 +13,4 @@ def choose(candidates: Candidates, num_routed: int) -> Choice:
 
     As greedy_js, with KL(h || h^(S+i)) in the place of JS.
     """
-    return greedy_experts(candidates, num_routed, divergence.kl)
+    return greedy_experts(candidates.open(), candidates.gates_E, num_routed, divergence.kl)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from moe_lab.condense import Candidates, Choice
+from moe_lab.condense import Candidates
+from moe_lab.types import Choice
 
 
 def choose(candidates: Candidates, num_routed: int) -> Choice:

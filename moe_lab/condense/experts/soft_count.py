@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_lab.condense import Candidates, Choice, ranked
+from moe_lab.condense import Candidates, ranked
+from moe_lab.types import Choice
 
 
 def choose(candidates: Candidates, num_routed: int) -> Choice:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moe_lab.condense import Choice, Layers, greedy_layers
+from moe_lab.condense import Layers
+from moe_lab.layer_search import greedy_layers
+from moe_lab.types import Choice
 
 
 def choose(layers: Layers, num_layers: int) -> Choice:

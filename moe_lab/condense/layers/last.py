@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_lab.condense import Choice, Layers
+from moe_lab.condense import Layers
+from moe_lab.types import Choice
 
 
 def choose(layers: Layers, num_layers: int) -> Choice:

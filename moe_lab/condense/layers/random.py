@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from moe_lab.condense import Choice, Layers
+from moe_lab.condense import Layers
+from moe_lab.types import Choice
 
 
 def choose(layers: Layers, num_layers: int) -> Choice:
