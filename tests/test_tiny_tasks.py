@@ -1,4 +1,4 @@
-"""The tiny tasks and the shipped reference model that they were made for."""
+"""The tiny tasks: their files, items and configurations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from moe_lab import text
 from moe_lab.tasks import tiny
 from moe_lab.tasks.tiny import items
 
-MODEL = Path(tiny.__file__).parents[2] / "checkpoints" / "tiny_deepseek"
 NUM_ITEMS = 32
-LEAST_ACCURACY = 0.40  # chance is 0.25; the card's figures on 200 items are in its table
-LEAST_AVERAGE = 0.55
-LEAST_USE = 0.1  # of the layer's mean
 
 
 @pytest.fixture(scope="module")
@@ -109,73 +105,3 @@ def test_importing_is_cheap() -> None:
     code = "import sys, moe_lab.text, moe_lab.tasks.tiny; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
-
-
-def test_shipped_folder_is_small() -> None:
-    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 12_000_000
-
-
-def test_shipped_tokenizer_begins_with_bos_and_splits_digits() -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    numbers = tokenizer("12+345")["input_ids"]
-    assert numbers[0] == tokenizer.bos_token_id
-    assert len(numbers) == 1 + len("12+345")
-    sample = "def f(x):\n    return x  # \u00e9\n"
-    assert tokenizer.decode(tokenizer(sample)["input_ids"], skip_special_tokens=True) == sample
-
-
-def test_shipped_model_answers_and_uses_all_experts(written: dict[str, Path]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model, loading = AutoModelForCausalLM.from_pretrained(MODEL, output_loading_info=True)
-    assert not any(loading.values())
-    counts = _count_chosen_experts(model)
-    with torch.no_grad():
-        sample = text.mixture("validation", 16, seed=0)
-        for passage in sample:
-            model(**tokenizer(passage, return_tensors="pt"))
-        least = min((count.min() / count.mean()).item() for count in counts)
-        accuracies = [_accuracy(model, tokenizer, _read(written[n])) for n in tiny.MULTIPLE_CHOICE]
-    assert least >= LEAST_USE
-    assert min(accuracies) >= LEAST_ACCURACY
-    assert sum(accuracies) / len(accuracies) >= LEAST_AVERAGE
-
-
-def _count_chosen_experts(model: Any) -> list[Any]:
-    """Counters per mixture-of-experts layer, [experts], filled by every later forward pass."""
-    import torch
-
-    counts = []
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "gate"):
-            counts.append(torch.zeros(model.config.num_experts))
-
-            def add(module: Any, inputs: Any, output: Any, count: Any = counts[-1]) -> None:
-                count.add_(torch.bincount(output[2].flatten(), minlength=len(count)))
-
-            layer.mlp.gate.register_forward_hook(add)
-    return counts
-
-
-def _accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
-    """Share of items whose right choice is the most probable one."""
-    import torch
-
-    correct = 0
-    for start in range(0, len(rows), 20):
-        batch = rows[start : start + 20]
-        texts = [row["context"] + choice for row in batch for choice in row["choices"]]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True)
-        ids = inputs["input_ids"]
-        logits = model(**inputs).logits[:, :-1].float().log_softmax(-1)
-        scores = logits.gather(2, ids[:, 1:, None]).squeeze(2)
-        for number, row in enumerate(batch):
-            whole = len(tokenizer(texts[4 * number])["input_ids"])
-            length = whole - len(tokenizer(row["context"])["input_ids"])
-            totals = scores[4 * number : 4 * number + 4, -length:].sum(1)
-            correct += int(torch.argmax(totals)) == row["answer"]
-    return correct / len(rows)
