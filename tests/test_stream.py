@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from moe_lab.checkpoint import Checkpoint, load
 from moe_lab.layerwise import LayerwiseModel
+from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.saving import save
 from moe_lab.stream import Activations, LayerStream
-from moe_lab.types import UserError
+from moe_lab.types import Edit, Plan, UserError
 
 
 def is_empty(layer) -> bool:
@@ -37,6 +39,20 @@ def test_a_model_from_disk_layer_by_layer_is_the_model(
         expected = load(tmp_path, dtype=dtype)(**tiny_batch())
         assert torch.equal(source.model(**tiny_batch()).logits, expected.logits)
     assert all(is_empty(layer) for layer in source.layers)
+
+
+def test_a_checkpoint_in_our_own_form_comes_from_disk_too(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path / "source")
+    model = load(tmp_path / "source")
+    layer = moe_layers(model)[1]
+    edit = Edit(layer.info.index, layer.info.name, "condense", experts=(4,), gates=(0.3,))
+    apply_plan(model, Plan((edit,)))
+    assert not save(model, tmp_path / "condensed", tmp_path / "source", padding=0)
+    source = LayerwiseModel(Checkpoint(tmp_path / "condensed"))
+    with ExitStack() as stack, torch.no_grad():
+        for index in range(len(source.layers)):
+            stack.enter_context(source.layer(index))
+        assert torch.equal(source.model(**tiny_batch()).logits, model(**tiny_batch()).logits)
 
 
 def test_layers_stay_while_there_is_room(tmp_path: Path) -> None:
