@@ -45,8 +45,10 @@ class OpenLayer:
             chunk = len(self._weights)
             self.cache["target", chunk] = divergence.probability(self.finish(output))
             self.cache["base", chunk] = base
-            outputs = [expert_forward(self._layer.experts, p, x) for p in parameters]
-            self.cache["outputs", chunk] = torch.stack(outputs)
+            outputs = x.new_empty(len(parameters), *x.shape)  # filled in place: never held twice
+            for expert, weights in enumerate(parameters):
+                outputs[expert] = expert_forward(self._layer.experts, weights, x)
+            self.cache["outputs", chunk] = outputs
             self._weights.append(weight)
 
     def divergence(self, measure: Divergence) -> float:

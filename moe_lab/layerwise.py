@@ -7,6 +7,8 @@ insides: it fills parts of a model without weights by the very function with whi
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,6 +107,7 @@ class LayerwiseModel:
         decoder.to("meta")
         _set_buffers(decoder, buffers)
         self._filled.discard(index)
+        _return_memory()
 
     def _make_buffers(self) -> None:
         """Compute the buffers that no checkpoint holds, such as rotary frequencies."""
@@ -139,6 +142,16 @@ def _set_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
     for path, buffer in buffers.items():
         parent, _, name = path.rpartition(".")
         module.get_submodule(parent)._buffers[name] = buffer
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system, where the C library has a call for it (glibc).
+
+    It keeps blocks of an expert's size for reuse, but too scattered for the next layer to fit in.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
