@@ -224,7 +224,7 @@ def test_a_whole_run(method: str, job: Callable[..., Outcome]) -> None:
     assert done.code == 0, done.text
     report = done.report
     assert (report["method"], report["status"]) == (method, "ok")
-    assert (report[f"{method}/num_layers"], report[f"{method}/layers"]) == (2, "cosine")
+    assert (report["condense/num_layers"], report[f"{method}/layers"]) == (2, "cosine")
     model = load(report["compressed/checkpoint"])
     assert report["compressed/stock"] == (method == "drop_blocks")
     assert len(model.model.layers) == (2 if method == "drop_blocks" else 4)
