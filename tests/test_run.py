@@ -272,3 +272,13 @@ def test_device_and_batch_size_enter_no_key(job: Callable[..., Outcome]) -> None
 def test_a_ratio_of_zero_changes_nothing(job: Callable[..., Outcome]) -> None:
     outcome = job("ratio.ratio=0", "eval=none")
     assert outcome.code == 0, outcome.text
+
+
+def test_ways_to_choose_layers_share_what_was_searched(job: Callable[..., Outcome]) -> None:
+    asked = []
+    for layers in ("greedy_js", "one_shot_local", "greedy_js"):
+        outcome = job("method=condense", f"condense.layers={layers}")
+        assert outcome.code == 0, outcome.text
+        asked.append(len(list((outcome.store / "search").glob("*/answer.json"))))
+    # The experts of three layers and a step of the order; then one question more; then none.
+    assert asked == [4, 5, 5]

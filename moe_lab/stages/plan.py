@@ -65,7 +65,7 @@ def plan(
         def answer(folder: Path) -> None:
             write_whole(folder / ANSWER, json.dumps(work()) + "\n")
 
-        question = identity | {"profile": profile.key, "code": code}
+        question = identity | {"profile": profile.key, "code": code_version(*_searches(method))}
         return json.loads((store.get("search", question, answer).folder / ANSWER).read_text())
 
     irrelevant = method.irrelevant() if hasattr(method, "irrelevant") else ()
@@ -95,13 +95,22 @@ def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[Layer
 
 def _code(method: Any) -> list[Any]:
     """The modules that decide this plan: the method's own and those of its plug-ins."""
+    if hasattr(method, "gates"):
+        return [*_searches(method), *_plug_ins(method, "layers")]
     parts = [value for value in vars(method).values() if callable(value) or hasattr(value, "keep")]
-    if not hasattr(method, "gates"):
-        return [method, *parts, *([layer_choice] if hasattr(method, "layers") else [])]
-    named = [
-        condense.option(kind, value)
-        for kind, value in vars(method).items()
-        if kind in ("experts", "layers", "gates") and isinstance(value, str)
-    ]
+    return [method, *parts, *([layer_choice] if hasattr(method, "layers") else [])]
+
+
+def _searches(method: Any) -> list[Any]:
+    """The modules that decide the answers to the questions of method=condense.
+
+    Not the way in which layers are chosen by them: different ways share their answers.
+    """
     searches = [condense, divergence, expert_search, layer_search, layerwise, moe, stream]
-    return [method, *searches, *named]
+    return [method, *searches, *_plug_ins(method, "experts", "gates")]
+
+
+def _plug_ins(method: Any, *kinds: str) -> list[Any]:
+    """What condense.<kind> names, where it is no explicit list."""
+    names = {kind: getattr(method, kind) for kind in kinds}
+    return [condense.option(kind, name) for kind, name in names.items() if isinstance(name, str)]
