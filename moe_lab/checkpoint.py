@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from moe_lab import families
-from moe_lab.moe import check_kept, moe_layers
+from moe_lab.moe import check_kept, moe_layers, num_parameters
 from moe_lab.types import LayerInfo, UserError
 
 SHIPPED = "shipped:"
@@ -136,7 +136,7 @@ class Original(Checkpoint):
         """
         values, files = _read_config(self.path), weight_files(self.path)
         families.check(self.family, values, files)
-        expected = sum(parameter.numel() for parameter in meta_model(self.config).parameters())
+        expected = num_parameters(meta_model(self.config))
         target.mkdir(parents=True, exist_ok=True)
         self._write_texts(target)
         written = families.convert_weights(self.family, files, target)

@@ -23,7 +23,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.checkpoint import Checkpoint, no_bars, weight_files
-from moe_lab.moe import moe_layers
+from moe_lab.moe import decoders_path, moe_layers
 from moe_lab.types import UserError
 
 
@@ -126,8 +126,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     first = next(iter(moe_layers(model)), None)
     if first is None:
         raise UserError(f"{type(model).__name__} has no MoE layers")
-    name = first.info.name
-    path = name[: name.index(f".{first.info.index}.")]
+    path = decoders_path(first.info.name)
     return path, model.get_submodule(path)
 
 

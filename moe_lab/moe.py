@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def _moe_layer(
         obstacle=_obstacle(experts, shared),
         shared_width=_width(shared),
         expert_width=_expert_width(experts),
-        num_decoders=len(modules[match["decoder"].rpartition(".")[0]]),
+        num_decoders=len(modules[decoders_path(name)]),
     )
     decoder = modules[match["decoder"]]
     gate = children.get("shared_expert_gate")
@@ -87,6 +88,21 @@ def _moe_layer(
 
 
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
+
+
+def decoders_path(name: str) -> str:
+    """Where the list of decoder layers is in a model, from the path of a module in one of them."""
+    return _LAYER_PATH.match(name)["decoder"].rpartition(".")[0]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """What a block or decoder layer computed; some families return a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a module, tied ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _experts_shape(experts: nn.Module) -> tuple[int, int]:
@@ -281,8 +297,7 @@ def check_is_sum(layer: MoELayer) -> None:
     if layer.shared is not None:
         gate = 1.0 if layer.shared_gate is None else layer.shared_gate(x_TD).sigmoid()
         expected += gate * layer.shared(x_TD)
-    found = layer.block(x_TD[None])
-    found = (found[0] if isinstance(found, tuple) else found)[0]
+    found = hidden_of(layer.block(x_TD[None]))[0]
     scale = expected.abs().max()
     if (found - expected).abs().max() > 0.02 * scale:
         raise UserError(
@@ -358,7 +373,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     dropped = {edit.index: edit for edit in plan.edited() if edit.edit == "drop_block"}
     if dropped:
         name = next(iter(dropped.values())).name
-        drop_decoders(model, _LAYER_PATH.match(name)["decoder"].rpartition(".")[0], dropped)
+        drop_decoders(model, decoders_path(name), dropped)
 
 
 def _apply(model: nn.Module, layer: MoELayer, edit: Edit) -> None:

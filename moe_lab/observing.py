@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lab.moe import MoELayer, expert_forward, expert_parameters, moe_layers
+from moe_lab.moe import MoELayer, expert_forward, expert_parameters, hidden_of, moe_layers
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
@@ -90,7 +90,7 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
         # The norm whose very output the block got: what went into it is the residual stream.
         found = [x for x, out in observation.norms.pop(key) if out is _input(args, kwargs)]
         observation.residual[key] = found[-1] if found else None
-        observation.added[key] = _first(output)
+        observation.added[key] = hidden_of(output)
 
     handles.append(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True))
     for name, child in layer.decoder.named_children():
@@ -103,10 +103,6 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
 
 def _input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _first(output: object) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _router_logits(output: object) -> Tensor:
@@ -130,7 +126,7 @@ def _emitter(observation: Observation, layer: MoELayer) -> Callable:
         gate = observation.shared_gate.pop(key, None)
         gate = None if gate is None else gate.reshape(-1).sigmoid()
         valid = None if observation.valid is None else observation.valid.reshape(-1)
-        leaving, added = _first(output), observation.added.pop(key)
+        leaving, added = hidden_of(output), observation.added.pop(key)
         residual = observation.residual.pop(key)
         if residual is None:  # no norm before the block: what it added is taken off again
             residual = leaving.double() - added.reshape(leaving.shape).double()

@@ -29,6 +29,7 @@ from moe_lab.moe import (
     is_gated_mlp,
     moe_layers,
     no_mlp,
+    num_parameters,
     prune_layer,
     set_block,
 )
@@ -133,11 +134,11 @@ def _form(model: PreTrainedModel, padding: float) -> Form:
         names = sorted(_dense_names(model) | set(edited)) if edited else []
         ours = [model.get_submodule(name) for name in names]
         theirs = [built.get_submodule(name) for name in names]
-        zeros = sum(map(_parameters, theirs)) - sum(map(_parameters, ours))
+        zeros = sum(map(num_parameters, theirs)) - sum(map(num_parameters, ours))
         if not zeros:
             return Form(True, "in the family's own form, without padding", config, plain=True)
         widths = " and ".join(str(width) for width in sorted(set(map(_width, ours))))
-        share = zeros / _parameters(model)
+        share = zeros / num_parameters(model)
         how = f"dense layers {widths} wide, padded with zeros to {_width(theirs[0])}: {share:.2%}"
         if share <= padding:
             reason = f"{how} more parameters (method.padding=0 keeps the exact sizes)"
@@ -169,10 +170,6 @@ def _native_config(
         found,
         None if found else f"{config.model_type} cannot say that layers {indices} are dense",
     )
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _own_config(

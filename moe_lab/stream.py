@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_lab.layerwise import LayerwiseModel, decoder_layers
-from moe_lab.moe import MoELayer, moe_layers, set_block
+from moe_lab.moe import MoELayer, NoMLP, hidden_of, moe_layers, set_block
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class LayerStream:
     def replay(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output [B, L, D] of decoder layer `index` (which is open) on `hidden`."""
         output = self.layers[index](hidden, **self.arguments[batch][index])
-        return output[0] if isinstance(output, tuple) else output
+        return hidden_of(output)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The last hidden state: what follows the last decoder layer, before the head."""
@@ -195,13 +195,13 @@ class LayerStream:
 
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             caught["x"] = args[0]
-            caught["y"] = output[0] if isinstance(output, tuple) else output
+            caught["y"] = hidden_of(output)
 
-            caught["tuple"] = isinstance(output, tuple)
+            caught["pair"] = isinstance(output, tuple)
 
         with _hook(layer.block, keep):
             output = self.replay(index, batch, hidden)
-        with swapped(self, index, _Nothing(caught.pop("tuple"))):
+        with swapped(self, index, NoMLP(pair=caught.pop("pair"))):
             rest = self.replay(index, batch, hidden)
         tolerance = 1e-2 if output.dtype != torch.float32 else 1e-4
         if not torch.allclose(rest + caught["y"], output, rtol=tolerance, atol=tolerance):
@@ -211,18 +211,6 @@ class LayerStream:
                 "condense.experts=[...]"
             )
         return output, rest[valid], caught["x"].reshape(output.shape)[valid]
-
-
-class _Nothing(nn.Module):
-    """An MoE block that adds nothing; returns a tuple where the family's blocks do."""
-
-    def __init__(self, returns_tuple: bool):
-        super().__init__()
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden: Tensor, *rest: object, **arguments: object) -> object:
-        nothing = torch.zeros_like(hidden)
-        return (nothing, None) if self.returns_tuple else nothing
 
 
 @contextmanager

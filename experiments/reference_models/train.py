@@ -22,7 +22,12 @@ from token_rows import mixed_batch, rows_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from moe_lab import text
 
@@ -79,11 +84,9 @@ def _tokenizer_texts(characters: dict[str, int]) -> list[str]:
     return chosen
 
 
-def build_model(
-    settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast
-) -> Qwen2MoeForCausalLM:
+def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """An untrained model; parameters with a name part of `fixed` are zero and not trained."""
-    config = Qwen2MoeConfig(
+    config = AutoConfig.for_model(
         **settings["model"],
         vocab_size=len(tokenizer),
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -92,7 +95,7 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
     )
     config._attn_implementation = settings["compute"]["attention"]
-    model = Qwen2MoeForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if any(part in name for part in settings["fixed"]):
             nn.init.zeros_(parameter)
@@ -103,7 +106,7 @@ def build_model(
 class Balance:
     """Collects router outputs of a forward pass and gives the balance loss of each layer."""
 
-    def __init__(self, model: Qwen2MoeForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.outputs: list[tuple[Tensor, Tensor]] = []
         for layer in model.model.layers:
             if hasattr(layer.mlp, "gate"):

@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.data import Tokens
 from moe_lab.finetune import sources
+from moe_lab.moe import num_parameters
 from moe_lab.store import Artifact
 from moe_lab.types import Plan, UserError
 
@@ -75,7 +76,7 @@ class Recorder:
     def _trained(self, folder: Path, dense: Checkpoint) -> None:
         """How many parameters trained, their share of the dense model's, and the text they saw."""
         trained = json.loads((folder / "trainable.json").read_text())
-        total = sum(parameter.numel() for parameter in meta_model(dense.config).parameters())
+        total = num_parameters(meta_model(dense.config))
         self.report["finetuned/trainable_parameters"] = trained["parameters"]
         self.report["finetuned/trainable_share"] = trained["parameters"] / total
         for text, seen in trained["texts"].items():

@@ -249,7 +249,7 @@ class Training:
     def _write_trainable(self) -> None:
         shapes = {name: list(parameter.shape) for name, parameter in self.trainable.items()}
         number = sum(parameter.numel() for parameter in self.trainable.values())
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        total = moe.num_parameters(self.model)
         texts = {
             name: list(source.sources()) for name, source in sources(self.recipe.phases).items()
         }

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.moe import moe_layers
+from moe_lab.moe import moe_layers, num_parameters
 from moe_lab.progress import progress
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.types import UserError
@@ -119,11 +119,6 @@ def measure(
             f"{name}/decode_speedup": dense_decode / decode,
         }
     return figures
-
-
-def num_parameters(model: torch.nn.Module) -> int:
-    """Parameters of a model, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def active_parameters(model: torch.nn.Module) -> int:
