@@ -23,6 +23,7 @@ from moe_lab.merging import merge_experts
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
 
 
@@ -125,7 +126,7 @@ def _width(shared: nn.Module | None) -> int:
 
 def _top_k(router: nn.Module, config: object) -> int:
     for holder in (router, config):
-        for field in ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"):
+        for field in TOP_K_FIELDS:
             if isinstance(getattr(holder, field, None), int):
                 return getattr(holder, field)
     raise UserError(f"{type(router).__name__} does not say how many experts a token gets")
@@ -206,19 +207,20 @@ def no_mlp(layer: MoELayer) -> NoMLP:
         del layer.experts.forward
 
 
-def _routed_modules(layer: MoELayer) -> list[nn.Module]:
+def routed_modules(layer: MoELayer) -> list[nn.Module]:
+    """The modules of a layer's block that are no part of its shared experts."""
     shared = (*SHARED_NAMES, "shared_expert_gate")
     return [m for name, m in layer.block.named_modules() if name.split(".")[0] not in shared]
 
 
-def _by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     """Tensors that are indexed by expert: (module, name in it, tensor, dimension).
 
     Those of the block outside the shared experts with a dimension of the size of the number of
     experts; the first such dimension is the one.
     """
     old = layer.info.num_experts
-    for module in _routed_modules(layer):
+    for module in routed_modules(layer):
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and old in tensor.shape:
                 yield module, key, tensor, tensor.shape.index(old)
@@ -227,13 +229,13 @@ def _by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
 def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
     """Keep only the `kept` experts of a layer, in that order, and their router rows, in place."""
     old, kept = layer.info.num_experts, list(kept)
-    for module, key, tensor, dimension in list(_by_expert(layer)):
+    for module, key, tensor, dimension in list(by_expert(layer)):
         index = torch.tensor(kept, device=tensor.device)
         cut = tensor.detach().index_select(dimension, index)
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, tensor.requires_grad)
         setattr(module, key, cut)
-    for module in _routed_modules(layer):
+    for module in routed_modules(layer):
         for key, value in vars(module).items():
             if "expert" in key and type(value) is int and value == old:
                 setattr(module, key, len(kept))
@@ -249,7 +251,7 @@ def merge_layer(layer: MoELayer, edit: Edit) -> None:
     entries of the router's biases alike.
     """
     merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align)
-    for module, _, tensor, dimension in _by_expert(layer) if edit.router == "mean" else ():
+    for module, _, tensor, dimension in by_expert(layer) if edit.router == "mean" else ():
         if module is layer.experts:
             continue
         rows = tensor.movedim(dimension, 0)

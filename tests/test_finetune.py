@@ -22,7 +22,7 @@ from moe_lab import card
 from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
 from moe_lab.data import IGNORED, StandardLibrary, StandardQuestions, Tokens
-from moe_lab.finetune import Phase
+from moe_lab.finetune import Phase, next_token_loss
 from moe_lab.finetune.experts import Experts, Gates
 from moe_lab.moe import apply_plan, moe_layers
 from moe_lab.saving import save
@@ -164,7 +164,8 @@ def test_a_gate_scales_its_own_part_and_is_folded_back(tmp_path: Path) -> None:
     plan = compressed("condense", tmp_path)
     model, untouched = (load(tmp_path / "compressed", dtype="float32") for _ in range(2))
     recipe = recipe_of(gates=True, experts=False)
-    named = recipe.trainable(model, plan)
+    tuning = recipe.prepare(model, plan)
+    named = tuning.trainable
     assert {name.split(".")[2]: tuple(p.shape) for name, p in named.items()} == {
         "1": (3,),
         "3": (2,),
@@ -175,7 +176,7 @@ def test_a_gate_scales_its_own_part_and_is_folded_back(tmp_path: Path) -> None:
         named["model.layers.1.mlp.gates"].copy_(torch.tensor([0.5, 2.0, 3.0]))
         named["model.layers.3.mlp.gates"].copy_(torch.tensor([1.5, -1.0]))
     found = model(**batch).logits
-    recipe.fold(model)
+    tuning.finish()
     assert not any(isinstance(module, Gates) for module in model.modules())
     assert torch.allclose(model(**batch).logits, found, atol=1e-5)
     columns = {1: [0.5] * 24 + [2.0] * 16 + [3.0] * 16, 3: [1.5] * 24 + [-1.0] * 16 + [1.0] * 16}
@@ -192,9 +193,9 @@ def test_gates_need_the_widths_of_their_parts(tmp_path: Path) -> None:
     for widths, message in (((), "make the plan again"), ((24, 16, 17), "layer 1 parts of")):
         first, second = plan.edits
         wrong = Plan((dataclasses.replace(first, widths=widths), second))
-        assert recipe_of().trainable(model, wrong)
+        assert recipe_of().prepare(model, wrong).trainable
         with pytest.raises(UserError, match=message):
-            recipe_of(gates=True).trainable(model, wrong)
+            recipe_of(gates=True).prepare(model, wrong)
 
 
 def test_the_trainable_share_of_deepseek_moe_16b() -> None:
@@ -216,10 +217,10 @@ def test_the_trainable_share_of_deepseek_moe_16b() -> None:
     ]  # fmt: skip
     plan = Plan(tuple(edits))
     apply_plan(model, plan)
-    trainable = recipe_of().trainable(model, plan)
+    trainable = recipe_of().prepare(model, plan).trainable
     assert sum(parameter.numel() for parameter in trainable.values()) == 622_854_144
     assert round(100 * 622_854_144 / 16_375_728_128, 2) == 3.80
-    gates = recipe_of(gates=True, experts=False).trainable(model, plan)
+    gates = recipe_of(gates=True, experts=False).prepare(model, plan).trainable
     assert sum(parameter.numel() for parameter in gates.values()) == 9 * 7
 
 
@@ -352,7 +353,7 @@ def test_accumulated_gradients_are_the_large_batch(kind: str, tmp_path: Path) ->
             model, plan, tmp_path, batch_size=size, gradient_accumulation=times
         )  # fmt: skip
         rows = trained.tokens["lm/data"].take(range(16))
-        loss = trained._backward(rows, size)
+        loss = trained._backward(rows, size)["loss"]
         found.append((loss.item(), {n: p.grad for n, p in trained.trainable.items()}))
     (loss, gradients), *others = found
     assert len({len(row) for row in rows.samples}) > 3
@@ -364,12 +365,12 @@ def test_accumulated_gradients_are_the_large_batch(kind: str, tmp_path: Path) ->
 
 
 def test_padding_and_prompts_enter_no_loss() -> None:
-    model, recipe = tiny_model("qwen2_moe"), recipe_of()
+    model = tiny_model("qwen2_moe")
     rows = samples(3, 5, prompts=True)
     with torch.no_grad():
-        padded = recipe.loss(model, rows.labelled())
+        padded = next_token_loss(model, rows.labelled())
         other = dataclasses.replace(rows, pad_id=7).labelled()
-        assert torch.equal(padded, recipe.loss(model, other))
+        assert torch.equal(padded, next_token_loss(model, other))
         total, targets = 0.0, 0
         for ids, prompt in zip(rows.samples, rows.prompts, strict=True):
             row = torch.tensor([ids])
@@ -400,7 +401,7 @@ def test_gradient_checkpointing_computes_the_same(kind: str, tmp_path: Path) -> 
 
             layer.self_attn.register_forward_hook(counting)
             layer.register_forward_hook(note)
-        loss = trained._backward(trained.tokens["lm/data"].take(range(6)), 6)
+        loss = trained._backward(trained.tokens["lm/data"].take(range(6)), 6)["loss"]
         found.append((loss, {n: p.grad for n, p in trained.trainable.items()}))
         lowest = plan.edits[0].index
         assert graph == [index >= lowest for index in range(4)]
@@ -604,4 +605,4 @@ def test_a_plan_in_which_nothing_can_train_is_refused() -> None:
         (recipe_of(gates=True, experts=False), (prune,), "this plan condenses none"),
     ):
         with pytest.raises(UserError, match=message):
-            recipe.trainable(model, Plan(edits))
+            recipe.prepare(model, Plan(edits))

@@ -26,7 +26,7 @@ FLOORS = (
         "merging",
     },
     {"data", "moe", "tasks", "families", "tables"},
-    {"observing", "checkpoint"},
+    {"observing", "checkpoint", "routing"},
     {"statistics", "layerwise", "saving"},
     {"stream"},
     {"expert_search", "layer_search"},

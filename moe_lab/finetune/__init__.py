@@ -1,15 +1,26 @@
-"""Fine-tuning recipes: what is trainable, which loss; and the phases that a recipe goes through."""
+"""Fine-tuning recipes: what is trainable, which loss; and the phases that a recipe goes through.
+
+A recipe is its options. It has `phases`, `dtype`, `gradient_checkpointing`, `gradient_clip` and
+`validate_every` (a `Recipe`); `needs_edits`, whether it only makes sense behind a compression;
+`check(plan)` and `check_model(config, layers)`, which refuse the impossible before any work; and
+`prepare(model, plan)`, which gives the `Tuning` that a training loop works with.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lab.types import UserError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lab.data import IGNORED
+from moe_lab.types import LayerInfo, Plan, UserError
 
 SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -70,3 +81,95 @@ def sources(phases: Mapping[str, Phase]) -> dict[str, Any]:
         if phase.validation is not None:
             found[f"{name}/validation"] = phase.validation
     return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all recipes say: their phases, and how to compute.
+
+    phases: a Phase by name, in order; null leaves one out. dtype: of the computing; what trains is
+    kept in float32. gradient_checkpointing: compute a layer's activations again in the backward
+    pass. gradient_clip: largest norm of a step's gradient. validate_every: steps.
+    """
+
+    phases: dict[str, Phase | None]
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    gradient_clip: float = 1.0
+    validate_every: int = 100
+
+    needs_edits = True
+
+    def __post_init__(self) -> None:
+        given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}
+        object.__setattr__(self, "phases", given)
+        if not given:
+            raise UserError("finetune.phases is empty: give one, or leave it out: finetune=none")
+        for name, phase in given.items():
+            phase.check(f"finetune.phases.{name}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"finetune.dtype={self.dtype}: there are {', '.join(DTYPES)}")
+        if self.gradient_clip <= 0:
+            raise UserError(f"finetune.gradient_clip={self.gradient_clip}: it must be above 0")
+        if self.validate_every < 1:
+            raise UserError(f"finetune.validate_every={self.validate_every}: it must be at least 1")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that leaves nothing to train, before any weight is read."""
+        if self.needs_edits and not plan.edited():
+            raise UserError("the plan changes nothing, so this recipe has nothing to train")
+        if "drop_block" in (kinds := {edit.edit for edit in plan.edited()}) and len(kinds) > 1:
+            raise UserError("a plan that drops whole layers and edits others cannot be fine-tuned")
+
+    def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
+        """Refuse a model of this config with which the recipe cannot work."""
+
+    def prepare(self, model: nn.Module, plan: Plan) -> Tuning:
+        """The recipe at work on a loaded model that the plan was carried out on."""
+        raise NotImplementedError
+
+
+class Tuning:
+    """A recipe at work on one model: what a training loop asks of it.
+
+    trainable: names and parameters that train. weights: how much each loss beside "loss" counts.
+    Steps are counted from 0 through all phases, and `num_steps` is their number.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]):
+        self.model = model
+        self.trainable = dict(trainable)
+        self.weights: dict[str, float] = {}
+
+    def before_step(self, step: int, num_steps: int) -> None:
+        """Make the model ready for a step's forward passes."""
+
+    def before_validation(self) -> None:
+        """Make the model what it will be in the end, as far as it can be."""
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over a batch: "loss" over its targets, all others over its valid tokens."""
+        return {"loss": next_token_loss(self.model, batch)}
+
+    def after_step(self, step: int, num_steps: int) -> dict[str, Any]:
+        """Called behind the update; gives what the curve shall say of the step."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What changed in training beside the trained parameters; saved with them."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+
+    def finish(self) -> None:
+        """Leave a plain model behind, ready to be saved."""
+
+
+def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum of next-token cross-entropies over a batch's targets (`labels`), in nats."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    targets = labels != IGNORED
+    return F.cross_entropy(logits[targets].float(), labels[targets], reduction="sum")

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from moe_lab.data import IGNORED
-from moe_lab.finetune import Phase
+from moe_lab.finetune import Recipe, Tuning
 from moe_lab.moe import SHARED_NAMES
 from moe_lab.types import Edit, Plan, UserError
 
-DTYPES = ("float32", "bfloat16")
 TRAINED_EDITS = ("prune", "merge", "condense")
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(Recipe):
     """Train the shared and kept experts of the edited layers, phase after phase.
 
     CD-MoE (2412.00069): language modelling, then supervised answers; routers, attention, norms,
@@ -26,50 +23,31 @@ class Experts:
     is made of those experts (its constant gates lie folded in the down projection). Neither
     padding nor prompts enter the loss.
 
-    phases: a Phase by name, in order; null leaves one out. experts: whether the experts train.
-    gates: whether each constant gate of a condensed layer learns a factor, folded back at the end.
-    dtype: of the computing; what trains is kept in float32. gradient_checkpointing: compute a
-    layer's activations again in the backward pass. validate_every: steps.
+    experts: whether the experts train. gates: whether each constant gate of a condensed layer
+    learns a factor, folded back at the end.
     """
 
-    phases: dict[str, Phase | None]
     experts: bool = True
     gates: bool = False
-    dtype: str = "float32"
-    gradient_checkpointing: bool = False
-    gradient_clip: float = 1.0
-    validate_every: int = 100
 
     def __post_init__(self) -> None:
-        given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}
-        object.__setattr__(self, "phases", given)
-        if not given:
-            raise UserError("finetune.phases is empty: give one, or leave it out: finetune=none")
-        for name, phase in given.items():
-            phase.check(f"finetune.phases.{name}")
+        super().__post_init__()
         if not (self.experts or self.gates):
             raise UserError(
                 "finetune.experts=false finetune.gates=false trains nothing: set one of them to "
                 "true, or finetune=none"
             )
-        if self.dtype not in DTYPES:
-            raise UserError(f"finetune.dtype={self.dtype}: there are {', '.join(DTYPES)}")
-        if self.gradient_clip <= 0:
-            raise UserError(f"finetune.gradient_clip={self.gradient_clip}: it must be above 0")
-        if self.validate_every < 1:
-            raise UserError(f"finetune.validate_every={self.validate_every}: it must be at least 1")
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan in which nothing can train, before any weight is read."""
-        kinds = [edit.edit for edit in plan.edited()]
-        if not set(kinds) & set(TRAINED_EDITS):
+        kinds = {edit.edit for edit in plan.edited()}
+        if not kinds & set(TRAINED_EDITS):
             raise UserError(
                 "fine-tuning trains what stays in layers that a plan prunes, merges or condenses; "
-                f"this one edits none so ({', '.join(sorted(set(kinds))) or 'it changes nothing'}):"
+                f"this one edits none so ({', '.join(sorted(kinds)) or 'it changes nothing'}):"
                 " finetune=none"
             )
-        if "drop_block" in kinds and len(set(kinds)) > 1:
-            raise UserError("a plan that drops whole layers and edits others cannot be fine-tuned")
+        super().check(plan)
         if "condense" not in kinds and not self.experts:
             raise UserError(
                 "finetune.gates=true trains the gates of condensed layers, and this plan condenses "
@@ -82,8 +60,8 @@ class Experts:
                     "gates cannot be told apart: make the plan again, or finetune.gates=false"
                 )
 
-    def trainable(self, model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-        """Names and parameters that train; with `gates` their factors are put into the model."""
+    def prepare(self, model: nn.Module, plan: Plan) -> Tuning:
+        """With `gates` their factors are put into the model, until it is finished."""
         self.check(plan)
         named = {}
         for edit in plan.edited():
@@ -93,22 +71,18 @@ class Experts:
                     named[f"{edit.name}.{name}"] = parameter
             if self.gates and edit.edit == "condense":
                 named[f"{edit.name}.gates"] = Gates(block, edit).factor
-        return named
+        return ExpertTuning(model, named)
 
-    def fold(self, model: nn.Module) -> None:
+
+class ExpertTuning(Tuning):
+    """Training of experts, whose gates' factors are folded in the end."""
+
+    def finish(self) -> None:
         """Put the learned factors of the gates into the down projections, and take them out."""
-        for block in list(model.modules()):
+        for block in list(self.model.modules()):
             gates = block._modules.get("gates")
             if isinstance(gates, Gates):
                 gates.fold(block)
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The sum of next-token cross-entropies over a batch's targets, in nats."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        targets = labels != IGNORED
-        return F.cross_entropy(logits[targets].float(), labels[targets], reduction="sum")
 
 
 class Gates(nn.Module):

@@ -20,11 +20,11 @@ from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe_lab import moe, observing, saving
+from moe_lab import moe, observing, routing, saving
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import Tokens
-from moe_lab.finetune import Phase, sources
+from moe_lab.finetune import Phase, Recipe, sources
 from moe_lab.progress import progress
 from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
@@ -33,13 +33,14 @@ from moe_lab.types import Plan, UserError
 logger = logging.getLogger(__name__)
 STATE = "training_state.safetensors"
 TRAINABLE = "trainable.json"
+TUNING = "tuning:"  # before the names of a recipe's own state
 
 
 def finetune(
     store: Store,
     compressed: Checkpoint,
     plan: Artifact,
-    recipe: Any,
+    recipe: Recipe,
     options: dict[str, Any],
     tokens: dict[str, Tokens],
     seed: int,
@@ -59,7 +60,7 @@ def finetune(
         "recipe": _without_sources(options),
         "data": {name: part.fingerprint for name, part in tokens.items()},
         "seed": seed,
-        "code": code_version(finetune, recipe, Phase, moe, observing, saving),
+        "code": code_version(finetune, recipe, Phase, moe, observing, routing, saving),
     }
 
     def make(folder: Path) -> None:
@@ -94,7 +95,7 @@ class Training:
         self,
         model: nn.Module,
         plan: Plan,
-        recipe: Any,
+        recipe: Recipe,
         tokens: dict[str, Tokens],
         seed: int,
         compute: Compute,
@@ -106,7 +107,8 @@ class Training:
         self.device = torch.device(compute.device) if alone else self.processes.device
         self.eval_batch_size = compute.batch_size
         self.model = model.to(self.device).requires_grad_(False)
-        self.trainable = recipe.trainable(model, plan)
+        self.tuning = recipe.prepare(model, plan)
+        self.trainable = self.tuning.trainable
         for parameter in self.trainable.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -132,7 +134,7 @@ class Training:
             if self.done < first + num_steps:
                 self._run_phase(name, first, state)
             first += num_steps
-        self.recipe.fold(self.model)
+        self.tuning.finish()
         self.model.requires_grad_(False)
 
     def _run_phase(self, name: str, first: int, state: dict[str, Tensor]) -> None:
@@ -145,7 +147,9 @@ class Training:
         last = first + self.steps_of[name]
         for step in progress(range(self.done, last), f"finetune {name}", last - self.done):
             row = {"phase": name, "step": step + 1}
+            self.tuning.before_step(step, self.num_steps)
             row |= self._step(name, step - first, optimizer)
+            row |= self.tuning.after_step(step, self.num_steps)
             if (step + 1) % self.recipe.validate_every == 0 or step + 1 == last:
                 row |= self._validation(name)
             self._log(row)
@@ -171,10 +175,10 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = self._rows(name, step)
-        loss = self._backward(rows, phase.batch_size)
-        if not torch.isfinite(loss):
+        losses = self._backward(rows, phase.batch_size)
+        if not torch.isfinite(losses["loss"]):
             raise UserError(
-                f"fine-tuning diverged: the loss is {loss.item()} at step {step + 1} of phase "
+                f"fine-tuning diverged: the loss is {losses['loss']} at step {step + 1} of phase "
                 f"{name}; try a lower finetune.phases.{name}.learning_rate than "
                 f"{phase.learning_rate}"
             )
@@ -184,7 +188,7 @@ class Training:
         self.num_tokens += rows.num_tokens
         return {
             "tokens": self.num_tokens,
-            "loss": loss.item(),
+            **{key: value.item() for key, value in losses.items()},
             "learning_rate": rate,
             "gradient_norm": norm.item(),
         }
@@ -197,30 +201,40 @@ class Training:
             self.epoch = (name, epoch), data.shuffled(self.seed * 1000 + epoch)
         return self.epoch[1].take(range(len(data.samples))[number * size : (number + 1) * size])
 
-    def _backward(self, rows: Tokens, batch_size: int) -> Tensor:
-        """Add up the gradients of the mean loss over the targets of `rows`, and give that loss."""
+    def _backward(self, rows: Tokens, batch_size: int) -> dict[str, Tensor]:
+        """Add up the gradients of the mean losses over `rows`, and give those means.
+
+        "loss" is a mean over targets, what a recipe adds to it one over valid tokens.
+        """
         mine = self._my_share(rows)
-        loss = torch.zeros((), device=self.device)
+        means: dict[str, Tensor] = {}
         for start in range(0, len(mine.samples), batch_size):
             positions = range(len(mine.samples))[start : start + batch_size]
-            part = self._loss(mine.take(positions)) / rows.num_targets
-            part.backward()
-            loss += part.detach()
+            parts = self._mean_losses(mine.take(positions), rows)
+            total = sum(self.tuning.weights.get(key, 1.0) * part for key, part in parts.items())
+            total.backward()
+            for key, part in parts.items():
+                means[key] = means.get(key, 0.0) + part.detach()
         if self.processes.num_processes == 1:
-            return loss
+            return means
         for parameter in self.trainable.values():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(gradient, "sum")
-        return reduce(loss, "sum")
+        names = ["loss", *self.tuning.weights]  # also where this process had no row
+        zero = torch.zeros((), device=self.device)
+        return {name: reduce(means.get(name, zero), "sum") for name in names}
+
+    def _mean_losses(self, part: Tokens, whole: Tokens) -> dict[str, Tensor]:
+        """What `part` adds to the means of the losses over `whole`."""
+        batch = {key: value.to(self.device) for key, value in part.labelled().items()}
+        with self._computing():
+            sums = self.tuning.losses(batch)
+        number = {"loss": whole.num_targets}
+        return {key: value / number.get(key, whole.num_tokens) for key, value in sums.items()}
 
     def _my_share(self, rows: Tokens) -> Tokens:
         index, number = self.processes.process_index, self.processes.num_processes
         return rows.take(range(index, len(rows.samples), number))
-
-    def _loss(self, rows: Tokens) -> Tensor:
-        batch = {key: value.to(self.device) for key, value in rows.labelled().items()}
-        with self._computing():
-            return self.recipe.loss(self.model, batch)
 
     def _computing(self) -> contextlib.AbstractContextManager:
         if self.recipe.dtype == "float32":
@@ -229,16 +243,21 @@ class Training:
 
     @torch.no_grad()
     def _validation(self, name: str) -> dict[str, float]:
-        """The mean loss over the targets of the phase's validation text, where it has one."""
+        """The mean losses over the phase's validation text, where it has one."""
         tokens = self.tokens.get(f"{name}/validation")
         if tokens is None:
             return {}
+        self.tuning.before_validation()
         mine = self._my_share(tokens.by_length())
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        found = {
+            name: torch.zeros((), dtype=torch.float64, device=self.device)
+            for name in ("loss", *self.tuning.weights)
+        }
         for start in range(0, len(mine.samples), self.eval_batch_size):
             positions = range(len(mine.samples))[start : start + self.eval_batch_size]
-            total += self._loss(mine.take(positions))
-        return {"validation_loss": reduce(total, "sum").item() / tokens.num_targets}
+            for key, value in self._mean_losses(mine.take(positions), tokens).items():
+                found[key] += value
+        return {f"validation_{key}": reduce(value, "sum").item() for key, value in found.items()}
 
     def _log(self, row: dict[str, Any]) -> None:
         self.num_rows += 1
@@ -266,6 +285,7 @@ class Training:
             return
         counts = {"done": self.done, "num_tokens": self.num_tokens, "num_rows": self.num_rows}
         tensors = {name: torch.tensor(count) for name, count in counts.items()}
+        tensors |= {f"{TUNING}{name}": value for name, value in self.tuning.state().items()}
         for name, parameter in self.trainable.items():
             tensors[f"{name}/weight"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
@@ -282,6 +302,10 @@ class Training:
             setattr(self, name, int(state[name]))
         for name, parameter in self.trainable.items() if state else ():
             parameter.data.copy_(state[f"{name}/weight"])
+        if state:
+            mark = len(TUNING)
+            kept = {key[mark:]: value for key, value in state.items() if key.startswith(TUNING)}
+            self.tuning.restore(kept)
         if self.processes.is_main_process:
             rows = curve.read_text().splitlines()[: self.num_rows] if curve.is_file() else []
             curve.write_text("".join(f"{row}\n" for row in rows))
