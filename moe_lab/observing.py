@@ -41,6 +41,50 @@ class Observation:
 
 
 _open: dict[nn.Module, Observation] = {}
+RoutersObserver = Callable[[MoELayer, Tensor, Tensor, Tensor], None]
+
+
+class AllRouted(Exception):
+    """Ends a forward pass at the last MoE layer's router: nothing behind it was asked for."""
+
+
+class RoutersObservation:
+    """The open observation of a model's routers alone: set `valid` as of an Observation."""
+
+    valid: Tensor | None = None
+
+
+@contextmanager
+def observe_routers(model: nn.Module, observer: RoutersObserver) -> Iterator[RoutersObservation]:
+    """Call `observer(layer, logits_TE, index_TK, weight_TK)` at every router, valid tokens only.
+
+    The last MoE layer's router ends the forward pass with `AllRouted`, which the caller expects:
+    its experts, the layers behind it and the head are never computed. Raises UserError where a
+    router does not return (logits, weights, indices).
+    """
+    layers = moe_layers(model)
+    observation = RoutersObservation()
+
+    def hook_of(layer: MoELayer) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            logits = _router_logits(output).reshape(-1, layer.info.num_experts)
+            weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
+            found = logits, index, weight
+            if observation.valid is not None and not bool(observation.valid.all()):
+                valid = observation.valid.reshape(-1).to(logits.device)
+                found = tuple(part[valid] for part in found)
+            observer(layer, *found)
+            if layer is layers[-1]:
+                raise AllRouted
+
+        return hook
+
+    handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
+    try:
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

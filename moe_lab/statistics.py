@@ -7,18 +7,30 @@ restarts add up to the same values; nothing is divided before a metric needs it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.observing import observe
+from moe_lab.moe import MoELayer, moe_layers
+from moe_lab.observing import (
+    AllRouted,
+    Observation,
+    RoutersObservation,
+    observe,
+    observe_routers,
+)
 from moe_lab.types import LayerInfo, Routing, UserError
 
+# Known only where the router's scoring is; and what is no sum over tokens.
+OF_PROBABILITY = ("probability_sum", "entropy_sum")
+CONSTANTS = ("router_norm",)
 SCORINGS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -29,13 +41,19 @@ SCORINGS = {
 class LayerStatistics:
     """The sums of one layer.
 
-    Per expert [E]: count, tokens that the router sent to it; gate_sum, of its router weight over
-    them; probability_sum, of the router's full probability over all tokens (SEER-MoE 2404.05089,
-    soft count); norm_sum, of the l2 norm of its output; gate_norm_sum, of weight times norm.
-    Per pair of experts [E, E]: logit_product_sum, of the products of their router logits.
-    Scalars [1]: tokens; shared_gate_sum, of the shared expert's sigmoid gate over all tokens;
-    block_cosine_sum and layer_cosine_sum, of the cosine between what enters and what leaves the
-    decoder layer, or its MoE sublayer alone (x and x + MoE(norm(x)); He et al. 2406.02500).
+    Of the router alone. Per expert [E]: count, tokens that the router sent to it; gate_sum, of its
+    router weight over them; probability_sum, of the router's full probability over all tokens
+    (SEER-MoE 2404.05089, soft count); router_norm, no sum but the l2 norm of its router row. Per
+    pair of experts [E, E]: logit_product_sum, of the products of their router logits. Per place in
+    a token's choice, heaviest first: rank_count [K, E], tokens that gave each expert this place;
+    rank_weight_sum [K], of the weights there. Scalars [1]: tokens; entropy_sum, of the entropy in
+    nats of the full probability (scores that do not add up to 1 are divided by their sum first).
+
+    Of the experts and what is around them. Per expert [E]: norm_sum, of the l2 norm of its output;
+    gate_norm_sum, of weight times norm. Scalars [1]: shared_gate_sum, of the shared expert's
+    sigmoid gate over all tokens; block_cosine_sum and layer_cosine_sum, of the cosine between what
+    enters and what leaves the decoder layer, or its MoE sublayer alone (x and x + MoE(norm(x)); He
+    et al. 2406.02500).
     """
 
     def __init__(self, info: LayerInfo, sums: dict[str, Tensor] | None = None):
@@ -45,35 +63,45 @@ class LayerStatistics:
 
     def add(self, routing: Routing) -> None:
         """Add one batch."""
-        num_experts, tokens = self.info.num_experts, len(routing.x_TD)
-        if self.scoring is None and tokens:
-            self.scoring = router_scoring(routing)
+        self.add_routed(routing.logits_TE, routing.index_TK, routing.weight_TK)
         # Norms of half-precision outputs would overflow and round: at least float32 is used.
         exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
         norm_S = torch.linalg.vector_norm(routing.y_SD, dim=-1, dtype=exact).double()
         weight_S = routing.weight_S.double()
-        expert_S = routing.expert_S
-
-        def per_expert(values_S: Tensor | None) -> Tensor:
-            return torch.bincount(expert_S, weights=values_S, minlength=num_experts).double()
-
-        self._add("tokens", torch.tensor([float(tokens)], dtype=torch.float64))
-        self._add("count", per_expert(None))
-        self._add("gate_sum", per_expert(weight_S))
-        self._add("norm_sum", per_expert(norm_S))
-        self._add("gate_norm_sum", per_expert(weight_S * norm_S))
-        logits_TE = routing.logits_TE.double()
-        self._add("logit_product_sum", logits_TE.T @ logits_TE)
+        self._add("norm_sum", self._per_expert(routing.expert_S, norm_S))
+        self._add("gate_norm_sum", self._per_expert(routing.expert_S, weight_S * norm_S))
         if routing.leaving_TD is not None:
             leaving = routing.leaving_TD.to(exact)
             for name, state in (("block", routing.entering_TD), ("layer", routing.residual_TD)):
                 cosine_T = F.cosine_similarity(state.to(exact), leaving, dim=-1)
                 self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
-        if self.scoring is not None:
-            probability_TE = SCORINGS[self.scoring](routing.logits_TE.to(exact))
-            self._add("probability_sum", probability_TE.sum(dim=0, dtype=torch.float64))
         if routing.shared_gate_T is not None:
             self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])
+
+    def add_routed(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
+        """Add what the router made of one batch: all that needs no more than this."""
+        tokens = len(index_TK)
+        if self.scoring is None and tokens:
+            self.scoring = router_scoring(logits_TE, index_TK, weight_TK)
+        # Families differ in the order of the chosen experts: here the heaviest comes first.
+        weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
+        index_TK = index_TK.gather(1, order_TK)
+        ranks = [self._per_expert(index_T) for index_T in index_TK.unbind(1)]
+        logits_TE = logits_TE.double()
+        self._add("tokens", torch.tensor([float(tokens)], dtype=torch.float64))
+        self._add("count", torch.stack(ranks).sum(dim=0))
+        self._add("gate_sum", self._per_expert(index_TK.flatten(), weight_TK.flatten()))
+        self._add("logit_product_sum", logits_TE.T @ logits_TE)
+        self._add("rank_count", torch.stack(ranks))
+        self._add("rank_weight_sum", weight_TK.sum(dim=0))
+        if self.scoring is not None:
+            probability_TE = SCORINGS[self.scoring](logits_TE)
+            share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
+            self._add("probability_sum", probability_TE.sum(dim=0))
+            self._add("entropy_sum", torch.special.entr(share_TE).sum()[None])
+
+    def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
+        return torch.bincount(expert_S, values_S, minlength=self.info.num_experts).double()
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.cpu()
@@ -84,7 +112,7 @@ class LayerStatistics:
             reason = (
                 "its router's weights follow none of the known scorings "
                 f"({', '.join(SCORINGS)}), so it has no full probability"
-                if name == "probability_sum"
+                if name in OF_PROBABILITY
                 else f"it has {sorted(self.sums)}"
             )
             raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
@@ -107,40 +135,118 @@ class LayerStatistics:
         return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
 
 
-def router_scoring(routing: Routing) -> str | None:
+def router_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str | None:
     """Which function of the logits the router's weights are, up to one factor per token.
 
     Found by looking, since no config field says it in all families: the weights of the chosen
     experts are proportional to softmax(logits) also where they are renormalised, scaled, or a
     softmax over the chosen logits alone. None where no known function fits.
     """
-    weight = routing.weight_TK.double()
+    weight = weight_TK.double()
     for name, score in SCORINGS.items():
-        chosen = score(routing.logits_TE.double()).gather(1, routing.index_TK)
+        chosen = score(logits_TE.double()).gather(1, index_TK)
         if weight.shape[1] == 1:  # one expert: the factor must be the same for all tokens
             ratio = weight / chosen
             spread = (ratio / ratio[:1] - 1).abs().amax()
         else:
             shares = chosen / chosen.sum(dim=1, keepdim=True)
             spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
-        if spread < 2e-2 if routing.weight_TK.dtype != torch.float32 else spread < 1e-4:
+        if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):
             return name
     return None
 
 
-def collect(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[LayerStatistics]:
-    """All statistics of a model in one pass over `batches` (input_ids, attention_mask [B, L])."""
-    layers: dict[int, LayerStatistics] = {}
+def router_norm(layer: MoELayer) -> Tensor:
+    """l2 norm [E] of each expert's row of the router's weight."""
+    num_experts = layer.info.num_experts
+    for weight in layer.router.parameters():
+        if weight.dim() == 2 and num_experts in weight.shape:
+            rows_ED = weight.detach().movedim(weight.shape.index(num_experts), 0)
+            return torch.linalg.vector_norm(rows_ED.double(), dim=1).cpu()
+    raise UserError(f"{type(layer.router).__name__} has no weight with a row for each expert")
+
+
+class Collection:
+    """The statistics that an open pass collects, split by group."""
+
+    def __init__(self, layers: Iterable[MoELayer], observation: Observation | RoutersObservation):
+        self.layers = {layer.info.index: layer for layer in layers}
+        self.observation = observation
+        self.group = 0
+        self.found: dict[tuple[int, int], LayerStatistics] = {}
+
+    @contextmanager
+    def batch(self, valid: Tensor, group: int = 0) -> Iterator[None]:
+        """Around the computation of one batch of one group; valid: [B, L] bool."""
+        self.observation.valid, self.group = valid, group
+        with suppress(AllRouted):
+            yield
+
+    def of(self, index: int) -> LayerStatistics:
+        """What the current group's statistics of a layer, whose weights are in memory, add to."""
+        key = self.group, index
+        if key not in self.found:
+            layer = self.layers[index]
+            self.found[key] = LayerStatistics(layer.info, {"router_norm": router_norm(layer)})
+        return self.found[key]
+
+    def of_group(self, group: int = 0) -> list[LayerStatistics]:
+        """The statistics of one group, by layer."""
+        return [self.found[key] for key in sorted(self.found) if key[0] == group]
+
+
+@contextmanager
+def collecting(model: torch.nn.Module, only_routers: bool = False) -> Iterator[Collection]:
+    """Collect while it is open: all statistics, or those of the routers alone.
+
+    With `only_routers` a batch ends at the last MoE layer's router.
+    """
 
     def add(info: LayerInfo, routing: Routing) -> None:
-        layers.setdefault(info.index, LayerStatistics(info)).add(routing)
+        collection.of(info.index).add(routing)
 
-    with torch.inference_mode(), observe(model, add) as observation:
+    def add_routed(layer: MoELayer, *routed: Tensor) -> None:
+        collection.of(layer.info.index).add_routed(*routed)
+
+    opened = observe_routers(model, add_routed) if only_routers else observe(model, add)
+    with torch.inference_mode(), opened as observation:
+        collection = Collection(moe_layers(model), observation)
+        yield collection
+
+
+def collect(
+    model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], only_routers: bool = False
+) -> list[LayerStatistics]:
+    """The statistics of a model in one pass over `batches` (input_ids, attention_mask [B, L])."""
+    with collecting(model, only_routers) as collection:
         for batch in batches:
-            observation.valid = batch["attention_mask"].bool()
-            # Only the last position's logits: nobody reads them, and they would dominate.
-            model(**batch, use_cache=False, logits_to_keep=1)
-    return [layers[index] for index in sorted(layers)]
+            with collection.batch(batch["attention_mask"].bool()):
+                # Only the last position's logits: nobody reads them, and they would dominate.
+                model(**batch, use_cache=False, logits_to_keep=1)
+    return collection.of_group()
+
+
+def added(parts: Iterable[Sequence[LayerStatistics]]) -> list[LayerStatistics]:
+    """The statistics of several passes over parts of the data as those of one over all of it."""
+    of_layer: dict[int, list[LayerStatistics]] = {}
+    for layer in (layer for part in parts for layer in part if layer["tokens"] > 0):
+        of_layer.setdefault(layer.info.index, []).append(layer)
+    return [_added(of_layer[index]) for index in sorted(of_layer)]
+
+
+def _added(parts: Sequence[LayerStatistics]) -> LayerStatistics:
+    first = parts[0]
+    names = [name for name in first.sums if all(name in part.sums for part in parts)]
+    sums = {name: sum(part[name] for part in parts) for name in names if name not in CONSTANTS}
+    return LayerStatistics(first.info, sums | {name: first[name] for name in CONSTANTS})
+
+
+def reduce(layers: Sequence[LayerStatistics]) -> list[LayerStatistics]:
+    """What all processes collected, each from its part of the data, added up; the same in each.
+
+    Every process has to call it; a process alone gets its own.
+    """
+    return added(gather_object([list(layers)]))
 
 
 def save(layers: Iterable[LayerStatistics], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -80,17 +81,27 @@ def test_the_routers_scoring_is_recognised(scoring: str, renormalised: bool, top
     weight, index = SCORINGS[scoring](logits).topk(top_k)
     if renormalised and top_k > 1:
         weight = weight / weight.sum(dim=1, keepdim=True)
-    routing = Routing(torch.zeros(40, 2), logits, index, 2.5 * weight, *[torch.zeros(0)] * 4)
-    assert router_scoring(routing) == scoring
-    mixed = Routing(torch.zeros(40, 2), logits, index, weight.flip(0), *[torch.zeros(0)] * 4)
-    assert router_scoring(mixed) is None
+    assert router_scoring(logits, index, 2.5 * weight) == scoring
+    assert router_scoring(logits, index, weight.flip(0)) is None
 
 
 def test_a_soft_count_without_probability_is_refused() -> None:
     layer = by_hand()
-    del layer.sums["probability_sum"]
+    for name in ("probability_sum", "entropy_sum"):
+        del layer.sums[name]
+        with pytest.raises(UserError, match="no full probability"):
+            layer[name]
     with pytest.raises(UserError, match="no full probability"):
         soft_count(layer)
+
+
+def test_ranks_go_by_weight_and_ties_by_the_routers_order() -> None:
+    layer = by_hand()  # two of its tokens give the heavier expert first, one gives it second
+    assert layer["rank_count"].tolist() == [[1, 2, 0, 0], [1, 1, 1, 0]]
+    tied = LayerStatistics(INFO)
+    tied.add_routed(torch.zeros(1, 4), torch.tensor([[3, 1]]), torch.tensor([[0.25, 0.25]]))
+    assert tied["rank_count"].tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
+    assert tied["entropy_sum"].item() == pytest.approx(math.log(4))
 
 
 def test_uniform_keeps_the_best_and_breaks_ties_downwards() -> None:
