@@ -1,4 +1,4 @@
-"""Calibration, tuning and held-out text as token batches, with fingerprints.
+"""Calibration, tuning and held-out text: where documents come from, and how they become samples.
 
 One document is one sample, truncated to `max_length` tokens and never packed unless `pack` is set.
 A document may also be a prompt with its answer, of which only the answer is learned.
@@ -13,20 +13,17 @@ import json
 import logging
 import random
 import string
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from moe_lab import text
+from moe_lab.tokens import Tokens, chunks
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label of a token that is no target: padding, or part of a prompt
 LOSS_ON = ("answer", "all")
 
 
@@ -40,78 +37,12 @@ class Pair(NamedTuple):
 Document = str | Pair
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Samples as token ids. pad_id fills batches on the right, where the attention mask is 0.
+class Sample(NamedTuple):
+    """ids, how many of them are the prompt's (all, where it is too long), and the group's name."""
 
-    prompts: how many leading tokens of each sample are given and no targets; empty where all are
-    targets.
-    """
-
-    samples: tuple[tuple[int, ...], ...]
-    pad_id: int
-    prompts: tuple[int, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """12 hex over the token ids, and what of them is no target."""
-        values = [self.samples, self.prompts] if self.prompts else self.samples
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
-
-    @property
-    def num_tokens(self) -> int:
-        """Valid tokens of all samples."""
-        return sum(len(sample) for sample in self.samples)
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens to be predicted: all but each sample's first and its prompt."""
-        prompts = self.prompts or [1] * len(self.samples)
-        pairs = zip(self.samples, prompts, strict=True)
-        return sum(len(sample) - max(1, prompt) for sample, prompt in pairs)
-
-    def batches(self, batch_size: int, device: str = "cpu") -> list[dict[str, Tensor]]:
-        """input_ids and attention_mask [B, L], samples of similar length together."""
-        return [
-            {key: value.to(device) for key, value in self.pad(rows).items()}
-            for rows in _grouped(self.by_length().samples, batch_size)
-        ]
-
-    def take(self, positions: Iterable[int]) -> Tokens:
-        """The samples at these positions, in that order."""
-        positions = list(positions)
-        samples = tuple(self.samples[position] for position in positions)
-        prompts = tuple(self.prompts[position] for position in positions) if self.prompts else ()
-        return Tokens(samples, self.pad_id, prompts)
-
-    def shuffled(self, seed: int) -> Tokens:
-        """The same samples in another order."""
-        positions = list(range(len(self.samples)))
-        random.Random(seed).shuffle(positions)
-        return self.take(positions)
-
-    def by_length(self) -> Tokens:
-        """The same samples, short ones first."""
-        return self.take(sorted(range(len(self.samples)), key=lambda i: len(self.samples[i])))
-
-    def pad(self, rows: Iterable[tuple[int, ...]]) -> dict[str, Tensor]:
-        """One batch of the given samples."""
-        rows = list(rows)
-        length = max(len(row) for row in rows)
-        ids = torch.full((len(rows), length), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def labelled(self) -> dict[str, Tensor]:
-        """All samples as one batch with `labels` [B, L]: the ids of targets, IGNORED elsewhere."""
-        batch = self.pad(self.samples)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-        for row, prompt in enumerate(self.prompts):
-            labels[row, :prompt] = IGNORED
-        return batch | {"labels": labels}
+    ids: tuple[int, ...]
+    prompt: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +53,8 @@ class Texts:
     them into full samples instead; seed: of the choice of documents, where there is one.
     Of prompts with answers, loss_on: what is learned, "answer" or "all"; skip_long: leave out
     those whose prompt alone fills max_length, where otherwise they are refused.
+    group_by: a field that gives each sample its group (num_samples counts all groups together);
+    group: take only the samples of this one.
     """
 
     num_samples: int
@@ -130,6 +63,8 @@ class Texts:
     seed: int = 0
     loss_on: str = "answer"
     skip_long: bool = False
+    group_by: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_length"):
@@ -137,22 +72,49 @@ class Texts:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.loss_on not in LOSS_ON:
             raise UserError(f"loss_on={self.loss_on}: there are {', '.join(LOSS_ON)}")
+        if self.group is not None and self.group_by is None:
+            raise UserError(f"group={self.group} needs the field that says it: group_by=<field>")
+        if self.group_by is not None and self.pack:
+            raise UserError(
+                f"group_by={self.group_by} with pack=true: a packed sample can hold documents of "
+                "several groups; set pack=false"
+            )
 
     def documents(self) -> Iterable[Document]:
         """The documents, in order; may be endless."""
         raise NotImplementedError
 
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
+        """The documents, each after the name of its group by `field`; UserError without such."""
+        raise UserError(f"group_by={field}: {self.describe()} has no fields")
+
+    def _wanted(self) -> Iterator[tuple[str, Document]]:
+        """The documents with text, of the group that was asked for, each after its group."""
+        if self.group_by is None:
+            rows = (("", document) for document in self.documents())
+        else:
+            rows = self.grouped(self.group_by)
+        others = set()
+        none = True
+        for group, document in rows:
+            if self.group is not None and group != self.group:
+                others.add(group)
+            elif _whole(document).strip():
+                none = False
+                yield group, document
+        if self.group is not None and none:
+            raise UserError(
+                f"group={self.group}: {self.describe()} has no text of it; by {self.group_by} "
+                f"there are {', '.join(sorted(others))}"
+            )
+
     def tokens(self, tokenizer: Any) -> Tokens:
         """The samples; UserError where the source holds too few documents or tokens."""
-        documents = (document for document in self.documents() if _whole(document).strip())
-        samples = (
-            self._packed(documents, tokenizer) if self.pack else self._each(documents, tokenizer)
-        )
-        found: list[tuple[tuple[int, ...], int]] = []
+        samples = (self._packed if self.pack else self._each)(self._wanted(), tokenizer)
+        found: list[Sample] = []
         skipped = 0
         while len(found) < self.num_samples and (sample := next(samples, None)):
-            ids, prompt = sample
-            if prompt < len(ids):
+            if sample.prompt < len(sample.ids):
                 found.append(sample)
             else:
                 skipped += 1
@@ -169,11 +131,13 @@ class Texts:
                 + "give more text"
             )
         pad_id = tokenizer.pad_token_id
-        prompts = tuple(prompt for _, prompt in found)
+        prompts = tuple(sample.prompt for sample in found)
+        has_groups = self.group_by is not None and self.group is None
         return Tokens(
-            tuple(ids for ids, _ in found),
+            tuple(sample.ids for sample in found),
             tokenizer.eos_token_id or 0 if pad_id is None else pad_id,
             prompts if any(prompts) and self.loss_on == "answer" else (),
+            tuple(sample.group for sample in found) if has_groups else (),
         )
 
     def describe(self) -> str:
@@ -184,19 +148,17 @@ class Texts:
         """Each source with its split, in words: what a model has seen after training on it."""
         return (self.describe(),)
 
-    def _each(
-        self, documents: Iterable[Document], tokenizer: Any
-    ) -> Iterator[tuple[tuple[int, ...], int]]:
-        """Each sample's ids, and how many of them are its prompt's: all, where it is too long."""
-        for group in _grouped(documents, 64):
+    def _each(self, rows: Iterable[tuple[str, Document]], tokenizer: Any) -> Iterator[Sample]:
+        """A sample of each document."""
+        for chunk in chunks(rows, 64):
             limits = dict(truncation=True, max_length=self.max_length)
-            encoded = tokenizer([_whole(document) for document in group], **limits)["input_ids"]
-            for document, ids in zip(group, encoded, strict=True):
+            encoded = tokenizer([_whole(document) for _, document in chunk], **limits)["input_ids"]
+            for (group, document), ids in zip(chunk, encoded, strict=True):
                 prompt = _prompt_length(document, ids, tokenizer)
                 if isinstance(document, Pair) and prompt == len(ids) and not self.skip_long:
                     self._refuse_long(document, tokenizer)
                 if len(ids) > 1:
-                    yield tuple(ids), prompt
+                    yield Sample(tuple(ids), prompt, group)
 
     def _refuse_long(self, document: Pair, tokenizer: Any) -> None:
         length = len(tokenizer(document.prompt)["input_ids"])
@@ -207,17 +169,15 @@ class Texts:
             f"It begins {document.prompt[:60]!r}"
         )
 
-    def _packed(
-        self, documents: Iterable[Document], tokenizer: Any
-    ) -> Iterator[tuple[tuple[int, ...], int]]:
+    def _packed(self, rows: Iterable[tuple[str, Document]], tokenizer: Any) -> Iterator[Sample]:
         rest: list[int] = []
-        for group in _grouped(documents, 64):
-            if any(isinstance(document, Pair) for document in group):
+        for chunk in chunks((document for _, document in rows), 64):
+            if any(isinstance(document, Pair) for document in chunk):
                 raise UserError("pack=true would cut prompts from their answers: set pack=false")
-            for ids in tokenizer(group)["input_ids"]:
+            for ids in tokenizer(chunk)["input_ids"]:
                 rest.extend(ids)
                 while len(rest) >= self.max_length:
-                    yield tuple(rest[: self.max_length]), 0
+                    yield Sample(tuple(rest[: self.max_length]))
                     rest = rest[self.max_length :]
 
 
@@ -245,12 +205,6 @@ def standard_library_fingerprint(split: str) -> str:
     return hashlib.sha256(json.dumps(passages).encode()).hexdigest()[:12]
 
 
-def _grouped(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(values)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
 @dataclass(frozen=True)
 class StandardLibrary(Texts):
     """The embedded text: the running interpreter's standard library and generated sheets.
@@ -272,6 +226,14 @@ class StandardLibrary(Texts):
         random.Random(self.seed).shuffle(found)
         return found
 
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
+        _check_domain(field, self.group, self.domains or text.DOMAINS)
+        source = self if self.group is None else replace(self, domains=(self.group,))
+        domains = source.domains or text.DOMAINS
+        documents = source.documents()  # first: it refuses what does not exist
+        domain_of = {one: domain for domain in domains for one in text.passages(domain, self.split)}
+        return ((domain_of[document], document) for document in documents)
+
     def describe(self) -> str:
         return f"the standard library's {self.split} split"
 
@@ -287,19 +249,31 @@ class StandardQuestions(Texts):
     domains: tuple[str, ...] = ()
 
     def documents(self) -> Iterable[Document]:
+        return (document for _, document in self.grouped("domain"))
+
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
+        domains = self.domains or text.QUESTION_DOMAINS
+        _check_domain(field, self.group, domains)
         try:
             found = [
-                list(text.questions(domain, self.split))
-                for domain in self.domains or text.QUESTION_DOMAINS
+                [(domain, Pair(*question)) for question in text.questions(domain, self.split)]
+                for domain in domains
             ]
         except ValueError as error:
             raise UserError(str(error)) from error
         for questions in found:
             random.Random(self.seed).shuffle(questions)
-        return (Pair(*question) for turn in zip(*found, strict=False) for question in turn)
+        return (question for turn in zip(*found, strict=False) for question in turn)
 
     def describe(self) -> str:
         return f"the standard questions' {self.split} split"
+
+
+def _check_domain(field: str, group: str | None, domains: Sequence[str]) -> None:
+    if field != "domain":
+        raise UserError(f"group_by={field}: the embedded text has one field to group by, domain")
+    if group is not None and group not in domains:
+        raise UserError(f"group={group}: by domain there are {', '.join(domains)}")
 
 
 @dataclass(frozen=True)
@@ -330,18 +304,27 @@ class Rows(Texts):
         raise NotImplementedError
 
     def documents(self) -> Iterable[Document]:
+        return (self._document(place, row) for place, row in self.rows())
+
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
         for place, row in self.rows():
-            if self.prompt is not None:
-                yield self._pair(place, row)
-            elif self.template is not None:
-                yield _fill(self.template, place, row)
-            elif isinstance(row, dict) and isinstance(row.get(self.field), str):
-                yield row[self.field]
-            else:
+            if not isinstance(row, dict) or row.get(field) is None:
                 raise UserError(
-                    f"{place} has rows without text in the field {self.field!r} (there is "
-                    f"{_fields(row)}); name another with calibration.field=<name>"
+                    f"group_by={field}: {place} has a row without it; there is {_fields(row)}"
                 )
+            yield str(row[field]), self._document(place, row)
+
+    def _document(self, place: str, row: Any) -> Document:
+        if self.prompt is not None:
+            return self._pair(place, row)
+        if self.template is not None:
+            return _fill(self.template, place, row)
+        if isinstance(row, dict) and isinstance(row.get(self.field), str):
+            return row[self.field]
+        raise UserError(
+            f"{place} has rows without text in the field {self.field!r} (there is "
+            f"{_fields(row)}); name another with calibration.field=<name>"
+        )
 
     def _pair(self, place: str, row: Any) -> Pair:
         answer = _fill(self.answer, place, row)
@@ -477,17 +460,28 @@ class Mixture(Texts):
     parts: dict[str, Any] = None  # type: ignore[assignment]
 
     def documents(self) -> Iterable[Document]:
+        return (document for _, document in self.grouped("part"))
+
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
+        if field != "part":
+            raise UserError(f"group_by={field}: a mixture has one field to group by, part")
         if not self.parts:
             raise UserError("a mixture needs parts: calibration.parts.<name>={weight:…,source:…}")
         weights = {name: part["weight"] for name, part in self.parts.items()}
         if min(weights.values()) <= 0:
             raise UserError(f"the weights of a mixture must be above 0, got {weights}")
+        if self.group is not None:
+            if self.group not in self.parts:
+                raise UserError(f"group={self.group}: by part there are {', '.join(self.parts)}")
+            weights = {self.group: 1}
         total = sum(weights.values())
-        drawn: list[Document] = []
-        for part in self.parts.values():
-            share = round(self.num_samples * part["weight"] / total)
+        drawn: list[tuple[str, Document]] = []
+        for name, weight in weights.items():
+            source = self.parts[name]["source"]
+            share = round(self.num_samples * weight / total)
             share += share // 4 if self.skip_long else 0  # some will turn out too long
-            drawn.extend(itertools.islice(part["source"].documents(), share + 1))
+            documents = itertools.islice(source.documents(), share + 1)
+            drawn.extend((name, document) for document in documents)
         random.Random(self.seed).shuffle(drawn)
         return drawn
 

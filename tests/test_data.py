@@ -11,7 +11,6 @@ import torch
 
 from moe_lab import text
 from moe_lab.data import (
-    IGNORED,
     Files,
     HubDataset,
     Mixture,
@@ -19,8 +18,8 @@ from moe_lab.data import (
     StandardLibrary,
     StandardQuestions,
     Texts,
-    Tokens,
 )
+from moe_lab.tokens import IGNORED, Tokens
 from moe_lab.types import UserError
 
 ROWS = [f"document {number} " + "x" * number for number in range(12)]

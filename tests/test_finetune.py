@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from moe_lab import card
 from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
-from moe_lab.data import IGNORED, StandardLibrary, StandardQuestions, Tokens
+from moe_lab.data import StandardLibrary, StandardQuestions
 from moe_lab.finetune import Phase, next_token_loss
 from moe_lab.finetune.experts import Experts, Gates
 from moe_lab.moe import apply_plan, moe_layers
@@ -29,6 +29,7 @@ from moe_lab.saving import save
 from moe_lab.stages import Recorder
 from moe_lab.stages import finetune as stage
 from moe_lab.store import Artifact, Store
+from moe_lab.tokens import IGNORED, Tokens
 from moe_lab.types import Edit, Plan, UserError
 
 PLANS = {

@@ -16,6 +16,7 @@ FLOORS = (
     {
         "store",
         "text",
+        "tokens",
         "report",
         "progress",
         "compute",

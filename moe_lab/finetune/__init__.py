@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lab.data import IGNORED
+from moe_lab.tokens import IGNORED
 from moe_lab.types import LayerInfo, Plan, UserError
 
 SCHEDULES = ("linear", "cosine", "constant")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.checkpoint import Checkpoint, meta_model
-from moe_lab.data import Tokens
 from moe_lab.finetune import sources
 from moe_lab.moe import num_parameters
 from moe_lab.store import Artifact
+from moe_lab.tokens import Tokens
 from moe_lab.types import Plan, UserError
 
 

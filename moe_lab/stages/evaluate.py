@@ -19,11 +19,12 @@ from torch import nn
 
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.data import Tokens, standard_library_fingerprint
+from moe_lab.data import standard_library_fingerprint
 from moe_lab.progress import progress
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.tasks import tiny
 from moe_lab.tasks.tiny import items
+from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from moe_lab import moe, observing, routing, saving
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.data import Tokens
 from moe_lab.finetune import Phase, Recipe, sources
 from moe_lab.progress import progress
 from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
+from moe_lab.tokens import Tokens
 from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)

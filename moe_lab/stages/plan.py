@@ -21,12 +21,12 @@ from moe_lab import (
 )
 from moe_lab.checkpoint import Checkpoint, check_plan
 from moe_lab.compute import Compute
-from moe_lab.data import Tokens
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods import Evidence
 from moe_lab.saving import form_of
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
+from moe_lab.tokens import Tokens
 from moe_lab.types import LayerInfo, Plan
 
 logger = logging.getLogger(__name__)

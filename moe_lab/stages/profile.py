@@ -7,9 +7,9 @@ from pathlib import Path
 from moe_lab import moe, observing, statistics
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.data import Tokens
 from moe_lab.progress import progress
 from moe_lab.store import Artifact, Store, code_version
+from moe_lab.tokens import Tokens
 
 
 def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compute) -> Artifact:
