@@ -51,6 +51,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     layers = dense.layers()
     method.check(layers)
     foresee(dense, method, recipe, layers)
+    further_top_k = stages.other_top_k(suite, recipe, layers)
     texts = stages.tokenize(parts, dense.tokenizer())
     report |= {
         "fingerprint/model": dense.fingerprint,
@@ -66,16 +67,18 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
         plan(store, dense, profiled, texts["calibration"], method, chosen["method"], compute),
     )
     variants = {"dense": dense}
-    if stages.publish_plan(planned, folder):
+    edited = stages.publish_plan(planned, folder)
+    if edited:
         compressed = record("compress", compress(store, dense, planned, compute))
         variants["compressed"] = stages.checkpoint_of(compressed, dense)
-        if recipe:
-            tuned = finetune(
-                store, variants["compressed"], planned, recipe, chosen["finetune"], texts,
-                config.seed, compute,
-            )  # fmt: skip
-            variants["finetuned"] = stages.checkpoint_of(record("finetune", tuned), dense)
+    if recipe and (edited or not recipe.needs_edits):
+        tuned = finetune(
+            store, variants.get("compressed", dense), planned, recipe, chosen["finetune"], texts,
+            config.seed, compute,
+        )  # fmt: skip
+        variants["finetuned"] = stages.checkpoint_of(record("finetune", tuned), dense)
     record.checkpoints(variants)
+    variants = stages.with_top_k(variants, further_top_k)
     for name, variant in variants.items() if suite else ():
         evaluated = evaluate(
             store, variant, dense, suite, chosen["eval"], texts.get("held_out"), compute

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_lab import families
 from moe_lab.moe import check_kept, moe_layers, num_parameters
+from moe_lab.routing import set_top_k
 from moe_lab.types import LayerInfo, UserError
 
 SHIPPED = "shipped:"
@@ -38,16 +39,21 @@ class Checkpoint:
     """A checkpoint on disk.
 
     dtype: in which to compute ("auto" is the one it is stored in); known_fingerprint: what tells
-    its content where that is known without reading it, as of the store's own checkpoints.
+    its content where that is known without reading it, as of the store's own checkpoints. top_k:
+    experts for each token, None for as many as its config says.
     """
 
     path: Path
     dtype: str = "auto"
     known_fingerprint: str | None = None
+    top_k: int | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """12 hex over the config and every byte of the weights."""
+        """12 hex over the config and every byte of the weights, and top_k where it is given."""
+        if self.top_k is not None:
+            whole = replace(self, top_k=None).fingerprint
+            return hashlib.sha256(f"{whole} top_k {self.top_k}".encode()).hexdigest()[:12]
         if self.known_fingerprint:
             return self.known_fingerprint
         # Where it was loaded from and which version wrote it do not change what a model computes.
@@ -79,7 +85,10 @@ class Checkpoint:
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """The model with its weights, in evaluation mode."""
-        return load(self.path, dtype=self.dtype, device=device)
+        model = load(self.path, dtype=self.dtype, device=device)
+        if self.top_k is not None:
+            set_top_k(model, self.top_k)
+        return model
 
     def tokenizer(self) -> Any:
         """Its tokenizer; UserError where it has none."""

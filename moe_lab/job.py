@@ -19,6 +19,7 @@ from moe_lab.track import Tracker
 from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
+RECIPE_OPTIONS = ("top_k", "entropy", "annealing", "annealed_at", "trains")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -65,7 +66,7 @@ def _head(job: Description) -> dict[str, Any]:
     found: dict[str, Any] = {"status": "running", "error": None}
     found |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
     if method == "prune":
-        found |= {"metric": job.choices["metric"], "ratio": config["ratio"]["ratio"]}
+        found |= {"metric": job.choices["metric"], "ratio": config["ratio"].get("ratio")}
         found["ratio_method"] = job.choices["ratio"]
     if method == "condense":
         plain = {key: _word(value) for key, value in config["condense"].items()}
@@ -75,6 +76,8 @@ def _head(job: Description) -> dict[str, Any]:
         found["condense/num_layers"] = plain.pop("num_layers")  # one key for all, to compare them
         found |= {f"{method}/{key}": value for key, value in plain.items()}
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
+    found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
+              if key in config["finetune"]}  # fmt: skip
     found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}
     return found
 

@@ -6,6 +6,7 @@ does not have and a value of the wrong kind are refused, with the name under whi
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import re
@@ -106,7 +107,9 @@ def _hints(target: str) -> dict[str, Any]:
     found: Any = locate(target)
     if found is None:
         raise UserError(f"_target_: {target} does not exist")
-    hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+    # A dataclass's fields may come from bases in other modules, whose names they are written in.
+    plain_class = inspect.isclass(found) and not dataclasses.is_dataclass(found)
+    hints = typing.get_type_hints(found.__init__ if plain_class else found)
     return {name: hints.get(name, Any) for name in inspect.signature(found).parameters}
 
 

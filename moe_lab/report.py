@@ -55,7 +55,7 @@ def main_metric(metrics: Iterable[str]) -> str:
 
 def rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The result table as text: a head with the variants present, then a row per figure."""
-    variants = [name for name in VARIANTS if any(key.startswith(f"{name}/") for key in report)]
+    variants = _variants(report)
     body = [
         [f"{task} ({metric})", *_scores(report, variants, f"eval/{task}/{metric}", metric)]
         for task, metric in _tasks(report, variants)
@@ -63,8 +63,11 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
     figures = [
         ["average accuracy", *_scores(report, variants, "eval/average", "acc")],
         ["KL to dense (nats per token)", *_figures(report, variants, "kl")],
+        ["experts per token", *_figures(report, variants, "eval/routing/top_k")],
+        ["router entropy (nats)", *_figures(report, variants, "eval/routing/entropy")],
         ["parameters", *_figures(report, variants, "parameters")],
         ["active parameters", *_figures(report, variants, "active_parameters")],
+        ["FLOPs per token", *_figures(report, variants, "flops_per_token")],
         ["size on disk", *_figures(report, variants, "bytes")],
         ["peak memory of a forward", *_figures(report, variants, "memory_ratio")],
         ["prefill speed", *_figures(report, variants, "prefill_speedup")],
@@ -114,6 +117,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body]) + "\n"
 
 
+def _variants(report: Mapping[str, Any]) -> list[str]:
+    """The variants present; each one's <variant>_top_<k> behind it."""
+    there = dict.fromkeys(key.partition("/")[0] for key in report if "/" in key)
+    return [
+        name
+        for variant in VARIANTS
+        for name in there
+        if name == variant or name.startswith(f"{variant}_top_")
+    ]
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -124,7 +138,7 @@ def _tasks(report: Mapping[str, Any], variants: list[str]) -> list[tuple[str, st
     for key in report:
         variant, _, rest = key.partition("/eval/")
         task, _, metric = rest.rpartition("/")
-        if variant in variants and task and not metric.endswith("_stderr"):
+        if variant in variants and task not in ("", "routing") and not metric.endswith("_stderr"):
             metrics.setdefault(task, []).append(metric)
     return [(task, main_metric(names)) for task, names in metrics.items()]
 
@@ -182,6 +196,8 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "kl": "{:.4f}".format,
     "parameters": _count,
     "active_parameters": _count,
+    "flops_per_token": _count,
+    "top_k": "{:g}".format,
     "parameter_ratio": _percent,
     "bytes": _bytes,
     "memory_ratio": _percent,

@@ -1,4 +1,4 @@
-"""Changing what routers do: how many experts a token gets, and among which experts they choose."""
+"""What routers do, and changing it: how many experts a token gets, and among which they choose."""
 
 from __future__ import annotations
 
@@ -9,9 +9,90 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from moe_lab.moe import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
 from moe_lab.types import UserError
+
+SCORINGS = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+PROBES = 64
+
+
+@torch.no_grad()
+def scoring(layer: MoELayer) -> str | None:
+    """Which of SCORINGS makes a layer's router weights from its logits; None where none does.
+
+    Found by giving the router random tokens, since no config field says it in all families. With
+    one expert for each token a renormalised weight is always 1 and says nothing: then two are
+    asked for while looking.
+    """
+    if layer.info.num_experts == 1:
+        return "softmax"
+    holders = [
+        (module, field, getattr(module, field))
+        for module in layer.router.modules()
+        for field in TOP_K_FIELDS
+        if getattr(module, field, None) == 1
+    ]
+    for module, field, _ in holders:
+        setattr(module, field, 2)
+    try:
+        logits_TE, weight_TK, index_TK = layer.router.forward(_probe(layer))[:3]
+    finally:
+        for module, field, value in holders:
+            setattr(module, field, value)
+    return matching_scoring(logits_TE.reshape(PROBES, -1), weight_TK, index_TK)
+
+
+def matching_scoring(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> str | None:
+    """Which of SCORINGS gives these weights, up to one factor per token.
+
+    The weights of the chosen experts are proportional to softmax(logits) also where they are
+    renormalised, scaled, or a softmax over the chosen logits alone.
+    """
+    weight = weight_TK.double()
+    for name, score in SCORINGS.items():
+        chosen = score(logits_TE.double()).gather(1, index_TK)
+        if weight.shape[1] == 1:  # one expert: the factor must be the same for all tokens
+            ratio = weight / chosen
+            spread = (ratio / ratio[:1] - 1).abs().amax()
+        else:
+            shares = chosen / chosen.sum(dim=1, keepdim=True)
+            spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
+        if spread < 2e-2 if weight_TK.dtype != torch.float32 else spread < 1e-4:
+            return name
+    return None
+
+
+def _probe(layer: MoELayer) -> Tensor:
+    reference = next(layer.router.parameters())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(PROBES, layer.info.hidden_size, generator=generator).to(reference)
+
+
+def with_twins(num_experts: int, size: int) -> list[int]:
+    """The experts of a layer and, behind them, enough of them a second time to be `size`."""
+    return [number % num_experts for number in range(size)]
+
+
+@torch.no_grad()
+def takes_twins(layer: MoELayer) -> bool:
+    """Whether repeating experts, router rows and all, leaves the layer's function as it is.
+
+    It does where a token gets one expert, whose weight does not depend on what the others score:
+    either twin computes the same. Tried on random tokens.
+    """
+    if layer.info.top_k != 1 or layer.info.groups > 1:
+        return False
+    _, weight, index = layer.router.forward(_probe(layer))[:3]
+    twins = with_twins(layer.info.num_experts, layer.info.num_experts + 1)
+    with _restricted_layer(layer, twins):
+        _, other_weight, other_index = layer.router.forward(_probe(layer))[:3]
+    return torch.equal(index, other_index) and torch.allclose(weight, other_weight, rtol=1e-5)
 
 
 def set_top_k(model: nn.Module, top_k: int) -> None:
@@ -51,7 +132,7 @@ def chosen_by(layer: MoELayer) -> int:
     """How many experts the layer's router gives a token, found by giving it one."""
     reference = next(layer.router.parameters())
     x_TD = torch.zeros(1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device)
-    return layer.router(x_TD)[2].shape[-1]
+    return layer.router.forward(x_TD)[2].shape[-1]  # past any hooks
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from moe_lab.moe import (
     MoELayer,
     NoMLP,
     apply_plan,
+    by_expert,
     is_gated_mlp,
     moe_layers,
     no_mlp,
@@ -33,6 +34,7 @@ from moe_lab.moe import (
     prune_layer,
     set_block,
 )
+from moe_lab.routing import takes_twins, with_twins
 from moe_lab.types import Edit, Plan
 
 logger = logging.getLogger(__name__)
@@ -46,13 +48,21 @@ class Form:
     """How an edited model is saved.
 
     stock: whether stock transformers can load it; reason: which form and why, with the option that
-    changes it; plain: whether it is the family's own without any zeros.
+    changes it; plain: whether it is the family's own without any zeros. num_experts: to how many
+    each layer's are filled up with twins, None where they stay as they are; repeated: the
+    parameters that these add.
     """
 
     stock: bool
     reason: str
     config: Any
     plain: bool = False
+    num_experts: int | None = None
+    repeated: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a stage keeps beside the checkpoint."""
+        return {"stock": self.stock, "reason": self.reason, "repeated_parameters": self.repeated}
 
 
 def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) -> Form:
@@ -84,20 +94,23 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
             prune_layer(layer, range(wanted["num_experts"]))
 
 
-def save(model: PreTrainedModel, folder: Path, source: Path, padding: float | None = None) -> bool:
-    """Write an edited model as a checkpoint; True where stock transformers can load it.
+def save(model: PreTrainedModel, folder: Path, source: Path, padding: float | None = None) -> Form:
+    """Write an edited model as a checkpoint, in the form that is returned.
 
     Parameters are written in the dtype of the checkpoint at `source`, whose tokenizer comes along.
     padding: zeros make narrow dense layers as wide as the family's config has all of them, if that
     adds at most this share of the model's parameters; else the exact sizes are saved in our own
-    form. None: as at `source` where it says so, else 0.01. The model itself is not changed except
-    for its dtype, its config and those zeros.
+    form. None: as at `source` where it says so, else 0.01. Likewise layers with fewer experts than
+    others are filled up with copies of their own where that changes nothing, as with one expert for
+    each token. The model itself is not changed except for its dtype, its config and those two.
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     form = _form(model, _limit(model.config, padding))
     if not form.plain:
         logger.info("saving: %s", form.reason)
     edited = _edited_blocks(model)
+    for layer in moe_layers(model) if form.num_experts else ():
+        prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
@@ -108,7 +121,7 @@ def save(model: PreTrainedModel, folder: Path, source: Path, padding: float | No
         model.save_pretrained(folder)
     _write_count_aliases(folder / "config.json", model.config)
     copy_text_files(source, folder)
-    return form.stock
+    return form
 
 
 def _limit(config: Any, padding: float | None) -> float:
@@ -129,7 +142,11 @@ def _form(model: PreTrainedModel, padding: float) -> Form:
     """The family's own form where it can say the model with few enough zeros, else ours."""
     layers, edited = moe_layers(model), _edited_blocks(model)
     config, obstacle = _native_config(model, layers, edited)
-    if not obstacle:
+    if len(counts := _counts(layers)) > 1:
+        form, obstacle = _with_twins(model, layers, edited, padding, max(counts), obstacle)
+        if form:
+            return form
+    elif not obstacle:
         built = meta_model(config)
         names = sorted(_dense_names(model) | set(edited)) if edited else []
         ours = [model.get_submodule(name) for name in names]
@@ -158,7 +175,7 @@ def _native_config(
     config = copy.deepcopy(model.config)
     if hasattr(config, "moe_lab"):
         del config.moe_lab
-    counts = sorted({layer.info.num_experts for layer in layers})
+    counts = _counts(layers)
     if len(counts) > 1:
         numbers = " and ".join(map(str, counts))
         return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
@@ -170,6 +187,39 @@ def _native_config(
         found,
         None if found else f"{config.model_type} cannot say that layers {indices} are dense",
     )
+
+
+def _counts(layers: list[MoELayer]) -> list[int]:
+    return sorted({layer.info.num_experts for layer in layers})
+
+
+def _with_twins(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    edited: dict[str, nn.Module],
+    padding: float,
+    size: int,
+    obstacle: str,
+) -> tuple[Form | None, str]:
+    """The family's form with all layers filled up to `size` experts, or what is in the way."""
+    if model.device.type == "meta" or edited or not all(map(takes_twins, layers)):
+        return None, obstacle
+    added = 0
+    for layer in layers:
+        tensors = [t for *_, t, _ in by_expert(layer) if isinstance(t, nn.Parameter)]
+        per_expert = sum(t.numel() // layer.info.num_experts for t in tensors)
+        added += (size - layer.info.num_experts) * per_expert
+    share = added / num_parameters(model)
+    how = f"every layer filled up to {size} experts with twins, which change nothing"
+    if share > padding:
+        more = f"{how}, would have {share:.1%} more parameters (padding={padding:g} allows less)"
+        return None, f"{obstacle}; the family's own form, {more}"
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "moe_lab"):
+        del config.moe_lab
+    set_num_experts(config, size)
+    reason = f"in the family's own form: {how}: {share:.1%} more parameters (padding=0: none)"
+    return Form(True, reason, config, num_experts=size, repeated=added), obstacle
 
 
 def _own_config(

@@ -61,7 +61,7 @@ def edited(
     apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
     with torch.no_grad():
         logits = model(**batch).logits
-    stock = save(model, folder / "model", folder / "source", padding)
+    stock = save(model, folder / "model", folder / "source", padding).stock
     save_file(batch | {"logits": logits}, folder / "expected.safetensors")
     return stock
 
@@ -172,7 +172,7 @@ def test_condensed_layers_keep_their_exact_size_unless_padding_may_be_added(
     assert f"dense layers {width} and 400 wide, padded with zeros to 400" in line
     assert "method.padding=0" in line
     # What is written again from there, as after fine-tuning, keeps its form.
-    assert save(model, tmp_path / "again", folder / "model") == (padding == 1.0)
+    assert save(model, tmp_path / "again", folder / "model").stock == (padding == 1.0)
     again = load(tmp_path / "again")
     assert sum(parameter.numel() for parameter in again.parameters()) == number
 
@@ -182,8 +182,8 @@ def test_a_checkpoint_remembers_how_much_padding_was_allowed(tmp_path: Path) -> 
     assert not edited("qwen3_moe", edits, tmp_path / "none", padding=0.0)
     assert edited("qwen3_moe", edits, tmp_path / "some", padding=0.05)
     source = tmp_path / "none" / "model"
-    assert not save(load(source), tmp_path / "again", source)
-    assert save(load(source), tmp_path / "native", source, padding=0.05)
+    assert not save(load(source), tmp_path / "again", source).stock
+    assert save(load(source), tmp_path / "native", source, padding=0.05).stock
 
 
 def test_the_form_is_known_without_weights(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:
     apply_plan(model, Plan((Edit(3, "model.layers.3.mlp", "prune", kept=(7, 6, 5, 4)),)))
     with torch.no_grad():
         logits = model(**batch).logits
-    assert save(model, tmp_path / "second", source)  # uniform again: stock once more
+    assert save(model, tmp_path / "second", source).stock  # uniform again: stock once more
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "second")(**batch).logits, logits)
 

@@ -117,6 +117,7 @@ def test_measure_gives_every_key() -> None:
         "parameters",
         "parameter_ratio",
         "active_parameters",
+        "flops_per_token",
         "peak_memory_bytes",
         "memory_ratio",
         "prefill_seconds",

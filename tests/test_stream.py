@@ -47,7 +47,7 @@ def test_a_checkpoint_in_our_own_form_comes_from_disk_too(tmp_path: Path) -> Non
     layer = moe_layers(model)[1]
     edit = Edit(layer.info.index, layer.info.name, "condense", experts=(4,), gates=(0.3,))
     apply_plan(model, Plan((edit,)))
-    assert not save(model, tmp_path / "condensed", tmp_path / "source", padding=0)
+    assert not save(model, tmp_path / "condensed", tmp_path / "source", padding=0).stock
     source = LayerwiseModel(Checkpoint(tmp_path / "condensed"))
     with ExitStack() as stack, torch.no_grad():
         for index in range(len(source.layers)):

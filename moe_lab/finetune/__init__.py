@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -172,4 +173,5 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     targets = labels != IGNORED
-    return F.cross_entropy(logits[targets].float(), labels[targets], reduction="sum")
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits[targets].to(exact), labels[targets], reduction="sum")

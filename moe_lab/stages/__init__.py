@@ -6,6 +6,8 @@ Here is what the pipeline needs between them.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from moe_lab.finetune import sources
 from moe_lab.moe import num_parameters
 from moe_lab.store import Artifact
 from moe_lab.tokens import Tokens
-from moe_lab.types import Plan, UserError
+from moe_lab.types import LayerInfo, Plan, UserError
 
 
 def tokenize(parts: dict[str, Any], tokenizer: Any) -> dict[str, Tokens]:
@@ -51,6 +53,41 @@ def checkpoint_of(artifact: Artifact, dense: Checkpoint) -> Checkpoint:
     return Checkpoint(artifact.folder / "checkpoint", dense.dtype, artifact.key)
 
 
+def with_top_k(variants: dict[str, Checkpoint], wanted: Sequence[int]) -> dict[str, Checkpoint]:
+    """The variants, each followed by itself with other numbers of experts per token.
+
+    Those are named <variant>_top_<k>. A variant that has fewer experts, or that k as its own, has
+    no such follower.
+    """
+    if not wanted:
+        return variants
+    found = {}
+    for name, checkpoint in variants.items():
+        found[name] = checkpoint
+        layers = checkpoint.layers()
+        most = min(info.num_experts for info in layers)
+        for top_k in wanted:
+            if top_k <= most and top_k != layers[0].top_k:
+                found[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
+    return found
+
+
+def other_top_k(suite: Any, recipe: Any, layers: Sequence[LayerInfo]) -> list[int]:
+    """At which numbers of experts per token all variants are evaluated beside their own.
+
+    Those that the suite names, else the one that the recipe ends with. UserError for impossible
+    ones.
+    """
+    wanted = getattr(suite, "top_k", None)
+    if wanted is None:
+        wanted = [k] if (k := getattr(recipe, "top_k", None)) else []
+    most = min(info.num_experts for info in layers)
+    for top_k in wanted:
+        if not 1 <= top_k <= most:
+            raise UserError(f"eval.top_k={list(wanted)}: a token can get 1 to {most} experts")
+    return list(dict.fromkeys(wanted))
+
+
 class Recorder:
     """Writes what the stages found into a run's report."""
 
@@ -66,10 +103,12 @@ class Recorder:
     def checkpoints(self, variants: dict[str, Checkpoint]) -> None:
         """Where each variant lies, whether stock transformers loads it, and what trained in it."""
         for name, checkpoint in variants.items():
-            form = checkpoint.path.parent / "form.json"
-            stock = json.loads(form.read_text())["stock"] if form.is_file() else True
+            file = checkpoint.path.parent / "form.json"
+            form = json.loads(file.read_text()) if file.is_file() else {"stock": True}
             self.report[f"{name}/checkpoint"] = str(checkpoint.path)
-            self.report[f"{name}/stock"] = stock
+            self.report[f"{name}/stock"] = form["stock"]
+            if form.get("repeated_parameters"):
+                self.report[f"{name}/repeated_parameters"] = form["repeated_parameters"]
         if "finetuned" in variants:
             self._trained(variants["finetuned"].path.parent, variants["dense"])
 

@@ -22,8 +22,8 @@ def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Comp
         edits = Plan.load(plan.folder / "plan.json")
         apply_plan(model, edits)
         padding = edits.notes.get("padding")
-        stock = save(model, folder / "checkpoint", checkpoint.path, padding)
-        (folder / "form.json").write_text(json.dumps({"stock": stock}) + "\n")
+        form = save(model, folder / "checkpoint", checkpoint.path, padding)
+        (folder / "form.json").write_text(json.dumps(form.to_json()) + "\n")
 
     identity = {
         "model": checkpoint.fingerprint,

@@ -68,8 +68,9 @@ def finetune(
         dtype = "float32" if recipe.dtype == "float32" else "auto"
         model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
         Training(model, edits, recipe, tokens, seed, compute, folder).run()
-        stock = save(model.cpu(), folder / "checkpoint", compressed.path)
-        (folder / "form.json").write_text(json.dumps({"stock": stock}) + "\n")
+        padding = getattr(recipe, "padding", None)
+        form = save(model.cpu(), folder / "checkpoint", compressed.path, padding)
+        (folder / "form.json").write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
     return store.get("finetune", identity, make)

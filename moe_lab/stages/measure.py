@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from moe_lab.checkpoint import Checkpoint
@@ -111,6 +112,7 @@ def measure(
             f"{name}/parameters": num_parameters(model),
             f"{name}/parameter_ratio": num_parameters(model) / num_parameters(models[REFERENCE]),
             f"{name}/active_parameters": active_parameters(model),
+            f"{name}/flops_per_token": flops_per_token(model, prompt_length),
             f"{name}/peak_memory_bytes": peaks[name],
             f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],
             f"{name}/prefill_seconds": prefill,
@@ -128,6 +130,25 @@ def active_parameters(model: torch.nn.Module) -> int:
         routed = num_parameters(layer.experts)
         active -= routed - routed * layer.info.top_k // layer.info.num_experts
     return active
+
+
+def flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """Floating-point operations of a forward over `length` tokens, the head's too, per token.
+
+    Counted by torch from the shapes of all matrix products (a multiply-add is two), with attention
+    and experts computed in their plain forms, so that every product is seen. Attention is counted
+    over all pairs of positions, as it is computed without a kernel that leaves out the masked ones.
+    """
+    experts, attention = model.config._experts_implementation, model.config._attn_implementation
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, length, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.set_experts_implementation(experts)
+        model.set_attn_implementation(attention)
+    return counter.get_total_flops() / length
 
 
 def bytes_on_disk(folder: Path) -> int:

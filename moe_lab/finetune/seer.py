@@ -1,0 +1,270 @@
+"""SEER-MoE's second stage: fine-tuning towards fewer experts for each token (2404.05089)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab import routing
+from moe_lab.checkpoint import meta_model
+from moe_lab.finetune import Recipe, Tuning, next_token_loss
+from moe_lab.moe import SHARED_NAMES, MoELayer, moe_layers
+from moe_lab.types import LayerInfo, Plan, UserError
+
+TRAINS = ("experts", "routers", "both", "all")
+
+
+def linear(progress: float, first: int, last: int) -> float:
+    """The number of experts falls in a straight line; steps with more and with fewer take turns."""
+    return first + (last - first) * progress
+
+
+def staircase(progress: float, first: int, last: int) -> float:
+    """Every number of experts on the way gets as many steps as the others."""
+    stairs = first - last + 1
+    return first - min(stairs - 1, int(progress * stairs))
+
+
+def at_once(progress: float, first: int, last: int) -> float:
+    """The last number of experts from the first step on: no annealing."""
+    return last
+
+
+SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+    "linear": linear,
+    "staircase": staircase,
+    "at_once": at_once,
+}
+
+
+@dataclass(frozen=True)
+class Seer(Recipe):
+    """Fine-tuning with gate-entropy regularisation and top-k annealing.
+
+    SEER-MoE (2404.05089): L = L_task + lambda * mean over MoE layers l and tokens x of H(p^l(x)),
+    where p is the router's full distribution and H(p) = -sum_i p_i log p_i in nats; over valid
+    tokens here, padding left out. Meanwhile the number k of experts for each token goes from the
+    model's to `top_k`, which is then written into the config. How it goes there the paper does not
+    say, nor how the mean is taken.
+
+    top_k: experts per token in the end; None keeps the model's. entropy: lambda, 0 for none (the
+    paper: 0.1). annealing: how k changes, "linear" or "staircase", or "at_once" for no annealing;
+    annealed_at: the share of all steps after which k is `top_k`. trains: "experts" (shared ones
+    too), "routers", "both", or "all" parameters. padding: the largest share of the parameters
+    that may be added to load in stock transformers where layers differ in their number of experts:
+    with one expert for each token an expert's twin changes nothing. None: as for compressing.
+    """
+
+    top_k: int | None = 1
+    entropy: float = 0.1
+    annealing: str = "linear"
+    annealed_at: float = 0.8
+    trains: str = "both"
+    padding: float | None = None
+
+    needs_edits = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"finetune.top_k={self.top_k}: a token needs at least 1 expert")
+        if self.entropy < 0:
+            raise UserError(
+                f"finetune.entropy={self.entropy}: it must be at least 0; below, routers would be "
+                "rewarded for being undecided"
+            )
+        if self.annealing not in SCHEDULES:
+            raise UserError(
+                f"finetune.annealing={self.annealing}: there are {', '.join(SCHEDULES)}"
+            )
+        if not 0 <= self.annealed_at <= 1:
+            raise UserError(f"finetune.annealed_at={self.annealed_at}: it must be from 0 to 1")
+        if self.trains not in TRAINS:
+            raise UserError(f"finetune.trains={self.trains}: there are {', '.join(TRAINS)}")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan after which no MoE layer is left to train."""
+        super().check(plan)
+        gone = ("condense", "drop_layer", "drop_block")
+        if plan.edits and all(edit.edit in gone for edit in plan.edits):
+            raise UserError("finetune=seer trains MoE layers, and this plan leaves none")
+
+    def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
+        """Refuse more experts per token than the model has, and routers that do not obey."""
+        most = layers[0].top_k
+        if self.top_k is None or self.top_k == most:
+            return
+        if self.top_k > most:
+            raise UserError(
+                f"finetune.top_k={self.top_k}: the model gives a token {most} experts, and "
+                f"annealing goes down: ask for 1 to {most}"
+            )
+        routing.set_top_k(meta_model(config), self.top_k)
+
+    def k_at(self, step: int, num_steps: int, first: int) -> int:
+        """Experts per token at a step (counted from 0) of a model that began with `first`.
+
+        Where the schedule is between two numbers, steps of both take turns so that their mean over
+        the steps so far is the schedule's.
+        """
+        last = first if self.top_k is None else min(first, self.top_k)
+        annealed = self.annealed_at * num_steps
+
+        def wanted(number: int) -> float:
+            done = number >= annealed
+            return float(
+                last if done else SCHEDULES[self.annealing](number / annealed, first, last)
+            )
+
+        if wanted(step).is_integer():
+            return int(wanted(step))
+        before = sum(wanted(number) % 1 for number in range(step))
+        return math.floor(wanted(step)) + int(before + wanted(step) % 1) - int(before)
+
+    def prepare(self, model: nn.Module, plan: Plan) -> SeerTuning:
+        """The recipe at work on a loaded model."""
+        return SeerTuning(self, model)
+
+
+class SeerTuning(Tuning):
+    """Follows the schedule of k, and adds the routers' entropy to the loss."""
+
+    def __init__(self, recipe: Seer, model: nn.Module):
+        layers = moe_layers(model)
+        super().__init__(model, trained(model, layers, recipe.trains))
+        self.recipe = recipe
+        self.weights = {"entropy": recipe.entropy}
+        self.entropy = GateEntropy(layers)
+        self.first = self.top_k = layers[0].info.top_k
+        self.last = self.first if recipe.top_k is None else min(self.first, recipe.top_k)
+        self.tokens = torch.zeros(self.first, dtype=torch.float64)
+
+    def before_step(self, step: int, num_steps: int) -> None:
+        """Set the step's number of experts per token."""
+        self._set(self.recipe.k_at(step, num_steps, self.first))
+
+    def before_validation(self) -> None:
+        """Validation is with the number of experts that the result will have."""
+        self._set(self.last)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The task's loss, and the mean over layers of the summed entropy of valid tokens."""
+        valid = batch["attention_mask"].bool().reshape(-1)
+        if torch.is_grad_enabled():
+            self.tokens[: self.top_k] += valid.sum().item()
+        with self.entropy.of(valid, differentiable=self.recipe.entropy > 0):
+            loss = next_token_loss(self.model, batch)
+        return {"loss": loss, "entropy": self.entropy.mean()}
+
+    def after_step(self, step: int, num_steps: int) -> dict[str, Any]:
+        """How many experts a token got in this step, and which share of all tokens had a k-th."""
+        shares = (self.tokens / self.tokens[0].clamp(min=1)).tolist()
+        used = {f"used_expert_{rank}": share for rank, share in enumerate(shares, start=1)}
+        return {"top_k": self.recipe.k_at(step, num_steps, self.first)} | used
+
+    def state(self) -> dict[str, Tensor]:
+        """How many tokens had a first, second, … expert."""
+        return {"tokens": self.tokens}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on counting."""
+        self.tokens = state["tokens"].clone()
+
+    def finish(self) -> None:
+        """The result has its number of experts per token in its config."""
+        self.entropy.close()
+        self._set(self.last)
+
+    def _set(self, top_k: int) -> None:
+        if top_k != self.top_k:
+            routing.set_top_k(self.model, top_k)
+            self.top_k = top_k
+
+
+def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[str, nn.Parameter]:
+    """Names and parameters that train, by one of TRAINS."""
+    if trains == "all":
+        return dict(model.named_parameters())
+    chosen: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        for name, parameter in layer.block.named_parameters():
+            is_expert = name.split(".")[0] in ("experts", *SHARED_NAMES)
+            is_router = any(parameter is own for own in layer.router.parameters())
+            if (is_expert and trains != "routers") or (is_router and trains != "experts"):
+                chosen[f"{layer.info.name}.{name}"] = parameter
+    return chosen
+
+
+class GateEntropy:
+    """Sums the entropy of the routers' distributions, layer by layer, in forward passes.
+
+    Hooks stay on the routers until `close`, and what they hear inside `of` counts. In the backward
+    pass, gradient checkpointing runs the layers again and must find the same operations in them:
+    hooks go on computing behind `of`, for nobody.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]):
+        self.valid: Tensor | None = None
+        self.differentiable = True
+        self.sums: list[Tensor] = []
+        self.heard: list[Tensor] = []
+        self.scoring = {layer.router: _scoring(layer) for layer in layers}
+        self.handles = [layer.router.register_forward_hook(self._hear) for layer in layers]
+
+    def of(self, valid: Tensor, differentiable: bool) -> GateEntropy:
+        """Listen, as a context manager, to the tokens of one batch where `valid` [T] is true."""
+        self.valid, self.differentiable, self.sums = valid, differentiable, []
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        self.heard, self.sums = self.sums, []
+
+    def _hear(self, router: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
+        if self.valid is None:
+            return
+        logits_TE = output[0].reshape(len(self.valid), -1)[self.valid]
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            self.sums.append(entropy(logits_TE, self.scoring[router]).sum())
+
+    def mean(self) -> Tensor:
+        """The mean over layers of the summed entropy, in nats."""
+        return torch.stack(self.heard).mean()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _scoring(layer: MoELayer) -> str:
+    name = routing.scoring(layer)
+    if name is None:
+        raise UserError(
+            f"the router of layer {layer.info.index} gives weights that follow none of the known "
+            f"scorings ({', '.join(routing.SCORINGS)}), so that its entropy is not defined: "
+            "finetune=experts does without it"
+        )
+    return name
+
+
+def entropy(logits_TE: Tensor, scoring: str) -> Tensor:
+    """H(p) = -sum_i p_i log p_i [T] in nats of each token's distribution over all experts.
+
+    p is the softmax of the logits, or another scoring's scores divided by their sum; computed in
+    at least float32.
+    """
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    if scoring == "softmax":
+        log_p = logits_TE.log_softmax(dim=-1)
+    else:
+        scores = routing.SCORINGS[scoring](logits_TE)
+        log_p = (scores / scores.sum(dim=-1, keepdim=True)).clamp(min=1e-30).log()
+    return -(log_p.exp() * log_p).sum(dim=-1)
