@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,23 +21,28 @@ from moe_lab.compute import Compute
 from moe_lab.data import standard_library_fingerprint
 from moe_lab.progress import progress
 from moe_lab.store import Artifact, Store, code_version, write_whole
-from moe_lab.tasks import tiny
+from moe_lab.tasks import harness, tiny
 from moe_lab.tasks.tiny import items
 from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
+# Of a suite's options: what these name enters by its content, or (top_k) by the variants.
+PLACES = ("mirror", "held_out", "top_k")
 
 
 @dataclass(frozen=True)
 class Suite:
     """What is evaluated.
 
-    tasks: names that lm-eval knows, or of our embedded ones (moe_lab/tasks/tiny); num_items: per
-    embedded task; limit: of items per other task; num_fewshot: examples before each item (None is
-    the task's own number); metrics: which accuracy of a task enters the average (default: acc);
-    held_out: a text source for the divergence from the dense model, None for none.
+    tasks: names that lm-eval knows, or of our own (moe_lab/tasks); num_items: per embedded task
+    (tiny); limit: of items per other task; num_fewshot: examples before each item (None is the
+    task's own number); metrics: which accuracy of a task enters the average (default: acc);
+    mirror: a folder with copies of the hub's datasets as <owner>/<name>, from which alone they are
+    then read; top_k: numbers of experts per token at which every variant is evaluated beside its
+    own (None: that which the recipe ends with); held_out: a text source for the divergence from the
+    dense model, None for none.
     """
 
     tasks: Sequence[str] = ()
@@ -46,25 +50,32 @@ class Suite:
     limit: int | None = None
     num_fewshot: int | None = None
     metrics: Mapping[str, str] | None = None
+    mirror: str | None = None
+    top_k: Sequence[int] | None = None
     held_out: Any = None
 
     def check(self) -> None:
-        """Refuse tasks that do not exist and impossible numbers, before any work."""
+        """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""
         for name, least in (("num_items", 1), ("limit", 1), ("num_fewshot", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"eval.{name} must be at least {least}, got {value}")
-        others = [name for name in self.tasks if name not in tiny.NAMES]
-        if not others:
-            return
-        from lm_eval.tasks import TaskManager
+        _check_tasks(self.tasks, self.mirror, "eval.tasks")
 
-        manager = TaskManager()
-        if unknown := [name for name in others if name not in manager.all_tasks]:
-            raise UserError(
-                f"eval.tasks names {unknown}, which lm-eval does not know; embedded ones are "
-                f"{', '.join(tiny.NAMES)}; `lm-eval ls tasks` lists lm-eval's own"
-            )
+
+def _check_tasks(tasks: Sequence[str], mirror: str | None, asked: str) -> None:
+    others = _others(tasks)
+    if unknown := harness.unknown(others) if others else []:
+        raise UserError(
+            f"{asked} names {unknown}, which lm-eval does not know; ours are "
+            f"{', '.join((*tiny.NAMES, *harness.NAMES))}; `lm-eval ls tasks` lists lm-eval's own"
+        )
+    harness.check_data(others, mirror)
+
+
+def _others(tasks: Sequence[str]) -> list[str]:
+    """The tasks that are not made from the embedded text."""
+    return [name for name in tasks if name not in tiny.NAMES]
 
 
 def evaluate(
@@ -78,7 +89,8 @@ def evaluate(
 ) -> Artifact:
     """A folder with results.json: <task>/<metric>, average, and kl, flat.
 
-    options: the suite's composed config, its identity.
+    options: the suite's composed config. Where its texts and datasets lie is no part of the
+    result's identity; what is in them is.
     """
 
     def make(folder: Path) -> None:
@@ -94,17 +106,26 @@ def evaluate(
             results |= on_held_out(reference, model, batches)
         write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
-    embedded = [name for name in suite.tasks if name in tiny.NAMES]
     identity = {
         "checkpoint": variant.fingerprint,
         "dense": dense.fingerprint,
         "dtype": variant.dtype,
-        "suite": options,
+        "suite": {name: value for name, value in options.items() if name not in PLACES},
         "held_out": held_out.fingerprint if held_out else None,
-        "text": standard_library_fingerprint("test") if embedded else None,
-        "code": code_version(evaluate, tiny, items),
+        "code": code_version(evaluate, tiny, items, harness),
     }
-    return store.get("evaluate", identity, make)
+    return store.get("evaluate", identity | _data_identity(suite.tasks, suite.mirror), make)
+
+
+def _data_identity(tasks: Sequence[str], mirror: str | None) -> dict[str, str | None]:
+    others = _others(tasks)
+    embedded = len(others) < len(tasks)
+    own = {name: (harness.SST5 / f"{name}.yaml").read_text() for name in harness.NAMES}
+    return {
+        "text": standard_library_fingerprint("test") if embedded else None,
+        "datasets": harness.fingerprint(others, mirror) if others and mirror else None,
+        "own": {name: own[name] for name in others if name in own},
+    }
 
 
 def results_of(artifact: Artifact) -> dict[str, float]:
@@ -116,9 +137,11 @@ def run_tasks(
     model: nn.Module, tokenizer: Any, suite: Suite, folder: Path, compute: Compute
 ) -> dict[str, float]:
     """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average."""
-    embedded = [name for name in suite.tasks if name in tiny.NAMES]
+    others = _others(suite.tasks)
+    embedded = [name for name in suite.tasks if name not in others]
+    local = not others or suite.mirror is not None
     found: dict[str, dict[str, Any]] = {}
-    with _offline(only=len(embedded) == len(suite.tasks)), _quiet():
+    with harness.offline() if local else contextlib.nullcontext(), _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -130,17 +153,19 @@ def run_tasks(
             chosen = [config for config in tiny.configs(folder) if config["task"] in embedded]
             manager = TaskManager(include_defaults=False)
             found |= simple_evaluate(tasks=chosen, task_manager=manager, **common)["results"]
-        others = [name for name in suite.tasks if name not in embedded]
         if others:
-            made = simple_evaluate(tasks=others, limit=suite.limit, **common)
-            found |= made["results"]
+            with harness.data_from(others, suite.mirror):
+                chosen = harness.load(others)
+            common |= {"limit": suite.limit, "task_manager": harness.manager_of(others)}
+            found |= simple_evaluate(tasks=chosen, **common)["results"]
     return _flat(found, suite)
 
 
 def _flat(found: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:
     results: dict[str, float] = {}
     accuracies = []
-    for task in [*suite.tasks, *(name for name in found if name not in suite.tasks)]:
+    asked = [name for name in suite.tasks if name in found]  # a tag has no results of its own
+    for task in [*asked, *(name for name in found if name not in asked)]:
         metrics = {
             key.removesuffix(",none"): value
             for key, value in found[task].items()
@@ -179,22 +204,6 @@ def _log_probabilities(
 ) -> torch.Tensor:
     logits = model(**batch, use_cache=False).logits[:, :-1]
     return logits[valid].float().log_softmax(dim=-1)
-
-
-@contextlib.contextmanager
-def _offline(only: bool) -> Iterator[None]:
-    """Keep datasets and the hub off the network where all data is local."""
-    names = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if only else ()
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
