@@ -13,16 +13,22 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_lab.checkpoint import Checkpoint, no_bars, weight_files
+from moe_lab.checkpoint import Checkpoint, Original, no_bars, weight_files
 from moe_lab.moe import decoders_path, moe_layers
 from moe_lab.types import UserError
 
@@ -37,7 +43,7 @@ class LayerwiseModel:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", keep_bytes: int = 0):
         self.device = device
         self.keep_bytes = keep_bytes
-        self.dtype = _dtype(checkpoint)
+        self.dtype = computing_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
         path, self.layers = decoder_layers(self.model)
         numbered = re.compile(rf"(?:^|\.){re.escape(path.split('.')[-1])}\.(\d+)\.")
@@ -86,21 +92,11 @@ class LayerwiseModel:
 
     def _fill(self, part: int | None) -> None:
         """Load the tensors of one decoder layer, or with None all others."""
-        with ExitStack() as stack, no_bars():
+        with ExitStack() as stack:
             wanted = self._keys.get(part, [])
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file, _ in wanted}
-            convert_and_load_state_dict_in_model(
-                self.model,
-                {key: opened[file].get_slice(key) for file, key in wanted},
-                LoadStateDictConfig(
-                    dtype=self.dtype,
-                    dtype_plan=self.model._get_dtype_plan(self.dtype),
-                    device_map={"": self.device},
-                    weight_mapping=get_model_conversion_mapping(self.model),
-                ),
-            )
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
+            slices = {key: opened[file].get_slice(key) for file, key in wanted}
+            _load_into(self.model, slices, self.dtype, self.device)
 
     def _empty(self, index: int) -> None:
         decoder, buffers = self.layers[index], self._buffers[index]
@@ -161,8 +157,73 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+def computing_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if checkpoint.dtype != "auto":
         return getattr(torch, checkpoint.dtype)
     stored = getattr(checkpoint.config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _load_into(
+    model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    """Fill parameters of a model from a checkpoint's tensors or slices, by their names on disk."""
+    with no_bars():
+        convert_and_load_state_dict_in_model(
+            model,
+            tensors,
+            LoadStateDictConfig(
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),
+                device_map={"": device},
+                weight_mapping=get_model_conversion_mapping(model),
+            ),
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def routers_only(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without weights, but for its MoE layers' routers: nothing else is read.
+
+    Raises UserError where the checkpoint lacks one of their tensors.
+    """
+    dtype = computing_dtype(checkpoint)
+    model = _empty_model(checkpoint, dtype)
+    routers = [layer.router for layer in moe_layers(model)]
+    wanted = {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if any(module is router for router in routers)
+        for key, tensor in module.named_parameters()
+    }
+    mapping, names = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def is_wanted(key: str) -> bool:
+        renamed = rename_source_key(key, renamings, converters, model.base_model_prefix, names)[0]
+        return renamed in wanted
+
+    with ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for file in weight_files(checkpoint.path):
+            opened = stack.enter_context(safe_open(file, "pt"))
+            for key in sorted(opened.keys()):
+                tensor = opened.get_slice(key)
+                if not isinstance(checkpoint, Original):
+                    found = {key: tensor}
+                elif tuple(tensor.get_shape()) in wanted.values():
+                    found = checkpoint.family.native_tensors(key, tensor[:])
+                else:
+                    continue
+                tensors |= {name: part for name, part in found.items() if is_wanted(name)}
+        _load_into(model, tensors, dtype, "cpu")
+    if missing := [name for name in wanted if _tensor(model, name).is_meta]:
+        raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key)
