@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_lab import options
 
-FOLDER = ROOT / "experiments" / "cd_moe"
+FOLDER, SEER = ROOT / "experiments" / "cd_moe", ROOT / "experiments" / "seer_moe"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
+SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
 MODELS = (*TINY, *PAPER)
 MARKS = {"CODE", "PAGE", "SHEET", "ABS", "PAPER", "2ND", "INFER"}
@@ -152,7 +156,11 @@ def test_a_checkpoint_of_one_s_own_takes_the_sizes_of_another(composed: Compose)
 
 
 def published(experiment: str) -> list[dict[str, str]]:
-    with (FOLDER / experiment / "expected.csv").open(newline="") as file:
+    return numbers(FOLDER / experiment / "expected.csv")
+
+
+def numbers(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -254,14 +262,215 @@ def test_published_choices_are_possible() -> None:
         assert path["what"] != "greedy path" or values == sorted(values)
 
 
+# --------------------------------------------------------------------------- SEER-MoE
+
+
+def seer_jobs(experiment: str, model: str, composed: Compose) -> list[list[str]]:
+    return jobs(choices(composed(f"model={model}", f"+seer_moe={experiment}")))
+
+
+def seer_job(job: list[str], experiment: str, model: str, composed: Compose) -> dict[str, Any]:
+    return checked(composed(*job, f"model={model}", f"+seer_moe={experiment}"))
+
+
+@pytest.mark.parametrize("model", ["mixtral_8x7b", "tiny_mixtral", "tiny_deepseek"])
+@SEER_EACH
+def test_every_job_of_seer_moe_composes(experiment: str, model: str, composed: Compose) -> None:
+    every = seer_jobs(experiment, model, composed)
+    tiny = model != "mixtral_8x7b"
+    for job in every if model != "tiny_deepseek" else every[:1]:
+        found = seer_job(job, experiment, model, composed)
+        chosen, group = found["choices"], found["calibration"].get("group_by")
+        text = {"pruning": "mmlu_subjects"}.get(experiment, "sst5")
+        assert chosen["calibration"] == ("stdlib" if tiny else text)
+        assert chosen["eval"] == ("tiny" if tiny else "seer")
+        assert group == (("domain" if tiny else "subject") if "subject" in str(job) else None)
+        if experiment == "pruning":
+            assert (chosen["method"], chosen["finetune"]) == ("prune", "none")
+        else:
+            recipes = {"seer" if tiny else "seer_sst5", "none"}
+            assert chosen["finetune"] in recipes
+            assert found["eval"]["top_k"] == [1]
+
+
+def test_the_number_of_jobs_of_seer_moe(composed: Compose) -> None:
+    """The README's table of files, for the shipped models and for Mixtral."""
+    readme = (SEER / "README.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \| (\d+) \|$", readme, re.MULTILINE)
+    found = [
+        (experiment, *(str(number_of_jobs(experiment, model, composed)) for model in models))
+        for experiment in SEER_EXPERIMENTS
+        for models in [("tiny_mixtral", "mixtral_8x7b")]
+    ]
+    assert sorted(told) == found
+    assert "annealing finetuning pruning".split() == SEER_EXPERIMENTS
+    assert all(f"+seer_moe={experiment}" in readme for experiment in SEER_EXPERIMENTS)
+
+
+def number_of_jobs(experiment: str, model: str, composed: Compose) -> int:
+    params = choices(composed(f"model={model}", f"+seer_moe={experiment}"))
+    return math.prod(len(values) for values in params.values())
+
+
+def swept(experiment: str, key: str, composed: Compose) -> list[str]:
+    params = choices(composed("model=mixtral_8x7b", f"+seer_moe={experiment}"))
+    return [value.partition("=")[2] for value in params[key]]
+
+
+def test_rows_of_the_pruning_table(composed: Compose) -> None:
+    """A row is named by what it does, and every file is a row."""
+    rows = swept("pruning", "+seer_moe/prune", composed)
+    assert sorted(rows) == sorted(path.stem for path in (SEER / "prune").glob("*.yaml"))
+    made = set()
+    for row in rows:
+        job = ["+seer_moe/scale=tiny", f"+seer_moe/prune={row}"]
+        found = seer_job(job, "pruning", "tiny_mixtral", composed)
+        metric, ratio = found["choices"]["metric"], found["choices"]["ratio"]
+        scope = "subject" if found["calibration"].get("group_by") else "common"
+        assert row.startswith(metric)
+        if metric in ("random", "reap"):
+            assert (ratio, scope) == ("uniform", "common")
+        else:
+            layers = {"uniform": "layer", "global": "global"}[ratio]
+            assert row == f"{metric}_{layers}_{scope}"
+        made.add((metric, ratio, scope, found["seed"]))
+    assert len(made) == len(rows), "each row is something else"
+
+
+def test_rows_of_the_finetuning_table(composed: Compose) -> None:
+    rows = swept("finetuning", "+seer_moe/row", composed)
+    assert sorted(rows) == sorted(path.stem for path in (SEER / "row").glob("*.yaml"))
+    found = {}
+    for row in rows:
+        job = ["+seer_moe/scale=tiny", f"+seer_moe/row={row}", "seer_moe.top_k=2"]
+        made = seer_job(job, "finetuning", "tiny_deepseek", composed)
+        chosen, recipe = made["choices"], made["finetune"]
+        assert made["eval"]["top_k"] == [2]
+        pruned = (chosen["metric"], chosen["ratio"], made["ratio"]["ratio"])
+        found[row] = (
+            pruned if chosen["method"] == "prune" else chosen["method"],
+            *((recipe["top_k"], recipe["entropy"], recipe["trains"]) if recipe else ()),
+        )
+        assert row == "zero_shot" or recipe["annealing"] == "linear"
+    quarter = ("frequency", "global", 0.25)
+    assert found == {
+        "zero_shot": ("none",),
+        "plain": ("none", None, 0, "both"),
+        "entropy": ("none", None, 0.1, "both"),
+        "annealing": ("none", 2, 0, "both"),
+        "annealing_entropy": ("none", 2, 0.1, "both"),
+        "pruned_plain": (quarter, None, 0, "both"),
+        "pruned_annealing_entropy": (quarter, 2, 0.1, "both"),
+    }
+
+
+def test_an_annealing_job_is_a_row_of_the_finetuning_table(composed: Compose) -> None:
+    """So that it is computed once: the same recipe, whatever table asks for it."""
+    scale = "+seer_moe/scale=tiny"
+    options_ = ["finetune.annealing=linear", "finetune.trains=both"]
+    one = seer_job([scale, *options_], "annealing", "tiny_mixtral", composed)
+    row = [scale, "+seer_moe/row=annealing_entropy"]
+    other = seer_job(row, "finetuning", "tiny_mixtral", composed)
+    for part in ("calibration", "method", "finetune", "eval", "seed"):
+        assert one[part] == other[part]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "parameter", "without_a_row"),
+    [
+        ("pruning", "+seer_moe/prune", {"dense", "naee"}),
+        ("finetuning", "+seer_moe/row", {"annealing_longer", "pruned_soft_count"}),
+    ],
+)
+def test_published_rows_of_seer_moe(
+    experiment: str, parameter: str, without_a_row: set[str], composed: Compose
+) -> None:
+    rows = numbers(SEER / experiment / "expected.csv")
+    head = "model table variant ratio top_k column value provenance sure note"
+    assert list(rows[0]) == head.split()
+    assert {row["variant"] for row in rows} - set(swept(experiment, parameter, composed)) == (
+        without_a_row
+    )
+    accuracies = {"mmlu", "sst5_generate"}
+    shares = {"memory", "parameters", "flops_saved", "expert_flops_share"}
+    for row in rows:
+        assert None not in row and None not in row.values()
+        assert row["model"] == "mixtral_8x7b"
+        assert row["column"] in {*accuracies, *shares, "mmlu_drop", "speed"}, row
+        assert row["provenance"] in MARKS, row
+        assert row["sure"] in ("two texts", "one text", "arithmetic", "doubtful"), row
+        assert (row["sure"] == "arithmetic") == (row["provenance"] == "INFER"), row
+        assert float(row["ratio"]) in (0, 0.25, 0.5) and row["top_k"] in ("1", "2")
+        if row["column"] in accuracies:
+            assert 40 < float(row["value"]) < 61, row
+        if row["column"] in shares:
+            assert 0 < float(row["value"]) < 1, row
+    keys = ("table", "variant", "ratio", "top_k", "column")
+    assert len({tuple(row[key] for key in keys) for row in rows}) == len(rows)
+
+
+def test_published_drops_are_those_from_the_dense_model() -> None:
+    rows = numbers(SEER / "pruning" / "expected.csv")
+    table = {(row["table"], row["variant"], row["ratio"], row["column"]): row for row in rows}
+    drops = [key for key in table if key[-1] == "mmlu_drop"]
+    for key in drops:
+        accuracy = float(table[*key[:-1], "mmlu"]["value"])
+        assert accuracy + float(table[key]["value"]) == pytest.approx(60.55, abs=1e-6)
+    assert len(drops) == 12
+
+
+def test_published_shares_of_mixtral_and_its_parameters() -> None:
+    """Those that agree, and those that are marked because they do not."""
+    hidden, width, layers, experts, words = 4096, 14336, 32, 8, 32000
+    expert = 3 * hidden * width
+    attention = 2 * hidden * hidden + 2 * hidden * 1024  # a quarter as many key and value heads
+    block = attention + experts * hidden + 2 * hidden
+    total = layers * (experts * expert + block) + 2 * words * hidden + hidden
+    multiplied = total - words * hidden - layers * (experts - 2) * expert  # for each token, top-2
+    true = {
+        ("memory", "0.25"): 1 - 0.25 * layers * experts * expert / total,
+        ("memory", "0.5"): 1 - 0.5 * layers * experts * expert / total,
+        ("parameters", "0.25"): 1 - 0.25 * layers * experts * expert / total,
+        ("flops_saved", "0"): layers * expert / multiplied,
+        ("expert_flops_share", "0"): 2 * layers * expert / multiplied,
+    }
+    seen = 0
+    for experiment in ("pruning", "finetuning"):
+        for row in numbers(SEER / experiment / "expected.csv"):
+            if (row["column"], row["ratio"]) in true:
+                value = true[row["column"], row["ratio"]]
+                agrees = float(row["value"]) == pytest.approx(value, abs=0.005)
+                assert agrees == (row["sure"] != "doubtful"), row
+                seen += 1
+    assert seen == len(true)
+    readme = (SEER / "README.md").read_text()
+    assert f"{total / 1e9:.2f} B parameters: {layers * experts * expert / 1e9:.2f} B" in readme
+    assert f"{2 * total / 1e9:.1f} GB ({2 * total / 2**30:.1f} GiB)" in readme
+    assert f"one expert less saves {100 * layers * expert / multiplied:.0f} %" in readme
+
+
+def test_reruns_are_possible() -> None:
+    rows = numbers(SEER / "published" / "reruns.csv")
+    assert list(rows[0]) == "source model benchmark kept num_experts method value sure note".split()
+    dense = {}
+    for row in rows:
+        assert re.fullmatch(r"\d{4}\.\d{5}", row["source"]), row
+        assert 0 <= float(row["value"]) < 90
+        assert not row["kept"] or 0 < int(row["kept"]) <= int(row["num_experts"])
+        if row["method"] == "dense":
+            dense[row["model"], row["benchmark"]] = float(row["value"])
+    assert all((row["model"], row["benchmark"]) in dense for row in rows)
+
+
 # --------------------------------------------------------------------------- run.py
 
 
 def test_help_lists_the_tables() -> None:
     done = run_command(ROOT, "--help")
     assert done.returncode == 0
-    line = next(line for line in done.stdout.splitlines() if line.startswith("+cd_moe="))
-    assert sorted(line.removeprefix("+cd_moe=").split(" | ")) == EXPERIMENTS
+    for paper, experiments in (("cd_moe", EXPERIMENTS), ("seer_moe", SEER_EXPERIMENTS)):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
+        assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments
 
 
 def test_a_table_runs_from_any_folder_and_ends_with_one_table(
