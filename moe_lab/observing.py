@@ -55,12 +55,14 @@ class RoutersObservation:
 
 
 @contextmanager
-def observe_routers(model: nn.Module, observer: RoutersObserver) -> Iterator[RoutersObservation]:
+def observe_routers(
+    model: nn.Module, observer: RoutersObserver, whole: bool = False
+) -> Iterator[RoutersObservation]:
     """Call `observer(layer, logits_TE, index_TK, weight_TK)` at every router, valid tokens only.
 
-    The last MoE layer's router ends the forward pass with `AllRouted`, which the caller expects:
-    its experts, the layers behind it and the head are never computed. Raises UserError where a
-    router does not return (logits, weights, indices).
+    Unless the `whole` forward pass is asked for, the last MoE layer's router ends it with
+    `AllRouted`, which the caller expects: its experts, the layers behind it and the head are never
+    computed. Raises UserError where a router does not return (logits, weights, indices).
     """
     layers = moe_layers(model)
     observation = RoutersObservation()
@@ -74,7 +76,7 @@ def observe_routers(model: nn.Module, observer: RoutersObserver) -> Iterator[Rou
                 valid = observation.valid.reshape(-1).to(logits.device)
                 found = tuple(part[valid] for part in found)
             observer(layer, *found)
-            if layer is layers[-1]:
+            if layer is layers[-1] and not whole:
                 raise AllRouted
 
         return hook

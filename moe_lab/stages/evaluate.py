@@ -6,20 +6,18 @@ import contextlib
 import io
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import standard_library_fingerprint
-from moe_lab.progress import progress
+from moe_lab.held_out import compare
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.tasks import harness, tiny
 from moe_lab.tasks.tiny import items
@@ -28,6 +26,7 @@ from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
+ROUTING = "routing.json"
 # Of a suite's options: what these name enters by its content, or (top_k) by the variants.
 PLACES = ("mirror", "held_out", "top_k")
 
@@ -87,7 +86,9 @@ def evaluate(
     held_out: Tokens | None,
     compute: Compute,
 ) -> Artifact:
-    """A folder with results.json: <task>/<metric>, average, and kl, flat.
+    """A folder with results.json: <task>/<metric>, average, and HeldOut's figures, flat.
+
+    Beside it routing.json, HeldOut's `routed`, where there is held-out text.
 
     options: the suite's composed config. Where its texts and datasets lie is no part of the
     result's identity; what is in them is.
@@ -103,7 +104,9 @@ def evaluate(
             same = variant.fingerprint == dense.fingerprint
             reference = model if same else dense.load(compute.device)
             batches = held_out.batches(compute.batch_size, compute.device)
-            results |= on_held_out(reference, model, batches)
+            found = compare(reference, model, batches)
+            results |= found.figures
+            write_whole(folder / ROUTING, json.dumps(found.routed) + "\n")
         write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
     identity = {
@@ -112,7 +115,7 @@ def evaluate(
         "dtype": variant.dtype,
         "suite": {name: value for name, value in options.items() if name not in PLACES},
         "held_out": held_out.fingerprint if held_out else None,
-        "code": code_version(evaluate, tiny, items, harness),
+        "code": code_version(evaluate, compare, tiny, items, harness),
     }
     return store.get("evaluate", identity | _data_identity(suite.tasks, suite.mirror), make)
 
@@ -178,32 +181,6 @@ def _flat(found: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:
     if accuracies:
         results["average"] = sum(accuracies) / len(accuracies)
     return results
-
-
-@torch.inference_mode()
-def on_held_out(
-    dense: nn.Module, model: nn.Module, batches: list[dict[str, torch.Tensor]]
-) -> dict[str, float]:
-    """kl, KL(dense || model) of the next-token distributions in nats, and held_out/perplexity.
-
-    Both are means over the valid positions that have a next token (perplexity: its exponential).
-    """
-    divergence, loss, count = 0.0, 0.0, 0
-    for batch in progress(batches, "evaluate: held-out text"):
-        valid = batch["attention_mask"][:, 1:].bool()
-        target = batch["input_ids"][:, 1:][valid]
-        p, q = (_log_probabilities(one, batch, valid) for one in (dense, model))
-        divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
-        loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
-        count += len(target)
-    return {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
-
-
-def _log_probabilities(
-    model: nn.Module, batch: dict[str, torch.Tensor], valid: torch.Tensor
-) -> torch.Tensor:
-    logits = model(**batch, use_cache=False).logits[:, :-1]
-    return logits[valid].float().log_softmax(dim=-1)
 
 
 @contextlib.contextmanager

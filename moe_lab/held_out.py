@@ -1,0 +1,110 @@
+"""A model on held-out text: how far its predictions are from another's, and what its routers do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab import routing
+from moe_lab.moe import MoELayer, moe_layers
+from moe_lab.observing import observe_routers
+from moe_lab.progress import progress
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the pass found.
+
+    figures, flat: kl, KL(dense || model) of the next-token distributions in nats, and
+    held_out/perplexity; both are means over the valid positions that have a next token
+    (perplexity: its exponential). Where there are MoE layers, means over them and all valid tokens:
+    routing/entropy, in nats, of the router's full distribution (a sigmoid's scores are divided by
+    their sum first; left out where a layer's weights follow no known scoring); routing/top_k, how
+    many experts a token got; routing/weight_<k>, the share that a token's k-th heaviest expert has
+    of its routed weight.
+    routed: "layers", their true indices, and "rank_count" [layer][k - 1][expert], the tokens whose
+    k-th heaviest expert each was.
+    """
+
+    figures: dict[str, float]
+    routed: dict[str, Any]
+
+
+@torch.inference_mode()
+def compare(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> HeldOut:
+    """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same."""
+    divergence, loss, count = 0.0, 0.0, 0
+    routers = {layer.info.index: _Router(layer) for layer in moe_layers(model)}
+
+    def add(layer: MoELayer, *routed: Tensor) -> None:
+        routers[layer.info.index].add(*routed)
+
+    for batch in progress(batches, "evaluate: held-out text"):
+        valid = batch["attention_mask"][:, 1:].bool()
+        target = batch["input_ids"][:, 1:][valid]
+        with observe_routers(model, add, whole=True) as observation:
+            observation.valid = batch["attention_mask"].bool()
+            q = _log_probabilities(model, batch, valid)
+        p = q if dense is model else _log_probabilities(dense, batch, valid)
+        divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+        loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
+        count += len(target)
+    figures = {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
+    routed = {
+        "layers": list(routers),
+        "rank_count": [router.rank_count_KE.tolist() for router in routers.values()],
+    }
+    return HeldOut(figures | _routing_figures(list(routers.values())), routed)
+
+
+class _Router:
+    """Sums over the tokens of one router, in float64."""
+
+    def __init__(self, layer: MoELayer):
+        self.num_experts = layer.info.num_experts
+        self.scoring = routing.scoring(layer)
+        self.tokens = 0
+        self.entropy = 0.0
+        self.share_K: Tensor | float = 0.0
+        self.rank_count_KE: Tensor | int = 0
+
+    def add(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
+        self.tokens += len(index_TK)
+        if self.scoring is not None:
+            score_TE = routing.SCORINGS[self.scoring](logits_TE.double())
+            share_TE = score_TE / score_TE.sum(dim=1, keepdim=True)
+            self.entropy += torch.special.entr(share_TE).sum().item()
+        # Families differ in the order of the chosen experts: here the heaviest comes first.
+        weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
+        self.share_K += (weight_TK / weight_TK.sum(dim=1, keepdim=True)).sum(dim=0).cpu()
+        ranks = index_TK.gather(1, order_TK).unbind(1)
+        counts = [torch.bincount(index_T, minlength=self.num_experts) for index_T in ranks]
+        self.rank_count_KE += torch.stack(counts).cpu()
+
+
+def _routing_figures(routers: Sequence[_Router]) -> dict[str, float]:
+    """The means of HeldOut's routing/..., each layer counting the same."""
+    figures: dict[str, float] = {}
+    if routers and all(router.scoring for router in routers):
+        figures["routing/entropy"] = _mean([router.entropy / router.tokens for router in routers])
+    if routers:
+        shares = [(router.share_K / router.tokens).tolist() for router in routers]
+        figures["routing/top_k"] = _mean([len(share_K) for share_K in shares])
+        for rank in range(max(len(share_K) for share_K in shares)):
+            share = [share_K[rank] if rank < len(share_K) else 0.0 for share_K in shares]
+            figures[f"routing/weight_{rank + 1}"] = _mean(share)
+    return figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _log_probabilities(model: nn.Module, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return logits[valid].float().log_softmax(dim=-1)
