@@ -7,7 +7,7 @@ restarts add up to the same values; nothing is divided before a metric needs it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,7 @@ from moe_lab.types import LayerInfo, Routing, UserError
 # Known only where the router's scoring is; and what is no sum over tokens.
 OF_PROBABILITY = ("probability_sum", "entropy_sum")
 CONSTANTS = ("router_norm",)
+GROUPS = "groups.json"
 SCORINGS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -218,12 +219,21 @@ def collect(
     model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], only_routers: bool = False
 ) -> list[LayerStatistics]:
     """The statistics of a model in one pass over `batches` (input_ids, attention_mask [B, L])."""
+    return collect_by_group(model, ((0, batch) for batch in batches), only_routers).of_group()
+
+
+def collect_by_group(
+    model: torch.nn.Module,
+    batches: Iterable[tuple[int, dict[str, Tensor]]],
+    only_routers: bool = False,
+) -> Collection:
+    """The same split by the number of the group that stands before each batch."""
     with collecting(model, only_routers) as collection:
-        for batch in batches:
-            with collection.batch(batch["attention_mask"].bool()):
+        for group, batch in batches:
+            with collection.batch(batch["attention_mask"].bool(), group):
                 # Only the last position's logits: nobody reads them, and they would dominate.
                 model(**batch, use_cache=False, logits_to_keep=1)
-    return collection.of_group()
+    return collection
 
 
 def added(parts: Iterable[Sequence[LayerStatistics]]) -> list[LayerStatistics]:
@@ -266,3 +276,19 @@ def load(folder: Path) -> list[LayerStatistics]:
         LayerStatistics(info, load_file(folder / f"layer_{info.index:03d}.safetensors"))
         for info in infos
     ]
+
+
+def save_groups(groups: Mapping[str, Iterable[LayerStatistics]], folder: Path) -> None:
+    """The statistics of each group in groups/<number>/, and `groups.json`, their names in order."""
+    for number, layers in enumerate(groups.values()):
+        (folder / "groups" / str(number)).mkdir(parents=True, exist_ok=True)
+        save(layers, folder / "groups" / str(number))
+    (folder / GROUPS).write_text(json.dumps(list(groups)) + "\n")
+
+
+def load_groups(folder: Path) -> dict[str, list[LayerStatistics]]:
+    """Read what `save_groups` wrote; empty where there are no groups."""
+    if not (folder / GROUPS).is_file():
+        return {}
+    names = json.loads((folder / GROUPS).read_text())
+    return {name: load(folder / "groups" / str(number)) for number, name in enumerate(names)}

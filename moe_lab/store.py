@@ -60,6 +60,15 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
 
+    def find(self, kind: str, identity: Mapping[str, Any]) -> Artifact | None:
+        """The result for `identity` where it is finished, else None."""
+        key = key_of(identity)
+        folder = self.root / kind / key
+        seconds = _seconds_if_done(folder)
+        if seconds is None:
+            return None
+        return Artifact(kind, key, folder, cached=True, seconds=seconds)
+
     def get(self, kind: str, identity: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
         """The result for `identity`, made by `make(folder)` unless it is there.
 
@@ -67,16 +76,14 @@ class Store:
         Raises whatever `make` raises, TypeError for an identity that is not JSON, and UserError
         when the disk is full.
         """
+        if found := self.find(kind, identity):
+            return found
         key = key_of(identity)
         folder = self.root / kind / key
-        seconds = _seconds_if_done(folder)
-        if seconds is not None:
-            return Artifact(kind, key, folder, cached=True, seconds=seconds)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock"), f"{kind}/{key}"):
-            seconds = _seconds_if_done(folder)  # another job may have made it while we waited
-            if seconds is not None:
-                return Artifact(kind, key, folder, cached=True, seconds=seconds)
+            if found := self.find(kind, identity):  # another job may have made it meanwhile
+                return found
             folder.mkdir(exist_ok=True)
             started = time.perf_counter()
             with _disk_full_explained(folder):

@@ -13,6 +13,8 @@ from moe_lab.types import Edit, LayerInfo, Plan
 class Nothing:
     """Keep every layer as it is."""
 
+    from_routers = True
+
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Everything is possible."""
 

@@ -1,4 +1,32 @@
 """Importance metrics: a score per routed expert [E] from one layer's statistics; higher stays.
 
-A metric is a function of `LayerStatistics`, named as in its paper. One file, one yaml.
+A metric is a function of `LayerStatistics`, named as in its paper. One file, one yaml. It may have
+`from_routers` (true where the routers' statistics are enough for it), `check(layers)`, and, where
+an option is the path of something, `fingerprint`, the content's.
 """
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TypeVar
+
+Metric = TypeVar("Metric", bound=Callable)
+
+
+def from_routers(metric: Metric) -> Metric:
+    """Mark a metric for which the statistics of the routers are enough."""
+    metric.from_routers = True
+    return metric
+
+
+def names_from_routers() -> list[str]:
+    """The metrics that are so marked."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    found = {name: vars(importlib.import_module(f"{__name__}.{name}")) for name in names}
+    return [
+        name
+        for name, values in found.items()
+        if any(getattr(value, "from_routers", False) is True for value in values.values())
+    ]

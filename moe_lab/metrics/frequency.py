@@ -2,9 +2,11 @@
 
 import torch
 
+from moe_lab.metrics import from_routers
 from moe_lab.statistics import LayerStatistics
 
 
+@from_routers
 def frequency(layer: LayerStatistics) -> torch.Tensor:
     """Tokens routed to each expert [E]: a_j = sum_x 1[j in TopK(p(x))].
 

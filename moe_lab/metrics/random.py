@@ -2,9 +2,11 @@
 
 import torch
 
+from moe_lab.metrics import from_routers
 from moe_lab.statistics import LayerStatistics
 
 
+@from_routers
 def random(layer: LayerStatistics, seed: int) -> torch.Tensor:
     """Uniform random scores [E] in [0, 1), drawn anew for each seed and layer."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.info.index)

@@ -2,9 +2,11 @@
 
 import torch
 
+from moe_lab.metrics import from_routers
 from moe_lab.statistics import LayerStatistics
 
 
+@from_routers
 def router_norm(layer: LayerStatistics) -> torch.Tensor:
     """The l2 norm of each expert's router row [E]: ||W_G[e]||_2.
 

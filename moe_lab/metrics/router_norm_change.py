@@ -26,6 +26,8 @@ class RouterNormChange:
 
     reference: str | None = None
 
+    from_routers = True
+
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a reference that is no checkpoint, or whose MoE layers are not like `layers`."""
         theirs = {info.index: info for info in self.checkpoint.layers()}

@@ -2,9 +2,11 @@
 
 import torch
 
+from moe_lab.metrics import from_routers
 from moe_lab.statistics import LayerStatistics
 
 
+@from_routers
 def soft_count(layer: LayerStatistics) -> torch.Tensor:
     """The router's full probability summed over all tokens [E]: s_j = sum_x p_j(x).
 
