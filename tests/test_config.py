@@ -22,6 +22,7 @@ OPTIONS = [(str(path.parent), path.stem) for path in FILES if path.parent.name]
 GROUPS = sorted({group for group, _ in OPTIONS})
 # Folders of conf/ that name code, and the package where it lies; "none" needs no code there.
 MIRRORED = {"metric": "metrics", "ratio": "ratios", "method": "methods", "finetune": "finetune"}
+KEYWORDS = {"all_layers": "global"}  # no module can be named by Python's own words
 EACH_OPTION = pytest.mark.parametrize(
     ("group", "option"), OPTIONS, ids=["=".join(one) for one in OPTIONS]
 )
@@ -91,9 +92,10 @@ def test_conf_mirrors_code(group: str, composed: Compose) -> None:
     package = ROOT / "moe_lab" / MIRRORED[group]
     code = {path.stem for path in package.glob("*.py") if path.stem != "__init__"}
     files = {path.stem for path in (CONF / group).glob("*.yaml")}
-    assert code - {"none"} <= files - {"none"}
-    for name in sorted(code):
-        target = composed(f"{group}={name}")[group]._target_
+    names = {name: KEYWORDS.get(name, name) for name in sorted(code)}
+    assert set(names.values()) - {"none"} <= files - {"none"}
+    for name, option in names.items():
+        target = composed(f"{group}={option}")[group]._target_
         assert target.rpartition(".")[0] == f"moe_lab.{MIRRORED[group]}.{name}"
     for name in sorted(files - code - {"none"}):  # other options of the same code
         assert composed(f"{group}={name}")[group]._target_.split(".")[2] in code

@@ -1,7 +1,9 @@
 """Methods: from statistics to a plan that says what happens to each layer.
 
 A method has `check(layers)`, which refuses an impossible request before any work, and
-`plan(evidence)`. It may have `irrelevant()`, the names of options that do not change its plan.
+`plan(evidence)`. It may have `identity(options)`, what of its composed options the plan depends on
+(all by default); `from_routers`, true where the routers' statistics are enough for it; and
+`takes_groups`, true where it makes a plan for each group of the calibration set.
 """
 
 from __future__ import annotations

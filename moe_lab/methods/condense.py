@@ -115,9 +115,10 @@ class Condense:
             for info in example_layers(self.layers, self.num_layers, layers)
         )
 
-    def irrelevant(self) -> set[str]:
-        """Options that do not change the plan as the others are."""
-        return set() if "random" in (self.experts, self.layers) else {"seed"}
+    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that the plan depends on: the seed only where something is random."""
+        seeded = "random" in (self.experts, self.layers)
+        return {name: value for name, value in options.items() if seeded or name != "seed"}
 
     @torch.no_grad()
     def plan(self, evidence: Evidence) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +67,10 @@ class Merge:
         except UserError as error:
             raise UserError(f"method.num_experts={self.num_experts} is too few: {error}") from error
 
-    def irrelevant(self) -> set[str]:
-        """Options that do not change the plan as the others are."""
-        return set() if self.layers == "random" else {"seed"}
+    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that the plan depends on: the seed only where something is random."""
+        seeded = self.layers == "random"
+        return {name: value for name, value in options.items() if seeded or name != "seed"}
 
     def plan(self, evidence: Evidence) -> Plan:
         """One edit per MoE layer, its scores the experts' frequencies."""

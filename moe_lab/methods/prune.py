@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,31 @@ class Prune:
     metric: Callable[[LayerStatistics], Tensor]
     ratio: Any
 
+    takes_groups = True
+
     def check(self, layers: Sequence[LayerInfo]) -> None:
-        """Refuse a ratio with which a router cannot work."""
+        """Refuse a ratio with which a router cannot work, and what the metric refuses."""
         self.ratio.check(layers)
+        if hasattr(self._metric, "check"):
+            self._metric.check(layers)
+
+    @property
+    def from_routers(self) -> bool:
+        """Whether the routers' statistics are enough for the metric."""
+        return getattr(self._metric, "from_routers", False)
+
+    @property
+    def _metric(self) -> Any:
+        """The metric itself, where the config bound some of its arguments."""
+        return self.metric.func if isinstance(self.metric, functools.partial) else self.metric
+
+    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with a reference checkpoint's content in the place of its path."""
+        fingerprint = getattr(self._metric, "fingerprint", None)
+        if fingerprint is None:
+            return options
+        named = {key: value for key, value in options["metric"].items() if key != "reference"}
+        return options | {"metric": named | {"fingerprint": fingerprint}}
 
     def plan(self, evidence: Evidence) -> Plan:
         """One pruning edit per MoE layer."""
@@ -37,4 +60,7 @@ class Prune:
             )
             for info, score in scores
         )
-        return Plan(edits, notes={"statistics": "intact model", "experts_without_tokens": unseen})
+        notes = {"statistics": "intact model", "experts_without_tokens": unseen}
+        if hasattr(self.ratio, "notes"):
+            notes |= self.ratio.notes(scores)
+        return Plan(edits, notes=notes)

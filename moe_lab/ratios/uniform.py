@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from moe_lab.moe import check_kept
+from moe_lab.ratios import Scores, best, check_share
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -20,10 +18,7 @@ class Uniform:
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio that leaves a router too few experts."""
-        if not 0 <= self.ratio < 1:
-            raise UserError(
-                f"ratio.ratio={self.ratio}: the share of experts removed is at least 0, below 1"
-            )
+        check_share(self.ratio)
         for info in layers:
             try:
                 check_kept(info, self._num_kept(info))
@@ -34,22 +29,12 @@ class Uniform:
                     "removed from this layer"
                 ) from error
 
-    def keep(self, scores: Sequence[tuple[LayerInfo, Tensor]]) -> dict[int, tuple[int, ...]]:
+    def keep(self, scores: Scores) -> dict[int, tuple[int, ...]]:
         """The experts that stay, in ascending order, by layer index; ties keep the lower expert.
 
         Group-limited routers keep the best of each group, the same number in every group.
         """
-        kept = {}
-        for info, score in scores:
-            size = info.num_experts // info.groups
-            per_group = self._num_kept(info) // info.groups
-            chosen: list[int] = []
-            for group in range(info.groups):
-                part = score[group * size : (group + 1) * size]
-                order = torch.argsort(part, descending=True, stable=True)[:per_group]
-                chosen.extend(group * size + int(expert) for expert in order)
-            kept[info.index] = tuple(sorted(chosen))
-        return kept
+        return {info.index: best(info, score, self._num_kept(info)) for info, score in scores}
 
     def _num_kept(self, info: LayerInfo) -> int:
         return info.num_experts - int(info.num_experts * self.ratio + 0.5)

@@ -16,6 +16,7 @@ from moe_lab import (
     layer_search,
     layerwise,
     moe,
+    ratios,
     statistics,
     stream,
 )
@@ -24,10 +25,11 @@ from moe_lab.compute import Compute
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods import Evidence
 from moe_lab.saving import form_of
+from moe_lab.statistics import LayerStatistics
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
 from moe_lab.tokens import Tokens
-from moe_lab.types import LayerInfo, Plan
+from moe_lab.types import Edit, LayerInfo, Plan
 
 logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
@@ -44,16 +46,26 @@ def plan(
 ) -> Artifact:
     """A folder with plan.json. options: the method's composed config, its identity.
 
+    Where the profile has groups, plans/<number>.json has a plan for each, and plan.json changes
+    nothing but names the groups by number.
     What a search finds on the way is kept too, step by step (kind `search`): searches go on where
     they were stopped, and plans that ask the same questions share the answers.
     """
     code = code_version(*_code(method))
 
     def make(folder: Path) -> None:
-        evidence = Evidence(statistics.load(profile.folder), open_stream, remember)
-        made = method.plan(evidence)
-        check_plan([layer.info for layer in evidence.statistics], made.edited())
+        common = statistics.load(profile.folder)
+        groups = statistics.load_groups(profile.folder)
+        for number, layers in enumerate(groups.values()):
+            (folder / "plans").mkdir(exist_ok=True)
+            write_whole(folder / "plans" / f"{number}.json", planned(layers).to_text())
+        made = _keep_all(common, list(groups)) if groups else planned(common)
         write_whole(folder / "plan.json", made.to_text())
+
+    def planned(layers: list[LayerStatistics]) -> Plan:
+        made = method.plan(Evidence(layers, open_stream, remember))
+        check_plan([layer.info for layer in layers], made.edited())
+        return made
 
     def open_stream() -> LayerStream:
         limit = int(compute.cache_gib * 2**30)
@@ -68,13 +80,17 @@ def plan(
         question = identity | {"profile": profile.key, "code": code_version(*_searches(method))}
         return json.loads((store.get("search", question, answer).folder / ANSWER).read_text())
 
-    irrelevant = method.irrelevant() if hasattr(method, "irrelevant") else ()
     identity = {
         "profile": profile.key,
-        "method": {name: value for name, value in options.items() if name not in irrelevant},
+        "method": method.identity(options) if hasattr(method, "identity") else options,
         "code": code,
     }
     return store.get("plan", identity, make)
+
+
+def _keep_all(layers: list[LayerStatistics], groups: list[str]) -> Plan:
+    edits = tuple(Edit(layer.info.index, layer.info.name, "keep") for layer in layers)
+    return Plan(edits, notes={"groups": groups})
 
 
 def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[LayerInfo]) -> None:
@@ -83,6 +99,8 @@ def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[Layer
     Refuses a recipe that such a plan leaves nothing to train, and says where the result will not
     load in stock transformers, or only with padding.
     """
+    if recipe:
+        recipe.check_model(checkpoint.config, layers)
     if not hasattr(method, "example"):
         return
     edits = method.example(layers)
@@ -98,7 +116,8 @@ def _code(method: Any) -> list[Any]:
     if hasattr(method, "gates"):
         return [*_searches(method), *_plug_ins(method, "layers")]
     parts = [value for value in vars(method).values() if callable(value) or hasattr(value, "keep")]
-    return [method, *parts, *([layer_choice] if hasattr(method, "layers") else [])]
+    shared = {"layers": layer_choice, "ratio": ratios}
+    return [method, *parts, *(shared[name] for name in shared if hasattr(method, name))]
 
 
 def _searches(method: Any) -> list[Any]:
