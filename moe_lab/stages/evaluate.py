@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import standard_library_fingerprint
 from moe_lab.held_out import compare
+from moe_lab.routing import restricted
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.tasks import harness, tiny
 from moe_lab.tasks.tiny import items
 from moe_lab.tokens import Tokens
-from moe_lab.types import UserError
+from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.json"
 ROUTING = "routing.json"
-# Of a suite's options: what these name enters by its content, or (top_k) by the variants.
-PLACES = ("mirror", "held_out", "top_k")
+# Of a suite's options: what these name enters by its content, or by what is evaluated.
+NAMED = ("tasks", "group_task", "mirror", "held_out", "top_k")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Suite:
     task's own number); metrics: which accuracy of a task enters the average (default: acc);
     mirror: a folder with copies of the hub's datasets as <owner>/<name>, from which alone they are
     then read; top_k: numbers of experts per token at which every variant is evaluated beside its
-    own (None: that which the recipe ends with); held_out: a text source for the divergence from the
-    dense model, None for none.
+    own (None: that which the recipe ends with); group_task: which task, or tasks, a group of the
+    calibration set is evaluated on, its name in the place of {group}; held_out: a text source for
+    the divergence from the dense model, None for none.
     """
 
     tasks: Sequence[str] = ()
@@ -51,6 +53,7 @@ class Suite:
     metrics: Mapping[str, str] | None = None
     mirror: str | None = None
     top_k: Sequence[int] | None = None
+    group_task: str | Sequence[str] | None = None
     held_out: Any = None
 
     def check(self) -> None:
@@ -60,6 +63,31 @@ class Suite:
             if value is not None and value < least:
                 raise UserError(f"eval.{name} must be at least {least}, got {value}")
         _check_tasks(self.tasks, self.mirror, "eval.tasks")
+
+    def check_groups(self, groups: Sequence[str]) -> None:
+        """Refuse groups, by name, that have no tasks of their own, and as `check` does."""
+        examples = "eval.group_task=tiny_{group} or mmlu_{group}"
+        if not self.group_task:
+            raise UserError(
+                "the calibration set has groups, each with a plan of its own, and nothing says on "
+                f"which task a group is evaluated: {examples}, or leave it out (eval=none)"
+            )
+        for template in self._templates():
+            if "{group}" not in template:
+                raise UserError(
+                    f"eval.group_task={template} is one task for all groups; put {{group}} where "
+                    f"a group's name stands: {examples}"
+                )
+        names = [name for group in groups for name in self.tasks_of(group)]
+        _check_tasks(names, self.mirror, f"eval.group_task={self.group_task}")
+
+    def tasks_of(self, group: str) -> list[str]:
+        """The tasks of one group."""
+        return [template.replace("{group}", group) for template in self._templates()]
+
+    def _templates(self) -> list[str]:
+        given = self.group_task or ()
+        return [given] if isinstance(given, str) else list(given)
 
 
 def _check_tasks(tasks: Sequence[str], mirror: str | None, asked: str) -> None:
@@ -113,18 +141,63 @@ def evaluate(
         "checkpoint": variant.fingerprint,
         "dense": dense.fingerprint,
         "dtype": variant.dtype,
-        "suite": {name: value for name, value in options.items() if name not in PLACES},
         "held_out": held_out.fingerprint if held_out else None,
         "code": code_version(evaluate, compare, tiny, items, harness),
     }
-    return store.get("evaluate", identity | _data_identity(suite.tasks, suite.mirror), make)
+    return store.get("evaluate", identity | _asked(suite.tasks, suite.mirror, options), make)
 
 
-def _data_identity(tasks: Sequence[str], mirror: str | None) -> dict[str, str | None]:
+def evaluate_groups(
+    store: Store,
+    dense: Checkpoint,
+    planned: Artifact,
+    suite: Suite,
+    options: dict[str, Any],
+    compute: Compute,
+) -> Artifact:
+    """The same for the plans of groups: each group's tasks on the dense model with its experts.
+
+    Results as `evaluate` has them; average is over the groups, and groups how many there are. No
+    weight is changed: a group's plan only says which experts its routers choose among.
+    """
+    groups = Plan.load(planned.folder / "plan.json").notes["groups"]
+
+    def make(folder: Path) -> None:
+        model, tokenizer = dense.load(compute.device), dense.tokenizer()
+        results: dict[str, float] = {}
+        averages = []
+        for number, group in enumerate(groups):
+            tasks = suite.tasks_of(group)
+            logger.info("evaluate: group %s: %s", group, ", ".join(tasks))
+            plan = Plan.load(planned.folder / "plans" / f"{number}.json")
+            kept = {edit.index: edit.kept for edit in plan.edited()}
+            with restricted(model, kept):
+                found = run_tasks(model, tokenizer, replace(suite, tasks=tasks), folder, compute)
+            averages += [found.pop("average")] if "average" in found else []
+            results |= found
+        if averages:
+            results["average"] = sum(averages) / len(averages)
+        results["groups"] = len(groups)
+        write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+
+    tasks = [name for group in groups for name in suite.tasks_of(group)]
+    identity = {
+        "dense": dense.fingerprint,
+        "dtype": dense.dtype,
+        "plan": planned.key,
+        "code": code_version(evaluate, restricted, tiny, items, harness),
+    }
+    return store.get("evaluate", identity | _asked(tasks, suite.mirror, options), make)
+
+
+def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The part of an identity that says what is asked, and of which data."""
     others = _others(tasks)
     embedded = len(others) < len(tasks)
     own = {name: (harness.SST5 / f"{name}.yaml").read_text() for name in harness.NAMES}
     return {
+        "tasks": list(tasks),
+        "suite": {name: value for name, value in options.items() if name not in NAMED},
         "text": standard_library_fingerprint("test") if embedded else None,
         "datasets": harness.fingerprint(others, mirror) if others and mirror else None,
         "own": {name: own[name] for name in others if name in own},
