@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lab.moe import SHARED_NAMES, MoELayer
 from moe_lab.tokens import IGNORED
 from moe_lab.types import LayerInfo, Plan, UserError
 
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+TRAINS = ("experts", "routers", "both", "all")
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,17 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     targets = labels != IGNORED
     exact = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits[targets].to(exact), labels[targets], reduction="sum")
+
+
+def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[str, nn.Parameter]:
+    """Names and parameters that train, by one of TRAINS."""
+    if trains == "all":
+        return dict(model.named_parameters())
+    chosen: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        for name, parameter in layer.block.named_parameters():
+            is_expert = name.split(".")[0] in ("experts", *SHARED_NAMES)
+            is_router = any(parameter is own for own in layer.router.parameters())
+            if (is_expert and trains != "routers") or (is_router and trains != "experts"):
+                chosen[f"{layer.info.name}.{name}"] = parameter
+    return chosen

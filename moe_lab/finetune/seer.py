@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from moe_lab import routing
 from moe_lab.checkpoint import meta_model
-from moe_lab.finetune import Recipe, Tuning, next_token_loss
-from moe_lab.moe import SHARED_NAMES, MoELayer, moe_layers
+from moe_lab.finetune import TRAINS, Recipe, Tuning, next_token_loss, trained
+from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.types import LayerInfo, Plan, UserError
-
-TRAINS = ("experts", "routers", "both", "all")
 
 
 def linear(progress: float, first: int, last: int) -> float:
@@ -184,20 +182,6 @@ class SeerTuning(Tuning):
         if top_k != self.top_k:
             routing.set_top_k(self.model, top_k)
             self.top_k = top_k
-
-
-def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[str, nn.Parameter]:
-    """Names and parameters that train, by one of TRAINS."""
-    if trains == "all":
-        return dict(model.named_parameters())
-    chosen: dict[str, nn.Parameter] = {}
-    for layer in layers:
-        for name, parameter in layer.block.named_parameters():
-            is_expert = name.split(".")[0] in ("experts", *SHARED_NAMES)
-            is_router = any(parameter is own for own in layer.router.parameters())
-            if (is_expert and trains != "routers") or (is_router and trains != "experts"):
-                chosen[f"{layer.info.name}.{name}"] = parameter
-    return chosen
 
 
 class GateEntropy:

@@ -1,0 +1,238 @@
+"""Task-specific expert pruning: fine-tuning that drops the experts which the task does not use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from moe_lab.checkpoint import meta_model
+from moe_lab.finetune import TRAINS, Recipe, Tuning, next_token_loss, trained
+from moe_lab.moe import MoELayer, moe_layers, prune_layer
+from moe_lab.routing import restricted, set_top_k
+from moe_lab.types import LayerInfo, Plan, UserError
+
+logger = logging.getLogger(__name__)
+FORCES = ("half", "end")
+ROUTED = ("hidden_states", "top_k_index", "top_k_weights")  # what experts modules take
+
+
+@dataclass(frozen=True)
+class ExpertDropping(Recipe):
+    """Fine-tuning in windows, after each of which every layer loses the experts it used little.
+
+    Task-specific expert pruning (2206.00277). alpha_e is the router weight that expert e got in
+    the window, as a share of all that its layer's experts got (valid tokens, no padding); experts
+    with alpha_e < beta / Z go, Z the number alive in the layer. As many as a token gets stay
+    until one is forced.
+
+    windows: equal parts of the training, or of its first half with force=half. beta: the share of
+    an even use below which an expert goes. force: "half" (the paper's eager dropping), at half of
+    the training only the expert with the largest alpha stays in each layer, every token gets it,
+    and the rest trains as a dense model; "end" (its staged dropping), the same when the training
+    is over; None, never. trains: "experts" (shared ones too), "routers", "both", or "all"
+    parameters.
+    """
+
+    windows: int = 8
+    beta: float = 0.5
+    force: str | None = "half"
+    trains: str = "both"
+
+    needs_edits = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.windows < 1:
+            raise UserError(f"finetune.windows={self.windows}: there must be at least 1")
+        if self.beta <= 0:
+            raise UserError(f"finetune.beta={self.beta}: it must be above 0, or nothing is dropped")
+        if self.force is not None and self.force not in FORCES:
+            raise UserError(f"finetune.force={self.force}: there are {', '.join(FORCES)} and null")
+        if self.trains not in TRAINS:
+            raise UserError(f"finetune.trains={self.trains}: there are {', '.join(TRAINS)}")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan after which no MoE layer is left to train."""
+        super().check(plan)
+        gone = ("condense", "drop_layer", "drop_block")
+        if plan.edits and all(edit.edit in gone for edit in plan.edits):
+            raise UserError("finetune=expert_dropping trains MoE layers, and this plan leaves none")
+
+    def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
+        """Refuse routers that cannot work with fewer experts, tried on a model without weights."""
+        for info in layers:
+            if info.groups > 1:
+                raise UserError(
+                    f"finetune=expert_dropping: the router of layer {info.index} works on "
+                    f"{info.groups} groups of experts, which must stay equally large, and here "
+                    "each expert is dropped by itself; method=prune ratio=uniform keeps groups "
+                    "equal, and finetune=seer trains what it leaves"
+                )
+        model = meta_model(config)
+        with restricted(model, {info.index: range(info.num_experts) for info in layers}):
+            pass
+        if self.force is None:
+            return
+        for layer in moe_layers(model):
+            prune_layer(layer, [0])
+        try:
+            set_top_k(model, 1)
+        except RuntimeError as error:
+            raise UserError(
+                f"finetune.force={self.force}: routers of the family {config.model_type!r} cannot "
+                f"work with one expert ({error}): finetune.force=null drops by the threshold alone"
+            ) from error
+
+    def forced_after(self, num_steps: int) -> int:
+        """The number of steps after which each layer's one expert is taken, or the last dropped."""
+        return max(1, num_steps // 2) if self.force == "half" else num_steps
+
+    def ends_window(self, step: int, num_steps: int) -> bool:
+        """Whether a window is over after the step with this number, counted from 0."""
+        length = self.forced_after(num_steps)
+        before, after = (self.windows * number // length for number in (step, step + 1))
+        return step < length and after > before
+
+    def prepare(self, model: nn.Module, plan: Plan) -> ExpertDroppingTuning:
+        """The recipe at work on a loaded model."""
+        return ExpertDroppingTuning(self, model)
+
+
+class ExpertDroppingTuning(Tuning):
+    """Sums the routers' weights, and drops experts when a window ends.
+
+    A dropped expert is only out of the routers' reach until `finish` removes it: neither
+    parameters nor the optimizer change in the middle of the training.
+    """
+
+    def __init__(self, recipe: ExpertDropping, model: nn.Module):
+        self.layers = {layer.info.index: layer for layer in moe_layers(model)}
+        super().__init__(model, trained(model, list(self.layers.values()), recipe.trains))
+        self.recipe = recipe
+        numbers = {index: layer.info.num_experts for index, layer in self.layers.items()}
+        self.alive = {index: list(range(number)) for index, number in numbers.items()}
+        self.row = {index: row for row, index in enumerate(self.layers)}
+        # Router weight by layer (N of them) and expert: of the window over all processes, and of
+        # this process's part of a step.
+        self.window_NE = torch.zeros(len(numbers), max(numbers.values()), dtype=torch.float64)
+        self.step_NE: Tensor | None = None
+        self.valid_T: Tensor | None = None
+        self.restriction = ExitStack()
+        self.handles = [
+            layer.experts.register_forward_pre_hook(self._hearing(layer), with_kwargs=True)
+            for layer in self.layers.values()
+        ]
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The task's loss; while it trains, the experts' router weights are added up.
+
+        What is computed again in the backward pass, and validation, are not heard.
+        """
+        if torch.is_grad_enabled():
+            self.valid_T = batch["attention_mask"].bool().reshape(-1)
+        try:
+            return {"loss": next_token_loss(self.model, batch)}
+        finally:
+            self.valid_T = None
+
+    def _hearing(self, layer: MoELayer) -> Any:
+        row = self.row[layer.info.index]
+
+        def hear(experts: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+            if self.valid_T is None:
+                return
+            given = dict(zip(ROUTED, args, strict=False)) | named
+            index_TK, weight_TK = (
+                given[name].detach().reshape(len(self.valid_T), -1)[self.valid_T]
+                for name in ROUTED[1:]
+            )
+            if self.step_NE is None:
+                self.step_NE = torch.zeros_like(self.window_NE, device=index_TK.device)
+            self.step_NE[row] += torch.bincount(
+                index_TK.flatten(), weight_TK.flatten().double(), minlength=self.step_NE.shape[1]
+            )
+
+        return hear
+
+    def after_step(self, step: int, num_steps: int) -> dict[str, Any]:
+        """The mean number of experts alive in a layer, and at a window's end who was dropped."""
+        device = next(self.model.parameters()).device
+        heard = torch.zeros_like(self.window_NE, device=device)
+        self.window_NE += reduce(heard if self.step_NE is None else self.step_NE, "sum").cpu()
+        self.step_NE = None
+        dropped = {}
+        if self.recipe.ends_window(step, num_steps):
+            last = step + 1 == self.recipe.forced_after(num_steps)
+            dropped = self._drop(forced=last and self.recipe.force is not None)
+            self.window_NE.zero_()
+        counts = [len(alive) for alive in self.alive.values()]
+        return {"experts_alive": sum(counts) / len(counts)} | dropped
+
+    def alpha(self) -> dict[int, Tensor]:
+        """The share [E] of its layer's router weight that each expert got in the window so far."""
+        found = {}
+        for index, layer in self.layers.items():
+            weight_E = self.window_NE[self.row[index], : layer.info.num_experts]
+            found[index] = weight_E / weight_E.sum()
+        return found
+
+    def _drop(self, forced: bool) -> dict[str, Any]:
+        dropped = {}
+        for index, alpha_E in self.alpha().items():
+            top_k = self.layers[index].info.top_k
+            before = self.alive[index]
+            beta, fewest = (float("inf"), 1) if forced else (self.recipe.beta, top_k)
+            self.alive[index] = survivors(alpha_E, before, beta, fewest)
+            if gone := sorted(set(before) - set(self.alive[index])):
+                dropped[str(index)] = gone
+        self._restrict()
+        number = sum(map(len, dropped.values()))
+        logger.info("a window ended: %d experts of %d layers are dropped", number, len(dropped))
+        return {"dropped": dropped}
+
+    def _restrict(self) -> None:
+        """Let routers choose among the living experts only; one for each token if it is forced."""
+        self.restriction.close()
+        if all(len(alive) == 1 for alive in self.alive.values()):
+            set_top_k(self.model, 1)
+        self.restriction.enter_context(restricted(self.model, self._reduced()))
+
+    def _reduced(self) -> dict[int, list[int]]:
+        numbers = {index: layer.info.num_experts for index, layer in self.layers.items()}
+        return {index: kept for index, kept in self.alive.items() if len(kept) < numbers[index]}
+
+    def state(self) -> dict[str, Tensor]:
+        """Who is alive, and the router weights of the window so far."""
+        alive = {f"alive/{index}": torch.tensor(kept) for index, kept in self.alive.items()}
+        return alive | {"window": self.window_NE}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on in the middle of a window."""
+        self.window_NE = state["window"].clone()
+        self.alive = {index: state[f"alive/{index}"].tolist() for index in self.alive}
+        self._restrict()
+
+    def finish(self) -> None:
+        """Remove the dropped experts."""
+        for handle in self.handles:
+            handle.remove()
+        self.restriction.close()
+        for index, kept in self._reduced().items():
+            prune_layer(self.layers[index], kept)
+
+
+def survivors(alpha_E: Tensor, alive: Sequence[int], beta: float, fewest: int) -> list[int]:
+    """Experts with alpha >= beta / Z, Z how many are alive, and the `fewest` largest whatever."""
+    shares = alpha_E.tolist()
+    ranked = sorted(alive, key=lambda expert: (-shares[expert], expert))
+    threshold = beta / len(alive)
+    return sorted(
+        expert for rank, expert in enumerate(ranked) if rank < fewest or shares[expert] >= threshold
+    )
