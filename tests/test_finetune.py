@@ -590,6 +590,23 @@ def test_a_recipe_without_phases_is_refused(phases: dict | None) -> None:
         Experts(phases=phases)
 
 
+def test_a_phase_may_count_in_steps(tmp_path: Path) -> None:
+    """More than an epoch has: then every epoch has its own order, as with epochs."""
+    assert [Phase(None, epochs=3, batch_size=4).steps(n) for n in (4, 5)] == [3, 6]
+    assert Phase(None, epochs=3, batch_size=4, num_steps=7).steps(1000) == 7
+    found = []
+    for options in ({"epochs": 2}, {"num_steps": 2 * 3}):
+        plan = compressed("prune", tmp_path)
+        model = load(tmp_path / "compressed", dtype="float32")
+        (folder := tmp_path / str(len(found))).mkdir()
+        trained = training(model, plan, folder, batch_size=8, **options)
+        trained.run()
+        found.append((trained.done, model.state_dict()))
+    (steps, weights), (other_steps, others) = found
+    assert steps == other_steps
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
 def test_a_phase_can_be_left_out() -> None:
     assert list(Experts(phases={"lm": None, "sft": Phase(None)}).phases) == ["sft"]
 

@@ -10,8 +10,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trigram import Trigram
 
 from moe_lab import text
+from moe_lab.moe import moe_layers
+from moe_lab.routing import restricted
 from moe_lab.tasks import tiny
 
 ROW_LENGTH = 256
@@ -38,33 +39,15 @@ def routers(model: PreTrainedModel) -> list[nn.Module]:
     return [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
 
 
-@contextmanager
-def without_experts(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Hide a random half of the routed experts in every layer while the context is open.
-
-    Their router logits are minus infinity before the softmax, as if their rows were deleted.
-    """
+def without_experts(model: PreTrainedModel, seed: int) -> AbstractContextManager:
+    """Prune a random half of the routed experts of every layer while the context is open."""
     generator = random.Random(f"pruned/{seed}")
-    handles = []
-    for router in routers(model):
-        experts = router.weight.size(0)
-        hidden = torch.zeros(experts, dtype=torch.bool)
-        hidden[generator.sample(range(experts), int(PRUNED_SHARE * experts))] = True
-        handles.append(router.register_forward_hook(_hiding(hidden)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hiding(hidden: Tensor) -> Any:
-    def hide(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits = output[0].masked_fill(hidden, float("-inf"))
-        scores, chosen = logits.float().softmax(-1).topk(module.top_k, dim=-1)
-        return logits, scores.to(logits.dtype), chosen
-
-    return hide
+    kept = {}
+    for layer in moe_layers(model):
+        experts = layer.info.num_experts
+        gone = generator.sample(range(experts), int(PRUNED_SHARE * experts))
+        kept[layer.info.index] = [expert for expert in range(experts) if expert not in gone]
+    return restricted(model, kept)
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ class Phase:
 
     data, validation: sources of text, or of prompts with answers, which say their own max_length
     (validation may be null); batch_size: samples in one forward; gradient_accumulation: forwards
-    whose gradients add up to one step; schedule: of the learning rate, after it has risen over
-    `warmup_ratio` of the steps.
+    whose gradients add up to one step; num_steps: steps in all, in the place of `epochs`;
+    schedule: of the learning rate, after it has risen over `warmup_ratio` of the steps.
     """
 
     data: Any
@@ -45,6 +45,7 @@ class Phase:
     schedule: str = "linear"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
+    num_steps: int | None = None
 
     def check(self, name: str) -> None:
         """Refuse impossible numbers with a UserError that says `name`, the phase's own."""
@@ -53,12 +54,18 @@ class Phase:
         for field in ("epochs", "batch_size", "gradient_accumulation"):
             if getattr(self, field) < 1:
                 raise UserError(f"{name}.{field}={getattr(self, field)}: it must be at least 1")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise UserError(f"{name}.num_steps={self.num_steps}: it must be at least 1, or null")
         if self.learning_rate <= 0:
             raise UserError(f"{name}.learning_rate={self.learning_rate}: it must be above 0")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"{name}.warmup_ratio={self.warmup_ratio}: it must be from 0 to 1")
         if self.weight_decay < 0:
             raise UserError(f"{name}.weight_decay={self.weight_decay}: it must be at least 0")
+
+    def steps(self, num_samples: int) -> int:
+        """Steps over so many samples of data."""
+        return self.num_steps or self.epochs * -(-num_samples // self.step_size)
 
     @property
     def step_size(self) -> int:

@@ -118,7 +118,7 @@ class Training:
         if recipe.gradient_checkpointing:
             checkpoint_trained_layers(model)
         self.steps_of = {
-            name: phase.epochs * -(-len(tokens[f"{name}/data"].samples) // phase.step_size)
+            name: phase.steps(len(tokens[f"{name}/data"].samples))
             for name, phase in recipe.phases.items()
         }
         self.num_steps = sum(self.steps_of.values())
