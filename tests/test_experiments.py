@@ -278,7 +278,7 @@ def seer_job(job: list[str], experiment: str, model: str, composed: Compose) -> 
 def test_every_job_of_seer_moe_composes(experiment: str, model: str, composed: Compose) -> None:
     every = seer_jobs(experiment, model, composed)
     tiny = model != "mixtral_8x7b"
-    for job in every if model != "tiny_deepseek" else every[:1]:
+    for job in every[:1] if tiny else every:  # the rows of the shipped ones are composed below
         found = seer_job(job, experiment, model, composed)
         chosen, group = found["choices"], found["calibration"].get("group_by")
         text = {"pruning": "mmlu_subjects"}.get(experiment, "sst5")
