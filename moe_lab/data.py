@@ -439,6 +439,7 @@ class HubDataset(Rows):
                 split=self.split,
                 data_files=self.data_files,
                 streaming=self.streaming,
+                cache_dir=_cache_of(Path(self.path)),
             )
         except Exception as error:  # datasets raises many kinds; each means: not to be had
             raise UserError(
@@ -451,6 +452,22 @@ class HubDataset(Rows):
     def describe(self) -> str:
         parts = (self.path, self.name, self.data_files)
         return f"{'/'.join(part for part in parts if part)} ({self.split})"
+
+
+def _cache_of(folder: Path) -> str | None:
+    """Where `datasets` keeps what it made of a local folder; None, its own place, for the hub's.
+
+    It knows a folder by its name and would give old rows for new files (datasets 5.2), so each
+    state of a folder has a place of its own.
+    """
+    if not folder.is_dir():
+        return None
+    import datasets
+
+    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder_{digest}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome
+from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM
 
 from moe_lab.compute import Compute
@@ -261,6 +262,66 @@ def test_generation_is_greedy(sst5: Path, checkpoint: Path, tokenizer: Any, tmp_
     wanted = suite(sst5, tasks=["sst5_generate"], metrics={"sst5_generate": "exact_match"})
     found = run_tasks(model, tokenizer, wanted, tmp_path, Compute("cpu", 4))
     assert found == {"sst5_generate/exact_match": 0.5, "average": 0.5}
+
+
+# --------------------------------------------------------------------------- calibration
+
+
+def source(composed: Callable[..., Any], *options: str) -> Any:
+    return instantiate(composed(*options).calibration, _convert_="object")
+
+
+@pytest.mark.parametrize(("option", "rows"), [("sst5", "train"), ("sst5_validation", "dev")])
+def test_calibration_on_sst5_has_the_tasks_words(
+    sst5: Path, composed: Callable[..., Any], option: str, rows: str
+) -> None:
+    place = f"calibration.path={sst5 / 'SetFit' / 'sst5'}"
+    found = list(source(composed, f"calibration={option}", place).documents())
+    assert len(found) == len(reviews(rows, {"train": 6, "dev": 4}[rows]))
+    assert all(f"Review: {rows} " in pair.prompt for pair in found)
+    asked = source(composed, f"calibration={option}", place, "calibration.split=test").documents()
+    with harness.data_from(["sst5"], str(sst5)):
+        [task] = harness.load(["sst5"])
+    for pair, row in zip(asked, task.test_docs(), strict=True):
+        assert pair.prompt == task.fewshot_context(row, num_fewshot=0)
+        assert pair.answer == f" {task.doc_to_choice(row)[task.doc_to_target(row)]}"
+        assert pair.answer == f" {row['label_text']}"
+
+
+def test_calibration_on_mmlu_by_subject(
+    tmp_path: Path, composed: Callable[..., Any], tokenizer: Any
+) -> None:
+    place = f"calibration.path={write_mmlu(tmp_path)}"
+    options = ["calibration=mmlu_subjects", place]
+    grouped = "calibration.group_by=subject"
+    tokens = source(composed, *options, grouped, "calibration.num_samples=57").tokens(tokenizer)
+    assert list(tokens.by_group()) == subjects()
+    one = [grouped, "calibration.group=virology", "calibration.num_samples=1"]
+    alone = source(composed, *options, *one).tokens(tokenizer)
+    assert alone.samples == tokens.by_group()["virology"].samples
+    [row] = questions("virology", "validation", 1)
+    lines = [f"{a}. {b}" for a, b in zip("ABCD", row["choices"], strict=True)]
+    text = "\n".join([row["question"], *lines, f"Answer: {'ABCD'[row['answer']]}"])
+    assert tokenizer.decode(alone.samples[0]) == text
+    dev = source(
+        composed, *options, grouped, "calibration.split=dev", "calibration.num_samples=114"
+    )
+    assert {len(part.samples) for part in dev.tokens(tokenizer).by_group().values()} == {2}
+
+
+def test_calibration_reads_what_a_folder_holds_now(
+    sst5: Path, composed: Callable[..., Any], tokenizer: Any
+) -> None:
+    folder = sst5 / "SetFit" / "sst5"
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: train.jsonl\n---\n"
+    )
+    for text in ("old", "new"):
+        row = {"text": text, "label": 0, "label_text": LABELS[0]}
+        (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+        [pair] = source(composed, "calibration=sst5", f"calibration.path={folder}").documents()
+        assert f"Review: {text}\n" in pair.prompt
 
 
 # --------------------------------------------------------------------------- refusals
