@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import SENTENCES, Outcome
 
 from moe_lab.checkpoint import Checkpoint, resolve
 from moe_lab.compute import Compute
@@ -113,7 +114,7 @@ def test_the_dense_model_is_left_as_it_was(
 def test_what_is_refused() -> None:
     SUITE.check_groups(GROUPS)
     Suite(group_task="tiny_{group}").check_groups(["code"])
-    with pytest.raises(UserError, match=r"eval.group_task=tiny_\{group\}"):
+    with pytest.raises(UserError, match=r'eval.group_task="mmlu_\{group\}"'):
         Suite().check_groups(GROUPS)
     with pytest.raises(UserError, match="one task for all groups"):
         Suite(group_task="tiny_prose").check_groups(GROUPS)
@@ -123,3 +124,18 @@ def test_what_is_refused() -> None:
 def test_groups_without_tasks_are_refused() -> None:
     with pytest.raises(UserError, match=r"\['tiny_poems', 'tiny_perplexity_poems'\].*tiny_prose"):
         SUITE.check_groups(["prose", "poems"])
+
+
+def test_a_job_with_groups(job: Callable[..., Outcome], rows: Path) -> None:
+    options = [f"calibration.files=[{rows}]", "calibration.group_by=domain"]
+    none = job(*options, "eval=perplexity", "eval.held_out.num_samples=2")
+    assert none.code == 2 and "eval.group_task=" in none.text and not none.stages()
+    tasks = ["eval.tasks=[tiny_prose,tiny_arithmetic]", 'eval.group_task="tiny_{group}"']
+    few = ["eval.num_items=4", "eval.held_out.num_samples=2", "ratio.ratio=0.5"]
+    outcome = job(*options, "metric=soft_count", "eval=tiny", *tasks, *few)
+    assert outcome.code == 0, outcome.text
+    report = outcome.report
+    scores = [report[f"compressed/eval/tiny_{group}/acc"] for group in GROUPS]
+    assert report["compressed/eval/average"] == pytest.approx(sum(scores) / 2)
+    assert report["compressed/eval/groups"] == 2
+    assert report["dense/eval/routing/top_k"] == 3

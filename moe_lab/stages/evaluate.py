@@ -66,7 +66,7 @@ class Suite:
 
     def check_groups(self, groups: Sequence[str]) -> None:
         """Refuse groups, by name, that have no tasks of their own, and as `check` does."""
-        examples = "eval.group_task=tiny_{group} or mmlu_{group}"
+        examples = """'eval.group_task="mmlu_{group}"' (quoted like this)"""
         if not self.group_task:
             raise UserError(
                 "the calibration set has groups, each with a plan of its own, and nothing says on "
