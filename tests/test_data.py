@@ -423,3 +423,108 @@ def test_a_hub_dataset_of_pairs_in_parts(tokenizer: Any, tmp_path: Path) -> None
     assert source.sources() == (f"{folder} (train[:-3])",)
     rest = HubDataset(3, 64, split="train[-3:]", **options)
     assert decoded(rest.tokens(tokenizer), tokenizer) == ["g71", "g80", "g91"]
+
+
+# --------------------------------------------------------------------------- groups
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    path = tmp_path / "labelled.jsonl"
+    rows = [{"text": row, "subject": "abc"[n % 3], "year": n // 6} for n, row in enumerate(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_field_gives_each_sample_its_group(labelled: Path, tokenizer: Any) -> None:
+    plain = files(labelled).tokens(tokenizer)
+    tokens = files(labelled, group_by="subject").tokens(tokenizer)
+    assert tokens.samples == plain.samples and plain.groups == ()
+    assert tokens.groups == tuple("abc" * 4)
+    assert files(labelled, group_by="year").tokens(tokenizer).groups == ("0",) * 6 + ("1",) * 6
+    assert files(labelled, group_by="subject", num_samples=5).tokens(tokenizer).groups == tuple(
+        "abcab"
+    )
+    parts = tokens.by_group()
+    assert list(parts) == ["a", "b", "c"] and parts["b"].samples == plain.samples[1::3]
+    assert plain.by_group() == {"": plain}
+
+
+def test_groups_follow_their_samples(labelled: Path, tokenizer: Any) -> None:
+    tokens = files(labelled, group_by="subject").tokens(tokenizer)
+    pairs = sorted(zip(tokens.samples, tokens.groups, strict=True))
+    for moved in (tokens.shuffled(3), tokens.by_length()):
+        assert sorted(zip(moved.samples, moved.groups, strict=True)) == pairs
+    assert tokens.shuffled(3).groups != tokens.groups
+    assert tokens.take([4, 0]).groups == ("b", "a")
+
+
+def test_one_group_is_an_ordinary_calibration_set(labelled: Path, tokenizer: Any) -> None:
+    one = files(labelled, group_by="subject", group="b", num_samples=4).tokens(tokenizer)
+    assert decoded(one, tokenizer) == ROWS[1::3] and one.groups == ()
+    plain = files(labelled).tokens(tokenizer).take(range(1, 12, 3))
+    assert one.fingerprint == plain.fingerprint
+    with pytest.raises(UserError, match=r"5 samples were asked for.*only 4"):
+        files(labelled, group_by="subject", group="b", num_samples=5).tokens(tokenizer)
+
+
+def test_fingerprints_know_the_groups(labelled: Path, tokenizer: Any) -> None:
+    plain = files(labelled).tokens(tokenizer).fingerprint
+    by = [
+        files(labelled, group_by=name).tokens(tokenizer).fingerprint for name in ("subject", "year")
+    ]
+    assert len({plain, *by}) == 3
+
+
+def test_groups_that_are_not_there_are_refused(labelled: Path, tokenizer: Any) -> None:
+    for options, message in (
+        ({"group_by": "topic"}, r"group_by=topic: .*\['subject', 'text', 'year'\]"),
+        ({"group_by": "subject", "group": "d"}, r"group=d: .* by subject there are a, b, c"),
+        ({"group": "a"}, r"group=a needs the field.*group_by"),
+        ({"group_by": "subject", "pack": True}, r"group_by=subject with pack=true"),
+    ):
+        with pytest.raises(UserError, match=message):
+            files(labelled, **options).tokens(tokenizer)
+    with pytest.raises(UserError, match=r"group_by=topic: .*one field .*, domain"):
+        StandardLibrary(4, 16, group_by="topic").tokens(tokenizer)
+    with pytest.raises(UserError, match=r"group=music: by domain there are prose, code"):
+        StandardLibrary(4, 16, group_by="domain", group="music").tokens(tokenizer)
+    with pytest.raises(UserError, match=r"group=code: by domain there are arithmetic, recall"):
+        StandardQuestions(4, 16, group_by="domain", group="code").tokens(tokenizer)
+    with pytest.raises(UserError, match="has no fields"):
+        Endless(2, 8, group_by="domain").tokens(tokenizer)
+
+
+@pytest.mark.parametrize("kind", [StandardLibrary, StandardQuestions])
+def test_the_embedded_text_is_grouped_by_domain(kind: Any, tokenizer: Any) -> None:
+    domains = text.DOMAINS if kind is StandardLibrary else text.QUESTION_DOMAINS
+    plain = kind(24, 512).tokens(tokenizer)
+    tokens = kind(24, 512, group_by="domain").tokens(tokenizer)
+    assert tokens.samples == plain.samples
+    assert set(tokens.groups) == set(domains)
+    one = kind(24, 512, group_by="domain", group="arithmetic").tokens(tokenizer)
+    assert len(one.samples) == 24 and one.groups == ()
+    assert all("=" in sample for sample in decoded(one, tokenizer))
+    assert one.samples == kind(24, 512, domains=("arithmetic",)).tokens(tokenizer).samples
+
+
+def test_a_mixture_is_grouped_by_part(tokenizer: Any) -> None:
+    parts = {
+        name: {"weight": 1, "source": Endless(1, number)}
+        for number, name in enumerate("ab", start=1)
+    }
+    tokens = Mixture(8, 64, parts=parts, group_by="part").tokens(tokenizer)
+    assert tokens.samples == Mixture(8, 64, parts=parts).tokens(tokenizer).samples
+    numbers = {"a": "1", "b": "2"}
+    assert [words[-1] for words in decoded(tokens, tokenizer)] == [
+        numbers[g] for g in tokens.groups
+    ]
+    assert sorted(set(tokens.groups)) == ["a", "b"]
+    one = Mixture(8, 64, parts=parts, group_by="part", group="b").tokens(tokenizer)
+    assert {words[-1] for words in decoded(one, tokenizer)} == {"2"} and len(one.samples) == 8
+    for options, message in (
+        ({"group_by": "domain"}, "one field to group by, part"),
+        ({"group_by": "part", "group": "c"}, "group=c: by part there are a, b"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Mixture(8, 64, parts=parts, **options).tokens(tokenizer)

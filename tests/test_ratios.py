@@ -20,7 +20,7 @@ from moe_lab.ratios.all_layers import Global
 from moe_lab.ratios.coverage import Coverage
 from moe_lab.ratios.uniform import Uniform
 from moe_lab.statistics import collect
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.types import LayerInfo, Plan, UserError
 
 
 def layer(index: int, num_experts: int = 4, **more: int) -> LayerInfo:
@@ -180,3 +180,58 @@ def test_a_job_with_one_budget_for_all_layers(job: Callable[..., Outcome], tmp_p
     notes = json.loads(plans[0].read_text())
     numbers = [len(edit["kept"]) for edit in notes["layers"]]
     assert sum(numbers) == 18 and list(notes["kept_per_layer"].values()) == numbers
+
+
+BY_GROUP = ["calibration.group_by=subject", "metric=frequency", "ratio.ratio=0.5"]
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> list[str]:
+    """Options for a calibration set whose rows name their subject."""
+    path = tmp_path / "subjects.jsonl"
+    texts = {"digits": "0123456789 " * 3, "letters": "the quick brown fox jumps "}
+    rows = [{"text": f"{n} {texts[name]}", "subject": name} for n in range(4) for name in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"calibration.files=[{path}]"]
+
+
+def test_each_group_has_a_plan(
+    job: Callable[..., Outcome], subjects: list[str], tmp_path: Path
+) -> None:
+    done = job(*subjects, *BY_GROUP)
+    assert done.code == 0, done.text
+    (folder,) = done.store.glob("plan/*/")
+    common = Plan.load(folder / "plan.json")
+    assert common.notes["groups"] == ["digits", "letters"] and not common.edited()
+    plans = [Plan.load(folder / "plans" / f"{number}.json") for number in (0, 1)]
+    for number, name in enumerate(common.notes["groups"]):
+        alone = job(*subjects, *BY_GROUP, f"calibration.group={name}", "calibration.num_samples=4")
+        assert alone.code == 0, alone.text
+        kept = [json.loads(file.read_text()) for file in done.store.glob("plan/*/plan.json")]
+        assert [edit.kept for edit in plans[number].edits] in [
+            [tuple(edit.get("kept", ())) for edit in plan["layers"]] for plan in kept
+        ]
+    assert [edit.kept for edit in plans[0].edits] != [edit.kept for edit in plans[1].edits]
+    assert not (folder / "plans" / "2.json").exists()
+
+
+def test_groups_are_for_pruning_alone(job: Callable[..., Outcome], subjects: list[str]) -> None:
+    for wrong, words in (
+        (
+            ["method=merge", "method.num_experts=4"],
+            ["group_by=subject", "only method=prune", "calibration.group=<value>"],
+        ),
+        (["method=none"], ["only method=prune"]),
+        (["finetune=experts"], ["no checkpoint that could be fine-tuned", "finetune=none"]),
+        (["calibration.group_by=topic"], ["group_by=topic", "subject"]),
+    ):
+        done = job(*subjects, *BY_GROUP[:1], *wrong)
+        assert done.code == 2 and all(word in done.text for word in words), done.text
+        assert done.stages() == []
+
+
+def test_a_job_that_needs_more_than_the_routers_is_refused(job: Callable[..., Outcome]) -> None:
+    done = job("metric=reap", "compute.profile=routers")
+    words = ("compute.profile=routers", "frequency", "soft_count", "compute.profile=all")
+    assert done.code == 2 and all(word in done.text for word in words), done.text
+    assert done.stages() == []

@@ -6,6 +6,7 @@ Here is what the pipeline needs between them.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.finetune import sources
-from moe_lab.moe import num_parameters
+from moe_lab.moe import apply_plan, num_parameters
 from moe_lab.store import Artifact
 from moe_lab.tokens import Tokens
 from moe_lab.types import LayerInfo, Plan, UserError
@@ -21,6 +22,7 @@ from moe_lab.types import LayerInfo, Plan, UserError
 
 def tokenize(parts: dict[str, Any], tokenizer: Any) -> dict[str, Tokens]:
     """All text of a run: calibration, and where they are asked for <phase>/data, held_out."""
+    _check_groups(parts)
     texts = {"calibration": parts["calibration"]}
     if parts["finetune"]:
         texts |= sources(parts["finetune"].phases)
@@ -28,7 +30,25 @@ def tokenize(parts: dict[str, Any], tokenizer: Any) -> dict[str, Tokens]:
         texts["held_out"] = parts["eval"].held_out
     if parts["eval"]:
         parts["eval"].check()
-    return {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+    found = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+    if parts["eval"] and found["calibration"].groups:
+        parts["eval"].check_groups(list(found["calibration"].by_group()))
+    return found
+
+
+def _check_groups(parts: dict[str, Any]) -> None:
+    """Refuse a plan for each group where the method makes one for all, or a tuning follows."""
+    source = parts["calibration"]
+    if source.group_by is None or source.group is not None:
+        return
+    asked = f"calibration.group_by={source.group_by} makes a plan for each group"
+    one = "; for a single group's checkpoint name it: calibration.group=<value>"
+    if not getattr(parts["method"], "takes_groups", False):
+        raise UserError(f"{asked}, which only method=prune can do{one}")
+    if parts["finetune"]:
+        raise UserError(
+            f"{asked} and no checkpoint that could be fine-tuned: set finetune=none{one}"
+        )
 
 
 def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
@@ -42,7 +62,12 @@ def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
 
 
 def publish_plan(planned: Artifact, folder: Path) -> bool:
-    """Put plan.json into the run's folder; True where the plan changes anything."""
+    """Put plan.json, and the groups' plans/, into the run's folder.
+
+    True where plan.json changes anything: a plan for each group changes no checkpoint.
+    """
+    if (planned.folder / "plans").is_dir():
+        shutil.copytree(planned.folder / "plans", folder / "plans", dirs_exist_ok=True)
     text = (planned.folder / "plan.json").read_text()
     (folder / "plan.json").write_text(text)
     return bool(Plan.load(folder / "plan.json").edited())
@@ -120,6 +145,17 @@ class Recorder:
         self.report["finetuned/trainable_share"] = trained["parameters"] / total
         for text, seen in trained["texts"].items():
             self.report[f"finetune/{text}"] = ", ".join(seen)
+
+    def groups(self, planned: Artifact, dense: Checkpoint) -> None:
+        """The parameters that a group's experts and all else have, on average over the groups."""
+        sizes = []
+        for file in sorted((planned.folder / "plans").glob("*.json")):
+            model = meta_model(dense.config)
+            apply_plan(model, Plan.load(file))
+            sizes.append(num_parameters(model))
+        whole = num_parameters(meta_model(dense.config))
+        self.report["compressed/parameters"] = sum(sizes) / len(sizes)
+        self.report["compressed/parameter_ratio"] = sum(sizes) / len(sizes) / whole
 
     def evaluation(self, name: str, results: dict[str, float]) -> None:
         """The scores of one variant."""
