@@ -41,7 +41,7 @@ class ExpertDropping(Recipe):
     """
 
     windows: int = 8
-    beta: float = 0.5
+    beta: float = 0.8
     force: str | None = "half"
     trains: str = "both"
 
