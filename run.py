@@ -30,11 +30,11 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     from moe_lab import checkpoint, stages
     from moe_lab.stages.compress import compress
     from moe_lab.stages.convert import convert
-    from moe_lab.stages.evaluate import evaluate, results_of
+    from moe_lab.stages.evaluate import evaluate, evaluate_groups, results_of
     from moe_lab.stages.finetune import finetune
     from moe_lab.stages.measure import figures_of, measure_stage
     from moe_lab.stages.plan import foresee, plan
-    from moe_lab.stages.profile import profile
+    from moe_lab.stages.profile import check_profile, profile
     from moe_lab.store import Store, check_writable
 
     chosen = OmegaConf.to_container(config, resolve=True)
@@ -50,6 +50,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     check_writable(Path(config.store), 4 * checkpoint.size_in_bytes(dense.path))
     layers = dense.layers()
     method.check(layers)
+    check_profile(compute, method)
     foresee(dense, method, recipe, layers)
     further_top_k = stages.other_top_k(suite, recipe, layers)
     texts = stages.tokenize(parts, dense.tokenizer())
@@ -78,13 +79,17 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
         )  # fmt: skip
         variants["finetuned"] = stages.checkpoint_of(record("finetune", tuned), dense)
     record.checkpoints(variants)
-    variants = stages.with_top_k(variants, further_top_k)
+    variants = stages.with_top_k(variants, further_top_k, suite)
     for name, variant in variants.items() if suite else ():
         evaluated = evaluate(
             store, variant, dense, suite, chosen["eval"], texts.get("held_out"), compute
         )
         record(f"evaluate_{name}", evaluated)
         record.evaluation(name, results_of(evaluated))
+    if suite and texts["calibration"].groups:
+        evaluated = evaluate_groups(store, dense, planned, suite, chosen["eval"], compute)
+        record.groups(planned, dense)
+        record.evaluation("compressed", results_of(record("evaluate_groups", evaluated)))
     if parts["measure"]:
         measured = measure_stage(store, variants, parts["measure"], compute)
         record("measure", measured)

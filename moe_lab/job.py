@@ -76,6 +76,8 @@ def _head(job: Description) -> dict[str, Any]:
         found["condense/num_layers"] = plain.pop("num_layers")  # one key for all, to compare them
         found |= {f"{method}/{key}": value for key, value in plain.items()}
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
+    if group := config["calibration"].get("group_by"):
+        found["calibration/group_by"] = group
     found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
               if key in config["finetune"]}  # fmt: skip
     found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}

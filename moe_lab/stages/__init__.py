@@ -78,12 +78,15 @@ def checkpoint_of(artifact: Artifact, dense: Checkpoint) -> Checkpoint:
     return Checkpoint(artifact.folder / "checkpoint", dense.dtype, artifact.key)
 
 
-def with_top_k(variants: dict[str, Checkpoint], wanted: Sequence[int]) -> dict[str, Checkpoint]:
+def with_top_k(
+    variants: dict[str, Checkpoint], wanted: Sequence[int], suite: Any
+) -> dict[str, Checkpoint]:
     """The variants, each followed by itself with other numbers of experts per token.
 
-    Those are named <variant>_top_<k>. A variant that has fewer experts, or that k as its own, has
-    no such follower.
+    Those are named <variant>_top_<k>. A variant that has fewer experts has no such follower; one
+    that has that k as its own only where the suite names it, so that all can be compared.
     """
+    named = getattr(suite, "top_k", None) or ()
     if not wanted:
         return variants
     found = {}
@@ -92,8 +95,10 @@ def with_top_k(variants: dict[str, Checkpoint], wanted: Sequence[int]) -> dict[s
         layers = checkpoint.layers()
         most = min(info.num_experts for info in layers)
         for top_k in wanted:
-            if top_k <= most and top_k != layers[0].top_k:
-                found[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
+            own = top_k == layers[0].top_k
+            if top_k <= most and (not own or top_k in named):
+                follower = checkpoint if own else replace(checkpoint, top_k=top_k)
+                found[f"{name}_top_{top_k}"] = follower
     return found
 
 
