@@ -75,7 +75,7 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
         ["loads in stock transformers", *_figures(report, variants, "stock")],
     ]
     body += [row for row in figures if any(cell != MISSING for cell in row[1:])]
-    return [["", *variants], *body]
+    return [["", *(name.replace("_top_", " top-") for name in variants)], *body]
 
 
 def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
