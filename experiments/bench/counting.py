@@ -8,37 +8,18 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from profile_cost import batches_for, cpu_seconds
 from transformers import PreTrainedModel
 
 from moe_lab import checkpoint
 from moe_lab.statistics import collect
 
 LIMITS = {"routers": 1.1, "all": 2.0}
-ROUNDS, NUM_BATCHES, BATCH_SIZE, LENGTH = 7, 4, 16, 128
-MODELS = ("tiny_deepseek", "tiny_qwen2_moe")
-
-
-def batches_for(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    """Random tokens without padding."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (BATCH_SIZE, LENGTH)
-    mask = torch.ones(shape, dtype=torch.long)
-    draw = [
-        torch.randint(model.config.vocab_size, shape, generator=generator)
-        for _ in range(NUM_BATCHES)
-    ]
-    return [{"input_ids": ids, "attention_mask": mask} for ids in draw]
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of all threads of this process."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
+ROUNDS = 7
+SHIPPED = Path(checkpoint.__file__).parent / "checkpoints"
 
 
 def costs(model: PreTrainedModel) -> dict[str, float]:
@@ -66,7 +47,7 @@ def main() -> int:
     """Measure every shipped model; 1 where a pass is over its limit."""
     torch.set_num_threads(1)
     failed = False
-    for name in MODELS:
+    for name in sorted(file.parent.name for file in SHIPPED.glob("*/config.json")):
         seconds = costs(checkpoint.resolve(f"shipped:{name}", dtype="float32").load())
         for kind, limit in LIMITS.items():
             ratio = seconds[kind] / seconds["plain"]
