@@ -19,7 +19,9 @@ from moe_lab.track import Tracker
 from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
-RECIPE_OPTIONS = ("top_k", "entropy", "annealing", "annealed_at", "trains")
+RECIPE_OPTIONS = (
+    "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
+)  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 

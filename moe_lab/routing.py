@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from moe_lab.moe import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
@@ -152,10 +151,8 @@ def restricted(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[
 @contextmanager
 def _restricted_layer(layer: MoELayer, kept: list[int]) -> Iterator[None]:
     router = layer.router
-    modules = {module: name for name, module in router.named_modules()}
-    others = (
-        {module for module, *_ in by_expert(layer)} - set(modules) - set(layer.experts.modules())
-    )
+    own = set(router.modules())
+    others = {module for module, *_ in by_expert(layer)} - {*own, *layer.experts.modules()}
     if others:
         raise UserError(
             f"{type(layer.block).__name__} keeps tensors of its experts in "
@@ -163,26 +160,28 @@ def _restricted_layer(layer: MoELayer, kept: list[int]) -> Iterator[None]:
             "family's experts cannot be left out for a while; prune them instead"
         )
     rows = [
-        (f"{modules[module]}.{key}".lstrip("."), dimension)
+        (module._parameters if key in module._parameters else module._buffers, key, dimension)
         for module, key, _, dimension in by_expert(layer)
-        if module in modules
+        if module in own
     ]
     counts = [
         (module, key)
-        for module in modules
+        for module in own
         for key, value in vars(module).items()
         if "expert" in key and type(value) is int and value == layer.info.num_experts
     ]
     kept_E = torch.tensor(kept, device=layer.experts.down_proj.device)
+    inner = router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
-        tensors = dict(router.named_parameters()) | dict(router.named_buffers())
-        cut = {name: tensors[name].index_select(size, kept_E) for name, size in rows}
-        del router.forward
+        whole = [tensors[key] for tensors, key, _ in rows]
+        for (tensors, key, dimension), tensor in zip(rows, whole, strict=True):
+            tensors[key] = tensor.index_select(dimension, kept_E)
         try:
-            logits, weights, index, *rest = functional_call(router, cut, arguments, named)
+            logits, weights, index, *rest = inner(*arguments, **named)
         finally:
-            router.forward = forward
+            for (tensors, key, _), tensor in zip(rows, whole, strict=True):
+                tensors[key] = tensor
         return logits, weights, kept_E[index], *rest
 
     for module, key in counts:

@@ -66,8 +66,13 @@ def test_restricted_is_pruned_and_leaves_nothing_behind(family: str) -> None:
     intact = model(**batch).logits
     kept = {layer.info.index: (0, 2, 3, 4, 6, 7) for layer in moe_layers(model)}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
+    heard: list[int] = []
+    first = moe_layers(model)[0].router
+    handle = first.register_forward_hook(lambda *call: heard.append(int(call[2][2].max())))
     with routing.restricted(model, kept):
         found = model(**batch).logits
+    handle.remove()
+    assert heard == [7]  # once, and by the experts' own numbers
     assert torch.equal(model(**batch).logits, intact)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     for layer in moe_layers(model):
