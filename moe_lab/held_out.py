@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lab import routing
 from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.observing import observe_routers
 from moe_lab.progress import progress
+from moe_lab.routing import scoring
+from moe_lab.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ class HeldOut:
 def compare(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> HeldOut:
     """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same."""
     divergence, loss, count = 0.0, 0.0, 0
-    routers = {layer.info.index: _Router(layer) for layer in moe_layers(model)}
+    routers = {
+        layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
+        for layer in moe_layers(model)
+    }
 
     def add(layer: MoELayer, *routed: Tensor) -> None:
-        routers[layer.info.index].add(*routed)
+        routers[layer.info.index].add_routed(*routed)
 
     for batch in progress(batches, "evaluate: held-out text"):
         valid = batch["attention_mask"][:, 1:].bool()
@@ -57,43 +61,19 @@ def compare(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tens
     figures = {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
     routed = {
         "layers": list(routers),
-        "rank_count": [router.rank_count_KE.tolist() for router in routers.values()],
+        "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
     }
     return HeldOut(figures | _routing_figures(list(routers.values())), routed)
 
 
-class _Router:
-    """Sums over the tokens of one router, in float64."""
-
-    def __init__(self, layer: MoELayer):
-        self.num_experts = layer.info.num_experts
-        self.scoring = routing.scoring(layer)
-        self.tokens = 0
-        self.entropy = 0.0
-        self.share_K: Tensor | float = 0.0
-        self.rank_count_KE: Tensor | int = 0
-
-    def add(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
-        self.tokens += len(index_TK)
-        if self.scoring is not None:
-            score_TE = routing.SCORINGS[self.scoring](logits_TE.double())
-            share_TE = score_TE / score_TE.sum(dim=1, keepdim=True)
-            self.entropy += torch.special.entr(share_TE).sum().item()
-        # Families differ in the order of the chosen experts: here the heaviest comes first.
-        weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
-        self.share_K += (weight_TK / weight_TK.sum(dim=1, keepdim=True)).sum(dim=0).cpu()
-        ranks = index_TK.gather(1, order_TK).unbind(1)
-        counts = [torch.bincount(index_T, minlength=self.num_experts) for index_T in ranks]
-        self.rank_count_KE += torch.stack(counts).cpu()
-
-
-def _routing_figures(routers: Sequence[_Router]) -> dict[str, float]:
+def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:
     """The means of HeldOut's routing/..., each layer counting the same."""
     figures: dict[str, float] = {}
-    if routers and all(router.scoring for router in routers):
-        figures["routing/entropy"] = _mean([router.entropy / router.tokens for router in routers])
+    if routers and all("entropy_sum" in router.sums for router in routers):
+        entropies = [router["entropy_sum"].item() / router["tokens"].item() for router in routers]
+        figures["routing/entropy"] = _mean(entropies)
     if routers:
-        shares = [(router.share_K / router.tokens).tolist() for router in routers]
+        shares = [(router["rank_share_sum"] / router["tokens"]).tolist() for router in routers]
         figures["routing/top_k"] = _mean([len(share_K) for share_K in shares])
         for rank in range(max(len(share_K) for share_K in shares)):
             share = [share_K[rank] if rank < len(share_K) else 0.0 for share_K in shares]

@@ -82,6 +82,7 @@ def _moe_layer(
         shared_width=_width(shared),
         expert_width=_expert_width(experts),
         num_decoders=len(modules[decoders_path(name)]),
+        family=getattr(model.config, "model_type", ""),
     )
     decoder = modules[match["decoder"]]
     gate = children.get("shared_expert_gate")

@@ -44,10 +44,10 @@ def scoring(layer: MoELayer) -> str | None:
     finally:
         for module, field, value in holders:
             setattr(module, field, value)
-    return matching_scoring(logits_TE.reshape(PROBES, -1), weight_TK, index_TK)
+    return matching_scoring(logits_TE.reshape(PROBES, -1), index_TK, weight_TK)
 
 
-def matching_scoring(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> str | None:
+def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str | None:
     """Which of SCORINGS gives these weights, up to one factor per token.
 
     The weights of the chosen experts are proportional to softmax(logits) also where they are
@@ -62,7 +62,7 @@ def matching_scoring(logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> 
         else:
             shares = chosen / chosen.sum(dim=1, keepdim=True)
             spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
-        if spread < 2e-2 if weight_TK.dtype != torch.float32 else spread < 1e-4:
+        if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):
             return name
     return None
 

@@ -26,17 +26,13 @@ from moe_lab.observing import (
     observe,
     observe_routers,
 )
+from moe_lab.routing import SCORINGS, matching_scoring, scoring
 from moe_lab.types import LayerInfo, Routing, UserError
 
 # Known only where the router's scoring is; and what is no sum over tokens.
 OF_PROBABILITY = ("probability_sum", "entropy_sum")
 CONSTANTS = ("router_norm",)
 GROUPS = "groups.json"
-SCORINGS = {
-    "softmax": lambda logits: logits.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
-}
 
 
 class LayerStatistics:
@@ -47,8 +43,9 @@ class LayerStatistics:
     (SEER-MoE 2404.05089, soft count); router_norm, no sum but the l2 norm of its router row. Per
     pair of experts [E, E]: logit_product_sum, of the products of their router logits. Per place in
     a token's choice, heaviest first: rank_count [K, E], tokens that gave each expert this place;
-    rank_weight_sum [K], of the weights there. Scalars [1]: tokens; entropy_sum, of the entropy in
-    nats of the full probability (scores that do not add up to 1 are divided by their sum first).
+    rank_share_sum [K], of the share that the weight there has of the token's. Scalars [1]: tokens;
+    entropy_sum, of the entropy in nats of the full probability (scores that do not add up to 1 are
+    divided by their sum first).
 
     Of the experts and what is around them. Per expert [E]: norm_sum, of the l2 norm of its output;
     gate_norm_sum, of weight times norm. Scalars [1]: shared_gate_sum, of the shared expert's
@@ -57,10 +54,15 @@ class LayerStatistics:
     et al. 2406.02500).
     """
 
-    def __init__(self, info: LayerInfo, sums: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        info: LayerInfo,
+        sums: dict[str, Tensor] | None = None,
+        scoring: str | None = None,
+    ):
         self.info = info
         self.sums = sums or {}
-        self.scoring: str | None = None
+        self.scoring = scoring  # None: found by looking at the first batch
 
     def add(self, routing: Routing) -> None:
         """Add one batch."""
@@ -83,7 +85,7 @@ class LayerStatistics:
         """Add what the router made of one batch: all that needs no more than this."""
         tokens = len(index_TK)
         if self.scoring is None and tokens:
-            self.scoring = router_scoring(logits_TE, index_TK, weight_TK)
+            self.scoring = matching_scoring(logits_TE, index_TK, weight_TK)
         # Families differ in the order of the chosen experts: here the heaviest comes first.
         weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
         index_TK = index_TK.gather(1, order_TK)
@@ -94,7 +96,8 @@ class LayerStatistics:
         self._add("gate_sum", self._per_expert(index_TK.flatten(), weight_TK.flatten()))
         self._add("logit_product_sum", logits_TE.T @ logits_TE)
         self._add("rank_count", torch.stack(ranks))
-        self._add("rank_weight_sum", weight_TK.sum(dim=0))
+        share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
+        self._add("rank_share_sum", share_TK.sum(dim=0))
         if self.scoring is not None:
             probability_TE = SCORINGS[self.scoring](logits_TE)
             share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
@@ -136,27 +139,6 @@ class LayerStatistics:
         return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
 
 
-def router_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str | None:
-    """Which function of the logits the router's weights are, up to one factor per token.
-
-    Found by looking, since no config field says it in all families: the weights of the chosen
-    experts are proportional to softmax(logits) also where they are renormalised, scaled, or a
-    softmax over the chosen logits alone. None where no known function fits.
-    """
-    weight = weight_TK.double()
-    for name, score in SCORINGS.items():
-        chosen = score(logits_TE.double()).gather(1, index_TK)
-        if weight.shape[1] == 1:  # one expert: the factor must be the same for all tokens
-            ratio = weight / chosen
-            spread = (ratio / ratio[:1] - 1).abs().amax()
-        else:
-            shares = chosen / chosen.sum(dim=1, keepdim=True)
-            spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
-        if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):
-            return name
-    return None
-
-
 def router_norm(layer: MoELayer) -> Tensor:
     """l2 norm [E] of each expert's row of the router's weight."""
     num_experts = layer.info.num_experts
@@ -188,7 +170,8 @@ class Collection:
         key = self.group, index
         if key not in self.found:
             layer = self.layers[index]
-            self.found[key] = LayerStatistics(layer.info, {"router_norm": router_norm(layer)})
+            sums = {"router_norm": router_norm(layer)}
+            self.found[key] = LayerStatistics(layer.info, sums, scoring(layer))
         return self.found[key]
 
     def of_group(self, group: int = 0) -> list[LayerStatistics]:

@@ -30,7 +30,7 @@ class LayerInfo:
     (1, 1 elsewhere); shared: whether shared experts stand beside the routed ones; obstacle: why
     the layer cannot become one dense gated MLP, None where it can. shared_width, expert_width:
     hidden units of the shared part (all shared experts together) and of one routed expert;
-    num_decoders: decoder layers of the model, dense ones counted.
+    num_decoders: decoder layers of the model, dense ones counted; family: its model type.
     """
 
     index: int
@@ -45,6 +45,7 @@ class LayerInfo:
     shared_width: int = 0
     expert_width: int = 0
     num_decoders: int = 0
+    family: str = ""
 
 
 @dataclass(frozen=True)

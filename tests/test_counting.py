@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, dict]] = {
 }
 OF_ROUTERS = (
     "tokens count gate_sum probability_sum logit_product_sum entropy_sum rank_count "
-    "rank_weight_sum router_norm"
+    "rank_share_sum router_norm"
 ).split()
 
 
@@ -133,7 +133,9 @@ def expected(config, gate, x_TD: Tensor) -> dict[str, Tensor]:
         "logit_product_sum": logits_TE.T @ logits_TE,
         "entropy_sum": -(share_TE * share_TE.log()).sum()[None],
         "rank_count": torch.tensor(places).double(),
-        "rank_weight_sum": heaviest_TE[:, :num_chosen].sum(dim=0),
+        "rank_share_sum": (
+            heaviest_TE[:, :num_chosen] / heaviest_TE[:, :num_chosen].sum(dim=1, keepdim=True)
+        ).sum(dim=0),
         "router_norm": gate.weight.detach().double().square().sum(dim=1).sqrt(),
     }
 

@@ -18,7 +18,8 @@ from moe_lab.metrics.random import random
 from moe_lab.metrics.reap import reap
 from moe_lab.metrics.soft_count import soft_count
 from moe_lab.ratios.uniform import Uniform
-from moe_lab.statistics import SCORINGS, LayerStatistics, router_scoring
+from moe_lab.routing import SCORINGS, matching_scoring
+from moe_lab.statistics import LayerStatistics
 from moe_lab.types import LayerInfo, Plan, Routing, UserError
 
 INFO = LayerInfo(3, "model.layers.3.mlp", num_experts=4, top_k=2, hidden_size=2)
@@ -81,8 +82,8 @@ def test_the_routers_scoring_is_recognised(scoring: str, renormalised: bool, top
     weight, index = SCORINGS[scoring](logits).topk(top_k)
     if renormalised and top_k > 1:
         weight = weight / weight.sum(dim=1, keepdim=True)
-    assert router_scoring(logits, index, 2.5 * weight) == scoring
-    assert router_scoring(logits, index, weight.flip(0)) is None
+    assert matching_scoring(logits, index, 2.5 * weight) == scoring
+    assert matching_scoring(logits, index, weight.flip(0)) is None
 
 
 def test_a_soft_count_without_probability_is_refused() -> None:

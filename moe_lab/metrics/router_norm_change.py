@@ -39,6 +39,8 @@ class RouterNormChange:
                 f"{who} has MoE layers {sorted(theirs)}, the model {sorted(ours)}: {why}"
             )
         for index, our in ours.items():
+            if theirs[index].family != our.family:
+                raise UserError(f"{who} is of another family than the model, {our.family!r}: {why}")
             for field, words in (("num_experts", "experts"), ("hidden_size", "hidden units")):
                 found, wanted = getattr(theirs[index], field), getattr(our, field)
                 if found != wanted:
