@@ -98,7 +98,11 @@ REFUSED = {
     "layers": ("qwen2_moe", {"num_hidden_layers": 5}, r"MoE layers \[1, 2, 3, 4\], the model"),
     "experts": ("qwen2_moe", {"num_experts": 6}, r"has 6 experts in layer 1, the model 8"),
     "hidden": ("qwen2_moe", {"hidden_size": 64}, r"has 64 hidden units in layer 1, the model 32"),
-    "alike": ("qwen3_moe", {"mlp_only_layers": [0]}, "of another family than the model, 'qwen2_moe'"),
+    "alike": (
+        "qwen3_moe",
+        {"mlp_only_layers": [0]},
+        "of another family than the model, 'qwen2_moe'",
+    ),
     "family": ("mixtral", {}, r"\(a 'mixtral'\) has MoE layers \[0, 1, 2, 3\], the model \[1, 2"),
 }
 
