@@ -16,7 +16,11 @@ from moe_lab.moe import apply_plan, moe_layers, part_widths
 from moe_lab.tasks import tiny
 from moe_lab.types import Edit, Plan
 
-MODELS = {"tiny_deepseek": (32, True), "tiny_qwen2_moe": (30, False)}  # experts, a dense layer 0
+MODELS = {  # experts, per token, a dense layer 0, shared experts
+    "tiny_deepseek": (32, 4, True, True),
+    "tiny_qwen2_moe": (30, 4, False, True),
+    "tiny_mixtral": (8, 2, False, False),
+}
 LARGEST = 12_000_000  # bytes of a shipped folder
 NUM_ITEMS = 32
 LEAST_ACCURACY = 0.40  # chance is 0.25; the card's figures on 200 items are in its table
@@ -26,6 +30,11 @@ LEAST_USE = 0.1  # of the layer's mean
 
 @pytest.fixture(scope="module", params=MODELS)
 def shipped(request) -> checkpoint.Checkpoint:
+    return checkpoint.resolve(f"shipped:{request.param}", dtype="float32")
+
+
+@pytest.fixture(scope="module", params=[name for name in MODELS if MODELS[name][-1]])
+def with_shared_experts(request) -> checkpoint.Checkpoint:
     return checkpoint.resolve(f"shipped:{request.param}", dtype="float32")
 
 
@@ -39,24 +48,25 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_what_they_are(shipped: checkpoint.Checkpoint) -> None:
-    experts, dense_first = MODELS[shipped.path.name]
+    experts, top_k, dense_first, shared = MODELS[shipped.path.name]
     layers = shipped.layers()
     assert len(layers) == 8
     assert layers[0].index == int(dense_first)
     for info in layers:
-        assert (info.num_experts, info.top_k, info.shared) == (experts, 4, True)
+        assert (info.num_experts, info.top_k, info.shared) == (experts, top_k, shared)
     assert sum(path.stat().st_size for path in shipped.path.iterdir()) <= LARGEST
     assert (shipped.path / "README.md").read_text().count("| **average** |") == 1
-    model = shipped.load()
-    gates = torch.cat([layer.shared_gate.weight for layer in moe_layers(model)])
-    assert bool(gates.abs().sum() == 0) == dense_first  # trained only in Qwen's shape
+    if shared:
+        gates = torch.cat([layer.shared_gate.weight for layer in moe_layers(shipped.load())])
+        assert bool(gates.abs().sum() == 0) == dense_first  # trained only in Qwen's shape
 
 
 @pytest.mark.parametrize("num_layers", [2, 4, 6])
 @pytest.mark.parametrize("num_routed", [0, 4])
 def test_parameters_are_the_closed_form(
-    shipped: checkpoint.Checkpoint, num_routed: int, num_layers: int, tmp_path: Path
+    with_shared_experts: checkpoint.Checkpoint, num_routed: int, num_layers: int, tmp_path: Path
 ) -> None:
+    shipped = with_shared_experts
     infos = shipped.layers()
     chosen = random.Random(num_layers).sample(infos, num_layers)
     edits = [
@@ -117,7 +127,7 @@ def _count_chosen_experts(model: Any) -> list[Any]:
     counts = []
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
-            counts.append(torch.zeros(model.config.num_experts))
+            counts.append(torch.zeros(len(layer.mlp.gate.weight)))
 
             def add(module: Any, inputs: Any, output: Any, count: Any = counts[-1]) -> None:
                 count.add_(torch.bincount(output[2].flatten(), minlength=len(count)))
