@@ -24,6 +24,8 @@ from moe_lab.finetune.seer import Seer, entropy
 from moe_lab.moe import moe_layers, prune_layer
 from moe_lab.saving import save
 from moe_lab.stages import finetune as stage
+from moe_lab.stages import other_top_k
+from moe_lab.stages.evaluate import Suite
 from moe_lab.stages.measure import flops_per_token
 from moe_lab.tokens import Tokens
 from moe_lab.types import Plan, UserError
@@ -133,6 +135,17 @@ def test_routers_that_do_not_obey_are_refused() -> None:
         recipe_of(top_k=1).check_model(config, layers)
     recipe_of(top_k=2).check_model(config, layers)
     recipe_of(top_k=None).check_model(config, layers)
+    with pytest.raises(UserError, match="'phimoe' choose 2 experts for each token whatever"):
+        other_top_k(Suite(top_k=[1]), None, config, layers)
+    assert other_top_k(Suite(top_k=[2]), None, config, layers) == [2]
+
+
+def test_no_more_experts_than_a_tokens_groups_have() -> None:
+    model = tiny_model("deepseek_v3")  # 2 groups of 4 experts, a token may use 1 of them
+    layers = [layer.info for layer in moe_layers(model)]
+    with pytest.raises(UserError, match=r"eval.top_k=\[5\]: a token can get 1 to 4 experts"):
+        other_top_k(Suite(top_k=[5]), None, model.config, layers)
+    assert other_top_k(Suite(top_k=[4, 1]), None, model.config, layers) == [4, 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,6 +186,25 @@ def test_bad_input_is_refused_before_any_work(job: Callable[..., Outcome]) -> No
         outcome = job("method=none", "finetune=seer", *options)
         assert outcome.code == 2 and message in outcome.text, outcome.text
         assert outcome.stages() == []
+
+
+def test_layers_that_are_not_edited_are_trained(job: Callable[..., Outcome]) -> None:
+    """A plan is foreseen from the edited layers alone; those that stay are no less there."""
+    few = ["finetune.phases.lm.data.num_samples=8", "finetune.phases.lm.validation=null"]
+    for recipe in ("seer", "expert_dropping"):
+        outcome = job("method=drop_layers", "condense.layers=last", f"finetune={recipe}", *few)
+        assert outcome.code == 0, outcome.text
+    outcome = job("method=drop_layers", "condense.num_layers=3", "finetune=seer", *few)
+    assert outcome.code == 2 and "this plan leaves none" in outcome.text, outcome.text
+
+
+def test_a_variant_without_moe_layers_has_no_other_k(job: Callable[..., Outcome]) -> None:
+    few = ["eval.tasks=[]", "eval.held_out.num_samples=4", "eval.held_out.max_length=32"]
+    asked = ["method=drop_layers", "condense.num_layers=3", "eval=perplexity", "eval.top_k=[1]"]
+    outcome = job(*asked, *few)
+    assert outcome.code == 0, outcome.text
+    assert "dense_top_1/kl" in outcome.report and "compressed/kl" in outcome.report
+    assert "compressed_top_1/kl" not in outcome.report
 
 
 # --------------------------------------------------------------------------- annealing

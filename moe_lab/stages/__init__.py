@@ -14,7 +14,8 @@ from typing import Any
 
 from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.finetune import sources
-from moe_lab.moe import apply_plan, num_parameters
+from moe_lab.moe import apply_plan, moe_layers, num_parameters
+from moe_lab.routing import set_top_k
 from moe_lab.store import Artifact
 from moe_lab.tokens import Tokens
 from moe_lab.types import LayerInfo, Plan, UserError
@@ -83,8 +84,9 @@ def with_top_k(
 ) -> dict[str, Checkpoint]:
     """The variants, each followed by itself with other numbers of experts per token.
 
-    Those are named <variant>_top_<k>. A variant that has fewer experts has no such follower; one
-    that has that k as its own only where the suite names it, so that all can be compared.
+    Those are named <variant>_top_<k>. A variant that has fewer experts, or no MoE layer any more,
+    has no such follower; one that has that k as its own only where the suite names it, so that all
+    can be compared.
     """
     named = getattr(suite, "top_k", None) or ()
     if not wanted:
@@ -92,30 +94,36 @@ def with_top_k(
     found = {}
     for name, checkpoint in variants.items():
         found[name] = checkpoint
-        layers = checkpoint.layers()
-        most = min(info.num_experts for info in layers)
-        for top_k in wanted:
+        layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
+        for top_k in wanted if layers else ():
             own = top_k == layers[0].top_k
-            if top_k <= most and (not own or top_k in named):
+            if top_k <= _most_top_k(layers) and (not own or top_k in named):
                 follower = checkpoint if own else replace(checkpoint, top_k=top_k)
                 found[f"{name}_top_{top_k}"] = follower
     return found
 
 
-def other_top_k(suite: Any, recipe: Any, layers: Sequence[LayerInfo]) -> list[int]:
+def other_top_k(suite: Any, recipe: Any, config: Any, layers: Sequence[LayerInfo]) -> list[int]:
     """At which numbers of experts per token all variants are evaluated beside their own.
 
     Those that the suite names, else the one that the recipe ends with. UserError for impossible
-    ones.
+    ones, and for a model of this config whose routers do not obey.
     """
     wanted = getattr(suite, "top_k", None)
     if wanted is None:
         wanted = [k] if (k := getattr(recipe, "top_k", None)) else []
-    most = min(info.num_experts for info in layers)
+    most = _most_top_k(layers)
     for top_k in wanted:
         if not 1 <= top_k <= most:
             raise UserError(f"eval.top_k={list(wanted)}: a token can get 1 to {most} experts")
+        if top_k != layers[0].top_k:
+            set_top_k(meta_model(config), top_k)
     return list(dict.fromkeys(wanted))
+
+
+def _most_top_k(layers: Sequence[LayerInfo]) -> int:
+    """The most experts per token: no layer has more within the groups that a token may use."""
+    return min(info.num_experts // info.groups * info.groups_used for info in layers)
 
 
 class Recorder:

@@ -105,7 +105,10 @@ def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[Layer
         return
     edits = method.example(layers)
     if recipe:
-        recipe.check(Plan(edits))
+        indices = {edit.index for edit in edits}
+        others = (info for info in layers if info.index not in indices)
+        kept = tuple(Edit(info.index, info.name, "keep") for info in others)
+        recipe.check(Plan((*edits, *kept)))
     form = form_of(checkpoint.config, edits, getattr(method, "padding", None))
     if not form.plain:
         logger.info("the result will be saved %s", form.reason)
