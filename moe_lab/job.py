@@ -70,6 +70,9 @@ def _head(job: Description) -> dict[str, Any]:
     if method == "prune":
         found |= {"metric": job.choices["metric"], "ratio": config["ratio"].get("ratio")}
         found["ratio_method"] = job.choices["ratio"]
+        named = {"ratio": ("coverage", "floor"), "metric": ("reference",)}
+        found |= {f"{part}/{key}": value for part, keys in named.items() for key in keys
+                  if (value := config[part].get(key)) is not None}  # fmt: skip
     if method == "condense":
         plain = {key: _word(value) for key, value in config["condense"].items()}
         found |= {f"condense/{key}": value for key, value in plain.items()}
@@ -78,8 +81,8 @@ def _head(job: Description) -> dict[str, Any]:
         found["condense/num_layers"] = plain.pop("num_layers")  # one key for all, to compare them
         found |= {f"{method}/{key}": value for key, value in plain.items()}
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
-    if group := config["calibration"].get("group_by"):
-        found["calibration/group_by"] = group
+    found |= {f"calibration/{key}": value for key in ("group_by", "group")
+              if (value := config["calibration"].get(key)) is not None}  # fmt: skip
     found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
               if key in config["finetune"]}  # fmt: skip
     found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}

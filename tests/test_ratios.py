@@ -235,3 +235,12 @@ def test_a_job_that_needs_more_than_the_routers_is_refused(job: Callable[..., Ou
     words = ("compute.profile=routers", "frequency", "soft_count", "compute.profile=all")
     assert done.code == 2 and all(word in done.text for word in words), done.text
     assert done.stages() == []
+
+
+def test_jobs_of_a_sweep_can_be_told_apart(job: Callable[..., Outcome]) -> None:
+    """What a sweep is over stands in each report, also of a job that is refused."""
+    wrong = ["calibration.group_by=domain", "calibration.group=code", "calibration.pack=true"]
+    report = job("ratio=coverage", "ratio.coverage=0.8", "ratio.floor=4", *wrong).report
+    assert report["status"] == "failed" and report["ratio_method"] == "coverage"
+    assert (report["ratio/coverage"], report["ratio/floor"]) == (0.8, 4)
+    assert (report["calibration/group_by"], report["calibration/group"]) == ("domain", "code")
