@@ -24,7 +24,7 @@ from moe_lab.finetune.seer import Seer, entropy
 from moe_lab.moe import moe_layers, prune_layer
 from moe_lab.saving import save
 from moe_lab.stages import finetune as stage
-from moe_lab.stages import other_top_k
+from moe_lab.stages import other_top_k, with_top_k
 from moe_lab.stages.evaluate import Suite
 from moe_lab.stages.measure import flops_per_token
 from moe_lab.tokens import Tokens
@@ -454,6 +454,22 @@ def test_twins_make_unequal_layers_native_where_they_change_nothing(
     assert top_k == 1
     found = torch.tensor(logits, dtype=torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "padding,named", [(1, ["own", "own_top_1"]), (0, ["own", "own_top_1", "own_top_2"])]
+)
+def test_twins_are_no_second_expert(padding: float, named: list[str], tmp_path: Path) -> None:
+    """With two experts per token both places would go to one expert and its twin."""
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    routing.set_top_k(model, 1)
+    for number, layer in enumerate(moe_layers(model)):
+        prune_layer(layer, range(3 + number))
+    form = save(model, tmp_path / "checkpoint", tmp_path / "source", padding)
+    (tmp_path / "form.json").write_text(json.dumps(form.to_json()))
+    found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], Suite(top_k=[1, 2]))
+    assert list(found) == named
 
 
 def test_two_experts_for_each_token_take_no_twins(tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def with_top_k(
     """The variants, each followed by itself with other numbers of experts per token.
 
     Those are named <variant>_top_<k>. A variant that has fewer experts, or no MoE layer any more,
-    has no such follower; one that has that k as its own only where the suite names it, so that all
-    can be compared.
+    has no such follower, nor has one with repeated experts, where a token's second would be its
+    first once more; one that has that k as its own only where the suite names it, so that all can
+    be compared.
     """
     named = getattr(suite, "top_k", None) or ()
     if not wanted:
@@ -97,9 +98,10 @@ def with_top_k(
         layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
         for top_k in wanted if layers else ():
             own = top_k == layers[0].top_k
-            if top_k <= _most_top_k(layers) and (not own or top_k in named):
-                follower = checkpoint if own else replace(checkpoint, top_k=top_k)
-                found[f"{name}_top_{top_k}"] = follower
+            if own and top_k in named:
+                found[f"{name}_top_{top_k}"] = checkpoint
+            elif not own and top_k <= _most_top_k(layers) and not _repeats_experts(checkpoint):
+                found[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
     return found
 
 
@@ -126,6 +128,16 @@ def _most_top_k(layers: Sequence[LayerInfo]) -> int:
     return min(info.num_experts // info.groups * info.groups_used for info in layers)
 
 
+def _form(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a checkpoint was saved; nothing more than that it is stock where no stage of ours did."""
+    file = checkpoint.path.parent / "form.json"
+    return json.loads(file.read_text()) if file.is_file() else {"stock": True}
+
+
+def _repeats_experts(checkpoint: Checkpoint) -> bool:
+    return bool(_form(checkpoint).get("repeated_parameters"))
+
+
 class Recorder:
     """Writes what the stages found into a run's report."""
 
@@ -141,8 +153,7 @@ class Recorder:
     def checkpoints(self, variants: dict[str, Checkpoint]) -> None:
         """Where each variant lies, whether stock transformers loads it, and what trained in it."""
         for name, checkpoint in variants.items():
-            file = checkpoint.path.parent / "form.json"
-            form = json.loads(file.read_text()) if file.is_file() else {"stock": True}
+            form = _form(checkpoint)
             self.report[f"{name}/checkpoint"] = str(checkpoint.path)
             self.report[f"{name}/stock"] = form["stock"]
             if form.get("repeated_parameters"):
