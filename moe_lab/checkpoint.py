@@ -50,8 +50,8 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """12 hex over the config and every byte of the weights, and top_k where it is given."""
-        if self.top_k is not None:
+        """12 hex over the config and every byte of the weights, and top_k where it is another."""
+        if self.top_k is not None and self.top_k != self.layers()[0].top_k:
             whole = replace(self, top_k=None).fingerprint
             return hashlib.sha256(f"{whole} top_k {self.top_k}".encode()).hexdigest()[:12]
         if self.known_fingerprint:
@@ -72,6 +72,11 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self.path, **LOCAL)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path}/config.json cannot be read: {error}") from error
+
+    @property
+    def repeats_experts(self) -> bool:
+        """Whether layers were filled up with copies of their experts (`saving.save`)."""
+        return hasattr(self.config, "distinct_experts")
 
     def layers(self) -> list[LayerInfo]:
         """Its MoE layers, found on a model without weights; UserError where it has none."""

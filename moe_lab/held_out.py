@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.observing import observe_routers
 from moe_lab.progress import progress
-from moe_lab.routing import scoring
+from moe_lab.routing import at_top_k, scoring
 from moe_lab.statistics import LayerStatistics
 
 
@@ -37,8 +37,16 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def compare(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> HeldOut:
-    """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same."""
+def compare(
+    dense: nn.Module,
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    dense_top_k: int | None = None,
+) -> HeldOut:
+    """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same.
+
+    dense_top_k: experts per token of the dense model, None for as many as it has now.
+    """
     divergence, loss, count = 0.0, 0.0, 0
     routers = {
         layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
@@ -54,7 +62,10 @@ def compare(dense: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tens
         with observe_routers(model, add, whole=True) as observation:
             observation.valid = batch["attention_mask"].bool()
             q = _log_probabilities(model, batch, valid)
-        p = q if dense is model else _log_probabilities(dense, batch, valid)
+        p = q
+        if dense is not model or dense_top_k:
+            with at_top_k(dense, dense_top_k):
+                p = _log_probabilities(dense, batch, valid)
         divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
         loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
         count += len(target)

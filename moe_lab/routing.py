@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -124,6 +125,39 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
             f"top_k={top_k}: routers of the family {config.model_type!r} choose "
             f"{chosen_by(layers[0])} experts for each token whatever their config says"
         )
+
+
+@contextmanager
+def at_top_k(model: nn.Module, top_k: int | None) -> Iterator[None]:
+    """While open, `set_top_k(model, top_k)`; None changes nothing."""
+    before = moe_layers(model)[0].info.top_k if top_k else None
+    if top_k:
+        set_top_k(model, top_k)
+    try:
+        yield
+    finally:
+        if before:
+            set_top_k(model, before)
+
+
+@torch.no_grad()
+def learns_with_one(layer: MoELayer) -> bool:
+    """Whether a router weight says anything where a token gets one expert.
+
+    Renormalised, it is always 1, and a task's loss has no gradient for the router. Tried on random
+    rows and tokens; the layer may be on the meta device, and is not changed.
+    """
+    router = copy.deepcopy(layer.router).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*router.parameters(), *router.buffers()]:
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for field in TOP_K_FIELDS:
+        if type(getattr(router, field, None)) is int:
+            setattr(router, field, 1)
+    x_TD = torch.randn(PROBES, layer.info.hidden_size, generator=generator)
+    weight_TK = router.forward(x_TD)[1]
+    return not torch.allclose(weight_TK, weight_TK[:1].expand_as(weight_TK))
 
 
 @torch.no_grad()

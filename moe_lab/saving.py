@@ -94,18 +94,27 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
             prune_layer(layer, range(wanted["num_experts"]))
 
 
-def save(model: PreTrainedModel, folder: Path, source: Path, padding: float | None = None) -> Form:
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    source: Path,
+    padding: float | None = None,
+    twins: float = 0.0,
+) -> Form:
     """Write an edited model as a checkpoint, in the form that is returned.
 
     Parameters are written in the dtype of the checkpoint at `source`, whose tokenizer comes along.
     padding: zeros make narrow dense layers as wide as the family's config has all of them, if that
     adds at most this share of the model's parameters; else the exact sizes are saved in our own
-    form. None: as at `source` where it says so, else 0.01. Likewise layers with fewer experts than
-    others are filled up with copies of their own where that changes nothing, as with one expert for
-    each token. The model itself is not changed except for its dtype, its config and those two.
+    form. None: as at `source` where it says so, else 0.01. twins: layers with fewer experts than
+    others are filled up with copies of their own, where that changes nothing (as with one expert
+    for each token) and adds at most this share; the config says how many were there before
+    (`distinct_experts`). The model is not changed except for its dtype, its config and those two.
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
-    form = _form(model, _limit(model.config, padding))
+    if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
+        del model.config.distinct_experts
+    form = _form(model, _limit(model.config, padding), twins)
     if not form.plain:
         logger.info("saving: %s", form.reason)
     edited = _edited_blocks(model)
@@ -138,12 +147,12 @@ def _width(block: nn.Module) -> int:
     return 0 if type(block) is NoMLP else block.gate_proj.out_features
 
 
-def _form(model: PreTrainedModel, padding: float) -> Form:
+def _form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> Form:
     """The family's own form where it can say the model with few enough zeros, else ours."""
     layers, edited = moe_layers(model), _edited_blocks(model)
     config, obstacle = _native_config(model, layers, edited)
     if len(counts := _counts(layers)) > 1:
-        form, obstacle = _with_twins(model, layers, edited, padding, max(counts), obstacle)
+        form, obstacle = _with_twins(model, layers, edited, twins, max(counts), obstacle)
         if form:
             return form
     elif not obstacle:
@@ -197,12 +206,12 @@ def _with_twins(
     model: PreTrainedModel,
     layers: list[MoELayer],
     edited: dict[str, nn.Module],
-    padding: float,
+    limit: float,
     size: int,
     obstacle: str,
 ) -> tuple[Form | None, str]:
     """The family's form with all layers filled up to `size` experts, or what is in the way."""
-    if model.device.type == "meta" or edited or not all(map(takes_twins, layers)):
+    if not limit or edited or not all(map(takes_twins, layers)):
         return None, obstacle
     added = 0
     for layer in layers:
@@ -211,14 +220,17 @@ def _with_twins(
         added += (size - layer.info.num_experts) * per_expert
     share = added / num_parameters(model)
     how = f"every layer filled up to {size} experts with twins, which change nothing"
-    if share > padding:
-        more = f"{how}, would have {share:.1%} more parameters (padding={padding:g} allows less)"
+    if share > limit:
+        more = f"{how}, would have {share:.1%} more parameters (finetune.twins={limit:g})"
         return None, f"{obstacle}; the family's own form, {more}"
     config = copy.deepcopy(model.config)
     if hasattr(config, "moe_lab"):
         del config.moe_lab
     set_num_experts(config, size)
-    reason = f"in the family's own form: {how}: {share:.1%} more parameters (padding=0: none)"
+    config.distinct_experts = {str(one.info.index): one.info.num_experts for one in layers}
+    reason = (
+        f"in the family's own form: {how}: {share:.1%} more parameters (finetune.twins=0: none)"
+    )
     return Form(True, reason, config, num_experts=size, repeated=added), obstacle
 
 

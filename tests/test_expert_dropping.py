@@ -300,7 +300,7 @@ def test_it_works_behind_pruning(tmp_path: Path) -> None:
     assert not recipe_of().needs_edits
     recipe_of().check(NOTHING)
     recipe_of().check(Plan((Edit(1, "model.layers.1.mlp", "prune", kept=(0, 1, 2)),)))
-    with pytest.raises(UserError, match="this plan leaves none"):
+    with pytest.raises(UserError, match="the plan leaves none"):
         recipe_of().check(Plan((Edit(1, "model.layers.1.mlp", "drop_layer"),)))
 
 

@@ -169,6 +169,7 @@ def test_the_scoring_is_known_whatever_k_is(family: str, top_k: int) -> None:
         ({"annealing": "cosine"}, "there are linear, staircase, at_once"),
         ({"annealed_at": 1.5}, "finetune.annealed_at=1.5"),
         ({"trains": "attention"}, "there are experts, routers, both, all"),
+        ({"twins": -1.0}, "finetune.twins=-1.0"),
     ],
 )
 def test_impossible_options_are_refused(options: dict, message: str) -> None:
@@ -195,7 +196,7 @@ def test_layers_that_are_not_edited_are_trained(job: Callable[..., Outcome]) -> 
         outcome = job("method=drop_layers", "condense.layers=last", f"finetune={recipe}", *few)
         assert outcome.code == 0, outcome.text
     outcome = job("method=drop_layers", "condense.num_layers=3", "finetune=seer", *few)
-    assert outcome.code == 2 and "this plan leaves none" in outcome.text, outcome.text
+    assert outcome.code == 2 and "the plan leaves none" in outcome.text, outcome.text
 
 
 def test_a_variant_without_moe_layers_has_no_other_k(job: Callable[..., Outcome]) -> None:
@@ -205,6 +206,31 @@ def test_a_variant_without_moe_layers_has_no_other_k(job: Callable[..., Outcome]
     assert outcome.code == 0, outcome.text
     assert "dense_top_1/kl" in outcome.report and "compressed/kl" in outcome.report
     assert "compressed_top_1/kl" not in outcome.report
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_alone_learn_nothing_where_their_weight_is_one(family: str) -> None:
+    """The gradient of the task's loss at k = 1 says which families these are."""
+    model, batch = tiny_model(family), tiny_batch()
+    config = model.config
+    routing.set_top_k(model, 1)
+    recipe = recipe_of(trains="routers", annealing="at_once", entropy=0.0)
+    tuning = recipe.prepare(model, NOTHING)
+    for parameter in tuning.trainable.values():
+        parameter.requires_grad_(True)
+    tuning.losses(batch | {"labels": batch["input_ids"]})["loss"].backward()
+    largest = max(float(p.grad.abs().max()) for p in tuning.trainable.values())
+    learns = largest > 1e-4
+    assert learns == (family not in ("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss"))
+    config.num_experts_per_tok = 2
+    layers = [layer.info for layer in moe_layers(meta_model(config))]
+    if learns:
+        recipe.check_model(config, layers)
+        return
+    with pytest.raises(UserError, match="router weights are always 1"):
+        recipe.check_model(config, layers)
+    for other in ({"entropy": 0.1}, {"annealing": "linear"}, {"trains": "both"}):
+        dataclasses.replace(recipe, **other).check_model(config, layers)
 
 
 # --------------------------------------------------------------------------- annealing
@@ -439,7 +465,7 @@ def test_twins_make_unequal_layers_native_where_they_change_nothing(
     exact = sum(parameter.numel() for parameter in model.parameters())
     assert not save(model, tmp_path / "exact", tmp_path / "source", padding=0).stock
     assert torch.equal(load(tmp_path / "exact")(ids).logits, expected)
-    form = save(load(tmp_path / "exact"), tmp_path / "filled", tmp_path / "source", padding=1)
+    form = save(load(tmp_path / "exact"), tmp_path / "filled", tmp_path / "source", twins=1)
     assert form.stock == twins
     if not twins:
         return
@@ -457,16 +483,16 @@ def test_twins_make_unequal_layers_native_where_they_change_nothing(
 
 
 @pytest.mark.parametrize(
-    "padding,named", [(1, ["own", "own_top_1"]), (0, ["own", "own_top_1", "own_top_2"])]
+    "limit,named", [(1, ["own", "own_top_1"]), (0, ["own", "own_top_1", "own_top_2"])]
 )
-def test_twins_are_no_second_expert(padding: float, named: list[str], tmp_path: Path) -> None:
+def test_twins_are_no_second_expert(limit: float, named: list[str], tmp_path: Path) -> None:
     """With two experts per token both places would go to one expert and its twin."""
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "source")
     routing.set_top_k(model, 1)
     for number, layer in enumerate(moe_layers(model)):
         prune_layer(layer, range(3 + number))
-    form = save(model, tmp_path / "checkpoint", tmp_path / "source", padding)
+    form = save(model, tmp_path / "checkpoint", tmp_path / "source", twins=limit)
     (tmp_path / "form.json").write_text(json.dumps(form.to_json()))
     found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], Suite(top_k=[1, 2]))
     assert list(found) == named
@@ -477,7 +503,7 @@ def test_two_experts_for_each_token_take_no_twins(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     for number, layer in enumerate(moe_layers(model)):
         prune_layer(layer, range(3 + number))
-    assert not save(model, tmp_path / "out", tmp_path / "source", padding=1).stock
+    assert not save(model, tmp_path / "out", tmp_path / "source", twins=1).stock
 
 
 def test_flops_are_counted_product_by_product() -> None:

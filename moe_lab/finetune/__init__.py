@@ -186,6 +186,19 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits[targets].to(exact), labels[targets], reduction="sum")
 
 
+def check_trains(trains: str) -> None:
+    """Refuse what is none of TRAINS."""
+    if trains not in TRAINS:
+        raise UserError(f"finetune.trains={trains}: there are {', '.join(TRAINS)}")
+
+
+def check_moe_left(plan: Plan) -> None:
+    """Refuse a plan after which no MoE layer is left to train."""
+    gone = ("condense", "drop_layer", "drop_block")
+    if plan.edits and all(edit.edit in gone for edit in plan.edits):
+        raise UserError("this recipe trains MoE layers, and the plan leaves none")
+
+
 def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[str, nn.Parameter]:
     """Names and parameters that train, by one of TRAINS."""
     if trains == "all":

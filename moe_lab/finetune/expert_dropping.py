@@ -13,7 +13,14 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_lab.checkpoint import meta_model
-from moe_lab.finetune import TRAINS, Recipe, Tuning, next_token_loss, trained
+from moe_lab.finetune import (
+    Recipe,
+    Tuning,
+    check_moe_left,
+    check_trains,
+    next_token_loss,
+    trained,
+)
 from moe_lab.moe import MoELayer, moe_layers, prune_layer
 from moe_lab.routing import restricted, set_top_k
 from moe_lab.types import LayerInfo, Plan, UserError
@@ -55,15 +62,12 @@ class ExpertDropping(Recipe):
             raise UserError(f"finetune.beta={self.beta}: it must be above 0, or nothing is dropped")
         if self.force is not None and self.force not in FORCES:
             raise UserError(f"finetune.force={self.force}: there are {', '.join(FORCES)} and null")
-        if self.trains not in TRAINS:
-            raise UserError(f"finetune.trains={self.trains}: there are {', '.join(TRAINS)}")
+        check_trains(self.trains)
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan after which no MoE layer is left to train."""
         super().check(plan)
-        gone = ("condense", "drop_layer", "drop_block")
-        if plan.edits and all(edit.edit in gone for edit in plan.edits):
-            raise UserError("finetune=expert_dropping trains MoE layers, and this plan leaves none")
+        check_moe_left(plan)
 
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse routers that cannot work with fewer experts, tried on a model without weights."""

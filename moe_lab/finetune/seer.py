@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from moe_lab import routing
 from moe_lab.checkpoint import meta_model
-from moe_lab.finetune import TRAINS, Recipe, Tuning, next_token_loss, trained
+from moe_lab.finetune import (
+    Recipe,
+    Tuning,
+    check_moe_left,
+    check_trains,
+    next_token_loss,
+    trained,
+)
 from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.types import LayerInfo, Plan, UserError
 
@@ -53,9 +60,12 @@ class Seer(Recipe):
     top_k: experts per token in the end; None keeps the model's. entropy: lambda, 0 for none (the
     paper: 0.1). annealing: how k changes, "linear" or "staircase", or "at_once" for no annealing;
     annealed_at: the share of all steps after which k is `top_k`. trains: "experts" (shared ones
-    too), "routers", "both", or "all" parameters. padding: the largest share of the parameters
-    that may be added to load in stock transformers where layers differ in their number of experts:
-    with one expert for each token an expert's twin changes nothing. None: as for compressing.
+    too), "routers", "both", or "all" parameters. twins: the largest share of the parameters that
+    may be added as copies of experts, to load in stock transformers where layers differ in their
+    number of experts: with one expert for each token an expert's twin changes nothing.
+
+    With one expert for each token and renormalised weights (Mixtral's), that weight is always 1:
+    then the entropy alone trains the routers.
     """
 
     top_k: int | None = 1
@@ -63,7 +73,7 @@ class Seer(Recipe):
     annealing: str = "linear"
     annealed_at: float = 0.8
     trains: str = "both"
-    padding: float | None = None
+    twins: float = 1.0
 
     needs_edits = False
 
@@ -82,15 +92,14 @@ class Seer(Recipe):
             )
         if not 0 <= self.annealed_at <= 1:
             raise UserError(f"finetune.annealed_at={self.annealed_at}: it must be from 0 to 1")
-        if self.trains not in TRAINS:
-            raise UserError(f"finetune.trains={self.trains}: there are {', '.join(TRAINS)}")
+        check_trains(self.trains)
+        if self.twins < 0:
+            raise UserError(f"finetune.twins={self.twins}: it must be at least 0")
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan after which no MoE layer is left to train."""
         super().check(plan)
-        gone = ("condense", "drop_layer", "drop_block")
-        if plan.edits and all(edit.edit in gone for edit in plan.edits):
-            raise UserError("finetune=seer trains MoE layers, and this plan leaves none")
+        check_moe_left(plan)
 
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse more experts per token than the model has, and routers that do not obey."""
@@ -102,7 +111,16 @@ class Seer(Recipe):
                 f"finetune.top_k={self.top_k}: the model gives a token {most} experts, and "
                 f"annealing goes down: ask for 1 to {most}"
             )
-        routing.set_top_k(meta_model(config), self.top_k)
+        model = meta_model(config)
+        routing.set_top_k(model, self.top_k)
+        router_alone = self.trains == "routers" and self.entropy == 0
+        always_one = self.top_k == 1 and (self.annealing == "at_once" or self.annealed_at == 0)
+        if router_alone and always_one and not routing.learns_with_one(moe_layers(model)[0]):
+            raise UserError(
+                "with one expert for each token this family's router weights are always 1, so that "
+                "the task's loss has no gradient for routers, and nothing else trains: "
+                "finetune.annealing=linear, finetune.entropy above 0, or finetune.trains=both"
+            )
 
     def k_at(self, step: int, num_steps: int, first: int) -> int:
         """Experts per token at a step (counted from 0) of a model that began with `first`.

@@ -98,9 +98,8 @@ def with_top_k(
         layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
         for top_k in wanted if layers else ():
             own = top_k == layers[0].top_k
-            if own and top_k in named:
-                found[f"{name}_top_{top_k}"] = checkpoint
-            elif not own and top_k <= _most_top_k(layers) and not _repeats_experts(checkpoint):
+            possible = top_k <= _most_top_k(layers) and not checkpoint.repeats_experts
+            if top_k in named if own else possible:
                 found[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
     return found
 
@@ -132,10 +131,6 @@ def _form(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a checkpoint was saved; nothing more than that it is stock where no stage of ours did."""
     file = checkpoint.path.parent / "form.json"
     return json.loads(file.read_text()) if file.is_file() else {"stock": True}
-
-
-def _repeats_experts(checkpoint: Checkpoint) -> bool:
-    return bool(_form(checkpoint).get("repeated_parameters"))
 
 
 class Recorder:
@@ -182,6 +177,11 @@ class Recorder:
         self.report["compressed/parameter_ratio"] = sum(sizes) / len(sizes) / whole
 
     def evaluation(self, name: str, results: dict[str, float]) -> None:
-        """The scores of one variant."""
+        """The scores of one variant; without its entropy where experts are repeated in it.
+
+        A repeated expert shares its probability with its twin: more entropy, and the same function.
+        """
+        if f"{name.partition('_top_')[0]}/repeated_parameters" in self.report:
+            results = {key: value for key, value in results.items() if key != "routing/entropy"}
         for key, value in results.items():
             self.report[f"{name}/kl" if key == "kl" else f"{name}/eval/{key}"] = value

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from moe_lab import moe, observing, routing, statistics
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import standard_library_fingerprint
@@ -129,10 +130,11 @@ def evaluate(
         if suite.tasks:
             results |= run_tasks(model, variant.tokenizer(), suite, folder, compute)
         if held_out is not None:
-            same = variant.fingerprint == dense.fingerprint
+            same = variant.path == dense.path  # perhaps at another number of experts per token
             reference = model if same else dense.load(compute.device)
+            top_k = dense.layers()[0].top_k if variant.top_k and same else None
             batches = held_out.batches(compute.batch_size, compute.device)
-            found = compare(reference, model, batches)
+            found = compare(reference, model, batches, top_k)
             results |= found.figures
             write_whole(folder / ROUTING, json.dumps(found.routed) + "\n")
         write_whole(folder / RESULTS, json.dumps(results, indent=1) + "\n")
@@ -142,7 +144,7 @@ def evaluate(
         "dense": dense.fingerprint,
         "dtype": variant.dtype,
         "held_out": held_out.fingerprint if held_out else None,
-        "code": code_version(evaluate, compare, tiny, items, harness),
+        "code": code_version(*_code(), compare, statistics, observing),
     }
     return store.get("evaluate", identity | _asked(suite.tasks, suite.mirror, options), make)
 
@@ -185,9 +187,13 @@ def evaluate_groups(
         "dense": dense.fingerprint,
         "dtype": dense.dtype,
         "plan": planned.key,
-        "code": code_version(evaluate, restricted, tiny, items, harness),
+        "code": code_version(*_code()),
     }
     return store.get("evaluate", identity | _asked(tasks, suite.mirror, options), make)
+
+
+def _code() -> list[Any]:
+    return [evaluate, moe, routing, tiny, items, harness]
 
 
 def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def finetune(
         dtype = "float32" if recipe.dtype == "float32" else "auto"
         model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
         Training(model, edits, recipe, tokens, seed, compute, folder).run()
-        padding = getattr(recipe, "padding", None)
-        form = save(model.cpu(), folder / "checkpoint", compressed.path, padding)
+        twins = getattr(recipe, "twins", 0.0)
+        form = save(model.cpu(), folder / "checkpoint", compressed.path, twins=twins)
         (folder / "form.json").write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.moe import moe_layers, num_parameters
 from moe_lab.progress import progress
+from moe_lab.routing import at_top_k
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.types import UserError
 
@@ -55,14 +56,21 @@ def measure_stage(
 ) -> Artifact:
     """A folder with figures.json: `measure` and `<variant>/bytes` of all variants, flat.
 
-    The machine is part of the identity: a speed is a property of it as much as of the model.
+    A variant at another number of experts per token is no model of its own: it is counted on the
+    one that has its weights, and has active_parameters and flops_per_token alone. The machine is
+    part of the identity: a speed is a property of it as much as of the model.
     """
 
     def make(folder: Path) -> None:
-        models = {name: checkpoint.load(compute.device) for name, checkpoint in variants.items()}
+        whole = {name: one for name, one in variants.items() if one.top_k is None}
+        models = {name: checkpoint.load(compute.device) for name, checkpoint in whole.items()}
         vocabulary = next(iter(models.values())).config.vocab_size
         figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
-        for name, checkpoint in variants.items():
+        model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
+        for name in variants.keys() - whole.keys():
+            with at_top_k(model := model_of[variants[name].path], variants[name].top_k):
+                figures |= _counted(name, model, how.prompt_length)
+        for name, checkpoint in whole.items():
             figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
             dense_bytes = bytes_on_disk(variants[REFERENCE].path)
             figures[f"{name}/bytes_ratio"] = figures[f"{name}/bytes"] / dense_bytes
@@ -111,8 +119,7 @@ def measure(
         figures |= {
             f"{name}/parameters": num_parameters(model),
             f"{name}/parameter_ratio": num_parameters(model) / num_parameters(models[REFERENCE]),
-            f"{name}/active_parameters": active_parameters(model),
-            f"{name}/flops_per_token": flops_per_token(model, prompt_length),
+            **_counted(name, model, prompt_length),
             f"{name}/peak_memory_bytes": peaks[name],
             f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],
             f"{name}/prefill_seconds": prefill,
@@ -121,6 +128,13 @@ def measure(
             f"{name}/decode_speedup": dense_decode / decode,
         }
     return figures
+
+
+def _counted(name: str, model: PreTrainedModel, length: int) -> dict[str, float]:
+    return {
+        f"{name}/active_parameters": active_parameters(model),
+        f"{name}/flops_per_token": flops_per_token(model, length),
+    }
 
 
 def active_parameters(model: torch.nn.Module) -> int:
@@ -132,6 +146,7 @@ def active_parameters(model: torch.nn.Module) -> int:
     return active
 
 
+@torch.inference_mode()
 def flops_per_token(model: PreTrainedModel, length: int) -> float:
     """Floating-point operations of a forward over `length` tokens, the head's too, per token.
 
