@@ -99,6 +99,12 @@ def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[Layer
     Refuses a recipe that such a plan leaves nothing to train, and says where the result will not
     load in stock transformers, or only with padding.
     """
+    if checkpoint.repeats_experts:
+        logger.warning(
+            "%s has layers filled up with copies of their experts, which statistics, pruning and "
+            "more than one expert per token take for experts of their own; made with "
+            "finetune.twins=0 it has none", checkpoint.path,
+        )  # fmt: skip
     if recipe:
         recipe.check_model(checkpoint.config, layers)
     if not hasattr(method, "example"):
