@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -117,6 +118,21 @@ def run_command(
     """Run run.py from `folder`, so that its relative outputs/ lies there."""
     command = [sys.executable, *python, str(ROOT / "run.py"), *overrides]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def start_two(script: str, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """`python -c script arguments` twice, as torchrun starts processes that know each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in ("0", "1"):
+        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
+        command = [sys.executable, "-c", script, *arguments]
+        started.append(subprocess.Popen(command, env=environment))
+    return started
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import start_two
 from families import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 
@@ -236,16 +233,7 @@ def count_half(folder: Path) -> None:
 
 
 def test_two_processes_count_as_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-        started.append(subprocess.Popen(command, env=environment))
+    started = start_two(PROCESS, str(tmp_path))
     one = collect(tiny_model("deepseek_v3"), batches(3), only_routers=True)
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     for rank in ("0", "1"):

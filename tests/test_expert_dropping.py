@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import start_two
 from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -256,16 +253,7 @@ def train_one(folder: Path) -> None:
 def test_two_processes_drop_the_same(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", PROCESS, str(two)]
-        started.append(subprocess.Popen(command, env=environment))
+    started = start_two(PROCESS, str(two))
     train_one(one)
     assert [process.wait(timeout=500) for process in started] == [0, 0]
     found = [[row.get("dropped") for row in curve(folder)] for folder in (one, two)]

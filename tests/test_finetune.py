@@ -6,14 +6,11 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import start_two
 from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -538,16 +535,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", PROCESS, str(two)]
-        started.append(subprocess.Popen(command, env=environment))
+    started = start_two(PROCESS, str(two))
     train_one(one)
     assert [process.wait(timeout=500) for process in started] == [0, 0]
     losses, others = ([row["loss"] for row in steps_of(folder)] for folder in (one, two))
