@@ -521,8 +521,9 @@ def test_a_job_ends_with_one_expert_for_each_token(job: Callable[..., Outcome]) 
     outcome = job(
         "method=prune", "metric=soft_count", "ratio=global", "ratio.ratio=0.25", "finetune=seer",
         "finetune.top_k=1", "finetune.phases.lm.data.num_samples=16", "measure=speed",
-        "finetune.phases.lm.validation=null", "measure.prompt_length=16", "measure.repeats=1",
-        "measure.decode_tokens=2", "eval=perplexity", "eval.held_out.num_samples=4",
+        "finetune.phases.lm.validation=null", "finetune.phases.lm.batch_size=4",
+        "measure.prompt_length=16", "measure.repeats=1", "measure.decode_tokens=2",
+        "eval=perplexity", "eval.held_out.num_samples=4",
     )  # fmt: skip
     assert outcome.code == 0, outcome.text
     report = outcome.report
@@ -531,6 +532,7 @@ def test_a_job_ends_with_one_expert_for_each_token(job: Callable[..., Outcome]) 
     assert report["compressed_top_1/eval/routing/top_k"] == 1
     assert report["finetuned/eval/routing/top_k"] == 1 and "finetuned_top_1/kl" not in report
     assert report["dense_top_1/kl"] > 0 and report["dense/kl"] == 0
+    assert report["finetune/used_expert_1"] == 1 and 0 <= report["finetune/used_expert_3"] < 1
     assert report["dense_top_1/flops_per_token"] < report["dense/flops_per_token"]
     config = json.loads((Path(report["finetuned/checkpoint"]) / "config.json").read_text())
     assert config["num_experts_per_tok"] == 1

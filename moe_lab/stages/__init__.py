@@ -133,6 +133,9 @@ def _form(checkpoint: Checkpoint) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {"stock": True}
 
 
+TOLD = ("used_expert_", "experts_alive")  # what recipes say of a whole training
+
+
 class Recorder:
     """Writes what the stages found into a run's report."""
 
@@ -157,13 +160,19 @@ class Recorder:
             self._trained(variants["finetuned"].path.parent, variants["dense"])
 
     def _trained(self, folder: Path, dense: Checkpoint) -> None:
-        """How many parameters trained, their share of the dense model's, and the text they saw."""
+        """How many parameters trained, their share of the dense model's, and the text they saw.
+
+        And from the curve's last row, which share of all tokens had a k-th expert, and the like.
+        """
         trained = json.loads((folder / "trainable.json").read_text())
         total = num_parameters(meta_model(dense.config))
         self.report["finetuned/trainable_parameters"] = trained["parameters"]
         self.report["finetuned/trainable_share"] = trained["parameters"] / total
         for text, seen in trained["texts"].items():
             self.report[f"finetune/{text}"] = ", ".join(seen)
+        last = json.loads((folder / "curve.jsonl").read_text().splitlines()[-1])
+        found = {key: value for key, value in last.items() if key.startswith(TOLD)}
+        self.report |= {f"finetune/{key}": value for key, value in found.items()}
 
     def groups(self, planned: Artifact, dense: Checkpoint) -> None:
         """The parameters that a group's experts and all else have, on average over the groups."""
