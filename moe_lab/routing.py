@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from moe_lab.moe import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
 from moe_lab.types import UserError
 
-SCORINGS = {
-    "softmax": lambda logits: logits.softmax(dim=-1),
+SCORINGS = {  # of logits [T, E]
+    # Over the first dimension, since over a short last one it takes several times as long.
+    "softmax": lambda logits: logits.T.contiguous().softmax(dim=0).T,
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
