@@ -223,6 +223,7 @@ def test_groups_are_for_pruning_alone(job: Callable[..., Outcome], subjects: lis
         ),
         (["method=none"], ["only method=prune"]),
         (["finetune=experts"], ["no checkpoint that could be fine-tuned", "finetune=none"]),
+        (["eval=tiny", "eval.top_k=[1]"], ["own number of experts", "leave out eval.top_k"]),
         (["calibration.group_by=topic"], ["group_by=topic", "subject"]),
     ):
         done = job(*subjects, *BY_GROUP[:1], *wrong)

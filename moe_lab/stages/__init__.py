@@ -50,6 +50,9 @@ def _check_groups(parts: dict[str, Any]) -> None:
         raise UserError(
             f"{asked} and no checkpoint that could be fine-tuned: set finetune=none{one}"
         )
+    if getattr(parts["eval"], "top_k", None):
+        raise UserError(f"{asked}, evaluated with the model's own number of experts: leave out "
+                        f"eval.top_k{one}")  # fmt: skip
 
 
 def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
