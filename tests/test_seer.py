@@ -469,7 +469,11 @@ def test_twins_make_unequal_layers_native_where_they_change_nothing(
     assert form.stock == twins
     if not twins:
         return
+    assert Checkpoint(tmp_path / "filled").repeats_experts
+    assert not Checkpoint(tmp_path / "exact").repeats_experts
     filled = load(tmp_path / "filled")
+    numbers = {str(layer.info.index): 3 + i for i, layer in enumerate(moe_layers(filled))}
+    assert filled.config.distinct_experts == numbers
     assert sum(p.numel() for p in filled.parameters()) == exact + form.repeated
     arguments = [str(tmp_path / "filled"), json.dumps(ids.tolist())]
     done = subprocess.run(
