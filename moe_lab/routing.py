@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,18 +33,13 @@ def scoring(layer: MoELayer) -> str | None:
     """
     if layer.info.num_experts == 1:
         return "softmax"
-    holders = [
-        (module, field, getattr(module, field))
-        for module in layer.router.modules()
-        for field in TOP_K_FIELDS
-        if getattr(module, field, None) == 1
-    ]
-    for module, field, _ in holders:
+    before = [place for place in _top_k_places(layer.router.modules()) if place[2] == 1]
+    for module, field, _ in before:
         setattr(module, field, 2)
     try:
         logits_TE, weight_TK, index_TK = layer.router.forward(_probe(layer))[:3]
     finally:
-        for module, field, value in holders:
+        for module, field, value in before:
             setattr(module, field, value)
     return matching_scoring(logits_TE.reshape(PROBES, -1), index_TK, weight_TK)
 
@@ -67,6 +62,16 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
         if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):
             return name
     return None
+
+
+def _top_k_places(holders: Iterable[Any]) -> list[tuple[Any, str, int]]:
+    """Where modules or a config say how many experts a token gets: (holder, field, number)."""
+    return [
+        (holder, field, getattr(holder, field))
+        for holder in holders
+        for field in TOP_K_FIELDS
+        if type(getattr(holder, field, None)) is int
+    ]
 
 
 def _probe(layer: MoELayer) -> Tensor:
@@ -111,12 +116,7 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
             )
     config = model.config.get_text_config()
     holders: list[Any] = [config, *(m for layer in layers for m in routed_modules(layer))]
-    before = [
-        (holder, field, getattr(holder, field))
-        for holder in holders
-        for field in TOP_K_FIELDS
-        if type(getattr(holder, field, None)) is int
-    ]
+    before = _top_k_places(holders)
     for holder, field, _ in before:
         setattr(holder, field, top_k)
     if any(chosen_by(layer) != top_k for layer in layers):
@@ -153,9 +153,8 @@ def learns_with_one(layer: MoELayer) -> bool:
     for tensor in [*router.parameters(), *router.buffers()]:
         if tensor.is_floating_point():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    for field in TOP_K_FIELDS:
-        if type(getattr(router, field, None)) is int:
-            setattr(router, field, 1)
+    for holder, field, _ in _top_k_places([router]):
+        setattr(holder, field, 1)
     x_TD = torch.randn(PROBES, layer.info.hidden_size, generator=generator)
     weight_TK = router.forward(x_TD)[1]
     return not torch.allclose(weight_TK, weight_TK[:1].expand_as(weight_TK))
