@@ -15,9 +15,9 @@ from moe_lab import divergence
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.condense import shared_gate
 from moe_lab.condense.gates.mean_selected import choose as mean_gates
+from moe_lab.evidence import Evidence
 from moe_lab.layer_search import CondensedSets, greedy_layers
 from moe_lab.layerwise import LayerwiseModel
-from moe_lab.methods import Evidence
 from moe_lab.methods.condense import Condense
 from moe_lab.moe import apply_plan, moe_layers
 from moe_lab.statistics import collect
@@ -443,7 +443,7 @@ def test_what_was_found_before_is_not_searched_again(small) -> None:
     answers: dict[str, object] = {}
     asked: list[str] = []
 
-    def remember(identity, work):
+    def remember(identity, work, code):
         key = json.dumps(identity, sort_keys=True)
         if key not in answers:
             asked.append(identity["question"])
@@ -451,7 +451,7 @@ def test_what_was_found_before_is_not_searched_again(small) -> None:
         return answers[key]
 
     def plan(opened, **options):
-        evidence = Evidence(found, opened, remember)
+        evidence = Evidence(found, opened, remember=remember)
         return Condense(**(dict(num_layers=2, num_routed=2) | options)).plan(evidence)
 
     def no_stream() -> LayerStream:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_lab.checkpoint import load
-from moe_lab.methods import Evidence
+from moe_lab.evidence import Evidence
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers
 from moe_lab.moe import apply_plan, moe_layers
@@ -138,13 +138,13 @@ def test_the_most_similar_goes_first(family: str) -> None:
                 layer.shared.down_proj.weight *= scale
     statistics = collect(model, [tiny_batch()])
     indices = [layer.info.index for layer in layers]
-    made = DropLayers(num_layers=2).plan(Evidence(statistics, None))
+    made = DropLayers(num_layers=2).plan(Evidence(statistics))
     assert made.layer_order == (indices[1], indices[2])
     assert {edit.index for edit in made.edited()} == {indices[1], indices[2]}
     assert {edit.edit for edit in made.edited()} == {"drop_layer"}
     for edit, one in zip(made.edits, statistics, strict=True):
         assert edit.scores == (one.mean_cosine("layer"),)
-    blocks = DropBlocks(num_layers=2).plan(Evidence(statistics, None))
+    blocks = DropBlocks(num_layers=2).plan(Evidence(statistics))
     similarity = {one.info.index: one.mean_cosine("block") for one in statistics}
     assert blocks.layer_order == tuple(sorted(similarity, key=lambda i: -similarity[i])[:2])
     assert {edit.edit for edit in blocks.edited()} == {"drop_block"}
@@ -154,7 +154,7 @@ def test_the_most_similar_goes_first(family: str) -> None:
 def test_named_layers_and_the_plan_on_disk(tmp_path: Path) -> None:
     statistics = collect(tiny_model("mixtral"), [tiny_batch()])
     for method in (DropLayers(1, layers=[3, 0], padding=0.5), DropBlocks(1, layers=[3, 0])):
-        made = method.plan(Evidence(statistics, None))
+        made = method.plan(Evidence(statistics))
         assert made.layer_order == (3, 0)
         assert [edit.index for edit in made.edited()] == [0, 3]
         (tmp_path / "plan.json").write_text(made.to_text())

@@ -14,8 +14,8 @@ from test_checkpoint import edited, in_fresh_process
 from torch import Tensor, nn
 
 from moe_lab.checkpoint import load
+from moe_lab.evidence import Evidence
 from moe_lab.merging import _permuted, _unit_places, matching
-from moe_lab.methods import Evidence
 from moe_lab.methods.merge import Merge, dominant_experts, groups_of
 from moe_lab.moe import apply_plan, expert_forward, expert_parameters, moe_layers
 from moe_lab.statistics import LayerStatistics, collect
@@ -173,13 +173,13 @@ def test_experts_without_tokens_weigh_nothing_or_alike() -> None:
         "logit_product_sum": product,
     }
     method = Merge(1, 2, layers=[3])
-    [edit] = method.plan(Evidence([layer], None)).edited()
+    [edit] = method.plan(Evidence([layer])).edited()
     assert edit.kept == (0, 2)
     assert edit.groups[0][0] == 0
     assert edit.weights == ((1.0, 0.0, 0.0, 0.0, 0.0), (1.0,))
     assert edit.scores == (3.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     layer.sums["count"] = torch.zeros(6, dtype=torch.float64)
-    [edit] = method.plan(Evidence([layer], None)).edited()
+    [edit] = method.plan(Evidence([layer])).edited()
     assert [set(shares) for shares in edit.weights] == [{1 / len(group)} for group in edit.groups]
 
 
@@ -193,7 +193,7 @@ def test_plans_of_real_models_are_carried_out_and_loaded_by_stock(
     for layers in ("all", [3]):
         method = Merge(1, 4, layers=layers)
         method.check(infos)
-        made = method.plan(Evidence(statistics, None))
+        made = method.plan(Evidence(statistics))
         (tmp_path / "plan.json").write_text(made.to_text())
         assert Plan.load(tmp_path / "plan.json") == made
         edits = json.loads((tmp_path / "plan.json").read_text())["layers"]
@@ -218,7 +218,7 @@ def test_each_order_of_layers_is_its_own() -> None:
     statistics = collect(model, [tiny_batch()])
 
     def order(layers: object, seed: int = 0) -> tuple[int, ...]:
-        made = Merge(2, 4, layers=layers, seed=seed).plan(Evidence(statistics, None))
+        made = Merge(2, 4, layers=layers, seed=seed).plan(Evidence(statistics))
         assert {edit.index for edit in made.edited()} == set(made.layer_order)
         return made.layer_order
 

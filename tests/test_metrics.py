@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_batch, tiny_model
+from test_ratios import keep
 
 from moe_lab import statistics
-from moe_lab.methods import Evidence
+from moe_lab.evidence import Evidence
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
 from moe_lab.metrics.frequency import frequency
@@ -107,16 +108,16 @@ def test_ranks_go_by_weight_and_ties_by_the_routers_order() -> None:
 
 def test_uniform_keeps_the_best_and_breaks_ties_downwards() -> None:
     scores = torch.tensor([1.0, 5.0, 5.0, 2.0])
-    assert Uniform(0.5).keep([(INFO, scores)]) == {3: (1, 2)}
-    assert Uniform(0.25).keep([(INFO, scores)]) == {3: (1, 2, 3)}
-    assert Uniform(0.0).keep([(INFO, scores)]) == {3: (0, 1, 2, 3)}
-    assert Uniform(0.5).keep([(INFO, torch.zeros(4))]) == {3: (0, 1)}
+    assert keep(Uniform(0.5), [(INFO, scores)]) == {3: (1, 2)}
+    assert keep(Uniform(0.25), [(INFO, scores)]) == {3: (1, 2, 3)}
+    assert keep(Uniform(0.0), [(INFO, scores)]) == {3: (0, 1, 2, 3)}
+    assert keep(Uniform(0.5), [(INFO, torch.zeros(4))]) == {3: (0, 1)}
 
 
 def test_groups_keep_the_same_number_each() -> None:
     info = LayerInfo(1, "x", 8, 2, 2, groups=2, groups_used=1)
     scores = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])
-    assert Uniform(0.25).keep([(info, scores)]) == {1: (0, 1, 2, 5, 6, 7)}
+    assert keep(Uniform(0.25), [(info, scores)]) == {1: (0, 1, 2, 5, 6, 7)}
     with pytest.raises(UserError, match="groups"):
         Uniform(0.375).check([info])
 
@@ -139,8 +140,8 @@ def test_statistics_and_plans_survive_the_disk(tmp_path: Path) -> None:
     for one, other in zip(found, again, strict=True):
         assert one.sums.keys() == other.sums.keys()
         assert all(torch.equal(one[name], other[name]) for name in one.sums)
-    plan = Prune(metric=reap, ratio=Uniform(0.25)).plan(Evidence(again, None, None))
+    plan = Prune(metric=reap, ratio=Uniform(0.25)).plan(Evidence(again))
     (tmp_path / "plan.json").write_text(plan.to_text())
     assert Plan.load(tmp_path / "plan.json") == plan
     assert all(len(edit.kept) == 6 and edit.edit == "prune" for edit in plan.edits)
-    assert not Nothing().plan(Evidence(again, None, None)).edited()
+    assert not Nothing().plan(Evidence(again)).edited()

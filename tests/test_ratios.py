@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Outcome
 from families import tiny_batch, tiny_model
 
-from moe_lab.methods import Evidence
+from moe_lab import ratios
+from moe_lab.evidence import Evidence
 from moe_lab.methods.prune import Prune
 from moe_lab.metrics.soft_count import soft_count
 from moe_lab.moe import check_kept
-from moe_lab.ratios import floor_of
+from moe_lab.ratios import Scores, floor_of
 from moe_lab.ratios.all_layers import Global
 from moe_lab.ratios.coverage import Coverage
 from moe_lab.ratios.uniform import Uniform
@@ -35,34 +37,43 @@ def rows(*scores: list[float], **more: int) -> list[tuple[LayerInfo, torch.Tenso
     ]
 
 
+def keep(ratio: Any, scores: Scores) -> dict[int, tuple[int, ...]]:
+    """Which experts stay by a ratio that looks at nothing but the scores."""
+    return ratios.kept(scores, ratio.numbers(scores, Evidence([])))
+
+
+def notes(ratio: Any, scores: Scores) -> dict[str, Any]:
+    return ratio.notes(scores, ratio.numbers(scores, Evidence([])))
+
+
 ABOVE = ([9.0, 8, 7, 6], [5.0, 4, 3, 2], [1.0, 0.5, 0.25, 0])
 
 
 def test_global_ranks_the_experts_of_all_layers_together() -> None:
     scores = rows([1.0, 9, 2, 8], [7.0, 3, 6, 4])
-    assert Global(0.25).keep(scores) == {1: (1, 3), 2: (0, 1, 2, 3)}
-    assert Global(0.5).keep(scores) == {1: (1, 3), 2: (0, 2)}
-    assert Global(0.0).keep(scores) == {1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}
-    assert Global(0.5).notes(scores) == {"kept_per_layer": {"1": 2, "2": 2}, "floor_changed": {}}
+    assert keep(Global(0.25), scores) == {1: (1, 3), 2: (0, 1, 2, 3)}
+    assert keep(Global(0.5), scores) == {1: (1, 3), 2: (0, 2)}
+    assert keep(Global(0.0), scores) == {1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}
+    assert notes(Global(0.5), scores) == {"kept_per_layer": {"1": 2, "2": 2}, "floor_changed": {}}
 
 
 def test_global_breaks_ties_by_layer_then_expert() -> None:
-    assert Global(0.25).keep(rows([1.0] * 4, [1.0] * 4)) == {1: (0, 1, 2, 3), 2: (0, 1)}
+    assert keep(Global(0.25), rows([1.0] * 4, [1.0] * 4)) == {1: (0, 1, 2, 3), 2: (0, 1)}
 
 
 def test_the_floor_is_paid_by_the_lowest_ranked_of_the_others() -> None:
     scores = rows(*ABOVE, top_k=2)
-    assert Global(0.5).keep(scores) == {1: (0, 1), 2: (0, 1), 3: (0, 1)}
-    assert Global(0.5).notes(scores) == {
+    assert keep(Global(0.5), scores) == {1: (0, 1), 2: (0, 1), 3: (0, 1)}
+    assert notes(Global(0.5), scores) == {
         "kept_per_layer": {"1": 2, "2": 2, "3": 2},
         "floor_changed": {"1": {"without": 4, "with": 2}, "3": {"without": 0, "with": 2}},
     }
     scores = rows(*ABOVE, top_k=1)
-    assert Global(0.5).keep(scores) == {1: (0, 1, 2, 3), 2: (0,), 3: (0,)}
-    assert Global(0.5).notes(scores)["floor_changed"] == {
+    assert keep(Global(0.5), scores) == {1: (0, 1, 2, 3), 2: (0,), 3: (0,)}
+    assert notes(Global(0.5), scores)["floor_changed"] == {
         "2": {"without": 2, "with": 1}, "3": {"without": 0, "with": 1}
     }  # fmt: skip
-    assert Global(0.25, floor=3).keep(scores) == {1: (0, 1, 2), 2: (0, 1, 2), 3: (0, 1, 2)}
+    assert keep(Global(0.25, floor=3), scores) == {1: (0, 1, 2), 2: (0, 1, 2), 3: (0, 1, 2)}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.3, 0.5, 0.6])
@@ -74,7 +85,7 @@ def test_the_total_is_as_asked_whatever_the_floor(ratio: float, floor: int | Non
         scores = rows(*(rank * torch.rand(5, 8, generator=generator)).tolist(), top_k=2)
         chosen = Global(ratio, floor)
         chosen.check([info for info, _ in scores])
-        kept = chosen.keep(scores)
+        kept = keep(chosen, scores)
         assert sum(map(len, kept.values())) == 40 - round(40 * ratio)
         assert min(map(len, kept.values())) >= (floor or 2)
         for info, score in scores:  # the best of each layer
@@ -87,13 +98,13 @@ def test_groups_lose_one_expert_each() -> None:
     grouped = {"groups": 2, "groups_used": 1, "top_k": 2}
     scores = rows([9.0, 8, 7, 0, 1, 2, 3, 4], [5.0, 5, 5, 5, 5, 5, 5, 5], **grouped)
     # Units of the first layer by mean: (9+4)/2, (8+3)/2, (7+2)/2, (0+1)/2; of the second all 5.
-    assert Global(0.25).keep(scores) == {1: (0, 1, 6, 7), 2: tuple(range(8))}
-    kept = Global(0.4).keep(scores)  # 6.4 of 16, in units of 2: 6 go
+    assert keep(Global(0.25), scores) == {1: (0, 1, 6, 7), 2: tuple(range(8))}
+    kept = keep(Global(0.4), scores)  # 6.4 of 16, in units of 2: 6 go
     assert sum(map(len, kept.values())) == 10
     for info, _ in scores:
         check_kept(info, len(kept[info.index]))
         assert sum(e < 4 for e in kept[info.index]) == len(kept[info.index]) / 2
-    assert Coverage(0.5).keep(scores)[1] == (0, 1, 6, 7)
+    assert keep(Coverage(0.5), scores)[1] == (0, 1, 6, 7)
     with pytest.raises(UserError, match=r"ratio.floor=5 .*groups"):
         Global(0.25, floor=5).check([info for info, _ in scores])
 
@@ -137,16 +148,16 @@ def test_impossible_requests_are_refused_with_the_numbers() -> None:
         with pytest.raises(UserError, match="above 0"):
             Coverage(share).check(layers)
     with pytest.raises(UserError, match=r"below 0.*metric=frequency"):
-        Coverage(0.9).keep(rows([1.0, -1, 2, 3]))
+        keep(Coverage(0.9), rows([1.0, -1, 2, 3]))
 
 
 def test_coverage_keeps_the_fewest_that_reach_it() -> None:
     scores = rows([5.0, 1, 3, 1], [0.0, 10, 0, 0], [0.0, 0, 0, 0])
-    assert Coverage(0.8).keep(scores) == {1: (0, 2), 2: (1,), 3: (0,)}
-    assert Coverage(0.81).keep(scores)[1] == (0, 1, 2)
-    assert Coverage(1.0).keep(scores) == {1: (0, 1, 2, 3), 2: (1,), 3: (0,)}
-    assert Coverage(0.1, floor=2).keep(scores) == {1: (0, 2), 2: (0, 1), 3: (0, 1)}
-    assert Coverage(0.8).notes(scores) == {
+    assert keep(Coverage(0.8), scores) == {1: (0, 2), 2: (1,), 3: (0,)}
+    assert keep(Coverage(0.81), scores)[1] == (0, 1, 2)
+    assert keep(Coverage(1.0), scores) == {1: (0, 1, 2, 3), 2: (1,), 3: (0,)}
+    assert keep(Coverage(0.1, floor=2), scores) == {1: (0, 2), 2: (0, 1), 3: (0, 1)}
+    assert notes(Coverage(0.8), scores) == {
         "kept_per_layer": {"1": 2, "2": 1, "3": 1},
         "covered": {"1": 0.8, "2": 1.0, "3": 1.0},
     }
@@ -154,7 +165,7 @@ def test_coverage_keeps_the_fewest_that_reach_it() -> None:
 
 def test_notes_go_into_the_plan() -> None:
     statistics = collect(tiny_model("qwen2_moe"), [tiny_batch()], only_routers=True)
-    evidence = Evidence(statistics, None, None)
+    evidence = Evidence(statistics)
     made = Prune(soft_count, Global(0.25)).plan(evidence)
     assert made.notes["kept_per_layer"] == {str(e.index): len(e.kept) for e in made.edits}
     assert sum(len(edit.kept) for edit in made.edits) == 18

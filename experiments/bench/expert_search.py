@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab.methods import Evidence
+from moe_lab.evidence import Evidence
 from moe_lab.methods.condense import Condense
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.stream import LayerStream

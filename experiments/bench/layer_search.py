@@ -18,7 +18,7 @@ from expert_search import Sum, calibration, condensed, js, states_after
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab.methods import Evidence
+from moe_lab.evidence import Evidence
 from moe_lab.methods.condense import Condense
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.stream import LayerStream

@@ -48,8 +48,8 @@ def search(folder: Path) -> None:
     import torch
 
     from moe_lab.checkpoint import Checkpoint
+    from moe_lab.evidence import Evidence
     from moe_lab.layerwise import LayerwiseModel
-    from moe_lab.methods import Evidence
     from moe_lab.methods.condense import Condense
     from moe_lab.statistics import LayerStatistics
     from moe_lab.stream import Activations, LayerStream

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_lab import condense, divergence, expert_search, layer_search, layerwise, moe, stream
 from moe_lab.condense import Candidates, Layers, option, shared_gate
+from moe_lab.evidence import Evidence
 from moe_lab.expert_search import IntactStates
 from moe_lab.layer_choice import example_layers
 from moe_lab.layer_search import CondensedSets
-from moe_lab.methods import Evidence
 from moe_lab.moe import check_is_sum, part_widths
 from moe_lab.progress import progress
 from moe_lab.statistics import LayerStatistics
@@ -120,6 +121,23 @@ class Condense:
         seeded = "random" in (self.experts, self.layers)
         return {name: value for name, value in options.items() if seeded or name != "seed"}
 
+    def code(self) -> list[Any]:
+        """What decides the plan beside this class."""
+        return [*self.searches(), *self._plug_ins("layers")]
+
+    def searches(self) -> list[Any]:
+        """The modules that decide what a search finds.
+
+        Not the way in which layers are chosen by it: different ways share their answers.
+        """
+        modules = [condense, divergence, expert_search, layer_search, layerwise, moe, stream]
+        return [self, *modules, *self._plug_ins("experts", "gates")]
+
+    def _plug_ins(self, *kinds: str) -> list[Any]:
+        """What condense.<kind> names, where it is no explicit list."""
+        names = {kind: getattr(self, kind) for kind in kinds}
+        return [option(kind, name) for kind, name in names.items() if isinstance(name, str)]
+
     @torch.no_grad()
     def plan(self, evidence: Evidence) -> Plan:
         """Choose the layers, and experts for all that come into question; one edit per MoE layer.
@@ -191,7 +209,7 @@ class Experts:
 
     def remember(self, identity: dict[str, Any], work: Any) -> Any:
         """What was found before for the same question, options and data."""
-        return self.evidence.remember(self._identity | identity, work)
+        return self.evidence.remember(self._identity | identity, work, self.method.searches())
 
     def edits(self, indices: Iterable[int]) -> dict[int, Edit]:
         """Condensing edits of these layers, in order of the layers."""

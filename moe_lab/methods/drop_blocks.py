@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_lab.evidence import Evidence
 from moe_lab.layer_choice import check_layers, choose_layers, example_layers
-from moe_lab.methods import Evidence
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab.evidence import Evidence
 from moe_lab.layer_choice import check_layers, choose_layers
-from moe_lab.methods import Evidence
 from moe_lab.moe import check_kept
 from moe_lab.statistics import LayerStatistics
 from moe_lab.types import Edit, LayerInfo, Plan, UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_lab.methods import Evidence
+from moe_lab.evidence import Evidence
 from moe_lab.types import Edit, LayerInfo, Plan
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from moe_lab.methods import Evidence
+from moe_lab import ratios
+from moe_lab.evidence import Evidence
+from moe_lab.ratios import Scores
 from moe_lab.statistics import LayerStatistics
 from moe_lab.types import Edit, LayerInfo, Plan
 
@@ -41,6 +44,8 @@ class Prune:
 
     def identity(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with a reference checkpoint's content in the place of its path."""
+        if hasattr(self.ratio, "identity"):
+            options = options | {"ratio": self.ratio.identity(options["ratio"])}
         fingerprint = getattr(self._metric, "fingerprint", None)
         if fingerprint is None:
             return options
@@ -49,8 +54,11 @@ class Prune:
 
     def plan(self, evidence: Evidence) -> Plan:
         """One pruning edit per MoE layer."""
-        scores = [(layer.info, self.metric(layer)) for layer in evidence.statistics]
-        kept = self.ratio.keep(scores)
+        scores = self._scores(evidence)
+        numbers = self.ratio.numbers(scores, evidence)
+        kept = ratios.kept(scores, numbers)
+        if hasattr(self._metric, "choose"):
+            kept = self._metric.choose(evidence, numbers)
         unseen = {
             str(layer.info.index): int((layer["count"] == 0).sum()) for layer in evidence.statistics
         }
@@ -62,5 +70,19 @@ class Prune:
         )
         notes = {"statistics": "intact model", "experts_without_tokens": unseen}
         if hasattr(self.ratio, "notes"):
-            notes |= self.ratio.notes(scores)
+            notes |= self.ratio.notes(scores, numbers)
         return Plan(edits, notes=notes)
+
+    def _scores(self, evidence: Evidence) -> Scores:
+        layers = evidence.statistics
+        if hasattr(self._metric, "scores"):
+            found = self._metric.scores(evidence)
+        else:
+            found = [self.metric(layer) for layer in layers]
+        return list(zip((layer.info for layer in layers), found, strict=True))
+
+    def code(self) -> list[Any]:
+        """What decides the plan beside this class."""
+        parts = [self._metric, self.ratio]
+        further = [part.code() for part in parts if hasattr(part, "code")]
+        return [self.metric, self.ratio, ratios, *itertools.chain.from_iterable(further)]

@@ -2,7 +2,10 @@
 
 A metric is a function of `LayerStatistics`, named as in its paper. One file, one yaml. It may have
 `from_routers` (true where the routers' statistics are enough for it), `check(layers)`, and, where
-an option is the path of something, `fingerprint`, the content's.
+an option is the path of something, `fingerprint`, the content's. One that needs more than sums has
+`scores(evidence)`, a score [E] for each layer in order, in the place of being called; and one that
+judges sets of experts, not experts, may have `choose(evidence, numbers)`, the set of that size that
+it would keep in each layer, by layer index. `code()`: the modules that decide beside itself.
 """
 
 from __future__ import annotations

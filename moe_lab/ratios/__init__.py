@@ -1,8 +1,11 @@
 """Pruning ratios: how many experts stay, per layer.
 
 A ratio has `check(layers)`, which refuses an impossible request before any work, and
-`keep(scores)`, the experts that stay by layer index. It may have `notes(scores)`, facts about its
-decision for the plan.
+`numbers(scores, evidence)`, how many experts each layer keeps, by layer index. It may have
+`notes(scores, numbers)`, facts about its decision for the plan; `identity(options)`, what of its
+options the numbers depend on; and `code()`, the modules that decide them beside itself. `scores`
+are one score for each expert, by some metric of the intact model: which experts stay is their
+order (`best`).
 
 Routers that work on groups keep the same number in each, so that what stays or goes is a unit: one
 expert of each group, the r-th best of each together. Elsewhere a unit is one expert.
@@ -11,7 +14,7 @@ expert of each group, the r-th best of each together. Elsewhere a unit is one ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -39,6 +42,11 @@ def best(info: LayerInfo, score_E: Tensor, num_kept: int) -> tuple[int, ...]:
     """The experts of the best units that hold `num_kept` together, in ascending order."""
     chosen = units(info, score_E)[: num_kept // info.groups]
     return tuple(sorted(expert for unit in chosen for expert in unit))
+
+
+def kept(scores: Scores, numbers: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+    """The best `numbers[index]` experts of each layer, in ascending order, by layer index."""
+    return {info.index: best(info, score, numbers[info.index]) for info, score in scores}
 
 
 def floor_of(info: LayerInfo, floor: int | None) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_lab.ratios import Scores, best, check_share, floor_of, units
+from moe_lab.evidence import Evidence
+from moe_lab.ratios import Scores, check_share, floor_of, units
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -41,19 +42,17 @@ class Global:
                 f"together ({why}). At most {most:.4g} can be removed"
             )
 
-    def keep(self, scores: Scores) -> dict[int, tuple[int, ...]]:
-        """The experts that stay, in ascending order, by layer index."""
-        floors = {info.index: floor_of(info, self.floor) for info, _ in scores}
-        numbers = self._numbers(scores, floors)
-        return {info.index: best(info, score, numbers[info.index]) for info, score in scores}
+    def numbers(self, scores: Scores, evidence: Evidence) -> dict[int, int]:
+        """How many experts each layer keeps, by layer index."""
+        return dict(self._numbers(scores, {i.index: floor_of(i, self.floor) for i, _ in scores}))
 
-    def notes(self, scores: Scores) -> dict[str, Any]:
+    def notes(self, scores: Scores, numbers: dict[int, int]) -> dict[str, Any]:
         """How many experts each layer keeps, and for each that the floor changed also without it.
 
         The keys are layer indices: kept_per_layer, and floor_changed with "without" and "with".
         """
         without = self._numbers(scores, {})
-        kept = {str(index): len(chosen) for index, chosen in self.keep(scores).items()}
+        kept = {str(index): number for index, number in numbers.items()}
         changed = {
             index: {"without": without[int(index)], "with": number}
             for index, number in kept.items()

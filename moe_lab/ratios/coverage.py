@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lab.ratios import Scores, best, floor_of, units
+from moe_lab.evidence import Evidence
+from moe_lab.ratios import Scores, floor_of, kept, units
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -35,16 +36,18 @@ class Coverage:
         for info in layers:
             floor_of(info, self.floor)
 
-    def keep(self, scores: Scores) -> dict[int, tuple[int, ...]]:
-        """The experts that stay, in ascending order, by layer index; UserError for scores < 0."""
-        return {info.index: best(info, score, self._number(info, score)) for info, score in scores}
+    def numbers(self, scores: Scores, evidence: Evidence) -> dict[int, int]:
+        """How many experts each layer keeps, by layer index; UserError for scores < 0."""
+        return {info.index: self._number(info, score) for info, score in scores}
 
-    def notes(self, scores: Scores) -> dict[str, Any]:
+    def notes(self, scores: Scores, numbers: dict[int, int]) -> dict[str, Any]:
         """How many experts each layer keeps, and the share of its score that they have."""
-        kept = self.keep(scores)
+        chosen = kept(scores, numbers)
         return {
-            "kept_per_layer": {str(index): len(chosen) for index, chosen in kept.items()},
-            "covered": {str(info.index): _share(score, kept[info.index]) for info, score in scores},
+            "kept_per_layer": {str(index): number for index, number in numbers.items()},
+            "covered": {
+                str(info.index): _share(score, chosen[info.index]) for info, score in scores
+            },
         }
 
     def _number(self, info: LayerInfo, score: Tensor) -> int:
@@ -53,15 +56,15 @@ class Coverage:
                 f"ratio=coverage needs scores that are shares of something, and layer {info.index} "
                 "has some below 0: choose another metric, such as metric=frequency"
             )
-        kept: list[int] = []
+        chosen: list[int] = []
         for unit in units(info, score):
             # A rounding's width below: all shares together need not make 1 exactly.
-            if len(kept) >= floor_of(info, self.floor) and (
-                _share(score, kept) >= self.coverage - 1e-12
+            if len(chosen) >= floor_of(info, self.floor) and (
+                _share(score, chosen) >= self.coverage - 1e-12
             ):
                 break
-            kept.extend(unit)
-        return len(kept)
+            chosen.extend(unit)
+        return len(chosen)
 
 
 def _share(score: Tensor, experts: Sequence[int]) -> float:

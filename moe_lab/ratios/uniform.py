@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_lab.evidence import Evidence
 from moe_lab.moe import check_kept
-from moe_lab.ratios import Scores, best, check_share
+from moe_lab.ratios import Scores, check_share
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -29,12 +30,9 @@ class Uniform:
                     "removed from this layer"
                 ) from error
 
-    def keep(self, scores: Scores) -> dict[int, tuple[int, ...]]:
-        """The experts that stay, in ascending order, by layer index; ties keep the lower expert.
-
-        Group-limited routers keep the best of each group, the same number in every group.
-        """
-        return {info.index: best(info, score, self._num_kept(info)) for info, score in scores}
+    def numbers(self, scores: Scores, evidence: Evidence) -> dict[int, int]:
+        """How many experts each layer keeps, by layer index."""
+        return {info.index: self._num_kept(info) for info, _ in scores}
 
     def _num_kept(self, info: LayerInfo) -> int:
         return info.num_experts - int(info.num_experts * self.ratio + 0.5)

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_lab import (
-    condense,
-    divergence,
-    expert_search,
-    layer_choice,
-    layer_search,
-    layerwise,
-    moe,
-    ratios,
-    statistics,
-    stream,
-)
+from torch import Tensor, nn
+
+from moe_lab import statistics
 from moe_lab.checkpoint import Checkpoint, check_plan
 from moe_lab.compute import Compute
+from moe_lab.evidence import Evidence
 from moe_lab.layerwise import LayerwiseModel
-from moe_lab.methods import Evidence
 from moe_lab.saving import form_of
 from moe_lab.statistics import LayerStatistics
 from moe_lab.store import Artifact, Store, code_version, write_whole
@@ -51,7 +42,7 @@ def plan(
     What a search finds on the way is kept too, step by step (kind `search`): searches go on where
     they were stopped, and plans that ask the same questions share the answers.
     """
-    code = code_version(*_code(method))
+    code = code_version(method, *(method.code() if hasattr(method, "code") else ()))
 
     def make(folder: Path) -> None:
         common = statistics.load(profile.folder)
@@ -63,21 +54,28 @@ def plan(
         write_whole(folder / "plan.json", made.to_text())
 
     def planned(layers: list[LayerStatistics]) -> Plan:
-        made = method.plan(Evidence(layers, open_stream, remember))
+        made = method.plan(Evidence(layers, open_stream, open_model, remember))
         check_plan([layer.info for layer in layers], made.edited())
         return made
 
-    def open_stream() -> LayerStream:
+    def batches(num_samples: int | None) -> list[dict[str, Tensor]]:
+        sample = tokens.take(range(min(num_samples or len(tokens.samples), len(tokens.samples))))
+        return sample.batches(compute.batch_size, compute.device)
+
+    def open_model(num_samples: int | None = None) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+        return checkpoint.load(compute.device), batches(num_samples)
+
+    def open_stream(num_samples: int | None = None) -> LayerStream:
         limit = int(compute.cache_gib * 2**30)
         cache = Activations(limit, folder=store.root, device=compute.device)
         model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
-        return LayerStream(model, tokens.batches(compute.batch_size, compute.device), cache)
+        return LayerStream(model, batches(num_samples), cache)
 
-    def remember(identity: dict[str, Any], work: Callable[[], Any]) -> Any:
+    def remember(identity: dict[str, Any], work: Callable[[], Any], code: Sequence[Any]) -> Any:
         def answer(folder: Path) -> None:
             write_whole(folder / ANSWER, json.dumps(work()) + "\n")
 
-        question = identity | {"profile": profile.key, "code": code_version(*_searches(method))}
+        question = identity | {"profile": profile.key, "code": code_version(*code)}
         return json.loads((store.get("search", question, answer).folder / ANSWER).read_text())
 
     identity = {
@@ -118,27 +116,3 @@ def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[Layer
     form = form_of(checkpoint.config, edits, getattr(method, "padding", None))
     if not form.plain:
         logger.info("the result will be saved %s", form.reason)
-
-
-def _code(method: Any) -> list[Any]:
-    """The modules that decide this plan: the method's own and those of its plug-ins."""
-    if hasattr(method, "gates"):
-        return [*_searches(method), *_plug_ins(method, "layers")]
-    parts = [value for value in vars(method).values() if callable(value) or hasattr(value, "keep")]
-    shared = {"layers": layer_choice, "ratio": ratios}
-    return [method, *parts, *(shared[name] for name in shared if hasattr(method, name))]
-
-
-def _searches(method: Any) -> list[Any]:
-    """The modules that decide the answers to the questions of method=condense.
-
-    Not the way in which layers are chosen by them: different ways share their answers.
-    """
-    searches = [condense, divergence, expert_search, layer_search, layerwise, moe, stream]
-    return [method, *searches, *_plug_ins(method, "experts", "gates")]
-
-
-def _plug_ins(method: Any, *kinds: str) -> list[Any]:
-    """What condense.<kind> names, where it is no explicit list."""
-    names = {kind: getattr(method, kind) for kind in kinds}
-    return [condense.option(kind, name) for kind, name in names.items() if isinstance(name, str)]
