@@ -8,9 +8,10 @@ with `use_experts_implementation`, which takes (hidden_states, top_k_index, top_
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -380,15 +381,43 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def _apply(model: nn.Module, layer: MoELayer, edit: Edit) -> None:
-    if edit.edit == "prune":
-        prune_layer(layer, edit.kept)
-    elif edit.edit == "merge":
-        merge_layer(layer, edit)
+    if edit.edit in ("prune", "merge"):
+        _edit_experts(layer, edit)
     elif edit.edit == "condense":
         dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
         set_block(model, layer.info.name, dense)
     elif edit.edit == "drop_layer":
         set_block(model, layer.info.name, no_mlp(layer))
+
+
+def _edit_experts(layer: MoELayer, edit: Edit) -> None:
+    if edit.edit == "prune":
+        prune_layer(layer, edit.kept)
+    elif edit.edit == "merge":
+        merge_layer(layer, edit)
+    else:
+        raise ValueError(f"{edit.edit} does not edit the experts of a layer")
+
+
+@torch.no_grad()
+def edited_block(
+    layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of the layer's block with one prune or merge edit carried out; the layer stays.
+
+    tensors: the plan's own, by name, where the edit needs some (`Plan.tensors`). The copy shares
+    the model's config, so that it computes its experts as the model does, and has no hooks.
+    """
+    config = layer.experts.config
+    block = copy.deepcopy(layer.block, {id(config): config})
+    for module in block.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
+    parts = ("block", "router", "experts", "shared", "shared_gate")
+    found = {name: copied.get(getattr(layer, name)) for name in parts}
+    _edit_experts(replace(layer, **found), edit)
+    return block
 
 
 def check_kept(info: LayerInfo, num_kept: int) -> None:
