@@ -1,0 +1,77 @@
+"""A metric of one's own: one file and one yaml, in the package or outside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from moe_lab.types import Plan
+
+METRIC = '''
+from torch import Tensor
+
+from moe_lab.statistics import LayerStatistics
+
+
+def last_first(layer: LayerStatistics, twist: float) -> Tensor:
+    """The later an expert stands, the better; where none was chosen often, by its count."""
+    return layer["count"].cumsum(0) * twist
+'''
+YAML = """
+_target_: my_research.last_first.last_first
+_partial_: true
+twist: 2.0
+"""
+
+
+def test_a_metric_from_outside_the_package(
+    tmp_path: Path, small: list[str], run_py: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "my_research").mkdir(parents=True)
+    (home / "conf" / "metric").mkdir(parents=True)
+    (home / "my_research" / "__init__.py").touch()
+    (home / "my_research" / "last_first.py").write_text(METRIC)
+    (home / "conf" / "metric" / "last_first.yaml").write_text(YAML)
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    options = [
+        *small, "method=prune", "metric=last_first", "ratio.ratio=0.5",
+        "finetune=none", "eval=none", "measure=none", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    done = run_py("--config-dir", str(home / "conf"), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["metric"] == "last_first"
+    for edit in Plan.load(tmp_path / "run" / "plan.json").edited():
+        assert edit.kept == (4, 5, 6, 7)
+        assert list(edit.scores) == sorted(edit.scores)
+
+    again = run_py("--config-dir", str(home / "conf"), *options, "metric.twist=much")
+    assert again.returncode == 2
+    assert "metric.twist=much: it must be a number" in again.stdout + again.stderr
+
+
+def test_the_readme_s_example_is_all_that_it_takes(
+    tmp_path: Path, small: list[str], run_py: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two blocks under "Add a metric" in README.md, word for word."""
+    section = (ROOT / "README.md").read_text().partition("## Add a metric")[2].partition("\n## ")[0]
+    code, options = re.findall(r"```(?:python|yaml)\n(.*?)```", section, flags=re.DOTALL)
+    target = re.search(r"_target_: (\S+)", options)[1]
+    package, module, function = target.rsplit(".", 2)
+    assert f"def {function}(layer: LayerStatistics)" in code
+    home = tmp_path / "home"
+    (home / package).mkdir(parents=True)
+    (home / "conf" / "metric").mkdir(parents=True)
+    (home / package / f"{module}.py").write_text(code)
+    (home / "conf" / "metric" / f"{function}.yaml").write_text(options)
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    done = run_py(
+        "--config-dir", str(home / "conf"), *small, "method=prune", f"metric={function}",
+        "finetune=none", "eval=none", "measure=none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
