@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lab import divergence
 from moe_lab.moe import check_is_sum, expert_forward, expert_parameters
-from moe_lab.stream import LayerStream
+from moe_lab.stream import LayerStream, States
 from moe_lab.types import Choice
 
 TOKENS_AT_ONCE = 1024  # candidates are compared chunk by chunk, so that a chunk stays in the cache
@@ -109,34 +109,19 @@ def greedy_experts(
     return Choice(tuple(chosen), tuple(values))
 
 
-class IntactStates:
-    """Hidden states of the intact model, moving forward through its decoder layers once."""
+class IntactStates(States):
+    """Hidden states of the intact model, opened at the layers that are searched."""
 
-    def __init__(self, stream: LayerStream):
-        self.stream = stream
-        self._next = 0  # the decoder layer whose input is known
-
-    @torch.no_grad()
     def open(self, index: int, gates_E: Tensor, shared_gate: float) -> OpenLayer:
         """An MoE layer on the intact model's own states; layers are asked for in order."""
-        for before in range(self._next, index):
-            with self.stream.layer(before):
-                for batch in range(self.stream.num_batches):
-                    hidden = self.stream.replay(before, batch, self._input(before, batch))
-                    self._set(before, batch, hidden)
         stream, opened = self.stream, OpenLayer(self.stream, index, gates_E, shared_gate)
-        with stream.layer(index):
-            check_is_sum(stream.moe[index])
-            for batch in range(stream.num_batches):
-                output, rest, x = stream.replay_open(index, batch, self._input(index, batch))
-                valid, weight_T = stream.valid[batch], stream.token_weight[batch]
-                opened.add_batch(output[valid], rest, x, weight_T)
-                self._set(index, batch, output)
-        self._next = index + 1
+
+        def compute(batch: int, hidden: Tensor) -> Tensor:
+            if batch == 0:
+                check_is_sum(stream.moe[index])
+            output, rest, x = stream.replay_open(index, batch, hidden)
+            opened.add_batch(output[stream.valid[batch]], rest, x, stream.token_weight[batch])
+            return output
+
+        self.pass_through(index, compute)
         return opened
-
-    def _input(self, index: int, batch: int) -> Tensor:
-        return self.stream.cache["intact" if index else "input", batch]
-
-    def _set(self, index: int, batch: int, output: Tensor) -> None:
-        self.stream.cache["intact", batch] = output

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from moe_lab.moe import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
 from moe_lab.types import UserError
@@ -96,7 +97,7 @@ def takes_twins(layer: MoELayer) -> bool:
         return False
     _, weight, index = layer.router.forward(_probe(layer))[:3]
     twins = with_twins(layer.info.num_experts, layer.info.num_experts + 1)
-    with _restricted_layer(layer, twins):
+    with restricted_layer(layer, twins):
         _, other_weight, other_index = layer.router.forward(_probe(layer))[:3]
     return torch.equal(index, other_index) and torch.allclose(weight, other_weight, rtol=1e-5)
 
@@ -178,12 +179,13 @@ def restricted(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     with ExitStack() as stack:
         for index, experts in kept.items():
-            stack.enter_context(_restricted_layer(layers[index], list(experts)))
+            stack.enter_context(restricted_layer(layers[index], experts))
         yield
 
 
 @contextmanager
-def _restricted_layer(layer: MoELayer, kept: list[int]) -> Iterator[None]:
+def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+    """The same for one layer; the number that stays has to fit its router (`moe.check_kept`)."""
     router = layer.router
     own = set(router.modules())
     others = {module for module, *_ in by_expert(layer)} - {*own, *layer.experts.modules()}
@@ -204,7 +206,7 @@ def _restricted_layer(layer: MoELayer, kept: list[int]) -> Iterator[None]:
         for key, value in vars(module).items()
         if "expert" in key and type(value) is int and value == layer.info.num_experts
     ]
-    kept_E = torch.tensor(kept, device=layer.experts.down_proj.device)
+    kept_E = torch.tensor(list(kept), device=layer.experts.down_proj.device)
     inner = router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
@@ -227,3 +229,67 @@ def _restricted_layer(layer: MoELayer, kept: list[int]) -> Iterator[None]:
         del router.forward
         for module, key in counts:
             setattr(module, key, layer.info.num_experts)
+
+
+@contextmanager
+def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+    """While open, a layer's router gets logits and biases of -inf for all experts but `kept`.
+
+    What `restricted_layer` does, for sets with which a router that works on groups could not be
+    left: a group may keep fewer experts than another. One that keeps fewer than the router ranks
+    groups by is worth -inf, and comes last. Raises UserError where the router does not make its
+    logits by `torch.nn.functional.linear`.
+    """
+    num_experts = layer.info.num_experts
+    gone = [expert for expert in range(num_experts) if expert not in set(kept)]
+    biases = [
+        (module._parameters if key in module._parameters else module._buffers, key)
+        for module, key, tensor, _ in by_expert(layer)
+        if module is not layer.experts and tensor.dim() == 1 and tensor.is_floating_point()
+    ]
+    inner = layer.router.forward
+
+    def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        whole = [tensors[key] for tensors, key in biases]
+        for (tensors, key), tensor in zip(biases, whole, strict=True):
+            tensors[key] = _minus_infinity(tensor, gone)
+        try:
+            with _MaskedLinear(num_experts, gone):
+                output = inner(*arguments, **named)
+        finally:
+            for (tensors, key), tensor in zip(biases, whole, strict=True):
+                tensors[key] = tensor
+        if gone and output[0].reshape(-1, num_experts)[:, gone].max() != -torch.inf:
+            raise UserError(
+                f"{type(layer.router).__name__} makes its logits in a way of its own: its experts "
+                "cannot be masked"
+            )
+        return output
+
+    layer.router.forward = forward
+    try:
+        yield
+    finally:
+        del layer.router.forward
+
+
+class _MaskedLinear(TorchFunctionMode):
+    """While open, products with a row for each expert are -inf for those that are `gone`."""
+
+    def __init__(self, num_experts: int, gone: Sequence[int]):
+        super().__init__()
+        self.num_experts, self.gone = num_experts, gone
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+    ) -> Any:
+        result = function(*arguments, **(named or {}))
+        if function is F.linear and result.shape[-1] == self.num_experts:
+            return _minus_infinity(result, self.gone)
+        return result
+
+
+def _minus_infinity(tensor: Tensor, gone: Sequence[int]) -> Tensor:
+    changed = tensor.detach().clone()
+    changed[..., gone] = -torch.inf
+    return changed

@@ -8,6 +8,7 @@ by layer from disk, and cached states go to disk where they outgrow the memory g
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import tempfile
@@ -183,6 +184,13 @@ class LayerStream:
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
         return loss.sum(dtype=torch.float64).item(), len(labels)
 
+    def logits(self, batch: int, hidden: Tensor) -> Tensor:
+        """The model's logits [B, L, V]; hidden: the last decoder layer's output [B, L, D]."""
+        mask = self.valid[batch].long()
+        with _forwards(self.layers, lambda _, **arguments: hidden):
+            inputs = {"input_ids": self.input_ids[batch], "attention_mask": mask}
+            return self.model(**inputs, use_cache=False).logits
+
     def replay_open(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replay an MoE layer, opened: (output [B, L, D], rest [T, D], block input [T, D]).
 
@@ -211,6 +219,37 @@ class LayerStream:
                 "condense.experts=[...]"
             )
         return output, rest[valid], caught["x"].reshape(output.shape)[valid]
+
+
+class States:
+    """The hidden states before one decoder layer, moving forward through the layers once.
+
+    They begin as what the first decoder layer gets, and lie in the stream's cache; the stream's own
+    input stays.
+    """
+
+    def __init__(self, stream: LayerStream):
+        self.stream = stream
+        self._next = 0  # the decoder layer whose input is known
+
+    @torch.no_grad()
+    def pass_through(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        """Go to decoder layer `index` by plain replay, and behind it with what `compute` gives.
+
+        compute(batch, hidden): the output [B, L, D] of layer `index`, whose weights are in memory.
+        Layers are passed through in ascending order.
+        """
+        for before in range(self._next, index):
+            self._pass(before, functools.partial(self.stream.replay, before))
+        self._pass(index, compute)
+
+    def _pass(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        cache = self.stream.cache
+        with self.stream.layer(index):
+            for batch in range(self.stream.num_batches):
+                output = compute(batch, cache["moving" if index else "input", batch])
+                cache["moving", batch] = output
+        self._next = index + 1
 
 
 @contextmanager
