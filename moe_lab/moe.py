@@ -154,10 +154,15 @@ def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:
 
 def expert_forward(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
     """The output [T, D] of one expert, before any router weight."""
-    h = _linear(x_TD, parameters["up"], parameters.get("up_bias"), experts.is_transposed)
-    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    h = expert_hidden(experts, parameters, x_TD)
     y = _linear(h, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
     return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+
+
+def expert_hidden(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    """What the hidden units of one expert compute [T, I]: the input of its down projection."""
+    h = _linear(x_TD, parameters["up"], parameters.get("up_bias"), experts.is_transposed)
+    return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -244,25 +249,25 @@ def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def merge_layer(layer: MoELayer, edit: Edit) -> None:
+def merge_layer(layer: MoELayer, edit: Edit, permutation_EI: Tensor | None = None) -> None:
     """Carry out a merge edit: average each group into the expert that stays, then prune the rest.
 
-    M-SMoE (2310.01334) lets all router rows live on and maps them to the merged experts; a stock
-    model cannot send two rows to one expert, so that a group keeps one row: that of the expert
-    that stays (`router` dominant), or the weighted mean of the group's rows (mean), with its
-    entries of the router's biases alike.
+    permutation_EI: see `merge_experts`, where the edit's alignment was found from activations.
+    A stock model cannot send two router rows to one expert, so that a group keeps one row: that of
+    the expert that stays (`router` dominant), or the weighted mean (mean) or plain sum (sum) of the
+    group's rows, with its entries of the router's biases alike.
     """
-    merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align)
-    for module, _, tensor, dimension in by_expert(layer) if edit.router == "mean" else ():
+    merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align, permutation_EI)
+    for module, _, tensor, dimension in by_expert(layer) if edit.router in ("mean", "sum") else ():
         if module is layer.experts:
             continue
         rows = tensor.movedim(dimension, 0)
-        means = [
-            torch.einsum("g,g...->...", rows.new_tensor(shares, dtype=torch.float64),
-                         rows[list(members)].double())
-            for members, shares in zip(edit.groups, edit.weights, strict=True)
-        ]  # fmt: skip
-        rows[list(edit.kept)] = torch.stack(means).to(rows.dtype)
+        found = []
+        for members, shares in zip(edit.groups, edit.weights, strict=True):
+            factor = rows.new_tensor(shares, dtype=torch.float64)
+            factor = torch.ones_like(factor) if edit.router == "sum" else factor
+            found.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
+        rows[list(edit.kept)] = torch.stack(found).to(rows.dtype)
     prune_layer(layer, edit.kept)
 
 

@@ -87,7 +87,8 @@ class Choice:
 
 
 EditName = Literal["prune", "merge", "condense", "drop_layer", "drop_block", "keep"]
-RouterName = Literal["dominant", "mean"]
+AlignName = Literal["none", "weights", "activations", "both"]
+RouterName = Literal["all", "dominant", "mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Edit:
     widths: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
-    align: bool = True
+    align: AlignName = "weights"
     router: RouterName = "dominant"
 
     def to_json(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_lab.checkpoint import load
 from moe_lab.evidence import Evidence
-from moe_lab.merging import _permuted, _unit_places, matching
+from moe_lab.merging import HiddenUnits, matching
 from moe_lab.methods.merge import Merge, dominant_experts, groups_of
 from moe_lab.moe import apply_plan, expert_forward, expert_parameters, moe_layers
 from moe_lab.statistics import LayerStatistics, collect
@@ -47,16 +47,13 @@ def logits_of(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def make_identical(experts: nn.Module, groups: tuple[tuple[int, ...], ...]) -> None:
     """Make the experts of each group compute the same, with their hidden units shuffled."""
-    places = _unit_places(experts)
-    generator = torch.Generator().manual_seed(0)
+    units, generator = HiddenUnits(experts), torch.Generator().manual_seed(0)
     for first, *others in groups:
         for other in others:
             order = torch.randperm(16, generator=generator)
-            for name, tensor in experts.named_parameters():
-                part = tensor[first].clone()
-                if name in places:
-                    part = _permuted(part, *places[name], order)
-                tensor[other] = part
+            copy = units.expert(first, order)
+            for name, tensor in units.tensors.items():
+                tensor[other] = copy[name]
 
 
 def outputs(experts: nn.Module, x_TD: Tensor) -> list[Tensor]:
@@ -75,7 +72,7 @@ def test_matching_undoes_a_permutation() -> None:
 @EACH_FAMILY
 def test_merging_identical_experts_gives_that_expert_to_the_bit(family: str) -> None:
     """Also where their hidden units come in another order, but only if they are matched."""
-    for align in (True, False):
+    for align in ("weights", "none"):
         model = tiny_model(family)
         layer = moe_layers(model)[-1]
         make_identical(layer.experts, GROUPS)
@@ -87,7 +84,7 @@ def test_merging_identical_experts_gives_that_expert_to_the_bit(family: str) -> 
         apply(model, [merge(layer.info.index, align=align)])
         after = outputs(moe_layers(model)[-1].experts, x_TD)
         same = [torch.equal(after[i], before[expert]) for i, expert in enumerate(KEPT)]
-        assert same == ([True] * 4 if align else [False, True, False, False])
+        assert same == ([True] * 4 if align == "weights" else [False, True, False, False])
 
 
 @EACH_FAMILY
@@ -119,8 +116,8 @@ def test_merging_a_layer_of_one_function_is_the_identity(family: str) -> None:
 def test_averages_and_routers_are_what_was_asked_for(family: str) -> None:
     plain, dominant, mean = (tiny_model(family) for _ in range(3))
     index = moe_layers(plain)[-1].info.index
-    apply(dominant, [merge(index, align=False)])
-    apply(mean, [merge(index, align=False, router="mean")])
+    apply(dominant, [merge(index, align="none")])
+    apply(mean, [merge(index, align="none", router="mean")])
     one, two, three = (moe_layers(model)[-1] for model in (plain, dominant, mean))
     weights = merge(index)["weights"]
 

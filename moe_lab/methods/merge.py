@@ -41,7 +41,7 @@ class Merge:
     num_layers: int
     num_experts: int
     layers: str | Sequence[int] = "cosine"
-    align: bool = True
+    align: str = "weights"
     router: str = "dominant"
     seed: int = 0
 
