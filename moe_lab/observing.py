@@ -167,7 +167,7 @@ def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable) -> C
 def _emitter(observation: Observation, layer: MoELayer) -> Callable:
     def hook(module: nn.Module, args: tuple, output: object) -> None:
         key = layer.experts
-        routed = observation.inputs.pop(key)
+        *routed, out = observation.inputs.pop(key)
         logits = observation.logits.pop(key).reshape(-1, layer.info.num_experts)
         gate = observation.shared_gate.pop(key, None)
         gate = None if gate is None else gate.reshape(-1).sigmoid()
@@ -176,7 +176,7 @@ def _emitter(observation: Observation, layer: MoELayer) -> Callable:
         residual = observation.residual.pop(key)
         if residual is None:  # no norm before the block: what it added is taken off again
             residual = leaving.double() - added.reshape(leaving.shape).double()
-        around = observation.entering.pop(key), residual, leaving
+        around = observation.entering.pop(key), residual, leaving, out
         around = tuple(state.reshape(-1, state.shape[-1]) for state in around)
         routing = _routing(routed, logits, gate, valid, around)
         observation.observer(layer.info, routing)
@@ -185,7 +185,7 @@ def _emitter(observation: Observation, layer: MoELayer) -> Callable:
 
 
 def _routing(
-    routed: tuple,
+    routed: list[Tensor],
     logits: Tensor,
     gate: Tensor | None,
     valid: Tensor | None,
@@ -238,7 +238,7 @@ def _observing_experts(
         out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
     if observation is not None:
         observation.inputs[self] = (
-            hidden_states, top_k_index, top_k_weights, y_SD, expert_S, token_S, weight_S
+            hidden_states, top_k_index, top_k_weights, y_SD, expert_S, token_S, weight_S, out
         )  # fmt: skip
     return out
 

@@ -1,7 +1,7 @@
 """What one pass over the calibration set collects at each MoE layer.
 
-Every statistic is a sum in float64 over valid tokens, so that sums of batches, processes and
-restarts add up to the same values; nothing is divided before a metric needs it.
+Collecting the sums of each layer (`LayerStatistics`), adding up those of parts of the data, and
+keeping them on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.observing import (
@@ -26,127 +25,12 @@ from moe_lab.observing import (
     observe,
     observe_routers,
 )
-from moe_lab.routing import SCORINGS, matching_scoring, scoring
-from moe_lab.types import LayerInfo, Routing, UserError
+from moe_lab.routing import scoring
+from moe_lab.sums import CONSTANTS, LayerStatistics, combined
+from moe_lab.types import LayerInfo, Routing
+from moe_lab.weights import constants
 
-# Known only where the router's scoring is; and what is no sum over tokens.
-OF_PROBABILITY = ("probability_sum", "entropy_sum")
-CONSTANTS = ("router_norm",)
 GROUPS = "groups.json"
-
-
-class LayerStatistics:
-    """The sums of one layer.
-
-    Of the router alone. Per expert [E]: count, tokens that the router sent to it; gate_sum, of its
-    router weight over them; probability_sum, of the router's full probability over all tokens
-    (SEER-MoE 2404.05089, soft count); router_norm, no sum but the l2 norm of its router row. Per
-    pair of experts [E, E]: logit_product_sum, of the products of their router logits. Per place in
-    a token's choice, heaviest first: rank_count [K, E], tokens that gave each expert this place;
-    rank_share_sum [K], of the share that the weight there has of the token's. Scalars [1]: tokens;
-    entropy_sum, of the entropy in nats of the full probability (scores that do not add up to 1 are
-    divided by their sum first).
-
-    Of the experts and what is around them. Per expert [E]: norm_sum, of the l2 norm of its output;
-    gate_norm_sum, of weight times norm. Scalars [1]: shared_gate_sum, of the shared expert's
-    sigmoid gate over all tokens; block_cosine_sum and layer_cosine_sum, of the cosine between what
-    enters and what leaves the decoder layer, or its MoE sublayer alone (x and x + MoE(norm(x)); He
-    et al. 2406.02500).
-    """
-
-    def __init__(
-        self,
-        info: LayerInfo,
-        sums: dict[str, Tensor] | None = None,
-        scoring: str | None = None,
-    ):
-        self.info = info
-        self.sums = sums or {}
-        self.scoring = scoring  # None: found by looking at the first batch
-
-    def add(self, routing: Routing) -> None:
-        """Add one batch."""
-        self.add_routed(routing.logits_TE, routing.index_TK, routing.weight_TK)
-        # Norms of half-precision outputs would overflow and round: at least float32 is used.
-        exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
-        norm_S = torch.linalg.vector_norm(routing.y_SD, dim=-1, dtype=exact).double()
-        weight_S = routing.weight_S.double()
-        self._add("norm_sum", self._per_expert(routing.expert_S, norm_S))
-        self._add("gate_norm_sum", self._per_expert(routing.expert_S, weight_S * norm_S))
-        if routing.leaving_TD is not None:
-            leaving = routing.leaving_TD.to(exact)
-            for name, state in (("block", routing.entering_TD), ("layer", routing.residual_TD)):
-                cosine_T = F.cosine_similarity(state.to(exact), leaving, dim=-1)
-                self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
-        if routing.shared_gate_T is not None:
-            self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])
-
-    def add_routed(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
-        """Add what the router made of one batch: all that needs no more than this."""
-        tokens = len(index_TK)
-        if self.scoring is None and tokens:
-            self.scoring = matching_scoring(logits_TE, index_TK, weight_TK)
-        # Families differ in the order of the chosen experts: here the heaviest comes first.
-        weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
-        index_TK = index_TK.gather(1, order_TK)
-        ranks = [self._per_expert(index_T) for index_T in index_TK.unbind(1)]
-        logits_TE = logits_TE.double()
-        self._add("tokens", torch.tensor([float(tokens)], dtype=torch.float64))
-        self._add("count", torch.stack(ranks).sum(dim=0))
-        self._add("gate_sum", self._per_expert(index_TK.flatten(), weight_TK.flatten()))
-        self._add("logit_product_sum", logits_TE.T @ logits_TE)
-        self._add("rank_count", torch.stack(ranks))
-        share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
-        self._add("rank_share_sum", share_TK.sum(dim=0))
-        if self.scoring is not None:
-            probability_TE = SCORINGS[self.scoring](logits_TE)
-            share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
-            self._add("probability_sum", probability_TE.sum(dim=0))
-            self._add("entropy_sum", torch.special.entr(share_TE).sum()[None])
-
-    def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
-        return torch.bincount(expert_S, values_S, minlength=self.info.num_experts).double()
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.cpu()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.sums:
-            reason = (
-                "its router's weights follow none of the known scorings "
-                f"({', '.join(SCORINGS)}), so it has no full probability"
-                if name in OF_PROBABILITY
-                else f"it has {sorted(self.sums)}"
-            )
-            raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
-        return self.sums[name]
-
-    def mean_cosine(self, name: str) -> float:
-        """Mean over tokens of the `name` ("block" or "layer") cosine."""
-        return float(self[f"{name}_cosine_sum"] / self["tokens"])
-
-    def logit_cosine(self) -> Tensor:
-        """Cosine [E, E] of the experts' router logits over all tokens; 0 for logits always 0."""
-        product = self["logit_product_sum"]
-        norm = product.diagonal().sqrt()
-        scale = norm[:, None] * norm[None, :]
-        return torch.where(scale > 0, product / scale, torch.zeros_like(product))
-
-    def mean(self, name: str) -> Tensor:
-        """A sum over routed tokens divided by their count; 0 for experts that saw no token."""
-        count = self["count"]
-        return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
-
-
-def router_norm(layer: MoELayer) -> Tensor:
-    """l2 norm [E] of each expert's row of the router's weight."""
-    num_experts = layer.info.num_experts
-    for weight in layer.router.parameters():
-        if weight.dim() == 2 and num_experts in weight.shape:
-            rows_ED = weight.detach().movedim(weight.shape.index(num_experts), 0)
-            return torch.linalg.vector_norm(rows_ED.double(), dim=1).cpu()
-    raise UserError(f"{type(layer.router).__name__} has no weight with a row for each expert")
 
 
 class Collection:
@@ -170,9 +54,15 @@ class Collection:
         key = self.group, index
         if key not in self.found:
             layer = self.layers[index]
-            sums = {"router_norm": router_norm(layer)}
-            self.found[key] = LayerStatistics(layer.info, sums, scoring(layer))
+            self.found[key] = LayerStatistics(layer.info, self._constants(layer), scoring(layer))
         return self.found[key]
+
+    def _constants(self, layer: MoELayer) -> dict[str, Tensor]:
+        """What is read off the layer's weights, once for all groups."""
+        known = [one for (_, index), one in self.found.items() if index == layer.info.index]
+        if known:
+            return {name: known[0][name] for name in CONSTANTS}
+        return constants(layer)
 
     def of_group(self, group: int = 0) -> list[LayerStatistics]:
         """The statistics of one group, by layer."""
@@ -230,8 +120,8 @@ def added(parts: Iterable[Sequence[LayerStatistics]]) -> list[LayerStatistics]:
 def _added(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     first = parts[0]
     names = [name for name in first.sums if all(name in part.sums for part in parts)]
-    sums = {name: sum(part[name] for part in parts) for name in names if name not in CONSTANTS}
-    return LayerStatistics(first.info, sums | {name: first[name] for name in CONSTANTS})
+    sums = {name: combined(name, [part[name] for part in parts]) for name in names}
+    return LayerStatistics(first.info, sums)
 
 
 def reduce(layers: Sequence[LayerStatistics]) -> list[LayerStatistics]:
@@ -275,3 +165,24 @@ def load_groups(folder: Path) -> dict[str, list[LayerStatistics]]:
         return {}
     names = json.loads((folder / GROUPS).read_text())
     return {name: load(folder / "groups" / str(number)) for number, name in enumerate(names)}
+
+
+def super_experts(
+    layers: Sequence[LayerStatistics], include_last: bool = False
+) -> dict[int, tuple[int, ...]]:
+    """The few experts of a model whose outputs have extreme components, by layer index.
+
+    Su et al. (2507.23279), as REAP's code (2510.13999) has it: max_activation above the 99.5th
+    percentile of all experts of all layers and above a tenth of the largest, in the first three
+    quarters of the MoE layers; `include_last` looks at all of them ("outliers" there).
+    """
+    activations = torch.cat([layer["max_activation"] for layer in layers])
+    threshold = max(activations.quantile(0.995), activations.max() / 10)
+    searched = len(layers) if include_last else int(0.75 * len(layers))
+    found = {}
+    for place, layer in enumerate(layers):
+        above = layer["max_activation"] > threshold
+        found[layer.info.index] = tuple(above.nonzero().flatten().tolist())
+        if place >= searched:
+            found[layer.info.index] = ()
+    return found

@@ -57,7 +57,7 @@ class Routing:
     expert: y_SD, with expert_S, token_S (row in x_TD) and weight_S beside it.
     shared_gate_T: the sigmoid gate of the shared expert, None where it has none. Around the block:
     entering_TD and leaving_TD, input and output of the decoder layer; residual_TD, the state to
-    which the MoE sublayer (norm and block) adds.
+    which the MoE sublayer (norm and block) adds; routed_TD, what the routed experts add to it.
     """
 
     x_TD: Tensor
@@ -72,6 +72,7 @@ class Routing:
     entering_TD: Tensor | None = None
     residual_TD: Tensor | None = None
     leaving_TD: Tensor | None = None
+    routed_TD: Tensor | None = None
 
 
 @dataclass(frozen=True)

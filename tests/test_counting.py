@@ -29,6 +29,7 @@ from moe_lab.stages.profile import check_profile, profile
 from moe_lab.stages.profile import collect as collect_profile
 from moe_lab.statistics import LayerStatistics, added, collect, load, load_groups, reduce, save
 from moe_lab.store import Artifact, Store
+from moe_lab.sums import CONSTANTS
 from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
@@ -44,8 +45,9 @@ KINDS: dict[str, tuple[str, dict]] = {
     "two of four groups": ("deepseek_v3", {"n_group": 4, "topk_group": 2}),
 }
 OF_ROUTERS = (
-    "tokens count gate_sum probability_sum logit_product_sum entropy_sum rank_count "
-    "rank_share_sum router_norm"
+    "tokens count gate_sum gate_square_sum probability_sum pair_count logit_product_sum "
+    "entropy_sum rank_count rank_share_sum router_norm weight_abs_sum weight_square_sum "
+    "weight_count"
 ).split()
 
 
@@ -112,8 +114,14 @@ def route(config, gate, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits_TE, probability_TE, factor * weight_TE
 
 
-def expected(config, gate, x_TD: Tensor) -> dict[str, Tensor]:
-    """All that the router's statistics hold of these tokens."""
+def expected(config, block, x_TD: Tensor) -> dict[str, Tensor]:
+    """All that the router's statistics hold of these tokens, and of the layer's weights."""
+    gate, experts = block.gate, block.experts
+    weights_E = [
+        torch.cat([experts.gate_up_proj[number].flatten(), experts.down_proj[number].flatten()])
+        for number in range(8)
+    ]
+    weights_EW = torch.stack(weights_E).detach().double()
     logits_TE, probability_TE, weight_TE = route(config, gate, x_TD)
     heaviest_TE, order_TE = weight_TE.sort(dim=1, descending=True)
     num_chosen = config.num_experts_per_tok
@@ -126,7 +134,14 @@ def expected(config, gate, x_TD: Tensor) -> dict[str, Tensor]:
         "tokens": torch.tensor([float(len(x_TD))]).double(),
         "count": (weight_TE > 0).sum(dim=0).double(),
         "gate_sum": weight_TE.sum(dim=0),
+        "gate_square_sum": weight_TE.square().sum(dim=0),
         "probability_sum": probability_TE.sum(dim=0),
+        "pair_count": torch.tensor(
+            [
+                [((weight_TE[:, one] > 0) & (weight_TE[:, other] > 0)).sum() for other in range(8)]
+                for one in range(8)
+            ]
+        ).double(),
         "logit_product_sum": logits_TE.T @ logits_TE,
         "entropy_sum": -(share_TE * share_TE.log()).sum()[None],
         "rank_count": torch.tensor(places).double(),
@@ -134,6 +149,9 @@ def expected(config, gate, x_TD: Tensor) -> dict[str, Tensor]:
             heaviest_TE[:, :num_chosen] / heaviest_TE[:, :num_chosen].sum(dim=1, keepdim=True)
         ).sum(dim=0),
         "router_norm": gate.weight.detach().double().square().sum(dim=1).sqrt(),
+        "weight_abs_sum": weights_EW.abs().sum(dim=1),
+        "weight_square_sum": weights_EW.square().sum(dim=1),
+        "weight_count": torch.tensor([float(weights_EW.shape[1])]).double(),
     }
 
 
@@ -147,9 +165,9 @@ def test_counts_equal_an_independent_router(kind: str, only_routers: bool) -> No
     assert len(found) >= 3
     for layer in found:
         block = model.model.layers[layer.info.index].mlp
-        sums = expected(model.config, block.gate, x[layer.info.index])
+        sums = expected(model.config, block, x[layer.info.index])
         assert set(OF_ROUTERS) == set(sums)
-        for name in ("tokens", "count", "rank_count"):
+        for name in ("tokens", "count", "rank_count", "pair_count", "weight_count"):
             assert torch.equal(layer[name], sums[name]), name
         for name, value in sums.items():
             torch.testing.assert_close(layer[name], value, rtol=1e-5, atol=1e-5, msg=name)
@@ -192,7 +210,7 @@ def assert_alike(found: list[LayerStatistics], others: list[LayerStatistics], rt
     """Counts to the bit; soft counts and the other sums of the router to rounding."""
     assert len(found) == len(others) > 0
     for one, other in zip(found, others, strict=True):
-        for name in ("tokens", "count", "rank_count", "router_norm"):
+        for name in ("tokens", "count", "rank_count", "pair_count", *CONSTANTS):
             assert torch.equal(one[name], other[name]), name
         for name in OF_ROUTERS:
             torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=10 * rtol, msg=name)

@@ -11,8 +11,9 @@ from torch import Tensor
 from moe_lab.checkpoint import Checkpoint, resolve
 from moe_lab.layerwise import routers_only
 from moe_lab.moe import moe_layers
-from moe_lab.statistics import LayerStatistics, router_norm
+from moe_lab.statistics import LayerStatistics
 from moe_lab.types import LayerInfo, UserError
+from moe_lab.weights import router_norm
 
 
 @dataclass(frozen=True)
