@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.observing import observe_routers
 from moe_lab.progress import progress
 from moe_lab.routing import at_top_k, scoring
+from moe_lab.stand_ins import Placed, stand_in_rows
 from moe_lab.statistics import LayerStatistics
 
 
@@ -26,8 +27,9 @@ class HeldOut:
     (perplexity: its exponential). Where there are MoE layers, means over them and all valid tokens:
     routing/entropy, in nats, of the router's full distribution (a sigmoid's scores are divided by
     their sum first; left out where a layer's weights follow no known scoring); routing/top_k, how
-    many experts a token got; routing/weight_<k>, the share that a token's k-th heaviest expert has
-    of its routed weight.
+    many experts a token got; routing/stand_ins, how many of these only stood in for removed ones
+    (where any do); routing/weight_<k>, the share that a token's k-th heaviest expert has of its
+    routed weight.
     routed: "layers", their true indices, and "rank_count" [layer][k - 1][expert], the tokens whose
     k-th heaviest expert each was.
     """
@@ -74,7 +76,8 @@ def compare(
         "layers": list(routers),
         "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
     }
-    return HeldOut(figures | _routing_figures(list(routers.values())), routed)
+    figures |= _routing_figures(list(routers.values())) | _stand_ins(moe_layers(model), routers)
+    return HeldOut(figures, routed)
 
 
 def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:
@@ -90,6 +93,18 @@ def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:
             share = [share_K[rank] if rank < len(share_K) else 0.0 for share_K in shares]
             figures[f"routing/weight_{rank + 1}"] = _mean(share)
     return figures
+
+
+def _stand_ins(
+    layers: Sequence[MoELayer], routers: Mapping[int, LayerStatistics]
+) -> dict[str, float]:
+    if not any(isinstance(layer.experts, Placed) and layer.experts.stand_in for layer in layers):
+        return {}
+    numbers = []
+    for layer in layers:
+        router, stand_in_E = routers[layer.info.index], stand_in_rows(layer.experts)
+        numbers.append((router["count"][stand_in_E].sum() / router["tokens"]).item())
+    return {"routing/stand_ins": _mean(numbers)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,6 +21,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from moe_lab.depth import drop_decoders
 from moe_lab.merging import merge_experts
+from moe_lab.stand_ins import Placed, place, places_of, shared_places
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -53,6 +54,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         if match is None:
             raise UserError(f"experts at {path!r} stand in no numbered decoder layer")
         found.append(_moe_layer(model, modules, block_path, experts, match))
+    _set_sizes(model, found)
     return found
 
 
@@ -68,12 +70,12 @@ def _moe_layer(
             "family does not keep the common contract of transformers' MoE layers"
         )
     shared = next((m for n, m in children.items() if n in SHARED_NAMES), None)
-    num_experts, hidden_size = _experts_shape(experts)
+    num_rows, num_experts, hidden_size = _experts_shape(experts)
     groups, groups_used = _groups(router, model.config)
     info = LayerInfo(
         index=int(match["index"]),
         name=name,
-        num_experts=num_experts,
+        num_experts=num_rows,
         top_k=_top_k(router, model.config),
         hidden_size=hidden_size,
         shared=shared is not None,
@@ -84,10 +86,36 @@ def _moe_layer(
         expert_width=_expert_width(experts),
         num_decoders=len(modules[decoders_path(name)]),
         family=getattr(model.config, "model_type", ""),
+        real_experts=num_experts if isinstance(experts, Placed) else 0,
     )
     decoder = modules[match["decoder"]]
     gate = children.get("shared_expert_gate")
     return MoELayer(info, decoder, block, router, experts, shared, gate)
+
+
+def _set_sizes(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Fill in what one expert of each layer and the whole model take, parameters and bytes."""
+    parameters = list(model.parameters())
+    buffers = [
+        buffer
+        for module in (model.modules() if layers else ())
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    ]
+    model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
+    for layer in layers:
+        rows = [
+            (tensor.numel() // layer.info.num_experts, tensor)
+            for module, key, tensor, _ in by_expert(layer)
+            if key not in module._non_persistent_buffers_set
+        ]
+        layer.info = replace(
+            layer.info,
+            expert_parameters=sum(size for size, row in rows if isinstance(row, nn.Parameter)),
+            expert_bytes=sum(size * row.element_size() for size, row in rows),
+            model_parameters=sum(parameter.numel() for parameter in parameters),
+            model_bytes=model_bytes,
+        )
 
 
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
@@ -108,9 +136,11 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _experts_shape(experts: nn.Module) -> tuple[int, int]:
+def _experts_shape(experts: nn.Module) -> tuple[int, int, int]:
+    """Rows of its router, experts that exist, hidden size."""
     down = experts.down_proj  # [E, D, I], or [E, I, D] where transposed
-    return down.shape[0], down.shape[2 if experts.is_transposed else 1]
+    num_rows = len(experts.place_E) if isinstance(experts, Placed) else down.shape[0]
+    return num_rows, down.shape[0], down.shape[2 if experts.is_transposed else 1]
 
 
 def _expert_width(experts: nn.Module) -> int:
@@ -143,7 +173,7 @@ def _groups(router: nn.Module, config: object) -> tuple[int, int]:
 
 
 def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:
-    """Each expert's own weights: a dictionary of slices per expert, without copying."""
+    """Each existing expert's own weights: a dictionary of slices per expert, without copying."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     names = {"up": up, "down": "down_proj"}
     if experts.has_bias:
@@ -233,30 +263,81 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
                 yield module, key, tensor, tensor.shape.index(old)
 
 
-def prune_layer(layer: MoELayer, kept: Sequence[int]) -> None:
-    """Keep only the `kept` experts of a layer, in that order, and their router rows, in place."""
+def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None:
+    """Keep only the `kept` experts of a layer, in that order, in place.
+
+    rows: whether the router loses the other rows; where not, `stand_ins.place` must say at once
+    where they lead. Raises UserError where this has happened already.
+    """
+    if layer.info.real_experts:
+        raise UserError(
+            f"layer {layer.info.index} has {layer.info.num_experts} router rows for "
+            f"{layer.info.real_experts} experts: it was compressed so before, and its experts "
+            "cannot be removed or merged once more"
+        )
     old, kept = layer.info.num_experts, list(kept)
+    modules = routed_modules(layer) if rows else list(layer.experts.modules())
     for module, key, tensor, dimension in list(by_expert(layer)):
+        if module not in modules:
+            continue
         index = torch.tensor(kept, device=tensor.device)
         cut = tensor.detach().index_select(dimension, index)
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, tensor.requires_grad)
         setattr(module, key, cut)
-    for module in routed_modules(layer):
+    for module in modules:
         for key, value in vars(module).items():
             if "expert" in key and type(value) is int and value == old:
                 setattr(module, key, len(kept))
 
 
 @torch.no_grad()
-def merge_layer(layer: MoELayer, edit: Edit, permutation_EI: Tensor | None = None) -> None:
-    """Carry out a merge edit: average each group into the expert that stays, then prune the rest.
+def keep_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    """The structure of a prune or merge edit: the kept experts stay, with or without all rows."""
+    num_rows, kept = layer.info.num_experts, edit.kept
+    if not edit.keeps_rows or len(kept) == num_rows:
+        prune_layer(layer, kept)
+        return
+    prune_layer(layer, kept, rows=False)
+    if edit.router == "all":
+        place(layer.experts, shared_places(edit.groups, num_rows))
+        return
+    constants = _constants(layer, edit, tensors) if edit.replacement == "constant" else None
+    place(layer.experts, places_of(kept, num_rows), edit.replacement, constants)
 
-    permutation_EI: see `merge_experts`, where the edit's alignment was found from activations.
-    A stock model cannot send two router rows to one expert, so that a group keeps one row: that of
-    the expert that stays (`router` dominant), or the weighted mean (mean) or plain sum (sum) of the
-    group's rows, with its entries of the router's biases alike.
+
+def _constants(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The constants [R, D] of an edit, in ascending order of the experts that they stand for."""
+    reference, name = layer.experts.down_proj, constants_name(edit.index)
+    shape = layer.info.num_experts - len(edit.kept), layer.info.hidden_size
+    if reference.is_meta:
+        return reference.new_empty(shape)
+    found = tuple(tensors[name].shape) if name in tensors else None
+    if found != shape:
+        raise UserError(
+            f"the plan replaces experts of layer {edit.index} by constants: its tensor {name} must "
+            f"have the shape {shape}, and "
+            + (f"has {found}" if found else "is missing (plan.safetensors lies beside plan.json)")
+        )
+    return tensors[name].to(reference)
+
+
+def constants_name(index: int) -> str:
+    """What a plan calls the constants of decoder layer `index` among its tensors."""
+    return f"layers.{index}.constants"
+
+
+@torch.no_grad()
+def merge_layer(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    """Carry out a merge edit: average each group into the expert that stays; the others go.
+
+    tensors: has the permutation [E, I] of `merge_experts` where the edit's alignment was found
+    from activations. M-SMoE (2310.01334) and HC-SMoE (2410.08589) let all router rows live on and
+    lead to the merged experts (`router` all). A stock model cannot send two rows to one expert:
+    there a group keeps one, that of the expert that stays (dominant), or the weighted mean (mean)
+    or plain sum (sum) of the group's rows, with its entries of the router's biases alike.
     """
+    permutation_EI = tensors.get(f"layers.{edit.index}.permutation")
     merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align, permutation_EI)
     for module, _, tensor, dimension in by_expert(layer) if edit.router in ("mean", "sum") else ():
         if module is layer.experts:
@@ -268,10 +349,12 @@ def merge_layer(layer: MoELayer, edit: Edit, permutation_EI: Tensor | None = Non
             factor = torch.ones_like(factor) if edit.router == "sum" else factor
             found.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
         rows[list(edit.kept)] = torch.stack(found).to(rows.dtype)
-    prune_layer(layer, edit.kept)
+    keep_experts(layer, edit, tensors)
 
 
 def _obstacle(experts: nn.Module, shared: nn.Module | None) -> str | None:
+    if isinstance(experts, Placed):
+        return "its router has more rows than there are experts"
     if shared is not None and not is_gated_mlp(shared):
         return "its shared expert is no gated MLP of the usual three projections"
     if not experts.has_gate:
@@ -378,16 +461,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
                 f"the plan edits layer {edit.index}, which is no MoE layer of this model; its MoE "
                 f"layers are {sorted(layers)}"
             )
-        _apply(model, layers[edit.index], edit)
+        _apply(model, layers[edit.index], edit, plan.tensors)
     dropped = {edit.index: edit for edit in plan.edited() if edit.edit == "drop_block"}
     if dropped:
         name = next(iter(dropped.values())).name
         drop_decoders(model, decoders_path(name), dropped)
 
 
-def _apply(model: nn.Module, layer: MoELayer, edit: Edit) -> None:
+def _apply(model: nn.Module, layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
     if edit.edit in ("prune", "merge"):
-        _edit_experts(layer, edit)
+        _edit_experts(layer, edit, tensors)
     elif edit.edit == "condense":
         dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
         set_block(model, layer.info.name, dense)
@@ -395,11 +478,11 @@ def _apply(model: nn.Module, layer: MoELayer, edit: Edit) -> None:
         set_block(model, layer.info.name, no_mlp(layer))
 
 
-def _edit_experts(layer: MoELayer, edit: Edit) -> None:
+def _edit_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
     if edit.edit == "prune":
-        prune_layer(layer, edit.kept)
+        keep_experts(layer, edit, tensors)
     elif edit.edit == "merge":
-        merge_layer(layer, edit)
+        merge_layer(layer, edit, tensors)
     else:
         raise ValueError(f"{edit.edit} does not edit the experts of a layer")
 
@@ -421,13 +504,25 @@ def edited_block(
     copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
     parts = ("block", "router", "experts", "shared", "shared_gate")
     found = {name: copied.get(getattr(layer, name)) for name in parts}
-    _edit_experts(replace(layer, **found), edit)
+    _edit_experts(replace(layer, **found), edit, tensors or {})
     return block
 
 
-def check_kept(info: LayerInfo, num_kept: int) -> None:
-    """Refuse a number of kept experts with which the layer's router cannot work."""
+def check_kept(info: LayerInfo, num_kept: int, keeps_rows: bool = False) -> None:
+    """Refuse a number of kept experts with which the layer's router cannot work.
+
+    keeps_rows: whether the router keeps all its rows, so that any number will do but none. Raises
+    UserError also for layers whose router has kept them before.
+    """
     asked = f"layer {info.index}: {num_kept} of {info.num_experts} experts would stay"
+    if info.real_experts:
+        raise UserError(
+            f"{asked}, but its {info.num_experts} router rows lead to {info.real_experts} experts "
+            "and stand-ins: such a layer cannot lose experts once more; compress the model that it "
+            "comes from, or with method.replacement=nothing (method.router=dominant for a merge)"
+        )
+    if keeps_rows and num_kept:
+        return
     if num_kept < info.top_k:
         raise UserError(f"{asked}, but its router chooses {info.top_k} for each token (top-k)")
     per_group = num_kept // info.groups

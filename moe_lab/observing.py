@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_lab.moe import MoELayer, expert_forward, expert_parameters, hidden_of, moe_layers
+from moe_lab.stand_ins import Placed
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
@@ -219,28 +220,52 @@ def _observing_experts(
     token_S = order_S % num_tokens
     weight_S = top_k_weights[token_S, order_S // num_tokens]
     x_SD = hidden_states[token_S]
-    counts = torch.bincount(expert_S, minlength=self.num_experts).tolist()
-    y_SD = torch.cat(
-        [
-            expert_forward(self, parameters, x)
-            for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True)
-            if len(x)
-        ]
-    )
+    counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
+    if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins
+        parts = (part[:number] for part in (expert_S, order_S, token_S, weight_S, x_SD))
+        expert_S, order_S, token_S, weight_S, x_SD = parts
+    outputs = [
+        expert_forward(self, parameters, x)
+        for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True)
+        if len(x)
+    ]
+    y_SD = torch.cat(outputs or [x_SD])
     observation = _open.get(self)
     weighted_SD = y_SD * weight_S[:, None]
     if observation is not None and observation.implementation == "eager":
         out = torch.zeros_like(hidden_states)
         out.index_add_(0, token_S, weighted_SD.to(out.dtype))
     else:
-        slots = torch.empty_like(weighted_SD)
+        slots = weighted_SD.new_zeros(top_k_index.numel(), weighted_SD.shape[1])
         slots[token_S * num_chosen + order_S // num_tokens] = weighted_SD
         out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
     if observation is not None:
-        observation.inputs[self] = (
-            hidden_states, top_k_index, top_k_weights, y_SD, expert_S, token_S, weight_S, out
-        )  # fmt: skip
+        pairs = y_SD, expert_S, token_S, weight_S
+        routed = hidden_states, top_k_index, top_k_weights, *pairs, out
+        if isinstance(self, Placed):
+            routed = _by_row(self, routed, order_S)
+        observation.inputs[self] = routed
     return out
+
+
+def _by_row(experts: Placed, routed: tuple[Tensor, ...], order_S: Tensor) -> tuple[Tensor, ...]:
+    """What is observed of experts that several router rows lead to, or none: all of it by row.
+
+    Each row counts as an expert of its own; the pairs that went to stand-ins join the others.
+    """
+    x_TD, _, weight_TK, y_SD, _, token_S, _, out_TD = routed
+    row_TK = experts.routed_to
+    num_tokens, num_chosen = row_TK.shape
+    place_TK = experts.place_E[row_TK]
+    y_TKD = y_SD.new_empty(num_tokens, num_chosen, y_SD.shape[1])
+    y_TKD[token_S, order_S // num_tokens] = y_SD
+    token_G, rank_G = torch.where(place_TK >= experts.num_experts)
+    y_TKD[token_G, rank_G] = experts.stand_in_outputs(x_TD[token_G], place_TK[token_G, rank_G])
+    row_S, order_S = row_TK.t().reshape(-1).sort(stable=True)
+    token_S, rank_S = order_S % num_tokens, order_S // num_tokens
+    out_TD = experts.with_stand_ins(out_TD, x_TD, place_TK, weight_TK)
+    pairs = y_TKD[token_S, rank_S], row_S, token_S, weight_TK[token_S, rank_S]
+    return x_TD, row_TK, weight_TK, *pairs, out_TD
 
 
 ALL_EXPERTS_FUNCTIONS.register(OBSERVING, _observing_experts)

@@ -35,6 +35,7 @@ from moe_lab.moe import (
     set_block,
 )
 from moe_lab.routing import takes_twins, with_twins
+from moe_lab.stand_ins import place
 from moe_lab.types import Edit, Plan
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) ->
     padding: see `save`. Raises UserError for blocks that cannot be dropped from this family.
     """
     model = meta_model(config)
-    # Which experts a merged one is made of does not matter here; averaging needs weights.
+    # Of what a merged expert is the average does not matter here, and averaging needs weights.
     shapes = [replace(e, edit="prune") if e.edit == "merge" else e for e in edits]
     apply_plan(model, Plan(tuple(shapes)))
     return _form(model, _limit(config, padding))
@@ -90,8 +91,24 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
                 act = layer.experts.act_fn
                 block = DenseMLP(layer.info.hidden_size, wanted["width"], act)
             set_block(model, layer.info.name, block)
-        elif wanted["num_experts"] < layer.info.num_experts:
-            prune_layer(layer, range(wanted["num_experts"]))
+        elif not layer.info.real_experts:
+            _keep(layer, **wanted)
+
+
+def _keep(
+    layer: MoELayer, num_experts: int, rows: int | None = None, stand_in: str | None = None
+) -> None:
+    """Leave so many experts and router rows; where the rows lead comes in with the weights."""
+    rows = rows or num_experts
+    if rows < layer.info.num_experts:
+        prune_layer(layer, range(rows))
+        layer = replace(layer, info=replace(layer.info, num_experts=rows))
+    if rows > num_experts:
+        prune_layer(layer, range(num_experts), rows=False)
+        like = layer.experts.down_proj
+        constants = like.new_empty(rows - num_experts, layer.info.hidden_size)
+        is_constant = stand_in == "constant"
+        place(layer.experts, range(rows), stand_in, constants if is_constant else None)
 
 
 def save(
@@ -151,7 +168,8 @@ def _form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> Form:
     """The family's own form where it can say the model with few enough zeros, else ours."""
     layers, edited = moe_layers(model), _edited_blocks(model)
     config, obstacle = _native_config(model, layers, edited)
-    if len(counts := _counts(layers)) > 1:
+    placed = any(layer.info.real_experts for layer in layers)
+    if len(counts := _counts(layers)) > 1 and not placed:
         form, obstacle = _with_twins(model, layers, edited, twins, max(counts), obstacle)
         if form:
             return form
@@ -184,6 +202,8 @@ def _native_config(
     config = copy.deepcopy(model.config)
     if hasattr(config, "moe_lab"):
         del config.moe_lab
+    if placed := [layer for layer in layers if layer.info.real_experts]:
+        return None, _placed_obstacle(placed, config.model_type)
     counts = _counts(layers)
     if len(counts) > 1:
         numbers = " and ".join(map(str, counts))
@@ -195,6 +215,22 @@ def _native_config(
     return (
         found,
         None if found else f"{config.model_type} cannot say that layers {indices} are dense",
+    )
+
+
+def _placed_obstacle(layers: list[MoELayer], family: str) -> str:
+    indices = [layer.info.index for layer in layers]
+    stand_ins = {layer.experts.stand_in for layer in layers}
+    leads, options = [], []
+    if kinds := sorted(stand_ins - {None}):
+        leads.append(f"to what stands in for removed experts ({', '.join(kinds)})")
+        options.append("method.replacement=nothing removes these rows too")
+    if None in stand_ins:
+        leads.append("several to one merged expert")
+        options.append("method.router=dominant keeps one row for each")
+    return (
+        f"router rows of layers {indices} lead {' and '.join(leads)}, which {family} cannot say "
+        f"({'; '.join(options)})"
     )
 
 
@@ -238,10 +274,18 @@ def _own_config(
     model: PreTrainedModel, layers: list[MoELayer], edited: dict[str, nn.Module], padding: float
 ) -> Any:
     config = copy.deepcopy(model.config)
-    structure = {str(one.info.index): {"num_experts": one.info.num_experts} for one in layers}
+    structure = {str(one.info.index): _experts_structure(one) for one in layers}
     structure |= {str(_layer_index(name)): {"width": _width(b)} for name, b in edited.items()}
     config.moe_lab = {"version": 1, "padding": padding, "layers": structure}
     return config
+
+
+def _experts_structure(layer: MoELayer) -> dict[str, Any]:
+    if not layer.info.real_experts:
+        return {"num_experts": layer.info.num_experts}
+    found = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
+    stand_in = layer.experts.stand_in
+    return found | ({"stand_in": stand_in} if stand_in else {})
 
 
 def _layer_index(name: str) -> int:

@@ -31,6 +31,11 @@ class LayerInfo:
     the layer cannot become one dense gated MLP, None where it can. shared_width, expert_width:
     hidden units of the shared part (all shared experts together) and of one routed expert;
     num_decoders: decoder layers of the model, dense ones counted; family: its model type.
+    expert_parameters, expert_bytes: what goes with one routed expert (weights, biases, its router
+    row and whatever else is indexed by expert); model_parameters, model_bytes: of the whole model,
+    tied ones once. Bytes are those of the model at hand; in `Checkpoint.layers()`, of its files.
+    num_experts counts the router's rows: what a token can be sent to. real_experts: how many
+    experts there are where rows lead to stand-ins or share an expert, 0 where each row has its own.
     """
 
     index: int
@@ -46,6 +51,11 @@ class LayerInfo:
     expert_width: int = 0
     num_decoders: int = 0
     family: str = ""
+    expert_parameters: int = 0
+    expert_bytes: int = 0
+    model_parameters: int = 0
+    model_bytes: int = 0
+    real_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,13 +100,16 @@ class Choice:
 EditName = Literal["prune", "merge", "condense", "drop_layer", "drop_block", "keep"]
 AlignName = Literal["none", "weights", "activations", "both"]
 RouterName = Literal["all", "dominant", "mean", "sum"]
+ReplacementName = Literal["nothing", "zero", "constant", "copy"]
 
 
 @dataclass(frozen=True)
 class Edit:
     """What happens to one MoE layer.
 
-    prune: `kept` experts stay, the router loses the other rows. merge: kept[i] becomes the average
+    prune: `kept` experts stay, the router loses the other rows; or keeps them, and a token sent to
+    one gets what is put in as a `replacement`: zero, a constant vector of the plan's tensors, or a
+    copy of the token itself, times the router's weight. merge: kept[i] becomes the average
     of the experts groups[i] (itself among them) with weights[i], after `align` has matched their
     hidden units to its own; `router` says which row it keeps. condense: the layer becomes one
     dense MLP, shared_gate * shared(x) + sum of gates[i] * expert[experts[i]](x); `divergence`
@@ -122,6 +135,12 @@ class Edit:
     weights: tuple[tuple[float, ...], ...] = ()
     align: AlignName = "weights"
     router: RouterName = "dominant"
+    replacement: ReplacementName = "nothing"
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the layer's router keeps all its rows while experts go."""
+        return self.replacement != "nothing" or self.router == "all"
 
     def to_json(self) -> dict[str, Any]:
         """The edit with only the fields that its kind uses."""
@@ -133,6 +152,8 @@ class Edit:
             "drop_block": ("scores",),
             "keep": ("scores",),
         }[self.edit]
+        if self.edit == "prune" and self.replacement != "nothing":
+            used = ("kept", "replacement", "scores")
         values = {"index": self.index, "name": self.name, "edit": self.edit}
         return values | {key: _plain(getattr(self, key)) for key in used}
 
@@ -148,6 +169,8 @@ class Plan:
 
     layer_order and layer_divergence tell a search over layers in its order of choice; searched
     holds what that search knew of layers it did not choose (their experts and divergences).
+    tensors: what edits need beside their text, by name: "layers.<index>.constants" [R, D] of a
+    layer whose R removed experts are replaced by constants, in ascending order of the experts.
     """
 
     edits: tuple[Edit, ...]
@@ -155,6 +178,7 @@ class Plan:
     layer_divergence: tuple[float, ...] = ()
     searched: tuple[Edit, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def edited(self) -> tuple[Edit, ...]:
         """The edits that change something."""
@@ -173,16 +197,30 @@ class Plan:
         lines[-1] = lines[-1].rstrip(",")
         return "{\n" + "\n".join(lines) + "\n}\n"
 
+    def write_tensors(self, path: Path) -> None:
+        """Write the tensors, where there are any, beside the text at `path`, for `load` to find."""
+        if self.tensors:
+            from safetensors.torch import save_file
+
+            tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, path.with_suffix(".safetensors"))
+
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read a file with the text of `to_text`."""
+        """Read a file with the text of `to_text`, and the tensors beside it."""
         values = json.loads(path.read_text())
+        tensors = {}
+        if path.with_suffix(".safetensors").is_file():
+            from safetensors.torch import load_file
+
+            tensors = load_file(path.with_suffix(".safetensors"))
         return cls(
             edits=tuple(Edit.from_json(row) for row in values.pop("layers")),
             searched=tuple(Edit.from_json(row) for row in values.pop("searched")),
             layer_order=tuple(values.pop("layer_order", ())),
             layer_divergence=tuple(values.pop("layer_divergence", ())),
             notes=values,
+            tensors=tensors,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_lab import depth, merging, moe, saving
+from moe_lab import depth, merging, moe, saving, stand_ins
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.moe import apply_plan
@@ -29,6 +29,6 @@ def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Comp
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "plan": plan.key,
-        "code": code_version(depth, merging, moe, saving),
+        "code": code_version(depth, merging, moe, saving, stand_ins),
     }
     return store.get("compress", identity, make)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_lab import moe, observing, routing, statistics
+from moe_lab import moe, observing, routing, stand_ins, statistics
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.data import standard_library_fingerprint
@@ -193,7 +193,7 @@ def evaluate_groups(
 
 
 def _code() -> list[Any]:
-    return [evaluate, moe, routing, tiny, items, harness]
+    return [evaluate, moe, routing, stand_ins, tiny, items, harness]
 
 
 def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from moe_lab import stand_ins
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.moe import moe_layers, num_parameters
 from moe_lab.progress import progress
 from moe_lab.routing import at_top_k
+from moe_lab.stand_ins import Placed, all_to_experts
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.types import UserError
 
@@ -81,7 +83,7 @@ def measure_stage(
         "dtypes": {name: checkpoint.dtype for name, checkpoint in variants.items()},
         "how": asdict(how),
         "machine": compute.machine(),
-        "code": code_version(measure_stage),
+        "code": code_version(measure_stage, stand_ins),
     }
     return store.get("measure", identity, make)
 
@@ -138,11 +140,17 @@ def _counted(name: str, model: PreTrainedModel, length: int) -> dict[str, float]
 
 
 def active_parameters(model: torch.nn.Module) -> int:
-    """Parameters that one token uses: all but the routed experts, and top_k of those."""
+    """Parameters that one token uses: all but the routed experts, and top_k of those.
+
+    Where router rows lead to stand-ins, it is a token that was sent to none of them.
+    """
     active = num_parameters(model)
     for layer in moe_layers(model):
-        routed = num_parameters(layer.experts)
-        active -= routed - routed * layer.info.top_k // layer.info.num_experts
+        experts, info = layer.experts, layer.info
+        constants = experts.constants if isinstance(experts, Placed) else None
+        replaced = 0 if constants is None else constants.numel()
+        routed, number = num_parameters(experts) - replaced, info.real_experts or info.num_experts
+        active -= replaced + routed - routed * min(info.top_k, number) // number
     return active
 
 
@@ -153,12 +161,14 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float:
     Counted by torch from the shapes of all matrix products (a multiply-add is two), with attention
     and experts computed in their plain forms, so that every product is seen. Attention is counted
     over all pairs of positions, as it is computed without a kernel that leaves out the masked ones.
+    Where router rows lead to stand-ins, tokens that are sent to none of them are counted: how many
+    are depends on the text (`routing/stand_ins` tells it for the held-out one).
     """
     experts, attention = model.config._experts_implementation, model.config._attn_implementation
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     try:
-        with FlopCounterMode(display=False) as counter:
+        with all_to_experts(model), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, length, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         model.set_experts_implementation(experts)
