@@ -35,6 +35,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     from moe_lab.stages.measure import figures_of, measure_stage
     from moe_lab.stages.plan import foresee, plan
     from moe_lab.stages.profile import check_profile, profile
+    from moe_lab.stages.teach import check_teacher, teach
     from moe_lab.store import Store, check_writable
 
     chosen = OmegaConf.to_container(config, resolve=True)
@@ -60,6 +61,8 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     }
 
     store, record = Store(Path(config.store)), stages.Recorder(report)
+    if recipe and recipe.distils:
+        check_teacher(store, dense, recipe, texts)
     if isinstance(dense, checkpoint.Original):
         dense = stages.checkpoint_of(record("convert", convert(store, dense)), dense)
     profiled = record("profile", profile(store, dense, texts["calibration"], compute))
@@ -73,9 +76,12 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
         compressed = record("compress", compress(store, dense, planned, compute))
         variants["compressed"] = stages.checkpoint_of(compressed, dense)
     if recipe and (edited or not recipe.needs_edits):
+        taught = None
+        if recipe.distils:
+            taught = record("teacher", teach(store, dense, recipe, texts, compute))
         tuned = finetune(
             store, variants.get("compressed", dense), planned, recipe, chosen["finetune"], texts,
-            config.seed, compute,
+            config.seed, compute, taught,
         )  # fmt: skip
         variants["finetuned"] = stages.checkpoint_of(record("finetune", tuned), dense)
     record.checkpoints(variants)

@@ -21,6 +21,7 @@ from moe_lab.types import Plan, UserError
 logger = logging.getLogger(__name__)
 RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
+    "distillation", "temperature", "teacher_top_k",
 )  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

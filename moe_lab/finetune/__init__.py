@@ -2,7 +2,8 @@
 
 A recipe is its options. It has `phases`, `dtype`, `gradient_checkpointing`, `gradient_clip` and
 `validate_every` (a `Recipe`); `needs_edits`, whether it only makes sense behind a compression;
-`check(plan)` and `check_model(config, layers)`, which refuse the impossible before any work; and
+`distils`, whether it learns from the intact model (a `Distilling` recipe); `check(plan)` and
+`check_model(config, layers)`, which refuse the impossible before any work; and
 `prepare(model, plan)`, which gives the `Tuning` that a training loop works with.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lab import teacher
 from moe_lab.moe import SHARED_NAMES, MoELayer
 from moe_lab.tokens import IGNORED
 from moe_lab.types import LayerInfo, Plan, UserError
@@ -24,6 +26,7 @@ from moe_lab.types import LayerInfo, Plan, UserError
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 TRAINS = ("experts", "routers", "both", "all")
+OVER_TARGETS = ("loss", "distillation")  # losses that are means over targets, not valid tokens
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Recipe:
     validate_every: int = 100
 
     needs_edits = True
+    distils = False
 
     def __post_init__(self) -> None:
         given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}
@@ -139,10 +143,33 @@ class Recipe:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Distilling(Recipe):
+    """A recipe that may learn from the intact model's next-token distributions (`teacher`).
+
+    temperature: T of both softmaxes. teacher_top_k: the likeliest tokens of each distribution that
+    are kept, the others counting as one; None keeps all.
+    """
+
+    temperature: float = 1.0
+    teacher_top_k: int | None = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise UserError(f"finetune.temperature={self.temperature}: it must be above 0")
+        if self.teacher_top_k is not None and self.teacher_top_k < 1:
+            raise UserError(
+                f"finetune.teacher_top_k={self.teacher_top_k}: it must be at least 1, or null for "
+                "the whole vocabulary"
+            )
+
+
 class Tuning:
     """A recipe at work on one model: what a training loop asks of it.
 
-    trainable: names and parameters that train. weights: how much each loss beside "loss" counts.
+    trainable: names and parameters that train. weights: how much each loss counts; "loss" counts 1
+    where it is not named, and all others are.
     Steps are counted from 0 through all phases, and `num_steps` is their number.
     """
 
@@ -158,7 +185,7 @@ class Tuning:
         """Make the model what it will be in the end, as far as it can be."""
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over a batch: "loss" over its targets, all others over its valid tokens."""
+        """Sums over a batch: OVER_TARGETS over its targets, all others over its valid tokens."""
         return {"loss": next_token_loss(self.model, batch)}
 
     def after_step(self, step: int, num_steps: int) -> dict[str, Any]:
@@ -176,14 +203,47 @@ class Tuning:
         """Leave a plain model behind, ready to be saved."""
 
 
+class DistillingTuning(Tuning):
+    """Learns from the text and from the intact model, which share the loss.
+
+    L = (1 - share) * cross entropy + share * T^2 KL(teacher || student), means over targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        share: float,
+        temperature: float,
+    ):
+        super().__init__(model, trainable)
+        self.temperature = temperature
+        if share:
+            self.weights = {"loss": 1 - share, "distillation": share}
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The cross entropy, and where the teacher counts its divergence too."""
+        if not self.weights:
+            return super().losses(batch)
+        logits_NV, labels_N = target_logits(self.model, batch)
+        divergence_N = teacher.divergence(batch, logits_NV, self.temperature)
+        loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        return {"loss": loss, "distillation": divergence_N.sum()}
+
+
 def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The sum of next-token cross-entropies over a batch's targets (`labels`), in nats."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return F.cross_entropy(*target_logits(model, batch), reduction="sum")
+
+
+def target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits [N, V], in float32 or better, and the ids [N] of a batch's targets (`labels`)."""
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     targets = labels != IGNORED
     exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits[targets].to(exact), labels[targets], reduction="sum")
+    return logits[targets].to(exact), labels[targets]
 
 
 def check_trains(trains: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_lab.finetune import Recipe, Tuning
+from moe_lab.finetune import Distilling, DistillingTuning, Tuning
 from moe_lab.moe import SHARED_NAMES
 from moe_lab.types import Edit, Plan, UserError
 
@@ -15,7 +15,7 @@ TRAINED_EDITS = ("prune", "merge", "condense")
 
 
 @dataclass(frozen=True)
-class Experts(Recipe):
+class Experts(Distilling):
     """Train the shared and kept experts of the edited layers, phase after phase.
 
     CD-MoE (2412.00069): language modelling, then supervised answers; routers, attention, norms,
@@ -24,14 +24,27 @@ class Experts(Recipe):
     padding nor prompts enter the loss.
 
     experts: whether the experts train. gates: whether each constant gate of a condensed layer
-    learns a factor, folded back at the end.
+    learns a factor, folded back at the end. distillation: the share in the loss that the divergence
+    from the intact model has, the cross entropy having the rest (Hinton et al., 1503.02531); 0, as
+    in the paper, for none.
     """
 
     experts: bool = True
     gates: bool = False
+    distillation: float = 0.0
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher."""
+        return self.distillation > 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.distillation <= 1:
+            raise UserError(
+                f"finetune.distillation={self.distillation}: it is a share of the loss, from 0 "
+                "(the text alone) to 1 (the intact model alone)"
+            )
         if not (self.experts or self.gates):
             raise UserError(
                 "finetune.experts=false finetune.gates=false trains nothing: set one of them to "
@@ -71,10 +84,10 @@ class Experts(Recipe):
                     named[f"{edit.name}.{name}"] = parameter
             if self.gates and edit.edit == "condense":
                 named[f"{edit.name}.gates"] = Gates(block, edit).factor
-        return ExpertTuning(model, named)
+        return ExpertTuning(model, named, self.distillation, self.temperature)
 
 
-class ExpertTuning(Tuning):
+class ExpertTuning(DistillingTuning):
     """Training of experts, whose gates' factors are folded in the end."""
 
     def finish(self) -> None:

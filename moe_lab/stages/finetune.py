@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from moe_lab import moe, observing, routing, saving
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.finetune import Phase, Recipe, sources
+from moe_lab.finetune import OVER_TARGETS, Phase, Recipe, sources
 from moe_lab.progress import progress
 from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
+from moe_lab.teacher import Teacher
 from moe_lab.tokens import Tokens
 from moe_lab.types import Plan, UserError
 
@@ -45,11 +46,12 @@ def finetune(
     tokens: dict[str, Tokens],
     seed: int,
     compute: Compute,
+    taught: Artifact | None = None,
 ) -> Artifact:
     """A folder with checkpoint/, form.json, curve.jsonl and trainable.json.
 
     options: the recipe's composed config; tokens: by the names that
-    `sources` gives, others are not used.
+    `sources` gives, others are not used; taught: what `teach` made, where the recipe distils.
     """
     edits = Plan.load(plan.folder / "plan.json")
     recipe.check(edits)
@@ -62,12 +64,15 @@ def finetune(
         "seed": seed,
         "code": code_version(finetune, recipe, Phase, moe, observing, routing, saving),
     }
+    if taught:
+        identity["teacher"] = taught.key
 
     def make(folder: Path) -> None:
         # Weights that do not train stay as they are stored, unless all is computed in float32.
         dtype = "float32" if recipe.dtype == "float32" else "auto"
         model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
-        Training(model, edits, recipe, tokens, seed, compute, folder).run()
+        teacher = Teacher(taught.folder, tokens.values()) if taught else None
+        Training(model, edits, recipe, tokens, seed, compute, folder, teacher).run()
         twins = getattr(recipe, "twins", 0.0)
         form = save(model.cpu(), folder / "checkpoint", compressed.path, twins=twins)
         (folder / "form.json").write_text(json.dumps(form.to_json()) + "\n")
@@ -101,7 +106,9 @@ class Training:
         seed: int,
         compute: Compute,
         folder: Path,
+        teacher: Teacher | None = None,
     ):
+        self.teacher = teacher
         self.recipe, self.tokens, self.seed, self.folder = recipe, tokens, seed, folder
         self.processes = PartialState(cpu=compute.device == "cpu")
         alone = self.processes.num_processes == 1
@@ -203,16 +210,14 @@ class Training:
         return self.epoch[1].take(range(len(data.samples))[number * size : (number + 1) * size])
 
     def _backward(self, rows: Tokens, batch_size: int) -> dict[str, Tensor]:
-        """Add up the gradients of the mean losses over `rows`, and give those means.
-
-        "loss" is a mean over targets, what a recipe adds to it one over valid tokens.
-        """
+        """Add up the gradients of the mean losses over `rows`, and give those means."""
         mine = self._my_share(rows)
         means: dict[str, Tensor] = {}
         for start in range(0, len(mine.samples), batch_size):
             positions = range(len(mine.samples))[start : start + batch_size]
             parts = self._mean_losses(mine.take(positions), rows)
-            total = sum(self.tuning.weights.get(key, 1.0) * part for key, part in parts.items())
+            counts = {"loss": 1.0} | self.tuning.weights
+            total = sum(counts[key] * part for key, part in parts.items() if counts[key])
             total.backward()
             for key, part in parts.items():
                 means[key] = means.get(key, 0.0) + part.detach()
@@ -221,16 +226,17 @@ class Training:
         for parameter in self.trainable.values():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(gradient, "sum")
-        names = ["loss", *self.tuning.weights]  # also where this process had no row
+        names = {"loss": 1.0} | self.tuning.weights  # also where this process had no row
         zero = torch.zeros((), device=self.device)
         return {name: reduce(means.get(name, zero), "sum") for name in names}
 
     def _mean_losses(self, part: Tokens, whole: Tokens) -> dict[str, Tensor]:
         """What `part` adds to the means of the losses over `whole`."""
-        batch = {key: value.to(self.device) for key, value in part.labelled().items()}
+        batch = part.labelled() | (self.teacher.of(part) if self.teacher else {})
+        batch = {key: value.to(self.device) for key, value in batch.items()}
         with self._computing():
             sums = self.tuning.losses(batch)
-        number = {"loss": whole.num_targets}
+        number = dict.fromkeys(OVER_TARGETS, whole.num_targets)
         return {key: value / number.get(key, whole.num_tokens) for key, value in sums.items()}
 
     def _my_share(self, rows: Tokens) -> Tokens:
