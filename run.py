@@ -41,7 +41,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     chosen = OmegaConf.to_container(config, resolve=True)
     parts = {
         name: instantiate(config[name], _convert_="object") or None
-        for name in ("calibration", "method", "finetune", "eval", "measure")
+        for name in ("calibration", "method", "finetune", "eval", "measure", "diagnose")
     }
     method, recipe, suite = parts["method"], parts["finetune"], parts["eval"]
 
@@ -52,6 +52,8 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     layers = dense.layers()
     method.check(layers)
     check_profile(compute, method)
+    if parts["diagnose"]:
+        parts["diagnose"].check(compute)
     foresee(dense, method, recipe, layers)
     further_top_k = stages.other_top_k(suite, recipe, dense.config, layers)
     texts = stages.tokenize(parts, dense.tokenizer())
@@ -66,6 +68,11 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     if isinstance(dense, checkpoint.Original):
         dense = stages.checkpoint_of(record("convert", convert(store, dense)), dense)
     profiled = record("profile", profile(store, dense, texts["calibration"], compute))
+    if parts["diagnose"]:
+        from moe_lab.stages.diagnose import diagnose, publish  # tables: other runs do not pay
+
+        diagnosed = diagnose(store, dense, texts["calibration"], parts["diagnose"], compute)
+        report |= publish(record("diagnose", diagnosed), profiled, folder)
     planned = record(
         "plan",
         plan(store, dense, profiled, texts["calibration"], method, chosen["method"], compute),

@@ -30,7 +30,8 @@ DEFAULT_VALUES = (
 ).split()
 # Not settings: what a job gave, and what names it. The rest of a report's keys is its settings.
 RESULTS = re.compile(
-    rf"(status|error|sweep|job)$|(({'|'.join(report.VARIANTS)})(_top_\d+)?|seconds|cached|plan)/"
+    r"(status|error|sweep|job)$|"
+    rf"(({'|'.join(report.VARIANTS)})(_top_\d+)?|seconds|cached|plan|diagnosis)/"
 )
 ORIGIN = re.compile(r"commit$|fingerprint/")  # told below a table, not made rows by themselves
 SEED = re.compile(r"(^|/)seed$")
