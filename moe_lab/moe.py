@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_lab.depth import drop_decoders
-from moe_lab.merging import merge_experts
-from moe_lab.stand_ins import Placed, place, places_of, shared_places
+from moe_lab.merging import merge_experts, permutation_name
+from moe_lab.stand_ins import OF_PLACING, Placed, place, places_of, shared_places
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -105,8 +105,8 @@ def _set_sizes(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
     for layer in layers:
         rows = [
-            (tensor.numel() // layer.info.num_experts, tensor)
-            for module, key, tensor, _ in by_expert(layer)
+            (tensor.numel() // tensor.shape[dimension], tensor)
+            for module, key, tensor, dimension in by_expert(layer)
             if key not in module._non_persistent_buffers_set
         ]
         layer.info = replace(
@@ -254,27 +254,25 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     """Tensors that are indexed by expert: (module, name in it, tensor, dimension).
 
     Those of the block outside the shared experts with a dimension of the size of the number of
-    experts; the first such dimension is the one.
+    experts; the first such dimension is the one. Where the router has more rows than there are
+    experts, the experts' own tensors have the latter; what places the rows is not among them.
     """
-    old = layer.info.num_experts
+    inside = set(layer.experts.modules())
     for module in routed_modules(layer):
+        size = layer.info.num_experts
+        if module in inside:
+            size = layer.info.real_experts or size
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and old in tensor.shape:
-                yield module, key, tensor, tensor.shape.index(old)
+            if tensor is not None and key not in OF_PLACING and size in tensor.shape:
+                yield module, key, tensor, tensor.shape.index(size)
 
 
 def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None:
     """Keep only the `kept` experts of a layer, in that order, in place.
 
     rows: whether the router loses the other rows; where not, `stand_ins.place` must say at once
-    where they lead. Raises UserError where this has happened already.
+    where they lead.
     """
-    if layer.info.real_experts:
-        raise UserError(
-            f"layer {layer.info.index} has {layer.info.num_experts} router rows for "
-            f"{layer.info.real_experts} experts: it was compressed so before, and its experts "
-            "cannot be removed or merged once more"
-        )
     old, kept = layer.info.num_experts, list(kept)
     modules = routed_modules(layer) if rows else list(layer.experts.modules())
     for module, key, tensor, dimension in list(by_expert(layer)):
@@ -337,7 +335,7 @@ def merge_layer(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> N
     there a group keeps one, that of the expert that stays (dominant), or the weighted mean (mean)
     or plain sum (sum) of the group's rows, with its entries of the router's biases alike.
     """
-    permutation_EI = tensors.get(f"layers.{edit.index}.permutation")
+    permutation_EI = tensors.get(permutation_name(edit.index))
     merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align, permutation_EI)
     for module, _, tensor, dimension in by_expert(layer) if edit.router in ("mean", "sum") else ():
         if module is layer.experts:
@@ -479,6 +477,7 @@ def _apply(model: nn.Module, layer: MoELayer, edit: Edit, tensors: Mapping[str, 
 
 
 def _edit_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    check_own_rows(layer.info)
     if edit.edit == "prune":
         keep_experts(layer, edit, tensors)
     elif edit.edit == "merge":
@@ -514,13 +513,8 @@ def check_kept(info: LayerInfo, num_kept: int, keeps_rows: bool = False) -> None
     keeps_rows: whether the router keeps all its rows, so that any number will do but none. Raises
     UserError also for layers whose router has kept them before.
     """
+    check_own_rows(info)
     asked = f"layer {info.index}: {num_kept} of {info.num_experts} experts would stay"
-    if info.real_experts:
-        raise UserError(
-            f"{asked}, but its {info.num_experts} router rows lead to {info.real_experts} experts "
-            "and stand-ins: such a layer cannot lose experts once more; compress the model that it "
-            "comes from, or with method.replacement=nothing (method.router=dominant for a merge)"
-        )
     if keeps_rows and num_kept:
         return
     if num_kept < info.top_k:
@@ -532,4 +526,15 @@ def check_kept(info: LayerInfo, num_kept: int, keeps_rows: bool = False) -> None
         raise UserError(
             f"{asked}, but its router works on {info.groups} groups and uses {info.groups_used}: "
             f"each group must keep the same number, at least 2, and together at least {info.top_k}"
+        )
+
+
+def check_own_rows(info: LayerInfo) -> None:
+    """Refuse a layer in which not every router row has an expert of its own."""
+    if info.real_experts:
+        raise UserError(
+            f"layer {info.index}: its {info.num_experts} router rows lead to {info.real_experts} "
+            "experts, so that it cannot be pruned or merged once more: compress the model that it "
+            "comes from, or make it with method.replacement=nothing (a merge: with "
+            "method.router=dominant)"
         )

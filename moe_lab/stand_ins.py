@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-STAND_INS = ("zero", "constant", "copy")
+OF_PLACING = ("place_E", "constants")  # the names of the tensors that `place` adds
 # Their eager loops have no place for an index that is no expert's; all other families' skip it.
 WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
 
@@ -57,6 +57,7 @@ class Placed(nn.Module):
         self, out_TD: Tensor, x_TD: Tensor, place_TK: Tensor, weight_TK: Tensor
     ) -> Tensor:
         """The experts' weighted sum, and what the stand-ins add to it."""
+        weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, x_TD.dtype))
         if self.stand_in == "constant":
             number = self.num_experts + len(self.constants)
             weight_TE = weight_TK.new_zeros(len(weight_TK), number).scatter(1, place_TK, weight_TK)
@@ -95,6 +96,14 @@ def place(
     if stand_in is not None:
         # transformers' own switch: an index of num_experts is nobody's, and costs no product.
         experts._is_expert_parallel = True
+
+
+def by_row(experts: nn.Module, values_E: Tensor) -> Tensor:
+    """Values of the experts that exist as those of the router's rows; 0 for stand-ins."""
+    if not isinstance(experts, Placed):
+        return values_E
+    values_E = torch.cat([values_E, values_E.new_zeros(1)])
+    return values_E[experts.place_E.clamp(max=experts.num_experts)]
 
 
 def stand_in_rows(experts: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.moe import MoELayer, expert_parameters
+from moe_lab.stand_ins import by_row
 from moe_lab.types import UserError
 
 
@@ -42,7 +43,7 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
                 for row in experts
             ]
         )
-        return (norm_E2**order).sum(dim=1).cpu()
+        return by_row(layer.experts, (norm_E2**order).sum(dim=1)).cpu()
 
     count = float(sum(weight.numel() for weight in experts[0]))
     return {

@@ -68,10 +68,22 @@ class ExpertDropping(Recipe):
         """Refuse a plan after which no MoE layer is left to train."""
         super().check(plan)
         check_moe_left(plan)
+        if rows := [edit.index for edit in plan.edited() if edit.keeps_rows]:
+            raise UserError(
+                f"finetune=expert_dropping drops experts with their router rows, and in layers "
+                f"{rows} this plan keeps rows whose experts are gone: method.replacement=nothing, "
+                "method.router=dominant for a merge, or finetune=seer"
+            )
 
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse routers that cannot work with fewer experts, tried on a model without weights."""
         for info in layers:
+            if info.real_experts:
+                raise UserError(
+                    f"finetune=expert_dropping: in layer {info.index} {info.num_experts} router "
+                    f"rows lead to {info.real_experts} experts, which cannot be dropped one by "
+                    "one; finetune=seer and finetune=experts train them"
+                )
             if info.groups > 1:
                 raise UserError(
                     f"finetune=expert_dropping: the router of layer {info.index} works on "

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lab import metrics, moe, observing, routing, statistics, sums, weights
+from moe_lab import metrics, moe, observing, routing, stand_ins, statistics, sums, weights
 from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.compute import Compute
 from moe_lab.layerwise import LayerwiseModel, computing_dtype
@@ -43,7 +43,7 @@ def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compu
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "data": tokens.fingerprint,
-        "code": code_version(statistics, sums, weights, observing, routing, moe),
+        "code": code_version(statistics, sums, weights, observing, routing, moe, stand_ins),
     }
     only_routers = compute.profile == "routers" and store.find("profile", identity) is None
 
