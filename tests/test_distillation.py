@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import start_two
-from families import FAMILIES, tiny_batch, tiny_model
+from families import COMMON, FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from moe_lab import teacher
 from moe_lab.checkpoint import Checkpoint, load, meta_model
@@ -118,8 +120,9 @@ def test_shards_batches_and_layers_change_nothing(home: Path, monkeypatch) -> No
         teach(home, name, 8, 1.0, **compute)
         files = list((home / name).glob("*.safetensors"))
         assert len(files) > 5 and max(file.stat().st_size for file in files) < 2500
+        turned = Teacher(home / name, list(TEXTS.values())[::-1])
         for tokens in TEXTS.values():
-            expected, found = (reading(home, one).of(tokens) for one in ("few", name))
+            expected, found = reading(home, "few").of(tokens), turned.of(tokens)
             order = [rows[IDS].sort(dim=1) for rows in (expected, found)]
             assert torch.equal(order[0].values, order[1].values)
             a, b = (
@@ -421,6 +424,53 @@ def test_routers_of_every_family_train(family: str, tmp_path: Path) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_a_correction_bias_that_is_a_parameter_does_not_train() -> None:
+    """Most families have it as a buffer; ernie4_5_moe keeps a parameter, inside the router."""
+    numbers = dict(moe_num_experts=8, moe_k=2, moe_intermediate_size=16, intermediate_size=48)
+    model = meta_model(AutoConfig.for_model("ernie4_5_moe", **COMMON, **numbers))
+    routers = [layer.router for layer in moe_layers(model)]
+    inside = [name for router in routers for name, _ in router.named_parameters()]
+    assert len(inside) == 2 * len(routers) and any("correction_bias" in name for name in inside)
+    trainable = recipe_of(RouterKD).prepare(model, Plan(())).trainable
+    assert {name.rpartition(".mlp.")[2] for name in trainable} == {"gate.weight"}
+    assert len(trainable) == len(routers)
+
+
+def test_routers_learn_whatever_their_rows_lead_to(home: Path, tmp_path: Path) -> None:
+    """Layers of different sizes, stand-ins and merged experts: a checkpoint in our own form."""
+    model = load(home / "dense")
+    names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
+    groups = ((0, 1, 2), (3, 4, 5), (6, 7))
+    merged = dict(kept=(0, 3, 6), groups=groups, weights=((1 / 3,) * 3, (1 / 3,) * 3, (0.5, 0.5)))
+    edits = (
+        Edit(1, names[1], "prune", kept=(0, 1, 2, 5, 7)),
+        Edit(2, names[2], "prune", kept=(3, 4, 6), replacement="constant"),
+        Edit(3, names[3], "merge", router="all", align="none", **merged),
+    )
+    plan = Plan(edits, tensors={"layers.2.constants": torch.linspace(-1, 1, 160).view(5, 32)})
+    apply_plan(model, plan)
+    save(model, tmp_path / "own", home / "dense")
+    for kind in ({"kind": RouterKD}, {"distillation": 1.0}):
+        model = load(tmp_path / "own", dtype="float32")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        recipe = recipe_of(**kind, supervised=False, epochs=6, learning_rate=3e-3)
+        folder = tmp_path / type(recipe).__name__
+        folder.mkdir()
+        given = plan, recipe, TEXTS, 0, COMPUTE, folder, reading(home, "few")
+        stage.Training(model, *given).run()
+        found = [row["distillation"] for row in curve(folder) if "distillation" in row]
+        assert sum(found[-6:]) < 0.9 * sum(found[:6]), "the last epoch against the first"
+        save(model, folder / "saved", tmp_path / "own")
+        after = load(folder / "saved", dtype="float32").state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        routers = {name for name in before if name.endswith("mlp.gate.weight")}
+        if isinstance(recipe, RouterKD):
+            assert moved == routers and len(routers) == 3
+            assert [len(after[name]) for name in sorted(routers)] == [5, 8, 8]
+        else:
+            assert moved.isdisjoint(routers) and "model.layers.2.mlp.experts.constants" in moved
+
+
 # --------------------------------------------------------------------------- whole jobs
 
 
@@ -448,6 +498,15 @@ def test_one_teacher_for_all_jobs(job) -> None:
     warm = job(*FEW, "finetune.temperature=2")
     assert warm.report["cached/teacher"] is False
     assert len(list((first.store / "teacher").glob("*/artifact.json"))) == 2
+
+
+def test_a_disk_without_room_is_found_out_before_any_work(job, monkeypatch) -> None:
+    room = shutil.disk_usage("/")._replace(free=4 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room)
+    outcome = job(*FEW, "finetune.teacher_top_k=null", "finetune.phases.lm.data.num_samples=512")
+    assert outcome.code == 2 and not outcome.stages()
+    for words in ("finetune.teacher_top_k=None keeps 259", "has 0.00 GiB free", "fewer prob"):
+        assert words in outcome.text
 
 
 def test_what_cannot_be_is_refused(job, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from moe_lab.types import LayerInfo, Plan, UserError
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 TRAINS = ("experts", "routers", "both", "all")
+CHOOSING = "correction_bias"  # what routers add only to choose: no gradient reaches it
 OVER_TARGETS = ("loss", "distillation")  # losses that are means over targets, not valid tokens
 
 
@@ -268,6 +269,7 @@ def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[s
         for name, parameter in layer.block.named_parameters():
             is_expert = name.split(".")[0] in ("experts", *SHARED_NAMES)
             is_router = any(parameter is own for own in layer.router.parameters())
+            is_router = is_router and not name.endswith(CHOOSING)
             if (is_expert and trains != "routers") or (is_router and trains != "experts"):
                 chosen[f"{layer.info.name}.{name}"] = parameter
     return chosen

@@ -20,8 +20,8 @@ class Experts(Distilling):
 
     CD-MoE (2412.00069): language modelling, then supervised answers; routers, attention, norms,
     embeddings and all other layers are frozen; no LoRA. In a condensed layer the whole dense MLP
-    is made of those experts (its constant gates lie folded in the down projection). Neither
-    padding nor prompts enter the loss.
+    is made of those experts (its constant gates lie folded in the down projection). Constants that
+    stand in for pruned experts train with the experts. Neither padding nor prompts enter the loss.
 
     experts: whether the experts train. gates: whether each constant gate of a condensed layer
     learns a factor, folded back at the end. distillation: the share in the loss that the divergence

@@ -11,6 +11,7 @@ from moe_lab.compute import Compute
 from moe_lab.finetune import Distilling, sources
 from moe_lab.store import Artifact, Store, check_writable, code_version
 from moe_lab.tokens import Tokens
+from moe_lab.types import UserError
 
 
 def check_teacher(
@@ -21,7 +22,14 @@ def check_teacher(
         vocabulary = dense.config.get_text_config().vocab_size
         texts = _texts(recipe, tokens)
         size = teacher.size_in_bytes(texts, vocabulary, recipe.teacher_top_k)
-        check_writable(store.root, size)
+        try:
+            check_writable(store.root, size)
+        except UserError as error:
+            kept = recipe.teacher_top_k or vocabulary
+            raise UserError(
+                f"finetune.teacher_top_k={recipe.teacher_top_k} keeps {kept:,} probabilities for "
+                f"each token of the tuning text: {error}; or ask for fewer probabilities, or text"
+            ) from error
 
 
 def teach(
