@@ -71,14 +71,16 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     if parts["diagnose"]:
         from moe_lab.stages.diagnose import diagnose, publish  # tables: other runs do not pay
 
-        diagnosed = diagnose(store, dense, texts["calibration"], parts["diagnose"], compute)
-        report |= publish(record("diagnose", diagnosed), profiled, folder)
+        diagnosed = diagnose(
+            store, dense, profiled, texts["calibration"], parts["diagnose"], compute
+        )
+        report |= publish(record("diagnose", diagnosed), folder)
     planned = record(
         "plan",
         plan(store, dense, profiled, texts["calibration"], method, chosen["method"], compute),
     )
     variants = {"dense": dense}
-    edited = stages.publish_plan(planned, folder)
+    edited = stages.publish_plan(planned, folder, report)
     if edited:
         compressed = record("compress", compress(store, dense, planned, compute))
         variants["compressed"] = stages.checkpoint_of(compressed, dense)

@@ -232,23 +232,30 @@ class States:
         self.stream = stream
         self._next = 0  # the decoder layer whose input is known
 
-    @torch.no_grad()
-    def pass_through(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
-        """Go to decoder layer `index` by plain replay, and behind it with what `compute` gives.
+    def __getitem__(self, batch: int) -> Tensor:
+        """The states [B, L, D] of one batch."""
+        return self.stream.cache["moving" if self._next else "input", batch]
 
-        compute(batch, hidden): the output [B, L, D] of layer `index`, whose weights are in memory.
-        Layers are passed through in ascending order.
-        """
+    def move_to(self, index: int) -> None:
+        """Go by plain replay to what decoder layer `index` gets; there is no way back."""
+        if index < self._next:
+            raise ValueError(f"decoder layer {index} was passed already: {self._next} comes next")
         for before in range(self._next, index):
             self._pass(before, functools.partial(self.stream.replay, before))
+
+    def pass_through(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        """Go to decoder layer `index`, and behind it with what `compute` gives.
+
+        compute(batch, hidden): the output [B, L, D] of layer `index`, whose weights are in memory.
+        """
+        self.move_to(index)
         self._pass(index, compute)
 
+    @torch.no_grad()
     def _pass(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
-        cache = self.stream.cache
         with self.stream.layer(index):
             for batch in range(self.stream.num_batches):
-                output = compute(batch, cache["moving" if index else "input", batch])
-                cache["moving", batch] = output
+                self.stream.cache["moving", batch] = compute(batch, self[batch])
         self._next = index + 1
 
 

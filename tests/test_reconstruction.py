@@ -349,13 +349,16 @@ def test_answers_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_sample_lies_in_the_cache_and_leaves_it() -> None:
     case = Case("mixtral")
     stream = LayerStream(case.model, case.batches)
-    with Sample(stream).open(LAYER) as experts:
+    sample = Sample(stream)
+    with sample.open(LAYER) as experts:
         chunk = next(experts.chunks())
         tokens = len(chunk.x_TD)
         assert chunk.outputs_ETD.shape == (8, tokens, 32) and chunk.index_TK.shape == (tokens, 2)
         assert stream.cache.held > chunk.outputs_ETD.numel() * 8
         expected = routed_output(case.model, LAYER, chunk.x_TD)
         torch.testing.assert_close(chunk.routed_TD, expected, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="3 comes next"), sample.open(LAYER):
+        pass
     states = sum(valid.numel() for valid in stream.valid) * 32 * 8 * 2  # input and moving ones
     assert stream.cache.held == states
 

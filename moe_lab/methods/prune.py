@@ -4,38 +4,81 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from moe_lab import ratios
+from moe_lab import moe, propagation, ratios, statistics, stream
 from moe_lab.evidence import Evidence
+from moe_lab.moe import constants_name
+from moe_lab.propagation import propagated
 from moe_lab.ratios import Scores
-from moe_lab.statistics import LayerStatistics
-from moe_lab.types import Edit, LayerInfo, Plan
+from moe_lab.statistics import LayerStatistics, super_experts
+from moe_lab.types import Edit, LayerInfo, Plan, ReplacementName, UserError
+
+PROTECTIONS = ("super_experts",)
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Keep the experts that `metric` scores highest, as many as `ratio` leaves."""
+    """Keep the experts that `metric` scores highest, as many as `ratio` leaves.
 
-    metric: Callable[[LayerStatistics], Tensor]
+    replacement: what takes a removed expert's place. nothing: its router row goes too. Else the
+    router stays whole, and a token sent there gets zero, a constant (MoNE's novice 2507.00390: the
+    expert's mean output over the tokens sent to it; zero for one that saw none), or a copy of its
+    own state (the zero-computation experts of MoE++ 2410.07348), times the router's weight.
+    protect: super_experts, which stay whatever their score (`statistics.super_experts`, of the
+    intact model). propagate: each layer's scores and constants are measured behind the layers that
+    are pruned already; how many experts each keeps is still decided by the intact model.
+    """
+
+    metric: Any
     ratio: Any
-
-    takes_groups = True
+    replacement: str = "nothing"
+    protect: str | None = None
+    propagate: bool = False
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
-        """Refuse a ratio with which a router cannot work, and what the metric refuses."""
+        """Refuse a ratio with which a router cannot work, what the metric refuses, and options."""
+        self._check_options()
         self.ratio.check(layers)
         if hasattr(self._metric, "check"):
             self._metric.check(layers)
 
+    def _check_options(self) -> None:
+        possible = {"replacement": get_args(ReplacementName), "protect": (None, *PROTECTIONS)}
+        for name, values in possible.items():
+            if getattr(self, name) not in values:
+                words = ", ".join("null" if value is None else value for value in values)
+                raise UserError(f"method.{name}={getattr(self, name)}: there are {words}")
+        if self.propagate and hasattr(self._metric, "scores"):
+            raise UserError(
+                "method.propagate=true measures a layer's statistics again behind the compressed "
+                "ones, and this metric looks at the intact model itself: choose a metric of "
+                "statistics, such as metric=reap, or method.propagate=false"
+            )
+        if self.protect and hasattr(self._metric, "choose"):
+            raise UserError(
+                f"method.protect={self.protect} lifts scores, and this metric chooses sets of "
+                "experts without them: choose another metric, or method.protect=null"
+            )
+
     @property
     def from_routers(self) -> bool:
-        """Whether the routers' statistics are enough for the metric."""
-        return getattr(self._metric, "from_routers", False)
+        """Whether the routers' statistics are enough."""
+        more = self.replacement == "constant" or self.protect is not None
+        return not more and getattr(self._metric, "from_routers", False)
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether a plan for a group's statistics is one for that group, and can be evaluated."""
+        whole = self.propagate or self.replacement != "nothing"
+        return not whole and all(
+            getattr(part, "takes_groups", True) for part in (self._metric, self.ratio)
+        )
 
     @property
     def _metric(self) -> Any:
@@ -54,24 +97,53 @@ class Prune:
 
     def plan(self, evidence: Evidence) -> Plan:
         """One pruning edit per MoE layer."""
-        scores = self._scores(evidence)
+        found = self._scores(evidence)
+        protected = super_experts(evidence.statistics) if self.protect else {}
+        scores = lifted(found, protected)
         numbers = self.ratio.numbers(scores, evidence)
-        kept = ratios.kept(scores, numbers)
-        if hasattr(self._metric, "choose"):
-            kept = self._metric.choose(evidence, numbers)
-        unseen = {
-            str(layer.info.index): int((layer["count"] == 0).sum()) for layer in evidence.statistics
-        }
-        edits = tuple(
-            Edit(
-                info.index, info.name, "prune", kept=kept[info.index], scores=tuple(score.tolist())
-            )
-            for info, score in scores
-        )
-        notes = {"statistics": "intact model", "experts_without_tokens": unseen}
+        _check_protected([info for info, _ in scores], protected, numbers)
+        tensors: dict[str, Tensor] = {}
+        unseen: dict[str, int] = {}
+
+        def edit(layer: LayerStatistics, score_E: Tensor, kept: tuple[int, ...]) -> Edit:
+            index, name = layer.info.index, layer.info.name
+            unseen[str(index)] = int((layer["count"] == 0).sum())
+            if self.replacement == "constant" and len(kept) < layer.info.num_experts:
+                tensors[constants_name(index)] = constants(layer, kept)
+            scores = tuple(score_E.tolist())
+            return Edit(index, name, "prune", kept, scores, replacement=self.replacement)
+
+        def edit_again(layer: LayerStatistics) -> Edit:
+            score = self.metric(layer)
+            [(info, above)] = lifted([(layer.info, score)], protected)
+            return edit(layer, score, ratios.best(info, above, numbers[info.index]))
+
+        if self.propagate:
+            edits = propagated(evidence, edit_again, tensors)
+        else:
+            kept = ratios.kept(scores, numbers)
+            if hasattr(self._metric, "choose"):
+                kept = self._metric.choose(evidence, numbers)
+            edits = [
+                edit(layer, score, kept[info.index])
+                for layer, (info, score) in zip(evidence.statistics, found, strict=True)
+            ]
+        notes = {"experts_without_tokens": unseen} | self._notes(scores, numbers, protected)
+        return Plan(tuple(edits), notes=notes, tensors=tensors)
+
+    def _notes(
+        self, scores: Scores, numbers: Mapping[int, int], protected: Mapping[int, Sequence[int]]
+    ) -> dict[str, Any]:
+        """What the plan says of its decision."""
+        behind = "re-measured behind compressed layers"
+        notes: dict[str, Any] = {"statistics": behind if self.propagate else "intact model"}
+        if self.protect:
+            notes["protected"] = {str(i): list(some) for i, some in protected.items() if some}
         if hasattr(self.ratio, "notes"):
             notes |= self.ratio.notes(scores, numbers)
-        return Plan(edits, notes=notes)
+        if hasattr(self._metric, "notes"):
+            notes |= self._metric.notes([info for info, _ in scores], numbers)
+        return notes
 
     def _scores(self, evidence: Evidence) -> Scores:
         layers = evidence.statistics
@@ -85,4 +157,48 @@ class Prune:
         """What decides the plan beside this class."""
         parts = [self._metric, self.ratio]
         further = [part.code() for part in parts if hasattr(part, "code")]
-        return [self.metric, self.ratio, ratios, *itertools.chain.from_iterable(further)]
+        again = [propagation, moe, stream] if self.propagate else []
+        return [
+            self.metric, self.ratio, ratios, statistics, *again,
+            *itertools.chain.from_iterable(further),
+        ]  # fmt: skip
+
+
+def lifted(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:
+    """The scores, those of protected experts just above all others of all these layers."""
+    if not any(protected.values()):
+        return scores
+    highest = torch.stack([score_E.double().max() for _, score_E in scores]).max()
+    above = torch.nextafter(highest, torch.full_like(highest, torch.inf))
+    found = []
+    for info, score_E in scores:
+        changed_E = score_E.double().clone()
+        changed_E[list(protected.get(info.index, ()))] = above
+        found.append((info, changed_E))
+    return found
+
+
+def _check_protected(
+    layers: Sequence[LayerInfo],
+    protected: Mapping[int, Sequence[int]],
+    numbers: Mapping[int, int],
+) -> None:
+    """Refuse to keep more protected experts than stay, of a layer or of one of its groups."""
+    for info in layers:
+        some, size = protected.get(info.index, ()), info.num_experts // info.groups
+        most = max(sum(e // size == group for e in some) for group in range(info.groups))
+        room = numbers[info.index] // info.groups
+        if most > room:
+            where = "" if info.groups == 1 else " of one group"
+            raise UserError(
+                f"method.protect=super_experts: layer {info.index} has {most} super experts{where} "
+                f"({list(some)}), and the ratio leaves {room}: remove fewer experts, or set "
+                "method.protect=null"
+            )
+
+
+def constants(layer: LayerStatistics, kept: Sequence[int]) -> Tensor:
+    """The mean output [R, D] of each of the R experts that go, over the tokens sent to it."""
+    gone = [expert for expert in range(layer.info.num_experts) if expert not in set(kept)]
+    count = layer["count"][gone].clamp(min=1)
+    return layer["output_sum"][gone] / count[:, None]

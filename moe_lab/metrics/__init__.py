@@ -5,7 +5,9 @@ A metric is a function of `LayerStatistics`, named as in its paper. One file, on
 an option is the path of something, `fingerprint`, the content's. One that needs more than sums has
 `scores(evidence)`, a score [E] for each layer in order, in the place of being called; and one that
 judges sets of experts, not experts, may have `choose(evidence, numbers)`, the set of that size that
-it would keep in each layer, by layer index. `code()`: the modules that decide beside itself.
+it would keep in each layer, by layer index, and `notes(layers, numbers)`, facts about that for the
+plan. `takes_groups` is false where it looks at the model on the whole calibration set, whatever
+group the statistics are of. `code()`: the modules that decide beside itself.
 """
 
 from __future__ import annotations

@@ -45,7 +45,10 @@ def _check_groups(parts: dict[str, Any]) -> None:
     asked = f"calibration.group_by={source.group_by} makes a plan for each group"
     one = "; for a single group's checkpoint name it: calibration.group=<value>"
     if not getattr(parts["method"], "takes_groups", False):
-        raise UserError(f"{asked}, which only method=prune can do{one}")
+        raise UserError(
+            f"{asked}, which only method=prune can do, with statistics of the intact model alone "
+            f"and nothing in the place of the experts that go{one}"
+        )
     if parts["finetune"]:
         raise UserError(
             f"{asked} and no checkpoint that could be fine-tuned: set finetune=none{one}"
@@ -65,8 +68,8 @@ def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
         raise UserError(f"finetune.phases.{where}: {error}") from error
 
 
-def publish_plan(planned: Artifact, folder: Path) -> bool:
-    """Put plan.json, and the groups' plans/, into the run's folder.
+def publish_plan(planned: Artifact, folder: Path, report: dict[str, Any]) -> bool:
+    """Put plan.json, and the groups' plans/, into the run's folder; report: what it rests on.
 
     True where plan.json changes anything: a plan for each group changes no checkpoint.
     """
@@ -74,7 +77,10 @@ def publish_plan(planned: Artifact, folder: Path) -> bool:
         shutil.copytree(planned.folder / "plans", folder / "plans", dirs_exist_ok=True)
     text = (planned.folder / "plan.json").read_text()
     (folder / "plan.json").write_text(text)
-    return bool(Plan.load(folder / "plan.json").edited())
+    plan = Plan.load(folder / "plan.json")
+    if "statistics" in plan.notes:
+        report["statistics"] = plan.notes["statistics"]
+    return bool(plan.edited())
 
 
 def checkpoint_of(artifact: Artifact, dense: Checkpoint) -> Checkpoint:

@@ -1,0 +1,229 @@
+"""Pruning behind layers that are pruned already; what stands in; which experts are protected."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from families import tiny_batch, tiny_model
+
+from moe_lab import ratios
+from moe_lab.checkpoint import Checkpoint
+from moe_lab.evidence import Evidence
+from moe_lab.layerwise import LayerwiseModel
+from moe_lab.methods.prune import Prune, constants, lifted
+from moe_lab.metrics.frequency import frequency
+from moe_lab.metrics.leave_one_out import LeaveOneOut
+from moe_lab.metrics.naee import Naee
+from moe_lab.metrics.reap import reap
+from moe_lab.moe import apply_plan, moe_layers, prune_layer
+from moe_lab.ratios.uniform import Uniform
+from moe_lab.statistics import collect
+from moe_lab.stream import Activations, LayerStream
+from moe_lab.types import UserError
+
+FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    """A model in float64, its batches (with padding), and what a method may look at."""
+    model = tiny_model(request.param).double()
+    model.set_experts_implementation("eager")  # the default one knows no float64
+    batches = [tiny_batch(seed=seed) for seed in (0, 1)]
+    return model, batches, evidence_of(model, batches)
+
+
+def evidence_of(model, batches) -> Evidence:
+    statistics = collect(model, batches)
+    return Evidence(statistics, lambda number=None: LayerStream(model, batches))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """So many experts in each layer."""
+
+    number: int
+
+    def numbers(self, scores, evidence) -> dict[int, int]:
+        return {info.index: self.number for info, _ in scores}
+
+
+def test_propagated_is_brute_force(case) -> None:
+    """Each layer's statistics in a full forward of the model that was pruned up to there."""
+    model, batches, evidence = case
+    found = Prune(reap, Listed(4), propagate=True).plan(evidence)
+    changed = copy.deepcopy(model)
+    for number, edit in enumerate(found.edits):
+        layer = collect(changed, batches)[number]
+        expected = reap(layer)
+        assert layer.info.index == edit.index
+        torch.testing.assert_close(
+            torch.tensor(edit.scores, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9
+        )
+        assert edit.kept == ratios.best(layer.info, expected, 4)
+        assert found.notes["experts_without_tokens"][str(edit.index)] == (layer["count"] == 0).sum()
+        prune_layer(moe_layers(changed)[number], list(edit.kept))
+    assert found.notes["statistics"] == "re-measured behind compressed layers"
+    plain = Prune(reap, Listed(4)).plan(evidence)
+    assert plain.notes["statistics"] == "intact model"
+    assert plain.edits[0] == found.edits[0]
+    assert plain.edits[1].scores != found.edits[1].scores
+    applied = copy.deepcopy(model)
+    apply_plan(applied, found)
+    with torch.no_grad():
+        assert torch.equal(applied(**batches[0]).logits, changed(**batches[0]).logits)
+
+
+def test_propagating_what_changes_nothing(case) -> None:
+    _, _, evidence = case
+    found = Prune(reap, Uniform(0.0), propagate=True).plan(evidence)
+    plain = Prune(reap, Uniform(0.0)).plan(evidence)
+    for edit, other in zip(found.edits, plain.edits, strict=True):
+        assert edit.kept == other.kept == tuple(range(8))
+        assert edit.scores == pytest.approx(other.scores, rel=1e-12)
+
+
+def test_the_model_is_left_as_it_was(case) -> None:
+    model, batches, evidence = case
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+        Prune(reap, Listed(4), replacement="constant", propagate=True).plan(evidence)
+        assert torch.equal(model(**batches[0]).logits, before)
+
+
+def test_from_disk_with_no_memory_for_states_it_finds_the_same(case, tmp_path) -> None:
+    model, batches, evidence = case
+    model.save_pretrained(tmp_path / "model")
+
+    def open_stream(number: int | None = None) -> LayerStream:
+        source = LayerwiseModel(Checkpoint(tmp_path / "model", "float64"))
+        return LayerStream(source, batches, Activations(limit=0, folder=tmp_path))
+
+    again = Evidence(evidence.statistics, open_stream)
+    for method in (Prune(reap, Listed(4), propagate=True), Prune(Naee(), Listed(6))):
+        assert method.plan(again).to_text() == method.plan(evidence).to_text()
+
+
+def test_constants_are_mean_outputs_behind_the_pruned_layers(case) -> None:
+    model, batches, evidence = case
+    found = Prune(reap, Listed(4), replacement="constant", propagate=True).plan(evidence)
+    first, second = found.edits[:2]
+    assert first.replacement == "constant"
+    assert {len(tensor) for tensor in found.tensors.values()} == {4}
+    changed = copy.deepcopy(model)
+    for plan_edit, number in ((first, 0), (second, 1)):
+        layer = collect(changed, batches)[number]
+        torch.testing.assert_close(
+            found.tensors[f"layers.{plan_edit.index}.constants"],
+            constants(layer, plan_edit.kept),
+            rtol=1e-9,
+            atol=1e-9,
+        )
+        if number == 0:
+            apply_plan(changed, type(found)((first,), tensors=found.tensors))
+    plain = Prune(reap, Listed(4), replacement="constant").plan(evidence)
+    intact = evidence.statistics[1]
+    gone = [expert for expert in range(8) if expert not in plain.edits[1].kept]
+    expected = plain.tensors[f"layers.{plain.edits[1].index}.constants"]
+    for row, expert in zip(expected, gone, strict=True):
+        count = float(intact["count"][expert])
+        mean = intact["output_sum"][expert] / count if count else torch.zeros_like(row)
+        assert torch.equal(row, mean)
+
+
+def test_protected_experts_stay(case) -> None:
+    _, _, evidence = case
+    scores = [(layer.info, reap(layer)) for layer in evidence.statistics]
+    worst = {info.index: (int(score.argmin()),) for info, score in scores}
+    above = lifted(scores, worst)
+    highest = max(float(score.max()) for _, score in scores)
+    for (info, score), (_, before) in zip(above, scores, strict=True):
+        [expert] = worst[info.index]
+        assert highest < float(score[expert]) <= highest * (1 + 1e-12)
+        others = [e for e in range(8) if e != expert]
+        assert torch.equal(score[others], before[others])
+    assert lifted(scores, {}) is scores
+
+
+def test_super_experts_are_protected(case, monkeypatch) -> None:
+    _, _, evidence = case
+    plain = Prune(reap, Listed(4)).plan(evidence)
+    info = evidence.statistics[0].info
+    gone = next(e for e in range(8) if e not in plain.edits[0].kept)
+    whole = {layer.info.index: () for layer in evidence.statistics}
+    monkeypatch.setattr(
+        "moe_lab.methods.prune.super_experts", lambda _: whole | {info.index: (gone,)}
+    )
+    for propagate in (False, True):
+        found = Prune(reap, Listed(4), protect="super_experts", propagate=propagate).plan(evidence)
+        assert gone in found.edits[0].kept and len(found.edits[0].kept) == 4
+        assert found.edits[0].scores == pytest.approx(plain.edits[0].scores, rel=1e-12)
+        assert found.notes["protected"] == {str(info.index): [gone]}
+    many = whole | {info.index: (0, 1, 2, 3, 4)}
+    monkeypatch.setattr("moe_lab.methods.prune.super_experts", lambda _: many)
+    with pytest.raises(UserError, match=r"super experts.*leaves"):
+        Prune(reap, Listed(4), protect="super_experts").plan(evidence)
+
+
+def test_found_super_experts_are_in_the_plan(case) -> None:
+    model, batches, _ = case
+    changed = copy.deepcopy(model)
+    layer = moe_layers(changed)[0]
+    with torch.no_grad():
+        layer.experts.down_proj[5] *= 1e4
+    evidence = evidence_of(changed, batches)
+    found = Prune(lambda one: -one["max_activation"], Listed(4), protect="super_experts")
+    plan = found.plan(evidence)
+    assert plan.notes["protected"] == {str(layer.info.index): [5]} and 5 in plan.edits[0].kept
+
+
+def test_what_cannot_be_combined() -> None:
+    infos = [layer.info for layer in moe_layers(tiny_model("mixtral"))]
+    refused = {
+        "replacement=nought: there are nothing, zero": dict(replacement="nought"),
+        "protect=all: there are null, super_experts": dict(protect="all"),
+    }
+    for message, options in refused.items():
+        with pytest.raises(UserError, match=message):
+            Prune(reap, Uniform(0.25), **options).check(infos)
+    for metric in (LeaveOneOut(), Naee()):
+        with pytest.raises(UserError, match=r"method\.propagate=false"):
+            Prune(metric, Uniform(0.25), propagate=True).check(infos)
+        assert not Prune(metric, Uniform(0.25)).takes_groups
+        assert not Prune(metric, Uniform(0.25)).from_routers
+        Prune(metric, Uniform(0.25)).check(infos)
+    with pytest.raises(UserError, match=r"method\.protect=null"):
+        Prune(Naee(), Uniform(0.25), protect="super_experts").check(infos)
+    assert Prune(frequency, Uniform(0.25)).takes_groups
+    assert Prune(frequency, Uniform(0.25), replacement="zero").from_routers
+    for options in (dict(propagate=True), dict(replacement="zero")):
+        assert not Prune(frequency, Uniform(0.25), **options).takes_groups
+    for options in (dict(protect="super_experts"), dict(replacement="constant")):
+        assert not Prune(frequency, Uniform(0.25), **options).from_routers
+
+
+def test_whole_jobs(job) -> None:
+    outcome = job("metric=reap", "ratio.ratio=0.5", "method.propagate=true")
+    assert outcome.code == 0, outcome.text
+    assert outcome.report["statistics"] == "re-measured behind compressed layers"
+    outcome = job("metric=reap", "ratio.ratio=0.5", "method.replacement=constant")
+    assert outcome.code == 0, outcome.text
+    assert outcome.report["statistics"] == "intact model"
+    assert list(outcome.store.glob("plan/*/plan.safetensors"))
+    for share in (0.25, 0.5):
+        outcome = job("metric=naee", "metric.num_samples=3", f"ratio.ratio={share}")
+        assert outcome.code == 0, outcome.text
+    plans = [json.loads(path.read_text()) for path in outcome.store.glob("plan/*/plan.json")]
+    assert {"1": "exhaustive, 28 subsets", "2": "exhaustive, 28 subsets",
+            "3": "exhaustive, 28 subsets"} in [plan.get("naee") for plan in plans]  # fmt: skip
+    orders = [path for path in outcome.store.glob("search/*/artifact.json")
+              if "naee_order" in path.read_text()]  # fmt: skip
+    assert len(orders) == 3
+    refused = job("metric=leave_one_out", "metric.measure=kl")
+    assert refused.code == 2 and "mse, cosine" in refused.text
+    refused = job("metric=leave_one_out", "compute.profile=routers")
+    assert refused.code == 2 and "compute.profile=all" in refused.text
