@@ -72,15 +72,14 @@ class LayerStatistics:
     def add(self, routing: Routing) -> None:
         """Add one batch."""
         self.add_routed(routing.logits_TE, routing.index_TK, routing.weight_TK)
-        # Norms of half-precision outputs would overflow and round: at least float32 is used.
-        exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
-        norm_S = torch.linalg.vector_norm(routing.y_SD, dim=-1, dtype=exact).double()
+        norm_S = self._add_outputs(routing)
         weight_S = routing.weight_S.double()
         for (gate_power, norm_power), name in POWERS.items():
             if norm_power:
                 values_S = weight_S**gate_power * norm_S**norm_power
                 self._add(name, self._per_expert(routing.expert_S, values_S))
-        self._add_outputs(routing)
+        # Half precision would overflow and round: at least float32 is used.
+        exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
         if routing.routed_TD is not None:
             change_T = _change(routing.residual_TD.to(exact), routing.routed_TD.to(exact))
             values_S = weight_S * norm_S * change_T[routing.token_S]
@@ -93,17 +92,26 @@ class LayerStatistics:
         if routing.shared_gate_T is not None:
             self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])
 
-    def _add_outputs(self, routing: Routing) -> None:
-        """Sum and extreme of each expert's outputs, which lie together: an expert at a time."""
+    def _add_outputs(self, routing: Routing) -> Tensor:
+        """Add what is said of each expert's outputs alone; returns their norms [S].
+
+        They lie together, and go to float64 an expert at a time: no copy of all of them is made.
+        """
         counts = torch.bincount(routing.expert_S, minlength=self.info.num_experts).tolist()
-        zeros = routing.y_SD.new_zeros(self.info.num_experts, routing.y_SD.shape[1])
-        output_ED, largest_E = zeros.double(), zeros[:, 0].double()
-        for expert, y_TD in enumerate(routing.y_SD.split(counts)):
-            if len(y_TD):
-                output_ED[expert] = y_TD.sum(dim=0, dtype=torch.float64)
-                largest_E[expert] = torch.stack(y_TD.aminmax()).abs().amax()
+        output_ED = torch.zeros(
+            len(counts), routing.y_SD.shape[1], dtype=torch.float64, device=routing.y_SD.device
+        )
+        largest_E = output_ED.new_zeros(len(counts))
+        norms = [largest_E[:0]]
+        for expert, part_TD in enumerate(routing.y_SD.split(counts)):
+            if len(part_TD):
+                y_TD = part_TD.double()
+                norms.append(torch.linalg.vector_norm(y_TD, dim=1))
+                output_ED[expert] = y_TD.sum(dim=0)
+                largest_E[expert] = torch.stack(part_TD.aminmax()).abs().amax()
         self._add("output_sum", output_ED)
         self._add("max_activation", largest_E)
+        return torch.cat(norms)
 
     def add_routed(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
         """Add what the router made of one batch: all that needs no more than this."""
