@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Outcome
 from families import FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -412,3 +414,30 @@ def test_what_cannot_be_done_is_refused() -> None:
         recipe.check(plan)
     with pytest.raises(UserError, match="8 router rows lead to 4 experts"):
         recipe.check_model(model.config, [info])
+
+
+def test_whole_jobs(job: Callable[..., Outcome]) -> None:
+    held_out = ["eval=perplexity", "eval.held_out.num_samples=4", "eval.held_out.max_length=24"]
+    seer = ["finetune=seer", "finetune.top_k=1", "finetune.phases.lm.data.num_samples=8",
+            "finetune.phases.lm.validation=null"]  # fmt: skip
+    first = job("method.replacement=constant", "metric=reap", "ratio.ratio=0.5", *seer, *held_out)
+    assert first.code == 0, first.text
+    report = first.report
+    assert report["compressed/stock"] is False and report["finetuned/stock"] is False
+    assert report["compressed/eval/routing/top_k"] == 3
+    assert 0 < report["compressed/eval/routing/stand_ins"] < 3
+    assert report["finetuned/eval/routing/top_k"] == 1
+    gone = 3 * 4 * (3 * 32 * 16 - 32)  # of three layers four experts, and what stands in for them
+    dense, tuned = (load(report[f"{name}/checkpoint"]) for name in ("dense", "finetuned"))
+    assert num_parameters(dense) - num_parameters(tuned) == gone
+    [path] = (first.store / "compress").glob("*/checkpoint")
+    # What it made is a model like others, but for losing experts once more.
+    again = [f"model.path={path}", *held_out]
+    plain = job(*again, "method=none")
+    assert plain.code == 0, plain.text
+    figure = "held_out/perplexity"
+    assert plain.report[f"dense/eval/{figure}"] == report[f"compressed/eval/{figure}"]
+    for method in ("method=prune", "method=merge", "method=condense"):
+        refused = job(*again, method)
+        assert refused.code == 2, method
+        assert "router rows" in refused.text or "more rows" in refused.text, refused.text
