@@ -79,14 +79,20 @@ class Checkpoint:
         return hasattr(self.config, "distinct_experts")
 
     def layers(self) -> list[LayerInfo]:
-        """Its MoE layers, found on a model without weights; UserError where it has none."""
-        layers = [layer.info for layer in moe_layers(meta_model(self.config))]
+        """Its MoE layers, found on a model without weights; UserError where it has none.
+
+        Their bytes are those that its weights take when saved again, with the headers of its files.
+        """
+        model = meta_model(self.config)
+        _set_saved_dtypes(model, self.dtype)
+        layers = [layer.info for layer in moe_layers(model)]
         if not layers:
             raise UserError(
                 f"{self.path} is not a Mixture-of-Experts model that moe_lab can read: its family "
                 f"{self.config.model_type!r} has no experts modules of the common contract"
             )
-        return layers
+        headers = sum(map(_header_bytes, weight_files(self.path)))
+        return [replace(info, model_bytes=info.model_bytes + headers) for info in layers]
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """The model with its weights, in evaluation mode."""
@@ -269,6 +275,12 @@ def _check_readable(file: Path) -> None:
         ) from error
 
 
+def _header_bytes(file: Path) -> int:
+    """Bytes of a safetensors file before its tensors: the header's length, and the header."""
+    with file.open("rb") as handle:
+        return 8 + int.from_bytes(handle.read(8), "little")
+
+
 def size_in_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weights."""
     return sum(file.stat().st_size for file in weight_files(folder))
@@ -287,6 +299,25 @@ def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
+    """Give a model without weights the dtypes in which `saving.save` writes its tensors.
+
+    Parameters are written in the config's dtype. Those that the family keeps in float32, and all
+    buffers, are written as they were loaded to be computed with.
+    """
+    stored = getattr(model.config, "dtype", None)
+    loaded = (stored or torch.float32) if computing == "auto" else getattr(torch, computing)
+    in_float32 = model._get_dtype_plan(loaded)
+    kept = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    buffers = {id(buffer) for buffer in model.buffers()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        as_loaded = torch.float32 if any(part in name for part in in_float32) else loaded
+        unchanged = id(tensor) in buffers or any(part in name for part in kept) or stored is None
+        tensor.data = tensor.data.to(as_loaded if unchanged else stored)
 
 
 def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -344,4 +375,4 @@ def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Any]) -> None:
         if edit.index not in known:
             raise UserError(f"layer {edit.index} is no MoE layer; they are {sorted(known)}")
         if edit.edit in ("prune", "merge"):
-            check_kept(known[edit.index], len(edit.kept))
+            check_kept(known[edit.index], len(edit.kept), edit.keeps_rows)

@@ -32,7 +32,7 @@ FLOORS = (
     {"routing", "weights"},
     {"observing", "checkpoint", "sums"},
     {"statistics", "layerwise", "saving"},
-    {"stream", "held_out", "diagnosis"},
+    {"stream", "held_out", "diagnosis", "agreement"},
     {"evidence", "teacher"},
     {"expert_search", "layer_search", "propagation", "reconstruction"},
     {"metrics", "ratios", "condense", "finetune", "layer_choice"},

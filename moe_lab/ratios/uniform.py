@@ -7,32 +7,49 @@ from dataclasses import dataclass
 
 from moe_lab.evidence import Evidence
 from moe_lab.moe import check_kept
-from moe_lab.ratios import Scores, check_share
+from moe_lab.ratios import Budget, Scores, floor_of
 from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Remove the share `ratio` of the experts of each layer (rounded to whole experts)."""
+class Uniform(Budget):
+    """Remove the same share of the experts of each layer, rounded to whole experts.
 
-    ratio: float
+    A share of the model's parameters or bytes, or a memory target (`Budget`), says how large that
+    share of the experts is.
+    """
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio that leaves a router too few experts."""
-        check_share(self.ratio)
+        self.check_options()
+        of_layer = self.of == "experts" and self.target_gib is None
         for info in layers:
             try:
-                check_kept(info, self._num_kept(info))
+                self._check_number(info, self._number(info, layers))
             except UserError as error:
-                most = max(0.0, 1 - info.top_k / info.num_experts)
-                raise UserError(
-                    f"ratio.ratio={self.ratio} is too much: {error}. At most {most:.4g} can be "
-                    "removed from this layer"
-                ) from error
+                possible = self.possible([info] if of_layer else layers)
+                raise UserError(f"{self.asked()}: {error}. {possible}") from error
+
+    def _check_number(self, info: LayerInfo, number: int) -> None:
+        check_kept(info, number)
+        if number < floor_of(info, self.floor):
+            raise UserError(
+                f"layer {info.index}: {number} of {info.num_experts} experts would stay, fewer "
+                f"than ratio.floor={self.floor}"
+            )
 
     def numbers(self, scores: Scores, evidence: Evidence) -> dict[int, int]:
         """How many experts each layer keeps, by layer index."""
-        return {info.index: self._num_kept(info) for info, _ in scores}
+        layers = [info for info, _ in scores]
+        return {info.index: self._number(info, layers) for info in layers}
 
-    def _num_kept(self, info: LayerInfo) -> int:
-        return info.num_experts - int(info.num_experts * self.ratio + 0.5)
+    def _number(self, info: LayerInfo, layers: Sequence[LayerInfo]) -> int:
+        """The nearest multiple to what is asked for, the next above where that is no floor."""
+        exact = self.stays(info.num_experts, 1, layers)
+        if self.target_gib is None and self.round_to == 1:
+            return exact
+        step = self.multiple([info])
+        number = self.stays(info.num_experts, step, layers)
+        if self.target_gib is None and exact >= floor_of(info, self.floor):
+            return max(number, self.choices(info, step)[0])
+        return number

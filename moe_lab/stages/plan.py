@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -49,11 +50,21 @@ def plan(
         groups = statistics.load_groups(profile.folder)
         for number, layers in enumerate(groups.values()):
             (folder / "plans").mkdir(exist_ok=True)
-            write_whole(folder / "plans" / f"{number}.json", planned(layers).to_text())
+            write(planned(layers), folder / "plans" / f"{number}.json")
         made = _keep_all(common, list(groups)) if groups else planned(common)
-        write_whole(folder / "plan.json", made.to_text())
+        write(made, folder / "plan.json")
+
+    def write(made: Plan, path: Path) -> None:
+        made.write_tensors(path)
+        write_whole(path, made.to_text())
+
+    @functools.cache
+    def stored() -> dict[int, LayerInfo]:
+        return {info.index: info for info in checkpoint.layers()}
 
     def planned(layers: list[LayerStatistics]) -> Plan:
+        for layer in layers:  # profiled as the model computes; sizes count as it is saved
+            layer.info = stored()[layer.info.index]
         made = method.plan(Evidence(layers, open_stream, open_model, remember))
         check_plan([layer.info for layer in layers], made.edited())
         return made
