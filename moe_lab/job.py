@@ -80,6 +80,8 @@ def _head(job: Description) -> dict[str, Any]:
     if method in ("drop_layers", "drop_blocks", "merge"):
         plain = {key: _word(value) for key, value in config["method"].items() if key != "_target_"}
         found["condense/num_layers"] = plain.pop("num_layers")  # one key for all, to compare them
+        if plain.pop("ratio", None) and plain["num_experts"] is None:
+            found |= {"ratio": config["ratio"].get("ratio"), "ratio_method": job.choices["ratio"]}
         found |= {f"{method}/{key}": value for key, value in plain.items()}
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
     found |= {f"calibration/{key}": value for key in ("group_by", "group")

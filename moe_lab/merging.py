@@ -49,6 +49,11 @@ def merge_experts(
             tensor[target] = total[name].to(tensor.dtype)
 
 
+def permutation_name(index: int) -> str:
+    """What a plan calls the permutation [E, I] of decoder layer `index` among its tensors."""
+    return f"layers.{index}.permutation"
+
+
 def matching(target_IF: Tensor, member_IF: Tensor) -> Tensor:
     """For each unit of the target the member's unit that takes its place, [I].
 

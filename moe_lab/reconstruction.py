@@ -113,6 +113,17 @@ class OpenExperts:
             self._num_chunks += 1
             self.num_tokens += len(x)
 
+    def add_batch(self, stream: LayerStream, batch: int, hidden: Tensor, valid: Tensor) -> Tensor:
+        """Take in the `valid` tokens [B, L] of a batch; returns what its decoder layer gives.
+
+        hidden: what goes into the decoder layer, whose weights are in memory, [B, L, D].
+        """
+        with _caught(self.layer) as caught:
+            output = stream.replay(self.info.index, batch, hidden)
+        x = _input_of_experts(self.layer, caught)
+        self.add(x[valid.reshape(-1).to(x.device)])
+        return output
+
     def close(self) -> None:
         """Give the memory back."""
         for number in range(self._num_chunks):
@@ -178,11 +189,7 @@ class Sample:
         opened = OpenExperts(self.stream.moe[index], self.stream.cache)
 
         def compute(batch: int, hidden: Tensor) -> Tensor:
-            with _caught(opened.layer) as caught:
-                output = self.stream.replay(index, batch, hidden)
-            x = _input_of_experts(opened.layer, caught)
-            opened.add(x[self.stream.valid[batch].reshape(-1).to(x.device)])
-            return output
+            return opened.add_batch(self.stream, batch, hidden, self.stream.valid[batch])
 
         self._states.pass_through(index, compute)
         try:

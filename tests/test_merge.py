@@ -1,4 +1,4 @@
-"""M-SMoE: which experts become one, matching of hidden units, averages, routers, saving."""
+"""Merges carried out: matching of hidden units, averages, routers, layers, saving, whole runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from moe_lab.checkpoint import load
 from moe_lab.evidence import Evidence
 from moe_lab.merging import HiddenUnits, matching
-from moe_lab.methods.merge import Merge, dominant_experts, groups_of
+from moe_lab.methods.merge import Merge
 from moe_lab.moe import apply_plan, expert_forward, expert_parameters, moe_layers
+from moe_lab.ratios.uniform import Uniform
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
@@ -114,11 +115,12 @@ def test_merging_a_layer_of_one_function_is_the_identity(family: str) -> None:
 
 @EACH_FAMILY
 def test_averages_and_routers_are_what_was_asked_for(family: str) -> None:
-    plain, dominant, mean = (tiny_model(family) for _ in range(3))
+    plain, dominant, mean, added = (tiny_model(family) for _ in range(4))
     index = moe_layers(plain)[-1].info.index
     apply(dominant, [merge(index, align="none")])
     apply(mean, [merge(index, align="none", router="mean")])
-    one, two, three = (moe_layers(model)[-1] for model in (plain, dominant, mean))
+    apply(added, [merge(index, align="none", router="sum")])
+    one, two, three, four = (moe_layers(model)[-1] for model in (plain, dominant, mean, added))
     weights = merge(index)["weights"]
 
     def averaged(tensor: Tensor) -> Tensor:
@@ -134,30 +136,11 @@ def test_averages_and_routers_are_what_was_asked_for(family: str) -> None:
     for name, tensor in one.router.state_dict().items():
         assert torch.equal(two.router.state_dict()[name], tensor[list(KEPT)])
         torch.testing.assert_close(three.router.state_dict()[name], averaged(tensor))
+        rows = torch.stack([tensor[list(members)].sum(dim=0) for members in GROUPS])
+        torch.testing.assert_close(four.router.state_dict()[name], rows)
     if one.shared is not None:
         for name, tensor in one.shared.named_parameters():
             assert torch.equal(three.shared.get_parameter(name), tensor)
-
-
-def test_frequent_experts_stay_and_the_others_join_the_most_similar() -> None:
-    count = torch.tensor([5.0, 9, 0, 9, 2, 0], dtype=torch.float64)
-    kept = dominant_experts(INFO, count, 2)
-    assert kept == (1, 3)
-    similarity = torch.zeros(6, 6)
-    similarity[0, 3], similarity[2, 1], similarity[4, 3] = 0.9, 0.1, 0.2
-    similarity[5, 1] = similarity[5, 3] = 0.5  # a tie: the lower one
-    assert groups_of(INFO, similarity, kept) == ((1, 2, 5), (3, 0, 4))
-    assert dominant_experts(INFO, torch.zeros(6), 3) == (0, 1, 2)
-
-
-def test_router_groups_keep_the_same_number_and_merge_their_own() -> None:
-    info = LayerInfo(1, "x", 8, 2, 2, groups=2, groups_used=1)
-    kept = dominant_experts(info, torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4]), 4)
-    assert kept == (0, 1, 6, 7)
-    similarity = torch.zeros(8, 8)
-    similarity[2, 6] = similarity[4, 0] = 1.0  # of the other group: they do not count
-    similarity[2, 1] = similarity[4, 7] = 0.5
-    assert groups_of(info, similarity, kept) == ((0, 3), (1, 2), (6, 5), (7, 4))
 
 
 def test_experts_without_tokens_weigh_nothing_or_alike() -> None:
@@ -188,7 +171,7 @@ def test_plans_of_real_models_are_carried_out_and_loaded_by_stock(
     infos = [layer.info for layer in moe_layers(model)]
     statistics = collect(model, [tiny_batch()])
     for layers in ("all", [3]):
-        method = Merge(1, 4, layers=layers)
+        method = Merge(1, 4, layers=layers, router="dominant")
         method.check(infos)
         made = method.plan(Evidence(statistics))
         (tmp_path / "plan.json").write_text(made.to_text())
@@ -232,15 +215,36 @@ def test_each_order_of_layers_is_its_own() -> None:
 def test_impossible_requests_are_refused_before_any_work() -> None:
     Merge(1, 2).check([INFO])
     with pytest.raises(UserError, match=r"num_experts=1 is too few: layer 3: 1 of 6.*chooses 2"):
-        Merge(1, 1).check([INFO])
+        Merge(1, 1, router="dominant").check([INFO])
+    Merge(1, 1).check([INFO])  # all its rows lead to one expert
+    with pytest.raises(UserError, match=r"num_experts=0"):
+        Merge(1, 0).check([INFO])
     for number in (6, 7):
         with pytest.raises(UserError, match=rf"num_experts={number}: layer 3 has 6 experts"):
             Merge(1, number).check([INFO])
     grouped = LayerInfo(1, "x", 8, 2, 2, groups=2, groups_used=1)
     with pytest.raises(UserError, match=r"too few.*2 groups"):
-        Merge(1, 2).check([grouped])
-    with pytest.raises(UserError, match=r"router='last' does not exist.*dominant, mean"):
-        Merge(1, 2, router="last").check([INFO])
+        Merge(1, 2, router="dominant").check([grouped])
+    Merge(1, 2).check([grouped])
+    with pytest.raises(UserError, match=r"num_experts=3.*2 groups"):
+        Merge(1, 3).check([grouped])
+    for name, words in {
+        "router": "null, all, dominant, mean, sum",
+        "align": "null, none, weights, activations, both",
+        "grouping": "hc_smoe, m_smoe, ream",
+    }.items():
+        with pytest.raises(
+            UserError, match=f"method.{name}='last' does not exist; there are {words}"
+        ):
+            Merge(1, 2, **{name: "last"}).check([INFO])
+    with pytest.raises(UserError, match=r"linkage='last' does not exist.*average, complete"):
+        Merge(1, 2, grouping="hc_smoe", linkage="last").check([INFO])
+    with pytest.raises(UserError, match=r"group_size=2: 2 groups.*its 6 experts; at least 3"):
+        Merge(1, 2, grouping="ream", group_size=2).check([INFO])
+    with pytest.raises(UserError, match=r"num_samples=0"):
+        Merge(1, 2, num_samples=0).check([INFO])
+    with pytest.raises(UserError, match=r"ratio=1"):
+        Merge(1, ratio=Uniform(ratio=1.0)).check([INFO])
     with pytest.raises(UserError, match=r"layers='best' does not exist.*all, cosine"):
         Merge(1, 2, layers="best").check([INFO])
     with pytest.raises(UserError, match=r"names \[2\]"):
@@ -259,6 +263,6 @@ def test_a_whole_run(job: Callable[..., Outcome]) -> None:
     assert report["plan/layers"] == "[3]"
     counts = [x.info.num_experts for x in moe_layers(load(report["compressed/checkpoint"]))]
     assert counts == [8, 8, 4]
-    refused = job("method=merge", "method.num_experts=2")
+    refused = job("method=merge", "method.num_experts=2", "method.router=dominant")
     assert refused.code == 2
     assert "num_experts=2 is too few: layer 1: 2 of 8" in refused.text

@@ -1,138 +1,276 @@
-"""M-SMoE: experts of a layer that are routed alike become one."""
+"""Merging: several experts of a layer become one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from moe_lab import (
+    alignment,
+    grouping,
+    merging,
+    moe,
+    propagation,
+    ratios,
+    reconstruction,
+    routing,
+    stand_ins,
+    statistics,
+    stream,
+)
+from moe_lab.alignment import permutation
 from moe_lab.evidence import Evidence
+from moe_lab.grouping import Candidates, Grouping, Groups
 from moe_lab.layer_choice import check_layers, choose_layers
+from moe_lab.merging import permutation_name
 from moe_lab.moe import check_kept
+from moe_lab.propagation import propagated
+from moe_lab.reconstruction import OpenExperts
 from moe_lab.statistics import LayerStatistics
-from moe_lab.types import Edit, LayerInfo, Plan, UserError
+from moe_lab.types import AlignName, Edit, LayerInfo, Plan, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
-ROUTERS = ("dominant", "mean")
+FROM_ACTIVATIONS = ("activations", "both")
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge the experts of `num_layers` layers into `num_experts` each.
+    """Merge the experts of some layers, each into as many as `ratio` or `num_experts` leave.
 
-    M-SMoE (2310.01334): the most frequently used experts of a layer are dominant; every other one
-    joins the dominant expert whose router logits over the calibration tokens have the highest
-    cosine similarity to its own; a group becomes the average of its experts, weighted by their
-    frequencies, after their hidden units were permuted to match the dominant expert's (align).
-    Where a router works on groups of experts, each keeps the same number and merges its own.
+    grouping: which experts become one, and with which weights (moe_lab/grouping/: m_smoe, hc_smoe,
+    ream). What follows is the paper's own where an option is null:
 
-    Two differences: dominant experts are chosen within each layer, and a merged expert keeps one
-    router row (the dominant expert's, or with router=mean the weighted mean of its group's), since
-    stock models cannot send several rows to one expert. So a merge of identical experts computes
-    the same expert exactly, but the router gives it what pruning the others would give.
+    align: how hidden units are matched before they are averaged. none; weights, by the largest sum
+    of inner products of their weights (M-SMoE); activations, by the least sum of distances of what
+    they compute on the sample; both, with the distances of their weights added (REAM).
+    router: all rows stay and lead to the merged expert of their group (M-SMoE, HC-SMoE): merged
+    identical experts change nothing, and the checkpoint is of our own form. Else each group keeps
+    one row, and stock transformers load the result, but a token sends it less: dominant, that of
+    the expert that gives its place (REAM); mean, the weighted mean of the group's; sum, their sum.
+    propagate: each layer is measured behind the layers that are merged already (REAM).
 
-    layers: all (num_layers does not count), cosine (those whose MoE changes the hidden state
-    least), first, last, random (by seed), or an explicit list of decoder layers.
+    num_experts: so many experts stay in each layer; null: what `ratio` says by the grouping's own
+    scores, as for pruning. layers: all (num_layers does not count), cosine (those whose MoE changes
+    the hidden state least), first, last, random (by seed), or an explicit list of decoder layers.
+    linkage: of hc_smoe; group_size: the most experts that ream makes one of. num_samples: how many
+    documents of the calibration set all experts are computed on, where that is needed.
     """
 
     num_layers: int
-    num_experts: int
-    layers: str | Sequence[int] = "cosine"
-    align: str = "weights"
-    router: str = "dominant"
+    num_experts: int | None = None
+    ratio: Any = None
+    grouping: str = "m_smoe"
+    layers: str | Sequence[int] = "all"
+    align: str | None = None
+    router: str | None = None
+    propagate: bool | None = None
+    linkage: str = "average"
+    group_size: int = 16
+    num_samples: int | None = 32
     seed: int = 0
+
+    @property
+    def _grouping(self) -> Grouping:
+        return grouping.option(self.grouping)
+
+    def _own(self, name: str) -> Any:
+        """An option, or what the grouping's paper does where it is null."""
+        value = getattr(self, name)
+        return getattr(self._grouping, name) if value is None else value
+
+    @property
+    def _needs_experts(self) -> bool:
+        """Whether every expert has to be computed on every token of the sample."""
+        return self._grouping.outputs is not None or self._own("align") in FROM_ACTIVATIONS
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse layers and options that do not exist, and a router left with too few experts."""
+        possible = {
+            "grouping": grouping.names(),
+            "align": (None, *get_args(AlignName)),
+            "router": (None, *get_args(RouterName)),
+        }
+        for name, values in possible.items():
+            if getattr(self, name) not in values:
+                words = ", ".join("null" if value is None else value for value in values)
+                raise UserError(
+                    f"method.{name}={getattr(self, name)!r} does not exist; there are {words}"
+                )
         check_layers("merge", self.layers, self.num_layers, ORDERS, layers)
-        if self.router not in ROUTERS:
+        if self.num_samples is not None and self.num_samples < 1:
             raise UserError(
-                f"method.router={self.router!r} does not exist; there are {', '.join(ROUTERS)}"
+                f"method.num_samples={self.num_samples}: at least one document of the calibration "
+                "set is needed; null takes all of them"
             )
-        for info in layers:
-            if isinstance(self.layers, str) or info.index in self.layers:
+        infos = [
+            info for info in layers if isinstance(self.layers, str) or info.index in self.layers
+        ]
+        if self.num_experts is None:
+            self.ratio.check(infos)
+        for info in infos:
+            if self.num_experts is not None:
                 self._check_number(info)
+            number = info.num_experts if self.num_experts is None else self.num_experts
+            self._grouping.check(info, number, vars(self))
 
     def _check_number(self, info: LayerInfo) -> None:
+        asked = f"method.num_experts={self.num_experts}"
         if self.num_experts >= info.num_experts:
             raise UserError(
-                f"method.num_experts={self.num_experts}: layer {info.index} has "
-                f"{info.num_experts} experts, and fewer must stay for any to be merged"
+                f"{asked}: layer {info.index} has {info.num_experts} experts, and fewer must stay "
+                "for any to be merged"
             )
         try:
-            check_kept(info, self.num_experts)
+            check_kept(info, self.num_experts, keeps_rows=self._own("router") == "all")
         except UserError as error:
-            raise UserError(f"method.num_experts={self.num_experts} is too few: {error}") from error
+            raise UserError(f"{asked} is too few: {error}") from error
+        if self.num_experts < 1 or self.num_experts % info.groups:
+            raise UserError(
+                f"{asked}: the router of layer {info.index} works on {info.groups} groups of "
+                "experts, and each must keep the same number, at least one"
+            )
 
     def identity(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options that the plan depends on: the seed only where something is random."""
-        seeded = self.layers == "random"
-        return {name: value for name, value in options.items() if seeded or name != "seed"}
+        """The options that the plan depends on, those that the grouping's paper sets filled in."""
+        own = {name: self._own(name) for name in ("align", "router", "propagate")}
+        unused = {"linkage", "group_size"} - set(self._grouping.options)
+        unused |= set() if self.layers == "random" else {"seed"}
+        unused |= set() if self._needs_experts else {"num_samples"}
+        unused |= {"num_experts"} if self.num_experts is None else {"ratio"}
+        in_order = isinstance(self.layers, str) and self.layers != "all"
+        unused |= set() if in_order else {"num_layers"}
+        if "ratio" in options and hasattr(self.ratio, "identity"):
+            options = options | {"ratio": self.ratio.identity(options["ratio"])}
+        return {name: value for name, value in (options | own).items() if name not in unused}
+
+    def code(self) -> list[Any]:
+        """What decides the plan beside this class."""
+        modules = [alignment, grouping, merging, moe, propagation, reconstruction, routing]
+        modules += [stand_ins, statistics, stream, inspect.getmodule(self._grouping.choose)]
+        if self.num_experts is None:
+            more = self.ratio.code() if hasattr(self.ratio, "code") else ()
+            modules += [self.ratio, *more]
+        return [*modules, ratios, self._grouping.scores]
 
     def plan(self, evidence: Evidence) -> Plan:
-        """One edit per MoE layer, its scores the experts' frequencies."""
-        statistics = evidence.statistics
-        order = choose_layers(self.layers, self.num_layers, statistics, "layer", self.seed)
-        edits = tuple(
-            self._edit(one)
+        """One edit per MoE layer: merge, or keep where as many stay as there are."""
+        order = choose_layers(self.layers, self.num_layers, evidence.statistics, "layer", self.seed)
+        scores = [
+            (one.info, self._grouping.scores(one))
+            for one in evidence.statistics
             if one.info.index in order
-            else Edit(one.info.index, one.info.name, "keep")
-            for one in statistics
-        )
-        unseen = {str(one.info.index): int((one["count"] == 0).sum()) for one in statistics}
+        ]
+        numbers = self._numbers(scores, evidence)
+        for info, _ in scores:
+            self._grouping.check(info, numbers[info.index], vars(self))
+        tensors: dict[str, Tensor] = {}
+        if self._own("propagate"):
+            edits = self._propagated(evidence, numbers, tensors)
+        else:
+            edits = self._intact(evidence, numbers, tensors)
+        unseen = {
+            str(one.info.index): int((one["count"] == 0).sum()) for one in evidence.statistics
+        }
+        again = self._own("propagate")
         notes = {
-            "statistics": "intact model",
-            "scores": "tokens that the router sent to each expert",
+            "statistics": "re-measured behind compressed layers" if again else "intact model",
+            "scores": self._grouping.scores.__name__,
+            "grouping": self.grouping,
             "experts_without_tokens": unseen,
         }
-        return Plan(edits, layer_order=order, notes=notes)
+        if self.num_experts is None and hasattr(self.ratio, "notes"):
+            notes |= self.ratio.notes(scores, numbers)
+        return Plan(tuple(edits), layer_order=order, notes=notes, tensors=tensors)
 
-    def _edit(self, statistics: LayerStatistics) -> Edit:
-        info, count = statistics.info, statistics["count"]
-        kept = dominant_experts(info, count, self.num_experts)
-        groups = groups_of(info, statistics.logit_cosine(), kept)
+    def _numbers(self, scores: ratios.Scores, evidence: Evidence) -> Mapping[int, int]:
+        if self.num_experts is None:
+            return self.ratio.numbers(scores, evidence)
+        return {info.index: self.num_experts for info, _ in scores}
+
+    def _intact(
+        self, evidence: Evidence, numbers: Mapping[int, int], tensors: dict[str, Tensor]
+    ) -> list[Edit]:
+        """All layers decided on the intact model; what all experts' outputs say is remembered."""
+        merged = {
+            one.info.index: one
+            for one in evidence.statistics
+            if numbers.get(one.info.index, one.info.num_experts) < one.info.num_experts
+        }
+        chosen = self._grouping
+        found: dict[int, Any] = dict.fromkeys(merged)
+        if chosen.outputs is not None:
+            found = self._ask(
+                evidence,
+                {index: {"question": f"grouping/{self.grouping}"} for index in merged},
+                lambda experts: chosen.outputs(experts).tolist(),
+                [chosen.outputs],
+            )
+        groups = {
+            index: self._choose(one, numbers[index], found[index]) for index, one in merged.items()
+        }
+        if self._own("align") in FROM_ACTIVATIONS:
+            questions = {
+                index: {"question": "permutation", "align": self._own("align"), "of": one.groups}
+                for index, one in groups.items()
+            }
+            answers = self._ask(
+                evidence,
+                questions,
+                lambda experts: self._permutation(experts, groups[experts.info.index]).tolist(),
+                [alignment, merging],
+            )
+            for index, rows in answers.items():
+                tensors[permutation_name(index)] = torch.tensor(rows)
+        return [self._edit(one, groups.get(one.info.index)) for one in evidence.statistics]
+
+    def _ask(
+        self, evidence: Evidence, questions: Any, ask: Any, code: Sequence[Any]
+    ) -> dict[int, Any]:
+        return reconstruction.answers(evidence, self.num_samples, questions, ask, code)
+
+    def _propagated(
+        self, evidence: Evidence, numbers: Mapping[int, int], tensors: dict[str, Tensor]
+    ) -> list[Edit]:
+        """Each layer decided behind those that are merged already."""
+
+        def edit_of(one: LayerStatistics, experts: OpenExperts | None = None) -> Edit:
+            index, num_experts = one.info.index, one.info.num_experts
+            if numbers.get(index, num_experts) == num_experts:
+                return self._edit(one, None)
+            outputs = self._grouping.outputs
+            groups = self._choose(one, numbers[index], outputs and outputs(experts))
+            if self._own("align") in FROM_ACTIVATIONS:
+                tensors[permutation_name(index)] = self._permutation(experts, groups)
+            return self._edit(one, groups)
+
+        if self._needs_experts:
+            return propagated(evidence, edit_of, tensors, experts_on=self.num_samples)
+        return propagated(evidence, edit_of, tensors)
+
+    def _choose(self, one: LayerStatistics, number: int, outputs: Any) -> Groups:
+        if outputs is not None:
+            outputs = torch.as_tensor(outputs, dtype=torch.float64)
+        options = self.linkage, self.group_size
+        return self._grouping.choose(Candidates(one, number, outputs, *options))
+
+    def _permutation(self, experts: OpenExperts, groups: Groups) -> Tensor:
+        return permutation(experts, groups.groups, with_weights=self._own("align") == "both")
+
+    def _edit(self, one: LayerStatistics, groups: Groups | None) -> Edit:
+        info = one.info
+        if groups is None:
+            return Edit(info.index, info.name, "keep")
         return Edit(
             info.index,
             info.name,
             "merge",
-            kept=kept,
-            scores=tuple(count.tolist()),
-            groups=groups,
-            weights=tuple(_shares(count[list(group)]) for group in groups),
-            align=self.align,
-            router=self.router,
+            scores=tuple(self._grouping.scores(one).tolist()),
+            align=self._own("align"),
+            router=self._own("router"),
+            **vars(groups),
         )
-
-
-def dominant_experts(info: LayerInfo, count: Tensor, num_experts: int) -> tuple[int, ...]:
-    """The most used experts, the same number of each router group, ascending; ties the lower."""
-    size = info.num_experts // info.groups
-    order = count.view(info.groups, size).argsort(dim=1, descending=True, stable=True)
-    best = order[:, : num_experts // info.groups] + torch.arange(info.groups)[:, None] * size
-    return tuple(sorted(best.flatten().tolist()))
-
-
-def groups_of(
-    info: LayerInfo, similarity: Tensor, kept: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """For each kept expert the experts that become it: itself first, then ascending.
-
-    The others join the most similar kept expert of their own router group; ties the lower.
-    """
-    size = info.num_experts // info.groups
-    groups = {target: [target] for target in kept}
-    for expert in sorted(set(range(info.num_experts)) - set(kept)):
-        near = [target for target in kept if target // size == expert // size]
-        best = int(similarity[expert, near].argmax())
-        groups[near[best]].append(expert)
-    return tuple(tuple(group) for group in groups.values())
-
-
-def _shares(count: Tensor) -> tuple[float, ...]:
-    total = count.sum()
-    # A group that saw no token has no frequencies: its experts count alike.
-    share = count / total if total > 0 else torch.full_like(count, 1 / len(count))
-    return tuple(share.tolist())
