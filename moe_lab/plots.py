@@ -29,7 +29,7 @@ def _figure(path: Path, width: float, height: float, title: str) -> Iterator[Any
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="compressed")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     yield figure
@@ -91,7 +91,8 @@ def over_depth(
             axes.set(xlabel="layer", ylabel=label)
             axes.grid(alpha=0.3)
             if len(lines) > 1:
-                axes.legend(fontsize="small")
+                axes.legend(fontsize="small", ncols=len(lines), columnspacing=1.0, frameon=False,
+                            loc="lower center", bbox_to_anchor=(0.5, 0.98))  # fmt: skip
             if all(column.endswith("_experts") for column in lines):
                 axes.yaxis.get_major_locator().set_params(integer=True)
                 axes.set_ylim(-0.3, max(1.0, layers[list(lines)].to_numpy().max()) + 0.3)
@@ -108,6 +109,7 @@ def by_rank(ranks: pd.DataFrame, path: Path, title: str) -> None:
             axes.bar(places, grid[rank], bottom=below, color=colour, label=str(rank))
             below += grid[rank].to_numpy()
         _thinned(axes.xaxis, list(grid.index))
+        axes.margins(x=0.02)
         axes.set(xlabel="layer", ylabel="mean share of a token's weight", ylim=(0, 1))
         handles, labels = axes.get_legend_handles_labels()  # the heaviest lies below, as in the bar
         axes.legend(handles[::-1], labels[::-1], title="rank", loc="center left",
@@ -136,14 +138,14 @@ def by_pair(
         name = f"{title} ({number} of {len(pages)})" if many else title
         columns = min(4, len(page))
         rows = math.ceil(len(page) / columns)
-        with _figure(file, 1.6 + 2.4 * columns, 0.6 + 2.5 * rows, name) as figure:
+        with _figure(file, 1.6 + 2.3 * columns, 0.5 + 2.6 * rows, name) as figure:
             grid = figure.subplots(rows, columns, squeeze=False).ravel()
             for axes in grid[len(page) :]:
                 axes.remove()
             for axes, index in zip(grid, page, strict=False):
                 colours = SIGNED if factors else AMOUNT
                 image = _image(axes, shown[index], limits, colours, False, "equal")
-                _ticks(axes, range(len(shown[index])), range(len(shown[index])), most=8)
+                _ticks(axes, range(len(shown[index])), range(len(shown[index])), most=4)
                 axes.set_title(f"layer {index}", fontsize="medium")
             bar = figure.colorbar(image, ax=list(grid[: len(page)]), label=unit,
                                   extend="both" if factors else "neither")  # fmt: skip
@@ -229,8 +231,8 @@ def draw(tables: Any, lifts: Matrices, similar: Mapping[str, Matrices], folder: 
     panels = [(label, {key: name for key, name in lines.items() if key in there})
               for label, lines in PANELS if there & set(lines)]  # fmt: skip
     over_depth(layers, panels, folder / "depth.png", "The layers over depth")
-    by_pair(lifts, folder / "coactivation", "Experts chosen together",
-            "tokens that chose both: observed / expected", factors=True)  # fmt: skip
+    by_pair(lifts, folder / "coactivation", "Tokens that chose both experts",
+            "observed / expected", factors=True)  # fmt: skip
     for kind, matrices in similar.items():
         what = {"weight": "weights", "router": "router rows", "output": "outputs"}[kind]
         by_pair(matrices, folder / f"similarity_{kind}", f"Similarity of the experts' {what}",

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lab import diagnosis, moe, plots, reconstruction, similarity, statistics
+from moe_lab import diagnosis, moe, plots, reconstruction, similarity, statistics, sums
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.progress import progress
-from moe_lab.store import Artifact, Store, code_version
+from moe_lab.store import DONE, Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
 from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-FOLDER, FILE = "diagnosis", "similarities.safetensors"
+FOLDER, MATRICES, FIGURES = "diagnosis", "similarities.safetensors", "figures.json"
+Matrices = dict[int, dict[str, Tensor]]  # by layer index and kind
 
 
 @dataclass(frozen=True)
@@ -53,57 +55,77 @@ class Diagnosis:
 
 
 def diagnose(
-    store: Store, checkpoint: Checkpoint, tokens: Tokens, how: Diagnosis, compute: Compute
+    store: Store,
+    checkpoint: Checkpoint,
+    profile: Artifact,
+    tokens: Tokens,
+    how: Diagnosis,
+    compute: Compute,
 ) -> Artifact:
-    """A folder with the similarity matrices of every layer's experts, named <layer>/<kind>."""
+    """A folder with the tables (CSV), pictures (PNG), matrices, and figures.json.
 
-    def make(folder: Path) -> None:
-        found: dict[str, Tensor] = {}
-        for index, of_layer in _similarities(store, checkpoint, tokens, how, compute):
-            found |= {f"{index}/{kind}": matrix.contiguous() for kind, matrix in of_layer.items()}
-        save_file(found, folder / FILE)
-
-    sample = _sample(tokens, how)
-    identity = {
+    The matrices have their own place (kind `similarity`): other tables and pictures of them cost
+    neither weights nor outputs again.
+    """
+    sample = tokens.take(range(min(how.num_samples, len(tokens.samples))))
+    similar = {
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
-        "data": sample.fingerprint if sample else None,
+        "data": sample.fingerprint if sample.samples else None,
         "weights": how.weights,
-        "code": code_version(similarity, reconstruction, moe),
+        "code": code_version(similarity, reconstruction, *reconstruction.CODE),
     }
+
+    def measure(folder: Path) -> None:
+        found: dict[str, Tensor] = {}
+        for index, of_layer in _similarities(store, checkpoint, sample, how.weights, compute):
+            found |= {f"{index}/{kind}": matrix.contiguous() for kind, matrix in of_layer.items()}
+        save_file(found, folder / MATRICES)
+
+    def make(folder: Path) -> None:
+        source = store.get("similarity", similar, measure).folder / MATRICES
+        shutil.copy(source, folder)
+        _tell(statistics.load(profile.folder), _by_layer(load_file(source)), folder)
+
+    code = code_version(diagnosis, plots, statistics, sums)
+    identity = {"profile": profile.key, "similarity": similar, "code": code}
     return store.get("diagnose", identity, make)
 
 
-def _sample(tokens: Tokens, how: Diagnosis) -> Tokens | None:
-    """The samples on which every expert runs."""
-    positions = range(min(how.num_samples, len(tokens.samples)))
-    return tokens.take(positions) if positions else None
+def publish(diagnosed: Artifact, folder: Path) -> dict[str, float]:
+    """Put the files into the run's diagnosis/; returns the model's figures for its report."""
+    ignored = shutil.ignore_patterns(DONE, FIGURES)
+    home = shutil.copytree(diagnosed.folder, folder / FOLDER, ignore=ignored, dirs_exist_ok=True)
+    logger.info("diagnose: tables and pictures are in %s", home)
+    figures = json.loads((diagnosed.folder / FIGURES).read_text())
+    return {f"{FOLDER}/{name}": value for name, value in figures.items()}
 
 
 def _similarities(
-    store: Store, checkpoint: Checkpoint, tokens: Tokens, how: Diagnosis, compute: Compute
+    store: Store, checkpoint: Checkpoint, sample: Tokens, weights: bool, compute: Compute
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Each MoE layer's matrices, its weights being read once for all."""
-    if not how.weights and not how.num_samples:
+    if not weights and not sample.samples:
         return
-    sample = _sample(tokens, how)
-    batches = sample.batches(compute.batch_size, compute.device) if sample else []
+    batches = sample.batches(compute.batch_size, compute.device)
     cache = Activations(int(compute.cache_gib * 2**30), store.root, compute.device)
     stream = LayerStream(LayerwiseModel(checkpoint, compute.device), batches, cache)
-    if how.weights:
+    if weights:
         numbers = sum(moe.num_parameters(layer.experts) for layer in stream.moe.values())
         logger.info("diagnose: the weights of all experts are read, %.3g numbers", numbers)
-    runner = reconstruction.Sample(stream) if sample else None
+    runner = reconstruction.Sample(stream) if sample.samples else None
     for index in progress(sorted(stream.moe), "diagnose"):
         with _opened(stream, runner, index) as experts:
-            found = similarity.of_weights(stream.moe[index]) if how.weights else {}
+            found = similarity.of_weights(stream.moe[index]) if weights else {}
             if experts is not None:
                 found |= similarity.of_outputs(experts.chunks())
         yield index, found
 
 
 @contextmanager
-def _opened(stream: LayerStream, runner: Any, index: int) -> Iterator[Any]:
+def _opened(
+    stream: LayerStream, runner: reconstruction.Sample | None, index: int
+) -> Iterator[reconstruction.OpenExperts | None]:
     """The layer with its weights in memory: every expert's outputs, or None without a sample."""
     if runner is None:
         with stream.layer(index):
@@ -113,31 +135,29 @@ def _opened(stream: LayerStream, runner: Any, index: int) -> Iterator[Any]:
         yield experts
 
 
-def publish(diagnosed: Artifact, profile: Artifact, folder: Path) -> dict[str, float]:
-    """Tables (CSV), matrices and pictures (PNG) into the run's diagnosis/; returns its figures."""
-    home = folder / FOLDER
-    home.mkdir(exist_ok=True)
-    flat = load_file(diagnosed.folder / FILE)
-    similarities: dict[int, dict[str, Tensor]] = {}
+def _by_layer(flat: dict[str, Tensor]) -> Matrices:
+    found: Matrices = {}
     for name, matrix in flat.items():
         index, _, kind = name.partition("/")
-        similarities.setdefault(int(index), {})[kind] = matrix
-    layers = statistics.load(profile.folder)
+        found.setdefault(int(index), {})[kind] = matrix
+    return dict(sorted(found.items()))
+
+
+def _tell(layers: list[sums.LayerStatistics], similarities: Matrices, folder: Path) -> None:
+    """Tables, pictures and figures into a folder."""
     tables = diagnosis.tables(layers, similarities, statistics.super_experts(layers))
-    tables.save(home)
-    save_file(flat, home / FILE)
-    lifts = {
-        layer.info.index: diagnosis.lift(*diagnosis.coactivation(layer)).numpy() for layer in layers
-    }
-    plots.draw(tables, lifts, _shown(similarities), home)
-    logger.info("diagnose: %s", home)
-    return {f"{FOLDER}/{name}": value for name, value in tables.figures().items()}
+    tables.save(folder)
+    pairs = {layer.info.index: diagnosis.coactivation(layer) for layer in layers}
+    lifts = {index: diagnosis.lift(*counts).numpy() for index, counts in pairs.items()}
+    plots.draw(tables, lifts, _shown(similarities), folder)
+    figures = {key: None if np.isnan(value) else value for key, value in tables.figures().items()}
+    write_whole(folder / FIGURES, json.dumps(figures) + "\n")
 
 
-def _shown(similarities: dict[int, dict[str, Tensor]]) -> dict[str, dict[int, np.ndarray]]:
+def _shown(similarities: Matrices) -> dict[str, dict[int, np.ndarray]]:
     """The matrices that are drawn, by kind and layer; of the weights their mean."""
     shown: dict[str, dict[int, np.ndarray]] = {}
-    for index, found in sorted(similarities.items()):
+    for index, found in similarities.items():
         weight = diagnosis.weight_similarity(found)
         every = {"weight": weight, "router": found.get("router"), "output": found.get("output")}
         for kind, matrix in every.items():
