@@ -251,6 +251,11 @@ def test_impossible_requests_are_refused_before_any_work() -> None:
         Merge(1, 2, layers=[2]).check([INFO])
 
 
+def experts_in(report: dict) -> list[int]:
+    infos = [layer.info for layer in moe_layers(load(report["compressed/checkpoint"]))]
+    return [info.real_experts or info.num_experts for info in infos]
+
+
 def test_a_whole_run(job: Callable[..., Outcome]) -> None:
     done = job("method=merge", "method.num_experts=4", "method.layers=last")
     assert done.code == 0, done.text
@@ -261,8 +266,20 @@ def test_a_whole_run(job: Callable[..., Outcome]) -> None:
         "last",
     )
     assert report["plan/layers"] == "[3]"
-    counts = [x.info.num_experts for x in moe_layers(load(report["compressed/checkpoint"]))]
-    assert counts == [8, 8, 4]
+    assert experts_in(report) == [8, 8, 4]
     refused = job("method=merge", "method.num_experts=2", "method.router=dominant")
     assert refused.code == 2
     assert "num_experts=2 is too few: layer 1: 2 of 8" in refused.text
+
+
+@pytest.mark.parametrize(("grouping", "stock"), [("hc_smoe", False), ("ream", True)])
+def test_whole_runs_of_other_groupings(
+    grouping: str, stock: bool, job: Callable[..., Outcome]
+) -> None:
+    done = job("method=merge", f"method.grouping={grouping}", "ratio.ratio=0.25")
+    assert done.code == 0, done.text
+    report = done.report
+    found = [report[name] for name in ("ratio", "ratio_method", "merge/grouping")]
+    assert found == [0.25, "uniform", grouping]
+    assert report["compressed/stock"] == stock
+    assert experts_in(report) == [6, 6, 6]

@@ -52,7 +52,8 @@ class Merge:
     identical experts change nothing, and the checkpoint is of our own form. Else each group keeps
     one row, and stock transformers load the result, but a token sends it less: dominant, that of
     the expert that gives its place (REAM); mean, the weighted mean of the group's; sum, their sum.
-    propagate: each layer is measured behind the layers that are merged already (REAM).
+    propagate: each layer is measured behind the layers that are merged already (REAM); how many
+    experts each keeps is still decided by the intact model.
 
     num_experts: so many experts stay in each layer; null: what `ratio` says by the grouping's own
     scores, as for pruning. layers: all (num_layers does not count), cosine (those whose MoE changes
@@ -113,6 +114,7 @@ class Merge:
         if self.num_experts is None:
             self.ratio.check(infos)
         for info in infos:
+            check_kept(info, info.num_experts, keeps_rows=True)  # not compressed before
             if self.num_experts is not None:
                 self._check_number(info)
             number = info.num_experts if self.num_experts is None else self.num_experts
