@@ -52,13 +52,13 @@ class Agreement:
     ) -> float:
         """Of a measure of two distributions' logarithms [t, V], which gives a value a position."""
         total = 0.0
-        for batch, intact in zip(self.batches, self._logits, strict=True):
-            with restricted(self.model, kept):
+        with restricted(self.model, kept):
+            for batch, intact in zip(self.batches, self._logits, strict=True):
                 logits = self._valid_logits(batch)
-            parts = (logits.split(POSITIONS_AT_ONCE), intact.split(POSITIONS_AT_ONCE))
-            for ours, theirs in zip(*parts, strict=True):
-                p, q = _logarithms(theirs.to(ours.device)), _logarithms(ours)
-                total += float(measure(p, q).sum(dtype=torch.float64))
+                parts = (logits.split(POSITIONS_AT_ONCE), intact.split(POSITIONS_AT_ONCE))
+                for ours, theirs in zip(*parts, strict=True):
+                    p, q = _logarithms(theirs.to(ours.device)), _logarithms(ours)
+                    total += float(measure(p, q).sum(dtype=torch.float64))
         return total / self.num_positions
 
     def _valid_logits(self, batch: dict[str, Tensor]) -> Tensor:

@@ -23,6 +23,10 @@ RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
     "distillation", "temperature", "teacher_top_k",
 )  # fmt: skip
+RATIO_OPTIONS = (
+    "coverage", "floor", "of", "target_gib", "round_to", "kept", "error", "num_samples", "step",
+    "population", "generations",
+)  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -69,10 +73,11 @@ def _head(job: Description) -> dict[str, Any]:
     found: dict[str, Any] = {"status": "running", "error": None}
     found |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
     if method == "prune":
-        found |= {"metric": job.choices["metric"], "ratio": config["ratio"].get("ratio")}
+        share = config["ratio"].get("ratio") if not config["ratio"].get("target_gib") else None
+        found |= {"metric": job.choices["metric"], "ratio": share}
         found["ratio_method"] = job.choices["ratio"]
-        named = {"ratio": ("coverage", "floor"), "metric": ("reference",)}
-        found |= {f"{part}/{key}": value for part, keys in named.items() for key in keys
+        named = {"ratio": RATIO_OPTIONS, "metric": ("reference",)}
+        found |= {f"{part}/{key}": _word(value) for part, keys in named.items() for key in keys
                   if (value := config[part].get(key)) is not None}  # fmt: skip
     if method == "condense":
         plain = {key: _word(value) for key, value in config["condense"].items()}

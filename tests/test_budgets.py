@@ -405,6 +405,7 @@ def test_a_job_within_a_memory_target(job: Callable[..., Outcome], checkpoint: P
     assert done.code == 0, done.text
     plan = Plan.load(next(done.store.glob("plan/*/plan.json")))
     assert [len(edit.kept) for edit in plan.edits] == [6, 6, 6]
+    assert done.report["ratio"] is None and done.report["ratio/target_gib"] == target / GIB
     (folder,) = (path.parent for path in done.store.glob("compress/**/config.json"))
     tensors, files = saved_bytes(folder)
     assert files <= target < files + 3 * infos[0].expert_bytes

@@ -25,12 +25,13 @@ class Evolutionary(Budget):
     """EvoESAP (2603.06003): evolve the layers' numbers under a fixed total, by ESAP.
 
     Which experts of a layer stay is the metric's order throughout. The first generation begins with
-    the paper's twelve shapes (the same number everywhere, rising, falling, early, late, ...) and is
-    filled up at random. The best `parents` of a generation live on; the others are mutations of one
-    of them: min of two draws from 1 to `moves` times, 1 to `most_moved` experts change from one
-    layer to another, drawn again, at most `attempts` times, where a layer has no room. Fitness is
-    `Agreement.acceptance` on the first `num_samples` samples; the fittest ever seen is taken. One
-    difference: with round_to, or routers with groups, what moves is so many experts at a time.
+    twelve shapes (the same number everywhere, rising, falling, early, late, ...; those of the
+    paper's code) and is filled up at random. The best `parents` of a generation live on; the others
+    are mutations of one of them: the lesser of two draws from 1 to `moves` says how often 1 to
+    `most_moved` experts change from one layer to another, drawn again, in at most `attempts` draws
+    in all, where a layer has no room. Fitness is `Agreement.acceptance` on the first `num_samples`
+    samples; the fittest ever seen is taken. One difference: with round_to, or routers with groups,
+    what moves is so many experts at a time.
     """
 
     num_samples: int = 64
@@ -154,7 +155,7 @@ class Evolutionary(Budget):
 def first_generation(
     rooms: Sequence[int], total: int, size: int, generator: random.Random
 ) -> list[Vector]:
-    """The paper's shapes of removal over the layers, then random ones; each has the sum `total`."""
+    """Shapes of removal over the layers, then random ones; each has the sum `total`."""
     count = len(rooms)
     middle, quarter = (count - 1) / 2, max(1, count // 4)
     shapes: list[Callable[[int], float]] = [
