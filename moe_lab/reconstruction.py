@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_lab import moe, routing, stream
 from moe_lab.evidence import Evidence
@@ -29,6 +28,7 @@ from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
 TOKENS_AT_ONCE = 1024  # all experts' outputs for so many tokens are in memory at a time
+SETS_AT_ONCE = 32
 CODE = (moe, routing, stream)  # what decides the answers, beside this module
 
 
@@ -65,6 +65,7 @@ class OpenExperts:
     def __init__(self, layer: MoELayer, cache: Activations):
         self.layer, self.info, self.num_tokens = layer, layer.info, 0
         self._cache, self._num_chunks = cache, 0
+        self._multiplied: set[int] = set()  # the chunks whose inner products are there
 
     def chunks(self) -> Iterator[Chunk]:
         """The tokens in order, at most TOKENS_AT_ONCE at a time."""
@@ -78,21 +79,45 @@ class OpenExperts:
 
     @torch.no_grad()
     def errors(self, sets: Sequence[Sequence[int]]) -> list[Error]:
-        """The same for each of several sets, in one pass over the cached outputs.
+        """The same for each of several sets, in one pass over the cached tokens.
 
-        Routers that work on groups may be asked for sets with which no pruned layer could be left:
-        then the others' logits and biases are -inf (`routing.masked_layer`).
+        Of a token's outputs their inner products G [E, E] are enough: with c the change of its
+        weights [E], the squared error is c G c. Routers that work on groups may be asked for sets
+        with which no pruned layer could be left: then the others' logits and biases are -inf
+        (`routing.masked_layer`).
         """
         sums = torch.zeros(len(sets), 2, dtype=torch.float64)
-        for chunk in self.chunks():
-            for row, kept in zip(sums, sets, strict=True):
-                with self._only(kept):
-                    _, weight_TK, index_TK = _routed(self.layer, chunk.x_TD)
-                changed_TD = combined(chunk.outputs_ETD, index_TK, weight_TK).double()
-                intact_TD = chunk.routed_TD.double()
-                row[0] += (changed_TD - intact_TD).square().sum().cpu()
-                row[1] += (1 - F.cosine_similarity(changed_TD, intact_TD, dim=-1)).sum().cpu()
+        for chunk in range(self._num_chunks):
+            x_TD, index_TK, weight_TK = (
+                self._cache[name, chunk] for name in ("x_TD", "index_TK", "weight_TK")
+            )
+            intact_TE = self._by_expert(index_TK, weight_TK)
+            product_TEE = self._products(chunk)
+            for first in range(0, len(sets), SETS_AT_ONCE):
+                some = slice(first, first + SETS_AT_ONCE)
+                weights = [self._weights(x_TD, kept) for kept in sets[some]]
+                sums[some] += _distances(product_TEE, intact_TE, torch.stack(weights, dim=2))
         return [Error(*means) for means in (sums / self.num_tokens).tolist()]
+
+    def _products(self, chunk: int) -> Tensor:
+        """The inner products [T, E, E] of the experts' outputs for each token, made once."""
+        name = "products", chunk
+        if chunk not in self._multiplied:
+            outputs_TED = self._cache["outputs_ETD", chunk].transpose(0, 1).double()
+            self._cache[name] = outputs_TED @ outputs_TED.transpose(1, 2)
+            self._multiplied.add(chunk)
+        return self._cache[name]
+
+    def _weights(self, x_TD: Tensor, kept: Sequence[int]) -> Tensor:
+        """Each expert's weight [T, E] where the router is left with these."""
+        with self._only(kept):
+            _, weight_TK, index_TK = _routed(self.layer, x_TD)
+        return self._by_expert(index_TK, weight_TK)
+
+    def _by_expert(self, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        weight_TK = weight_TK.double()
+        zeros = weight_TK.new_zeros(len(index_TK), self.info.num_experts)
+        return zeros.scatter_add_(1, index_TK, weight_TK)
 
     def _only(self, kept: Sequence[int]) -> Any:
         possible = can_keep(self.info, kept)
@@ -127,9 +152,21 @@ class OpenExperts:
     def close(self) -> None:
         """Give the memory back."""
         for number in range(self._num_chunks):
-            for field in fields(Chunk):
-                self._cache.pop((field.name, number))
+            for name in (*(field.name for field in fields(Chunk)), "products"):
+                self._cache.pop((name, number))
         self._num_chunks = 0
+
+
+def _distances(product_TEE: Tensor, intact_TE: Tensor, changed_TEN: Tensor) -> Tensor:
+    """Sums [N, 2] over tokens of what `Error` has means of, for N other weights of the experts."""
+    change_TEN = changed_TEN - intact_TE[..., None]
+    along_TE = (product_TEE @ intact_TE[..., None])[..., 0]
+    square_TN = (change_TEN * (product_TEE @ change_TEN)).sum(dim=1)
+    along_TN = (change_TEN * along_TE[..., None]).sum(dim=1)
+    norm_T1 = (intact_TE * along_TE).sum(dim=1, keepdim=True)
+    norms_TN = (norm_T1 * (norm_T1 + 2 * along_TN + square_TN)).clamp(min=1e-300).sqrt()
+    distance_TN = (1 - (norm_T1 + along_TN) / norms_TN).where(square_TN > 0, 0.0)
+    return torch.stack([square_TN.sum(dim=0), distance_TN.sum(dim=0)], dim=1).cpu()
 
 
 def can_keep(info: LayerInfo, kept: Sequence[int]) -> bool:
@@ -176,7 +213,7 @@ class Sample:
             "the experts of about %.0f forward passes cost",
             most, tokens, infos[0].top_k, times,
         )  # fmt: skip
-        size = (most + 4) * stream.state_bytes()
+        size = (most + 4) * stream.state_bytes() + 8 * most**2 * tokens
         stream.cache.announce({"every expert's output at one layer": size})
 
     @contextmanager
