@@ -138,7 +138,9 @@ class LayerStatistics:
             probability_TE = SCORINGS[self.scoring](logits_TE)
             share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
             self._add("probability_sum", probability_TE.sum(dim=0))
-            self._add("entropy_sum", torch.special.entr(share_TE).sum()[None])
+            # log of the smallest number where a share is 0: their product is 0 as it should be.
+            log_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny).log()
+            self._add("entropy_sum", -(share_TE * log_TE).sum()[None])
 
     def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
         return torch.bincount(expert_S, values_S, minlength=self.info.num_experts).double()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.moe import MoELayer, expert_parameters
+from moe_lab.moe import MoELayer
 from moe_lab.stand_ins import by_row
 from moe_lab.types import UserError
+
+FEW = 8  # experts at a time: no copy of all of them is made
 
 
 def constants(layer: MoELayer) -> dict[str, Tensor]:
@@ -30,24 +32,19 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
     """Over all weights of an expert's projections, without biases; by name, in float64.
 
     weight_abs_sum and weight_square_sum [E], of their absolute values and squares; weight_count
-    [1], how many one expert has. A matrix at a time, so that no copy of all experts is made.
+    [1], how many one expert has. Rows of a matrix are added up in float32 at least.
     """
-    experts = [(row["up"], row["down"]) for row in expert_parameters(layer.experts)]
-
-    def summed(order: int) -> Tensor:
-        norm_E2 = torch.stack(
-            [
-                torch.stack(
-                    [torch.linalg.vector_norm(w, ord=order, dtype=torch.float64) for w in row]
-                )
-                for row in experts
-            ]
-        )
-        return by_row(layer.experts, (norm_E2**order).sum(dim=1)).cpu()
-
-    count = float(sum(weight.numel() for weight in experts[0]))
+    absolute_E = square_E = count = 0
+    for matrices in (one for one in layer.experts.parameters() if one.dim() == 3):
+        exact = torch.promote_types(matrices.dtype, torch.float32)
+        parts = matrices.split(FEW)
+        rows = torch.cat([part.abs().sum(dim=2, dtype=exact) for part in parts])
+        absolute_E += rows.sum(dim=1, dtype=torch.float64)
+        rows = torch.cat([torch.linalg.vector_norm(part, dim=2, dtype=exact) for part in parts])
+        square_E += rows.double().square().sum(dim=1)
+        count += matrices[0].numel()
     return {
-        "weight_abs_sum": summed(1),
-        "weight_square_sum": summed(2),
-        "weight_count": torch.tensor([count], dtype=torch.float64),
+        "weight_abs_sum": by_row(layer.experts, absolute_E).cpu(),
+        "weight_square_sum": by_row(layer.experts, square_E).cpu(),
+        "weight_count": torch.tensor([float(count)], dtype=torch.float64),
     }

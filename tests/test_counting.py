@@ -323,7 +323,8 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
         compute = Compute("cpu", **options)
         profiled = profile(store, checkpoint, tokens(), compute)
         method = Prune(soft_count, Uniform(0.25))
-        planned = plan(store, checkpoint, profiled, tokens(), method, {"ratio": 0.25}, compute)
+        asked = {"ratio": {"ratio": 0.25}}
+        planned = plan(store, checkpoint, profiled, tokens(), method, asked, compute)
         return profiled, (planned.folder / "plan.json").read_text()
 
     store = Store(tmp_path / "first")
@@ -353,7 +354,7 @@ def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
         check_profile(routers, method)
     for method in (Prune(functools.partial(reap), Uniform(0.25)), Merge(1, 4)):
         check_profile(Compute("cpu"), method)
-        with pytest.raises(UserError, match=r"frequency, random.*soft_count.*compute.profile=all"):
+        with pytest.raises(UserError, match=r"aimer, frequency, .*soft_count.*compute.profile=all"):
             check_profile(routers, method)
     for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
         with pytest.raises(UserError, match="there are"):
