@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_lab import divergence
-from moe_lab.moe import check_is_sum, expert_forward, expert_parameters
+from moe_lab.editing import check_is_sum
+from moe_lab.moe import expert_forward, expert_parameters
 from moe_lab.stream import LayerStream, States
 from moe_lab.types import Choice
 

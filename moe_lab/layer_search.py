@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab import divergence
-from moe_lab.moe import condensed
+from moe_lab.editing import condensed
 from moe_lab.progress import progress
 from moe_lab.stream import LayerStream, swapped
 from moe_lab.types import Choice, Edit

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_lab import statistics
+from moe_lab.editing import edited_block
 from moe_lab.evidence import Evidence
-from moe_lab.moe import edited_block
 from moe_lab.progress import progress
 from moe_lab.reconstruction import OpenExperts
 from moe_lab.statistics import LayerStatistics

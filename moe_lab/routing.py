@@ -173,8 +173,8 @@ def chosen_by(layer: MoELayer) -> int:
 def restricted(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
     """While open, the MoE layers `kept` names by true index have only these experts.
 
-    As `moe.prune_layer` would leave them, but no expert's weights are copied or changed: a router
-    works on its kept rows alone (gradients reach those), and its indices are mapped back.
+    As `editing.prune_layer` would leave them, but no expert's weights are copied or changed: a
+    router works on its kept rows alone (gradients reach those), and its indices are mapped back.
     """
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     with ExitStack() as stack:

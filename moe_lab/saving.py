@@ -20,20 +20,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_lab.checkpoint import meta_model, no_bars, text_files
-from moe_lab.moe import (
-    COUNT_FIELDS,
-    DenseMLP,
-    MoELayer,
-    NoMLP,
-    apply_plan,
-    by_expert,
-    is_gated_mlp,
-    moe_layers,
-    no_mlp,
-    num_parameters,
-    prune_layer,
-    set_block,
-)
+from moe_lab.editing import DenseMLP, NoMLP, apply_plan, no_mlp, prune_layer, set_block
+from moe_lab.moe import COUNT_FIELDS, MoELayer, by_expert, is_gated_mlp, moe_layers, num_parameters
 from moe_lab.routing import takes_twins, with_twins
 from moe_lab.stand_ins import place
 from moe_lab.types import Edit, Plan

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moe_lab.editing import NoMLP, set_block
 from moe_lab.layerwise import LayerwiseModel, decoder_layers
-from moe_lab.moe import MoELayer, NoMLP, hidden_of, moe_layers, set_block
+from moe_lab.moe import MoELayer, hidden_of, moe_layers
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)

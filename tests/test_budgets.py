@@ -19,8 +19,9 @@ from moe_lab import checkpoint as checkpoint_module
 from moe_lab import ratios, saving
 from moe_lab.agreement import Agreement
 from moe_lab.checkpoint import Checkpoint
+from moe_lab.editing import apply_plan
 from moe_lab.evidence import Evidence
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.moe import moe_layers
 from moe_lab.ratios import GIB, Budget
 from moe_lab.ratios.all_layers import Global
 from moe_lab.ratios.evolutionary import Evolutionary, first_generation, shared_out

@@ -13,7 +13,8 @@ from families import FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from moe_lab.checkpoint import load, resolve
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.editing import apply_plan
+from moe_lab.moe import moe_layers
 from moe_lab.saving import form_of, save
 from moe_lab.types import Edit, Plan, UserError
 

@@ -15,11 +15,12 @@ from moe_lab import divergence
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.condense import shared_gate
 from moe_lab.condense.gates.mean_selected import choose as mean_gates
+from moe_lab.editing import apply_plan
 from moe_lab.evidence import Evidence
 from moe_lab.layer_search import CondensedSets, greedy_layers
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods.condense import Condense
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.moe import moe_layers
 from moe_lab.statistics import collect
 from moe_lab.stream import Activations, LayerStream
 from moe_lab.types import Edit, LayerInfo, UserError

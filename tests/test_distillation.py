@@ -20,10 +20,11 @@ from moe_lab import teacher
 from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
 from moe_lab.data import StandardLibrary
+from moe_lab.editing import apply_plan
 from moe_lab.finetune import Phase
 from moe_lab.finetune.experts import Experts
 from moe_lab.finetune.router_kd import RouterKD
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.moe import moe_layers
 from moe_lab.saving import save
 from moe_lab.stages import finetune as stage
 from moe_lab.teacher import IDS, LOG_PROBABILITIES, Teacher

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_lab.checkpoint import load
+from moe_lab.editing import apply_plan
 from moe_lab.evidence import Evidence
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.moe import moe_layers
 from moe_lab.saving import save
 from moe_lab.statistics import collect
 from moe_lab.types import Edit, LayerInfo, Plan, UserError

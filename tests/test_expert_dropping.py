@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moe_lab.checkpoint import load
 from moe_lab.compute import Compute
 from moe_lab.data import StandardLibrary
+from moe_lab.editing import prune_layer
 from moe_lab.finetune import Phase, next_token_loss
 from moe_lab.finetune.expert_dropping import ExpertDropping, survivors
-from moe_lab.moe import moe_layers, prune_layer
+from moe_lab.moe import moe_layers
 from moe_lab.routing import set_top_k
 from moe_lab.saving import save
 from moe_lab.stages import finetune as stage

@@ -19,9 +19,10 @@ from moe_lab import card
 from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
 from moe_lab.data import StandardLibrary, StandardQuestions
+from moe_lab.editing import apply_plan
 from moe_lab.finetune import Phase, next_token_loss
 from moe_lab.finetune.experts import Experts, Gates
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.moe import moe_layers
 from moe_lab.saving import save
 from moe_lab.stages import Recorder
 from moe_lab.stages import finetune as stage

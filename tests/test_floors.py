@@ -29,7 +29,7 @@ FLOORS = (
         "plots",
     },
     {"data", "moe", "tasks", "families", "tables"},
-    {"similarity", "routing", "weights"},
+    {"similarity", "routing", "weights", "editing"},
     {"observing", "checkpoint", "sums"},
     {"statistics", "layerwise", "saving"},
     {"stream", "held_out", "diagnosis", "agreement"},

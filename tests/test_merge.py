@@ -14,10 +14,11 @@ from test_checkpoint import edited, in_fresh_process
 from torch import Tensor, nn
 
 from moe_lab.checkpoint import load
+from moe_lab.editing import apply_plan
 from moe_lab.evidence import Evidence
 from moe_lab.merging import HiddenUnits, matching
 from moe_lab.methods.merge import Merge
-from moe_lab.moe import apply_plan, expert_forward, expert_parameters, moe_layers
+from moe_lab.moe import expert_forward, expert_parameters, moe_layers
 from moe_lab.ratios.uniform import Uniform
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.types import Edit, LayerInfo, Plan, UserError

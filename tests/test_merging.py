@@ -16,21 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from moe_lab.alignment import permutation
 from moe_lab.checkpoint import load
+from moe_lab.editing import apply_plan, prune_layer
 from moe_lab.evidence import Evidence
 from moe_lab.grouping import Candidates, hc_smoe, names, option, ream
 from moe_lab.merging import HiddenUnits
 from moe_lab.methods.merge import Merge
 from moe_lab.metrics.frequency import frequency
 from moe_lab.metrics.reap import reap
-from moe_lab.moe import (
-    apply_plan,
-    expert_forward,
-    expert_hidden,
-    expert_parameters,
-    moe_layers,
-    num_parameters,
-    prune_layer,
-)
+from moe_lab.moe import expert_forward, expert_hidden, expert_parameters, moe_layers, num_parameters
 from moe_lab.ratios import kept
 from moe_lab.ratios.all_layers import Global
 from moe_lab.ratios.uniform import Uniform

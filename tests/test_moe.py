@@ -10,18 +10,9 @@ from torch.nn import functional as F
 
 from moe_lab.condense import shared_gate
 from moe_lab.condense.gates import mean_selected
+from moe_lab.editing import apply_plan, check_is_sum, condensed, part_widths, prune_layer
 from moe_lab.methods.condense import Condense
-from moe_lab.moe import (
-    apply_plan,
-    check_is_sum,
-    check_kept,
-    condensed,
-    expert_forward,
-    expert_parameters,
-    moe_layers,
-    part_widths,
-    prune_layer,
-)
+from moe_lab.moe import check_kept, expert_forward, expert_parameters, moe_layers
 from moe_lab.observing import observe
 from moe_lab.statistics import LayerStatistics, collect
 from moe_lab.types import Edit, LayerInfo, Plan, Routing, UserError

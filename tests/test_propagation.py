@@ -12,6 +12,7 @@ from families import tiny_batch, tiny_model
 
 from moe_lab import ratios
 from moe_lab.checkpoint import Checkpoint
+from moe_lab.editing import apply_plan, prune_layer
 from moe_lab.evidence import Evidence
 from moe_lab.layerwise import LayerwiseModel
 from moe_lab.methods.prune import Prune, constants, lifted
@@ -19,7 +20,7 @@ from moe_lab.metrics.frequency import frequency
 from moe_lab.metrics.leave_one_out import LeaveOneOut
 from moe_lab.metrics.naee import Naee
 from moe_lab.metrics.reap import reap
-from moe_lab.moe import apply_plan, moe_layers, prune_layer
+from moe_lab.moe import moe_layers
 from moe_lab.ratios.uniform import Uniform
 from moe_lab.statistics import collect
 from moe_lab.stream import Activations, LayerStream

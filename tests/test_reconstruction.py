@@ -16,11 +16,12 @@ from families import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 from moe_lab import routing
+from moe_lab.editing import prune_layer
 from moe_lab.evidence import Evidence
 from moe_lab.methods.prune import Prune
 from moe_lab.metrics.leave_one_out import LeaveOneOut
 from moe_lab.metrics.naee import Naee, num_subsets, subsets
-from moe_lab.moe import hidden_of, moe_layers, prune_layer
+from moe_lab.moe import hidden_of, moe_layers
 from moe_lab.ratios.uniform import Uniform
 from moe_lab.reconstruction import Sample, can_keep
 from moe_lab.statistics import collect

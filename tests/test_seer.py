@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from moe_lab import routing
 from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
+from moe_lab.editing import prune_layer
 from moe_lab.finetune import Phase
 from moe_lab.finetune.seer import Seer, entropy
-from moe_lab.moe import moe_layers, prune_layer
+from moe_lab.moe import moe_layers
 from moe_lab.saving import save
 from moe_lab.stages import finetune as stage
 from moe_lab.stages import other_top_k, with_top_k

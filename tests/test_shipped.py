@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from moe_lab import checkpoint, saving, text
-from moe_lab.moe import apply_plan, moe_layers, part_widths
+from moe_lab.editing import apply_plan, part_widths
+from moe_lab.moe import moe_layers
 from moe_lab.tasks import tiny
 from moe_lab.types import Edit, Plan
 

@@ -18,20 +18,12 @@ from torch.nn import functional as F
 
 from moe_lab.checkpoint import check_plan, load, resolve
 from moe_lab.compute import Compute
+from moe_lab.editing import apply_plan, constants_name, edited_block
 from moe_lab.finetune import Phase
 from moe_lab.finetune.expert_dropping import ExpertDropping
 from moe_lab.finetune.experts import Experts
 from moe_lab.held_out import compare
-from moe_lab.moe import (
-    MoELayer,
-    apply_plan,
-    check_kept,
-    constants_name,
-    edited_block,
-    hidden_of,
-    moe_layers,
-    num_parameters,
-)
+from moe_lab.moe import MoELayer, check_kept, hidden_of, moe_layers, num_parameters
 from moe_lab.observing import OBSERVING
 from moe_lab.routing import set_top_k
 from moe_lab.saving import form_of, save

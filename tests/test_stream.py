@@ -11,8 +11,9 @@ from families import FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
 from moe_lab.checkpoint import Checkpoint, load
+from moe_lab.editing import apply_plan
 from moe_lab.layerwise import LayerwiseModel
-from moe_lab.moe import apply_plan, moe_layers
+from moe_lab.moe import moe_layers
 from moe_lab.saving import save
 from moe_lab.stream import Activations, LayerStream
 from moe_lab.types import Edit, Plan, UserError

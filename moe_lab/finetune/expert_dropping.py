@@ -13,6 +13,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_lab.checkpoint import meta_model
+from moe_lab.editing import prune_layer
 from moe_lab.finetune import (
     Recipe,
     Tuning,
@@ -21,7 +22,7 @@ from moe_lab.finetune import (
     next_token_loss,
     trained,
 )
-from moe_lab.moe import MoELayer, moe_layers, prune_layer
+from moe_lab.moe import MoELayer, moe_layers
 from moe_lab.routing import restricted, set_top_k
 from moe_lab.types import LayerInfo, Plan, UserError
 

@@ -11,13 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_lab import condense, divergence, expert_search, layer_search, layerwise, moe, stream
+from moe_lab import (
+    condense,
+    divergence,
+    editing,
+    expert_search,
+    layer_search,
+    layerwise,
+    moe,
+    stream,
+)
 from moe_lab.condense import Candidates, Layers, option, shared_gate
+from moe_lab.editing import check_is_sum, part_widths
 from moe_lab.evidence import Evidence
 from moe_lab.expert_search import IntactStates
 from moe_lab.layer_choice import example_layers
 from moe_lab.layer_search import CondensedSets
-from moe_lab.moe import check_is_sum, part_widths
 from moe_lab.progress import progress
 from moe_lab.statistics import LayerStatistics
 from moe_lab.stream import LayerStream
@@ -130,7 +139,16 @@ class Condense:
 
         Not the way in which layers are chosen by it: different ways share their answers.
         """
-        modules = [condense, divergence, expert_search, layer_search, layerwise, moe, stream]
+        modules = [
+            condense,
+            divergence,
+            editing,
+            expert_search,
+            layer_search,
+            layerwise,
+            moe,
+            stream,
+        ]
         return [self, *modules, *self._plug_ins("experts", "gates")]
 
     def _plug_ins(self, *kinds: str) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_lab import (
     alignment,
+    editing,
     grouping,
     merging,
     moe,
@@ -152,7 +153,7 @@ class Merge:
 
     def code(self) -> list[Any]:
         """What decides the plan beside this class."""
-        modules = [alignment, grouping, merging, moe, propagation, reconstruction, routing]
+        modules = [alignment, editing, grouping, merging, moe, propagation, reconstruction, routing]
         modules += [stand_ins, statistics, stream, inspect.getmodule(self._grouping.choose)]
         if self.num_experts is None:
             more = self.ratio.code() if hasattr(self.ratio, "code") else ()

@@ -11,9 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from moe_lab import moe, propagation, ratios, statistics, stream
+from moe_lab import editing, moe, propagation, ratios, statistics, stream
+from moe_lab.editing import constants_name
 from moe_lab.evidence import Evidence
-from moe_lab.moe import constants_name
 from moe_lab.propagation import propagated
 from moe_lab.ratios import Scores
 from moe_lab.statistics import LayerStatistics, super_experts
@@ -157,7 +157,7 @@ class Prune:
         """What decides the plan beside this class."""
         parts = [self._metric, self.ratio]
         further = [part.code() for part in parts if hasattr(part, "code")]
-        again = [propagation, moe, stream] if self.propagate else []
+        again = [propagation, editing, moe, stream] if self.propagate else []
         return [
             self.metric, self.ratio, ratios, statistics, *again,
             *itertools.chain.from_iterable(further),

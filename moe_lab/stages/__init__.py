@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.checkpoint import Checkpoint, meta_model
+from moe_lab.editing import apply_plan
 from moe_lab.finetune import sources
-from moe_lab.moe import apply_plan, moe_layers, num_parameters
+from moe_lab.moe import moe_layers, num_parameters
 from moe_lab.routing import set_top_k
 from moe_lab.store import Artifact
 from moe_lab.tokens import Tokens

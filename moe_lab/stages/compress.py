@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_lab import depth, merging, moe, saving, stand_ins
+from moe_lab import depth, editing, merging, moe, saving, stand_ins
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.moe import apply_plan
+from moe_lab.editing import apply_plan
 from moe_lab.saving import save
 from moe_lab.store import Artifact, Store, code_version
 from moe_lab.types import Plan
@@ -29,6 +29,6 @@ def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Comp
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "plan": plan.key,
-        "code": code_version(depth, merging, moe, saving, stand_ins),
+        "code": code_version(depth, editing, merging, moe, saving, stand_ins),
     }
     return store.get("compress", identity, make)

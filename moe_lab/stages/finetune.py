@@ -20,7 +20,7 @@ from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe_lab import moe, observing, routing, saving, stand_ins
+from moe_lab import editing, moe, observing, routing, saving, stand_ins
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.finetune import OVER_TARGETS, Phase, Recipe, sources
@@ -62,7 +62,9 @@ def finetune(
         "recipe": _without_sources(options),
         "data": {name: part.fingerprint for name, part in tokens.items()},
         "seed": seed,
-        "code": code_version(finetune, recipe, Phase, moe, observing, routing, saving, stand_ins),
+        "code": code_version(
+            finetune, recipe, Phase, editing, moe, observing, routing, saving, stand_ins
+        ),
     }
     if taught:
         identity["teacher"] = taught.key
