@@ -1,0 +1,90 @@
+"""Draw a table of this folder for all models: accuracy, and divergence from the intact model.
+
+    python experiments/tiny/plot.py criteria budgets merging
+
+reads <table>/<model>.csv (made by `python -m moe_lab.tables`) and writes <table>/<table>.png.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+HERE = Path(__file__).resolve().parent
+FIGURES = {
+    "compressed/eval/average": ("average accuracy (%)", 100),
+    "compressed/kl": ("KL to the intact model (nats per token)", 1),
+    "finetuned/eval/average": ("average accuracy, tuned (%)", 100),
+    "finetuned/kl": ("KL to the intact model, tuned (nats per token)", 1),
+}
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), "osD"  # told apart without colour, too
+
+
+def draw(table: str) -> Path:
+    """One picture of a table: a row of panels for each model, a column for each figure."""
+    files = sorted((HERE / table).glob("*.csv"))
+    frames = {file.stem: pd.read_csv(file) for file in files}
+    names = [name for name in FIGURES if any(_columns(f, name) for f in frames.values())]
+    height = sum(0.2 * len(frame) + 1.1 for frame in frames.values())
+    figure, axes = plt.subplots(
+        len(frames), len(names), figsize=(5.2 * len(names), height), squeeze=False,
+        gridspec_kw={"height_ratios": [len(frame) + 3 for frame in frames.values()]},
+        layout="constrained",
+    )  # fmt: skip
+    for row, (model, frame) in zip(axes, frames.items(), strict=True):
+        ordered = frame.sort_values(_columns(frame, names[0])[-1])
+        for axis, name in zip(row, names, strict=True):
+            _panel(axis, ordered, name)
+            axis.set_title(model, fontsize=10)
+        row[-1].legend(fontsize=8, loc="best")
+        for axis in row[1:]:
+            axis.set_yticklabels([])
+    path = HERE / table / f"{table}.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _columns(frame: pd.DataFrame, name: str) -> list[str]:
+    return [c for c in frame if c.partition(" (")[0] == name and not c.endswith("(std)")]
+
+
+def _labels(frame: pd.DataFrame) -> list[str]:
+    figures = [c for c in frame if c.partition(" (")[0] in FIGURES or c.startswith("seconds/")]
+    settings = frame.drop(columns=[c for c in frame if c in figures or c.startswith("dense/")])
+    return [" ".join(map(str, row)) for row in settings.fillna("").to_numpy()]
+
+
+def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
+    text, scale = FIGURES[name]
+    for number, column in enumerate(_columns(frame, name)):
+        deviation = frame.get(f"{column} (std)")
+        axis.errorbar(
+            frame[column] * scale, range(len(frame)),
+            xerr=None if deviation is None else deviation.fillna(0) * scale,
+            fmt=MARKERS[number], color=COLOURS[number], markersize=4, capsize=2, linewidth=1,
+            label=_removed(column),
+        )  # fmt: skip
+    dense = "dense/eval/average"
+    if dense in frame and name.endswith("eval/average"):
+        axis.axvline(frame[dense].iloc[0] * scale, color="0.4", linestyle="--", label="intact")
+    axis.set_yticks(range(len(frame)), _labels(frame), fontsize=8)
+    axis.set_xlabel(text, fontsize=9)
+    axis.grid(axis="x", color="0.9")
+
+
+def _removed(column: str) -> str:
+    setting = column.partition("(ratio=")[2].rstrip(")")
+    return f"{float(setting):.0%} removed" if setting else "half removed"
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:]:
+        print(draw(chosen))
