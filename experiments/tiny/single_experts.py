@@ -1,6 +1,6 @@
 """What each expert is worth alone, and how well each criterion guesses it.
 
-    python experiments/seer_moe/single_experts.py [--model tiny_mixtral] [--output FOLDER]
+    python experiments/tiny/single_experts.py [--model tiny_mixtral] [--output FOLDER]
 
 Leaves out one expert of one layer at a time (exactly as pruning it would) and measures how much the
 held-out loss of each domain of the embedded text rises, in nats per token. Then, layer by layer,
@@ -12,32 +12,48 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from moe_lab import checkpoint, text
 from moe_lab.data import StandardLibrary
+from moe_lab.evidence import Evidence
 from moe_lab.finetune import next_token_loss
+from moe_lab.metrics.aimer import aimer
+from moe_lab.metrics.ean import ean
+from moe_lab.metrics.ean_mean import ean_mean
+from moe_lab.metrics.easy_ep import easy_ep
 from moe_lab.metrics.frequency import frequency
+from moe_lab.metrics.gate_sum import gate_sum
+from moe_lab.metrics.l1 import l1
+from moe_lab.metrics.leave_one_out import LeaveOneOut
+from moe_lab.metrics.max_activation import max_activation
+from moe_lab.metrics.mone import mone
+from moe_lab.metrics.msan import msan
 from moe_lab.metrics.random import random
 from moe_lab.metrics.reap import reap
 from moe_lab.metrics.router_norm import router_norm
 from moe_lab.metrics.soft_count import soft_count
+from moe_lab.metrics.weighted_ean import weighted_ean
 from moe_lab.moe import moe_layers
 from moe_lab.progress import progress
 from moe_lab.routing import restricted
-from moe_lab.statistics import collect
+from moe_lab.statistics import LayerStatistics, collect
+from moe_lab.stream import LayerStream
 from moe_lab.tokens import Tokens
 
-METRICS = {
-    "frequency": frequency,
-    "soft_count": soft_count,
-    "reap": reap,
-    "router_norm": router_norm,
-    "random": functools.partial(random, seed=0),
-}
+FORMULAS = {
+    metric.__name__: metric
+    for metric in (
+        frequency, soft_count, gate_sum, ean, ean_mean, weighted_ean, reap, msan, mone, easy_ep,
+        max_activation, aimer, l1, router_norm,
+    )
+} | {"random": functools.partial(random, seed=0)}  # fmt: skip
+METRICS = [*FORMULAS, "leave_one_out"]
 RISES = ("mixture", "mean", *text.DOMAINS)
 BATCH_SIZE = 32
 
@@ -53,6 +69,19 @@ def losses(model: torch.nn.Module, held_out: dict[str, Tokens]) -> pd.Series:
     )
 
 
+def scored(
+    model: torch.nn.Module, statistics: list[LayerStatistics], batches: Sequence[dict[str, Tensor]]
+) -> dict[int, dict[str, Tensor]]:
+    """Every criterion's scores [E], by layer index."""
+    evidence = Evidence(statistics, lambda num_samples: LayerStream(model, batches))
+    left_out = LeaveOneOut(num_samples=None).scores(evidence)
+    return {
+        one.info.index: {name: metric(one) for name, metric in FORMULAS.items()}
+        | {"leave_one_out": exact}
+        for one, exact in zip(statistics, left_out, strict=True)
+    }
+
+
 def measure(name: str) -> pd.DataFrame:
     """A row for each expert: the rise of the loss without it, and every criterion's score."""
     shipped = checkpoint.resolve(f"shipped:{name}", dtype="float32")
@@ -62,11 +91,8 @@ def measure(name: str) -> pd.DataFrame:
         domain: StandardLibrary(16, 128, split="validation", domains=(domain,)).tokens(tokenizer)
         for domain in text.DOMAINS
     }
-    statistics = {one.info.index: one for one in collect(model, calibration.batches(BATCH_SIZE))}
-    scores = {
-        index: {metric: score(one) for metric, score in METRICS.items()}
-        for index, one in statistics.items()
-    }
+    batches = calibration.batches(BATCH_SIZE)
+    scores = scored(model, collect(model, batches), batches)
     intact = losses(model, held_out)
     rows = []
     places = [(layer.info, e) for layer in moe_layers(model) for e in range(layer.info.num_experts)]
@@ -86,7 +112,7 @@ def correlations(experts: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rank correlation of each criterion with each rise, mean over layers."""
     parts = [
         pd.DataFrame(
-            {rise: part[list(METRICS)].corrwith(part[rise], method="spearman") for rise in RISES}
+            {rise: part[METRICS].corrwith(part[rise], method="spearman") for rise in RISES}
         )
         for _, part in experts.groupby("layer")
     ]
