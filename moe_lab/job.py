@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,6 @@ logger = logging.getLogger(__name__)
 RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
     "distillation", "temperature", "teacher_top_k",
-)  # fmt: skip
-RATIO_OPTIONS = (
-    "coverage", "floor", "of", "target_gib", "round_to", "kept", "error", "num_samples", "step",
-    "population", "generations",
 )  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -72,29 +68,33 @@ def _head(job: Description) -> dict[str, Any]:
     method, config = job.choices["method"], job.config
     found: dict[str, Any] = {"status": "running", "error": None}
     found |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
+    own = _options(method, config["condense" if method == "condense" else "method"])
     if method == "prune":
-        share = config["ratio"].get("ratio") if not config["ratio"].get("target_gib") else None
-        found |= {"metric": job.choices["metric"], "ratio": share}
-        found["ratio_method"] = job.choices["ratio"]
-        named = {"ratio": RATIO_OPTIONS, "metric": ("reference",)}
-        found |= {f"{part}/{key}": _word(value) for part, keys in named.items() for key in keys
-                  if (value := config[part].get(key)) is not None}  # fmt: skip
-    if method == "condense":
-        plain = {key: _word(value) for key, value in config["condense"].items()}
-        found |= {f"condense/{key}": value for key, value in plain.items()}
-    if method in ("drop_layers", "drop_blocks", "merge"):
-        plain = {key: _word(value) for key, value in config["method"].items() if key != "_target_"}
-        found["condense/num_layers"] = plain.pop("num_layers")  # one key for all, to compare them
-        if plain.pop("ratio", None) and plain["num_experts"] is None:
-            found |= {"ratio": config["ratio"].get("ratio"), "ratio_method": job.choices["ratio"]}
-        found |= {f"{method}/{key}": value for key, value in plain.items()}
+        found |= {"metric": job.choices["metric"]} | _options("metric", config["metric"])
+    if method == "prune" or (method == "merge" and f"{method}/num_experts" not in own):
+        budget = _options("ratio", config["ratio"])
+        share = budget.pop("ratio/ratio", None)
+        found |= {"ratio": None if "ratio/target_gib" in budget else share}
+        found |= {"ratio_method": job.choices["ratio"]} | budget
+    if f"{method}/num_layers" in own:  # one key for all methods, to compare them
+        number = own.pop(f"{method}/num_layers")
+        found |= {} if own.get(f"{method}/layers") == "all" else {"condense/num_layers": number}
+    found |= own
     found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
-    found |= {f"calibration/{key}": value for key in ("group_by", "group")
-              if (value := config["calibration"].get(key)) is not None}  # fmt: skip
+    found |= _options("calibration", config["calibration"])
     found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
               if key in config["finetune"]}  # fmt: skip
     found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}
     return found
+
+
+def _options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain options of a group as <name>/<option>, as far as they are given."""
+    return {
+        f"{name}/{key}": _word(value)
+        for key, value in node.items()
+        if not key.startswith("_") and value is not None and not isinstance(value, Mapping)
+    }
 
 
 def _planned(folder: Path) -> dict[str, str]:
