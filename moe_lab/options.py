@@ -25,6 +25,7 @@ PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS |= {type(None): "null", Sequence: "a list [a,b]", Mapping: "a mapping"}
+NO_NAME = "Config group override must be a string"  # Hydra, of metric=true or metric=null
 REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to one name, not made from other references
 Node = Mapping[str, Any]
 
@@ -68,6 +69,12 @@ def refusal(error: BaseException | None) -> str | None:
             lines = [str(error)]
         elif isinstance(error, OSError) and error.filename and not _from_hydra(error):
             lines.append(f"{error.filename}: {error.strerror}; choose another run_dir=<folder>")
+        elif isinstance(error, ValueError) and str(error).startswith(NO_NAME):
+            got = str(error).rpartition(" ")[2].replace("NoneType", "null")
+            lines.append(
+                f"a group was given {got}, and is chosen by a name, such as diagnose=full or "
+                "eval=none; --help lists them"
+            )
         elif isinstance(error, OmegaConfBaseException) or _from_hydra(error):
             message = str(error).partition("\nConfig search path")[0]
             lines.append(message.partition("\n    full_key")[0].strip())

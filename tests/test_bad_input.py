@@ -44,6 +44,8 @@ OVERRIDES = {
     "added group": (["+metod=prune"], ["metod", "method", "calibration"]),
     "choice": (["method=pruning"], ["condense", "prune"]),
     "option": (["ratio.ration=0.5"], ["ratio.ration", "there are ratio"]),
+    "no name": (["+diagnose=true"], ["was given bool", "diagnose=full"]),
+    "nothing": (["eval=null"], ["was given null", "eval=none"]),
     "added option": (["+calibration.nam=3"], ["calibration.nam", "num_samples"]),
     "added inner option": (["eval=tiny", "+eval.held_out.x=3"], ["eval.held_out.x", "max_length"]),
     "no equals sign": (["foo"], ["foo", "EQUAL"]),

@@ -141,6 +141,8 @@ def test_a_target_is_met_from_below(make: type[Budget]) -> None:
     with pytest.raises(UserError, match=message):
         make(0.5, target_gib=(least - 1) / GIB).check(layers)
     make(0.5, target_gib=least / GIB).check(layers)
+    with pytest.raises(UserError, match=r"is too little: (layer 1: )?0 of"):
+        make(0.5, target_gib=1 / GIB).check(layers)
     with pytest.raises(UserError, match="must be above 0"):
         make(0.5, target_gib=0.0).check(layers)
 

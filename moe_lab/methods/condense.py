@@ -87,9 +87,11 @@ class Condense:
 
     def _check_layer(self, info: LayerInfo) -> None:
         if info.obstacle:
+            way = "compress the model that it comes from"
+            if not info.real_experts:
+                way = "method=prune works with this family"
             raise UserError(
-                f"layer {info.index} cannot become one dense gated MLP: {info.obstacle}; "
-                "method=prune works with this family"
+                f"layer {info.index} cannot become one dense gated MLP: {info.obstacle}; {way}"
             )
         if isinstance(self.experts, str):
             option("experts", self.experts)

@@ -29,7 +29,7 @@ from moe_lab.evidence import Evidence
 from moe_lab.grouping import Candidates, Grouping, Groups
 from moe_lab.layer_choice import check_layers, choose_layers
 from moe_lab.merging import permutation_name
-from moe_lab.moe import check_kept
+from moe_lab.moe import check_kept, check_own_rows
 from moe_lab.propagation import propagated
 from moe_lab.reconstruction import OpenExperts
 from moe_lab.statistics import LayerStatistics
@@ -112,10 +112,11 @@ class Merge:
         infos = [
             info for info in layers if isinstance(self.layers, str) or info.index in self.layers
         ]
+        for info in infos:
+            check_own_rows(info)
         if self.num_experts is None:
             self.ratio.check(infos)
         for info in infos:
-            check_kept(info, info.num_experts, keeps_rows=True)  # not compressed before
             if self.num_experts is not None:
                 self._check_number(info)
             number = info.num_experts if self.num_experts is None else self.num_experts

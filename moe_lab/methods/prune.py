@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_lab import editing, moe, propagation, ratios, statistics, stream
 from moe_lab.editing import constants_name
 from moe_lab.evidence import Evidence
+from moe_lab.moe import check_own_rows
 from moe_lab.propagation import propagated
 from moe_lab.ratios import Scores
 from moe_lab.statistics import LayerStatistics, super_experts
@@ -44,6 +45,8 @@ class Prune:
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio with which a router cannot work, what the metric refuses, and options."""
         self._check_options()
+        for info in layers:
+            check_own_rows(info)
         self.ratio.check(layers)
         if hasattr(self._metric, "check"):
             self._metric.check(layers)

@@ -49,7 +49,7 @@ class Uniform(Budget):
         if self.target_gib is None and self.round_to == 1:
             return exact
         step = self.multiple([info])
-        number = self.stays(info.num_experts, step, layers)
+        number = max(0, self.stays(info.num_experts, step, layers))
         if self.target_gib is None and exact >= floor_of(info, self.floor):
             return max(number, self.choices(info, step)[0])
         return number
