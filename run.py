@@ -53,7 +53,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
     method.check(layers)
     check_profile(compute, method)
     if parts["diagnose"]:
-        parts["diagnose"].check(compute)
+        parts["diagnose"].check(compute, layers)
     foresee(dense, method, recipe, layers)
     further_top_k = stages.other_top_k(suite, recipe, dense.config, layers)
     texts = stages.tokenize(parts, dense.tokenizer())

@@ -433,3 +433,9 @@ def test_whole_jobs(job: Callable[..., Outcome]) -> None:
         refused = job(*again, method)
         assert refused.code == 2, method
         assert "router rows" in refused.text or "more rows" in refused.text, refused.text
+        assert "too much" not in refused.text and "works with" not in refused.text, refused.text
+    refused = job(*again, "method=none", "diagnose=full")
+    assert refused.code == 2 and "diagnose.weights=false" in refused.text, refused.text
+    sums = ("diagnose=full", "diagnose.weights=false", "diagnose.num_samples=0")
+    looked = job(*again, "method=none", *sums)
+    assert looked.code == 0 and looked.report["diagnosis/usage_deviation"] > 0, looked.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from moe_lab.progress import progress
 from moe_lab.store import DONE, Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
 from moe_lab.tokens import Tokens
-from moe_lab.types import UserError
+from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
 FOLDER, MATRICES, FIGURES = "diagnosis", "similarities.safetensors", "figures.json"
@@ -45,13 +45,23 @@ class Diagnosis:
         if self.num_samples < 0:
             raise UserError(f"diagnose.num_samples={self.num_samples}: it must be at least 0")
 
-    def check(self, compute: Compute) -> None:
-        """Refuse a profile of the routers alone."""
+    def check(self, compute: Compute, layers: Sequence[LayerInfo]) -> None:
+        """Refuse a profile of the routers alone, and rows of routers without experts of their own.
+
+        The latter have sums, but neither weights nor an output of their own.
+        """
         if compute.profile == "routers":
             raise UserError(
                 "diagnose=full needs the norms of the experts' outputs, which "
                 "compute.profile=routers does not collect: set compute.profile=all"
             )
+        for info in layers if self.weights or self.num_samples else ():
+            if info.real_experts:
+                raise UserError(
+                    f"diagnose=full compares the experts' weights and outputs, and of layer "
+                    f"{info.index} {info.num_experts} router rows lead to {info.real_experts} "
+                    "experts: leave that out with diagnose.weights=false diagnose.num_samples=0"
+                )
 
 
 def diagnose(
