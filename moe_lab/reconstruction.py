@@ -29,6 +29,7 @@ from moe_lab.types import LayerInfo, UserError
 logger = logging.getLogger(__name__)
 TOKENS_AT_ONCE = 1024  # all experts' outputs for so many tokens are in memory at a time
 SETS_AT_ONCE = 32
+NUMBERS_AT_ONCE = 2**24  # of a chunk's outputs, so many are copied to float64 at a time
 CODE = (moe, routing, stream)  # what decides the answers, beside this module
 
 
@@ -103,8 +104,10 @@ class OpenExperts:
         """The inner products [T, E, E] of the experts' outputs for each token, made once."""
         name = "products", chunk
         if chunk not in self._multiplied:
-            outputs_TED = self._cache["outputs_ETD", chunk].transpose(0, 1).double()
-            self._cache[name] = outputs_TED @ outputs_TED.transpose(1, 2)
+            outputs_ETD = self._cache["outputs_ETD", chunk]
+            tokens = max(1, NUMBERS_AT_ONCE // outputs_ETD[:, 0].numel())
+            parts = (part.transpose(0, 1).double() for part in outputs_ETD.split(tokens, dim=1))
+            self._cache[name] = torch.cat([part @ part.transpose(1, 2) for part in parts])
             self._multiplied.add(chunk)
         return self._cache[name]
 

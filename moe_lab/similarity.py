@@ -6,7 +6,7 @@ expert in a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -47,16 +47,24 @@ def of_outputs(chunks: Iterable[Outputs]) -> dict[str, Tensor]:
     mean over tokens; above 1 the router prefers experts with large outputs (section 5.2).
     """
     product, chosen, num_tokens = torch.zeros(1), torch.zeros(1), 0
-    for chunk in chunks:
-        exact = torch.promote_types(chunk.outputs_ETD.dtype, torch.float32)
-        outputs_ETD = chunk.outputs_ETD.to(exact)
+    for part_ETD, index_TK in _in_parts(chunks):
+        exact = torch.promote_types(part_ETD.dtype, torch.float32)
+        outputs_ETD = part_ETD.to(exact)
         norm_TE = torch.linalg.vector_norm(outputs_ETD, dim=-1).T
         share_TE = norm_TE / norm_TE.mean(dim=1, keepdim=True).clamp(min=torch.finfo(exact).tiny)
         unit_EF = F.normalize(outputs_ETD, dim=-1).flatten(1)
         product = product.to(unit_EF.device) + (unit_EF @ unit_EF.T).double()
-        chosen = chosen + share_TE.gather(1, chunk.index_TK).mean(dim=1).double().sum().cpu()
+        chosen = chosen + share_TE.gather(1, index_TK).mean(dim=1).double().sum().cpu()
         num_tokens += len(norm_TE)
     return {"output": product.cpu() / num_tokens, "chosen_norm": chosen / num_tokens}
+
+
+def _in_parts(chunks: Iterable[Outputs]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The outputs and indices of a few tokens at a time: so many are copied."""
+    for chunk in chunks:
+        tokens = max(1, CHUNK // chunk.outputs_ETD[:, 0].numel())
+        parts = chunk.outputs_ETD.split(tokens, dim=1), chunk.index_TK.split(tokens)
+        yield from zip(*parts, strict=True)
 
 
 def projections(experts: nn.Module) -> dict[str, Tensor]:

@@ -182,7 +182,11 @@ class Chunk:
     outputs_ETD: torch.Tensor
 
 
-def test_similarity_of_outputs_is_the_mean_over_tokens() -> None:
+@pytest.mark.parametrize("at_once", [similarity.CHUNK, 2 * 4 * 5, 1])
+def test_similarity_of_outputs_is_the_mean_over_tokens(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(similarity, "CHUNK", at_once)
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(4, 7, 5, generator=generator)
     outputs[2, 3] = 0  # an output of zeros is like none

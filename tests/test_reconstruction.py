@@ -15,7 +15,7 @@ import torch
 from families import tiny_batch, tiny_model
 from torch import Tensor, nn
 
-from moe_lab import routing
+from moe_lab import reconstruction, routing
 from moe_lab.editing import prune_layer
 from moe_lab.evidence import Evidence
 from moe_lab.methods.prune import Prune
@@ -363,6 +363,21 @@ def test_the_sample_lies_in_the_cache_and_leaves_it() -> None:
         pass
     states = sum(valid.numel() for valid in stream.valid) * 32 * 8 * 2  # input and moving ones
     assert stream.cache.held == states
+
+
+def test_outputs_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few tokens' outputs go to float64 at a time."""
+    case, sets = Case("mixtral"), [[0, 1, 2, 4, 6, 7], [3, 5]]
+    found = []
+    for numbers in (2**24, 3 * 8 * 32, 1):
+        monkeypatch.setattr(reconstruction, "NUMBERS_AT_ONCE", numbers)
+        with Sample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
+            found.append(experts.errors(sets))
+    assert found[0][0].mse > 0
+    for errors in found[1:]:
+        for one, other in zip(errors, found[0], strict=True):
+            assert one.mse == pytest.approx(other.mse, rel=1e-12)
+            assert one.cosine == pytest.approx(other.cosine, rel=1e-9)
 
 
 def test_refusals() -> None:
