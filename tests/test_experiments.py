@@ -23,6 +23,7 @@ from moe_lab import options
 FOLDER, SEER = ROOT / "experiments" / "cd_moe", ROOT / "experiments" / "seer_moe"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
+FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
 MODELS = (*TINY, *PAPER)
@@ -462,13 +463,37 @@ def test_reruns_are_possible() -> None:
     assert all((row["model"], row["benchmark"]) in dense for row in rows)
 
 
+# --------------------------------------------------------------------------- the field's methods
+
+
+@pytest.mark.parametrize("experiment", FIELD_EXPERIMENTS)
+def test_every_job_of_the_field_composes(experiment: str, composed: Compose) -> None:
+    table = f"+tiny={experiment}"
+    every = jobs(choices(composed("model=tiny_mixtral", table)))
+    assert len(every) > 3
+    for job in every:
+        found = checked(composed(*job, "model=tiny_mixtral", table))
+        assert found["choices"]["eval"] == "tiny" and found["choices"]["measure"] == "none"
+        assert found["calibration"]["seed"] in (found["seed"], 0)
+
+
+def test_every_criterion_is_compared(composed: Compose) -> None:
+    """All metrics, but those that need another checkpoint or are another's under another name."""
+    params = choices(composed("model=tiny_mixtral", "+tiny=criteria"))
+    compared = {job.partition("=")[2] for job in params["metric"]}
+    there = {path.stem for path in (ROOT / "conf" / "metric").glob("*.yaml")}
+    assert there - compared == {"man", "unified", "router_norm_change"}
+    assert [len(values) for values in params.values()] == [len(compared), 2, 3]
+
+
 # --------------------------------------------------------------------------- run.py
 
 
 def test_help_lists_the_tables() -> None:
     done = run_command(ROOT, "--help")
     assert done.returncode == 0
-    for paper, experiments in (("cd_moe", EXPERIMENTS), ("seer_moe", SEER_EXPERIMENTS)):
+    tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
+    for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments
 
