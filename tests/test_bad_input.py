@@ -46,6 +46,33 @@ OVERRIDES = {
     "option": (["ratio.ration=0.5"], ["ratio.ration", "there are ratio"]),
     "no name": (["+diagnose=true"], ["was given bool", "diagnose=full"]),
     "nothing": (["eval=null"], ["was given null", "eval=none"]),
+    # a recipe that the method's kind of plan leaves nothing to do
+    "rows stay": (
+        ["method.replacement=zero", "finetune=expert_dropping"],
+        ["layers [1, 2, 3]", "method.replacement=nothing"],
+    ),
+    "rows are shared": (
+        ["method=merge", "method.layers=last", "condense.num_layers=2", "finetune=expert_dropping"],
+        ["layers [2, 3]", "method.router=dominant"],
+    ),
+    "listed for others": (
+        [
+            "method=merge",
+            "method.layers=first",
+            "condense.num_layers=2",
+            "ratio=listed",
+            "ratio.kept=[4,4,4]",
+        ],
+        ["3 numbers for 2 MoE layers", "[1, 2]"],
+    ),
+    "groups of one": (
+        ["method=merge", "method.grouping=ream", "method.group_size=1"],
+        ["method.group_size=1", "at least 2"],
+    ),
+    "no gates": (
+        ["finetune=experts", "finetune.experts=false", "finetune.gates=true"],
+        ["condenses none", "method=condense"],
+    ),
     "added option": (["+calibration.nam=3"], ["calibration.nam", "num_samples"]),
     "added inner option": (["eval=tiny", "+eval.held_out.x=3"], ["eval.held_out.x", "max_length"]),
     "no equals sign": (["foo"], ["foo", "EQUAL"]),

@@ -93,6 +93,8 @@ def _weight(score: Tensor) -> Tensor:
 def check(info: LayerInfo, number: int, options: Mapping[str, Any]) -> None:
     """Refuse groups too small to take in all experts."""
     group_size = options["group_size"]
+    if group_size < 2:
+        raise UserError(f"method.group_size={group_size}: at least 2 experts become one")
     if number * group_size < info.num_experts:
         least = -(-info.num_experts // number)
         raise UserError(

@@ -109,9 +109,7 @@ class Merge:
                 f"method.num_samples={self.num_samples}: at least one document of the calibration "
                 "set is needed; null takes all of them"
             )
-        infos = [
-            info for info in layers if isinstance(self.layers, str) or info.index in self.layers
-        ]
+        infos = self._known(layers)
         for info in infos:
             check_own_rows(info)
         if self.num_experts is None:
@@ -121,6 +119,16 @@ class Merge:
                 self._check_number(info)
             number = info.num_experts if self.num_experts is None else self.num_experts
             self._grouping.check(info, number, vars(self))
+
+    def _known(self, layers: Sequence[LayerInfo]) -> Sequence[LayerInfo]:
+        """The layers that will be merged, as far as that is known before any work; else all."""
+        if self.layers in ("first", "last"):
+            return (
+                layers[: self.num_layers] if self.layers == "first" else layers[-self.num_layers :]
+            )
+        return [
+            info for info in layers if isinstance(self.layers, str) or info.index in self.layers
+        ]
 
     def _check_number(self, info: LayerInfo) -> None:
         asked = f"method.num_experts={self.num_experts}"
@@ -138,6 +146,15 @@ class Merge:
                 f"{asked}: the router of layer {info.index} works on {info.groups} groups of "
                 "experts, and each must keep the same number, at least one"
             )
+
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+        """Edits of the plan's kind; which experts become one is not known, so that none do."""
+        return tuple(
+            Edit(info.index, info.name, "merge", kept=tuple(range(info.num_experts)),
+                 groups=tuple((expert,) for expert in range(info.num_experts)),
+                 router=self._own("router"))
+            for info in self._known(layers)
+        )  # fmt: skip
 
     def identity(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options that the plan depends on, those that the grouping's paper sets filled in."""

@@ -69,6 +69,16 @@ class Prune:
                 "experts without them: choose another metric, or method.protect=null"
             )
 
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+        """Edits of the plan's kind; how many experts go is not known, so that none does."""
+        return tuple(
+            Edit(
+                info.index, info.name, "prune", kept=tuple(range(info.num_experts)),
+                replacement=self.replacement,
+            )
+            for info in layers
+        )  # fmt: skip
+
     @property
     def from_routers(self) -> bool:
         """Whether the routers' statistics are enough."""
