@@ -1,9 +1,10 @@
 """MoE layers of a transformers model: finding and computing them.
 
-With `observing.py`, `checkpoint.py` and `saving.py` the only file that knows transformers'
-insides. It relies on the contract that the v5 families share: inside a decoder layer stands a
-block with a router, which returns (logits, weights, indices), and an experts module decorated
-with `use_experts_implementation`, which takes (hidden_states, top_k_index, top_k_weights).
+With `routing.py`, `observing.py`, `stand_ins.py`, `checkpoint.py`, `layerwise.py` and `saving.py`
+all that knows transformers' insides. It relies on the contract that the v5 families share: inside a
+decoder layer stands a block with a router, which returns (logits, weights, indices), and an experts
+module decorated with `use_experts_implementation`, which takes (hidden_states, top_k_index,
+top_k_weights).
 """
 
 from __future__ import annotations

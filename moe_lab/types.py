@@ -170,7 +170,9 @@ class Plan:
     layer_order and layer_divergence tell a search over layers in its order of choice; searched
     holds what that search knew of layers it did not choose (their experts and divergences).
     tensors: what edits need beside their text, by name: "layers.<index>.constants" [R, D] of a
-    layer whose R removed experts are replaced by constants, in ascending order of the experts.
+    layer whose R removed experts are replaced by constants, in ascending order of the experts;
+    "layers.<index>.permutation" [E, I] of one whose merged experts' hidden units were matched by
+    what they compute (`merging.merge_experts`).
     """
 
     edits: tuple[Edit, ...]

@@ -91,7 +91,9 @@ class Budget:
     or bytes (of which only experts go). target_gib: in the place of `ratio`, the GiB that the
     model's weights may take as saved. floor: every layer keeps at least so many (null: as few as
     its router can work with). round_to: every layer keeps a multiple of it. What stays of a share
-    is rounded to the nearest number, and of a target downwards.
+    is rounded to the nearest number, and of a target downwards. Router rows count as gone with
+    their experts: where they stay (method.replacement, merges with router=all) they come on top, as
+    do constants: less than one hidden unit for each expert that goes.
     """
 
     ratio: float
