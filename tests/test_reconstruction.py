@@ -20,10 +20,10 @@ from moe_lab.editing import prune_layer
 from moe_lab.evidence import Evidence
 from moe_lab.methods.prune import Prune
 from moe_lab.metrics.leave_one_out import LeaveOneOut
-from moe_lab.metrics.naee import Naee, num_subsets, subsets
+from moe_lab.metrics.naee import Naee, eliminated, num_eliminations, num_subsets, subsets
 from moe_lab.moe import hidden_of, moe_layers
 from moe_lab.ratios.uniform import Uniform
-from moe_lab.reconstruction import Sample, can_keep
+from moe_lab.reconstruction import OpenExperts, Sample, can_keep
 from moe_lab.statistics import collect
 from moe_lab.stream import LayerStream
 from moe_lab.types import UserError
@@ -269,6 +269,21 @@ def test_naee_is_the_best_of_all_pruned_copies(case: Case) -> None:
     assert metric.notes(list(case.infos.values()), numbers)["naee"][str(LAYER)] == (
         f"exhaustive, {len(every)} subsets"
     )
+
+
+def test_elimination_tries_as_many_subsets_as_it_says(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+    errors = OpenExperts.errors
+    monkeypatch.setattr(
+        OpenExperts, "errors", lambda self, sets: tried.extend(sets) or errors(self, sets)
+    )
+    with Sample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
+        with caplog.at_level(logging.INFO):
+            eliminated(experts)
+        assert len(tried) == num_eliminations(experts.info) > 8
+    assert f"layer {LAYER}: one expert after another goes, by trying {len(tried)} " in caplog.text
 
 
 def test_greedy_naee_is_the_slow_one(case: Case) -> None:

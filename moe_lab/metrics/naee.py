@@ -122,6 +122,8 @@ def _best_subset(experts: OpenExperts, number: int) -> list[int]:
 def eliminated(experts: OpenExperts) -> list[int]:
     """The experts in the order of backward elimination, as many as the router can do without."""
     info, removed = experts.info, []
+    logger.info("naee: layer %d: one expert after another goes, by trying %d subsets",
+                info.index, num_eliminations(info))  # fmt: skip
     kept = list(range(info.num_experts))
     size = info.num_experts // info.groups
     while can_keep(info, subset := _one_less(info, kept)) and subset:
@@ -135,6 +137,15 @@ def eliminated(experts: OpenExperts) -> list[int]:
             removed.append(gone)
             groups.remove(gone // size)
     return removed
+
+
+def num_eliminations(info: LayerInfo) -> int:
+    """How many subsets `eliminated` tries."""
+    kept, found = list(range(info.num_experts)), 0
+    while can_keep(info, subset := _one_less(info, kept)) and subset:
+        found += len(kept) // info.groups * (info.groups * (info.groups + 1) // 2)
+        kept = subset
+    return found
 
 
 def _one_less(info: LayerInfo, kept: Sequence[int]) -> list[int]:
