@@ -241,7 +241,7 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
     logits by `torch.nn.functional.linear`.
     """
     num_experts = layer.info.num_experts
-    gone = [expert for expert in range(num_experts) if expert not in set(kept)]
+    gone = sorted(set(range(num_experts)) - set(kept))
     biases = [
         (module._parameters if key in module._parameters else module._buffers, key)
         for module, key, tensor, _ in by_expert(layer)

@@ -170,23 +170,26 @@ def test_super_experts_are_protected(case, monkeypatch) -> None:
         Prune(reap, Listed(4), protect="super_experts").plan(evidence)
 
 
-def test_found_super_experts_are_in_the_plan(case) -> None:
+@pytest.mark.parametrize(("protect", "place"), [("super_experts", 0), ("outliers", -1)])
+def test_found_super_experts_are_in_the_plan(case, protect: str, place: int) -> None:
     model, batches, _ = case
     changed = copy.deepcopy(model)
-    layer = moe_layers(changed)[0]
+    layer = moe_layers(changed)[place]
     with torch.no_grad():
         layer.experts.down_proj[5] *= 1e4
     evidence = evidence_of(changed, batches)
-    found = Prune(lambda one: -one["max_activation"], Listed(4), protect="super_experts")
-    plan = found.plan(evidence)
-    assert plan.notes["protected"] == {str(layer.info.index): [5]} and 5 in plan.edits[0].kept
+    plan = Prune(lambda one: -one["max_activation"], Listed(4), protect=protect).plan(evidence)
+    assert plan.notes["protected"] == {str(layer.info.index): [5]} and 5 in plan.edits[place].kept
+    if place:
+        others = Prune(lambda one: -one["max_activation"], Listed(4), protect="super_experts")
+        assert not others.plan(evidence).notes["protected"]
 
 
 def test_what_cannot_be_combined() -> None:
     infos = [layer.info for layer in moe_layers(tiny_model("mixtral"))]
     refused = {
         "replacement=nought: there are nothing, zero": dict(replacement="nought"),
-        "protect=all: there are null, super_experts": dict(protect="all"),
+        "protect=all: there are null, super_experts, outliers": dict(protect="all"),
     }
     for message, options in refused.items():
         with pytest.raises(UserError, match=message):

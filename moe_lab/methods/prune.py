@@ -20,7 +20,7 @@ from moe_lab.ratios import Scores
 from moe_lab.statistics import LayerStatistics, super_experts
 from moe_lab.types import Edit, LayerInfo, Plan, ReplacementName, UserError
 
-PROTECTIONS = ("super_experts",)
+PROTECTIONS = ("super_experts", "outliers")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Prune:
     expert's mean output over the tokens sent to it; zero for one that saw none), or a copy of its
     own state (the zero-computation experts of MoE++ 2410.07348), times the router's weight.
     protect: super_experts, which stay whatever their score (`statistics.super_experts`, of the
-    intact model). propagate: each layer's scores and constants are measured behind the layers that
-    are pruned already; how many experts each keeps is still decided by the intact model.
+    intact model), or outliers, those of the last quarter of the layers too.
+    propagate: each layer's scores and constants are measured behind the layers that are pruned
+    already; how many experts each keeps is still decided by the intact model.
     """
 
     metric: Any
@@ -111,7 +112,7 @@ class Prune:
     def plan(self, evidence: Evidence) -> Plan:
         """One pruning edit per MoE layer."""
         found = self._scores(evidence)
-        protected = super_experts(evidence.statistics) if self.protect else {}
+        protected = self._protected(evidence.statistics)
         scores = lifted(found, protected)
         numbers = self.ratio.numbers(scores, evidence)
         _check_protected([info for info, _ in scores], protected, numbers)
@@ -143,6 +144,12 @@ class Prune:
             ]
         notes = {"experts_without_tokens": unseen} | self._notes(scores, numbers, protected)
         return Plan(tuple(edits), notes=notes, tensors=tensors)
+
+    def _protected(self, layers: list[LayerStatistics]) -> dict[int, tuple[int, ...]]:
+        """The experts that stay in any case, by layer index."""
+        if self.protect == "outliers":
+            return super_experts(layers, include_last=True)
+        return super_experts(layers) if self.protect else {}
 
     def _notes(
         self, scores: Scores, numbers: Mapping[int, int], protected: Mapping[int, Sequence[int]]
@@ -204,7 +211,7 @@ def _check_protected(
         if most > room:
             where = "" if info.groups == 1 else " of one group"
             raise UserError(
-                f"method.protect=super_experts: layer {info.index} has {most} super experts{where} "
+                f"method.protect: layer {info.index} has {most} super experts{where} "
                 f"({list(some)}), and the ratio leaves {room}: remove fewer experts, or set "
                 "method.protect=null"
             )

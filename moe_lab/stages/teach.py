@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_lab import layerwise, stream, teacher
+from moe_lab import layerwise, moe, stand_ins, stream, teacher
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.finetune import Distilling, sources
@@ -62,5 +62,5 @@ def _identity(dense: Checkpoint, recipe: Distilling, tokens: dict[str, Tokens]) 
         "data": sorted({text.fingerprint for text in _texts(recipe, tokens)}),
         "top_k": recipe.teacher_top_k,
         "temperature": recipe.temperature,
-        "code": code_version(teacher, layerwise, stream),
+        "code": code_version(teacher, layerwise, stream, moe, stand_ins),
     }
