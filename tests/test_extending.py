@@ -50,10 +50,6 @@ def test_a_metric_from_outside_the_package(
         assert edit.kept == (4, 5, 6, 7)
         assert list(edit.scores) == sorted(edit.scores)
 
-    again = run_py("--config-dir", str(home / "conf"), *options, "metric.twist=much")
-    assert again.returncode == 2
-    assert "metric.twist=much: it must be a number" in again.stdout + again.stderr
-
 
 def test_the_readme_s_example_is_all_that_it_takes(
     tmp_path: Path, small: list[str], run_py: Callable, monkeypatch: pytest.MonkeyPatch

@@ -164,31 +164,33 @@ def test_experts_without_tokens_weigh_nothing_or_alike() -> None:
     assert [set(shares) for shares in edit.weights] == [{1 / len(group)} for group in edit.groups]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3"])
-def test_plans_of_real_models_are_carried_out_and_loaded_by_stock(
-    family: str, tmp_path: Path
-) -> None:
-    model = tiny_model(family)
-    infos = [layer.info for layer in moe_layers(model)]
-    statistics = collect(model, [tiny_batch()])
-    for layers in ("all", [3]):
-        method = Merge(1, 4, layers=layers, router="dominant")
-        method.check(infos)
-        made = method.plan(Evidence(statistics))
-        (tmp_path / "plan.json").write_text(made.to_text())
-        assert Plan.load(tmp_path / "plan.json") == made
-        edits = json.loads((tmp_path / "plan.json").read_text())["layers"]
-        edits = [vars(Edit.from_json(edit)) for edit in edits]
-        for edit in edits:
-            del edit["name"]
-            assert sorted(e for group in edit["groups"] for e in group) in ([], list(range(8)))
-        assert edited(family, edits, tmp_path / str(layers)) == (layers == "all")
-        counts = [
-            layer.info.num_experts for layer in moe_layers(load(tmp_path / str(layers) / "model"))
-        ]
-        assert counts == [8 if layers == [3] and i.index != 3 else 4 for i in infos]
-    assert in_fresh_process("stock", [tmp_path / "all"]) == {"all": 0.0}
-    assert in_fresh_process("ours", [tmp_path / "[3]"]) == {"[3]": 0.0}
+MERGED = ("qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3")
+
+
+def test_plans_of_real_models_are_carried_out_and_loaded_by_stock(tmp_path: Path) -> None:
+    for family in MERGED:
+        model = tiny_model(family)
+        infos = [layer.info for layer in moe_layers(model)]
+        statistics = collect(model, [tiny_batch()])
+        for name, layers in (("all", "all"), ("one", [3])):
+            method = Merge(1, 4, layers=layers, router="dominant")
+            method.check(infos)
+            made = method.plan(Evidence(statistics))
+            (tmp_path / "plan.json").write_text(made.to_text())
+            assert Plan.load(tmp_path / "plan.json") == made
+            edits = json.loads((tmp_path / "plan.json").read_text())["layers"]
+            edits = [vars(Edit.from_json(edit)) for edit in edits]
+            for edit in edits:
+                del edit["name"]
+                assert sorted(e for group in edit["groups"] for e in group) in ([], list(range(8)))
+            folder = tmp_path / f"{family} {name}"
+            assert edited(family, edits, folder) == (name == "all")
+            counts = [layer.info.num_experts for layer in moe_layers(load(folder / "model"))]
+            assert counts == [8 if layers == [3] and i.index != 3 else 4 for i in infos]
+    for which, name in (("stock", "all"), ("ours", "one")):
+        names = [f"{family} {name}" for family in MERGED]
+        found = in_fresh_process(which, [tmp_path / name for name in names])
+        assert found == dict.fromkeys(names, 0.0)
 
 
 def test_each_order_of_layers_is_its_own() -> None:
