@@ -203,6 +203,7 @@ def _module_of(item: object) -> Any:
     return inspect.getmodule(item) or inspect.getmodule(type(item))
 
 
+@functools.cache  # keys are asked for layer by layer, and parsing takes long
 def _without_docstrings(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
