@@ -43,7 +43,7 @@ def draw(table: str) -> Path:
         for axis, name in zip(row, names, strict=True):
             _panel(axis, ordered, name)
             axis.set_title(model, fontsize=10)
-        row[-1].legend(fontsize=8, loc="best")
+        row[0].legend(fontsize=8, loc="best")
         for axis in row[1:]:
             axis.set_yticklabels([])
     path = HERE / table / f"{table}.png"
@@ -72,9 +72,9 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
             fmt=MARKERS[number], color=COLOURS[number], markersize=4, capsize=2, linewidth=1,
             label=_removed(column),
         )  # fmt: skip
-    dense = "dense/eval/average"
-    if dense in frame and name.endswith("eval/average"):
-        axis.axvline(frame[dense].iloc[0] * scale, color="0.4", linestyle="--", label="intact")
+    dense = _columns(frame, "dense/eval/average")
+    if dense and name.endswith("eval/average"):
+        axis.axvline(frame[dense[0]].iloc[0] * scale, color="0.4", linestyle="--", label="intact")
     axis.set_yticks(range(len(frame)), _labels(frame), fontsize=8)
     axis.set_xlabel(text, fontsize=9)
     axis.grid(axis="x", color="0.9")
