@@ -43,9 +43,10 @@ def draw(table: str) -> Path:
         for axis, name in zip(row, names, strict=True):
             _panel(axis, ordered, name)
             axis.set_title(model, fontsize=10)
-        row[0].legend(fontsize=8, loc="best")
         for axis in row[1:]:
             axis.set_yticklabels([])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="outside upper center")
     path = HERE / table / f"{table}.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -57,9 +58,11 @@ def _columns(frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def _labels(frame: pd.DataFrame) -> list[str]:
-    figures = [c for c in frame if c.partition(" (")[0] in FIGURES or c.startswith("seconds/")]
-    settings = frame.drop(columns=[c for c in frame if c in figures or c.startswith("dense/")])
-    return [" ".join(map(str, row)) for row in settings.fillna("").to_numpy()]
+    """What sets a row apart: the settings that it has."""
+    figures = (*FIGURES, "dense/eval/average", "seconds/plan", "compressed/stock")
+    settings = [c for c in frame if c.partition(" (")[0] not in figures]
+    rows = frame[settings].fillna("none").astype(str).to_numpy()
+    return [" ".join(value for value in row if value != "none") for row in rows]
 
 
 def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
