@@ -54,7 +54,9 @@ def draw(table: str) -> Path:
 
 
 def _columns(frame: pd.DataFrame, name: str) -> list[str]:
-    return [c for c in frame if c.partition(" (")[0] == name and not c.endswith("(std)")]
+    """The columns of one figure, the smallest ratio first."""
+    found = [c for c in frame if c.partition(" (")[0] == name and not c.endswith("(std)")]
+    return sorted(found)
 
 
 def _labels(frame: pd.DataFrame) -> list[str]:
