@@ -20,6 +20,8 @@ from moe_lab.stream import LayerStream, States, swapped
 from moe_lab.types import Edit
 
 logger = logging.getLogger(__name__)
+# What a plan says of its statistics, by whether they were propagated.
+MEASURED = {False: "intact model", True: "re-measured behind compressed layers"}
 
 
 def propagated(

@@ -120,6 +120,25 @@ def run_command(
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
+class Killed(Exception):
+    """Stands for SIGKILL: nothing runs after it."""
+
+
+def run_killed(training: Any, stop: int, save_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a `Training` that saves so often until it has done `stop` steps, and not further."""
+    step = training._step
+
+    def dying(*arguments: Any) -> dict[str, float]:
+        if training.done == stop:
+            raise Killed
+        return step(*arguments)
+
+    training.save_every = save_every
+    monkeypatch.setattr(training, "_step", dying)
+    with pytest.raises(Killed):
+        training.run()
+
+
 def start_two(script: str, *arguments: str) -> list[subprocess.Popen[bytes]]:
     """`python -c script arguments` twice, as torchrun starts processes that know each other."""
     with socket.socket() as free:

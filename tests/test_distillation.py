@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import start_two
+from conftest import run_killed, start_two
 from families import COMMON, FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -332,10 +332,6 @@ def test_without_distillation_nothing_is_different(home: Path, tmp_path: Path) -
     assert not [key for row in curve(tmp_path) for key in row if "distillation" in key]
 
 
-class Killed(Exception):
-    """Stands for SIGKILL: nothing runs after it."""
-
-
 def test_resumed_equals_uninterrupted(home: Path, tmp_path: Path, monkeypatch) -> None:
     """To the bit, with a step after the last saved state, and through both phases."""
     results = []
@@ -343,16 +339,7 @@ def test_resumed_equals_uninterrupted(home: Path, tmp_path: Path, monkeypatch) -
         (folder := tmp_path / name).mkdir()
         if stop:
             first = training(home, folder, "few", distillation=0.5)
-            first.save_every, step = 4, first._step
-
-            def dying(*arguments, step=step, first=first, stop=stop) -> dict[str, float]:
-                if first.done == stop:
-                    raise Killed
-                return step(*arguments)
-
-            monkeypatch.setattr(first, "_step", dying)
-            with pytest.raises(Killed):
-                first.run()
+            run_killed(first, stop, save_every=4, monkeypatch=monkeypatch)
             assert int(load_file(folder / stage.STATE)["done"]) == 4
         done = training(home, folder, "few", distillation=0.5)
         done.run()

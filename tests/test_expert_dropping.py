@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import start_two
+from conftest import run_killed, start_two
 from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -203,10 +203,6 @@ def test_it_goes_on_learning_after_the_forced_drop(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- resuming
 
 
-class Killed(Exception):
-    """Stands for SIGKILL: nothing runs after it."""
-
-
 @pytest.mark.parametrize(("stop", "saved"), [(4, 3), (6, 5), (7, 6)])
 def test_resumed_equals_uninterrupted(stop: int, saved: int, tmp_path: Path, monkeypatch) -> None:
     """To the bit; stopped in a window, behind a threshold's drop and behind the forced one.
@@ -217,16 +213,7 @@ def test_resumed_equals_uninterrupted(stop: int, saved: int, tmp_path: Path, mon
     whole = tiny_model("qwen2_moe")
     training(whole, tmp_path / "whole", **options).run()
     first = training(tiny_model("qwen2_moe"), tmp_path / "stopped", **options)
-    first.save_every, step = saved, first._step
-
-    def dying(*arguments: Any) -> dict[str, float]:
-        if first.done == stop:
-            raise Killed
-        return step(*arguments)
-
-    monkeypatch.setattr(first, "_step", dying)
-    with pytest.raises(Killed):
-        first.run()
+    run_killed(first, stop, saved, monkeypatch)
     assert int(load_file(tmp_path / "stopped" / stage.STATE)["done"]) == saved
     resumed = tiny_model("qwen2_moe")
     training(resumed, tmp_path / "stopped", **options).run()

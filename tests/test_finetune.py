@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import start_two
+from conftest import run_killed, start_two
 from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -226,10 +226,6 @@ def test_the_trainable_share_of_deepseek_moe_16b() -> None:
 # --------------------------------------------------------------------------- resuming
 
 
-class Killed(Exception):
-    """Stands for SIGKILL: nothing runs after it."""
-
-
 RESUMED = {
     "prune": ("prune", {}, 5, 4),
     "condense": ("condense", {}, 5, 4),
@@ -256,17 +252,7 @@ def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch) ->
         if name == "stopped":
             model = load(tmp_path / "compressed", dtype=dtype)
             first = training(model, plan, folder, **changes)
-            first.save_every = save_every
-            step = first._step
-
-            def dying(*arguments, step=step, first=first) -> dict[str, float]:
-                if first.done == stop:
-                    raise Killed
-                return step(*arguments)
-
-            monkeypatch.setattr(first, "_step", dying)
-            with pytest.raises(Killed):
-                first.run()
+            run_killed(first, stop, save_every, monkeypatch)
             assert int(load_file(folder / stage.STATE)["done"]) == save_every < stop
             assert len(steps_of(folder)) == stop
         model = load(tmp_path / "compressed", dtype=dtype)

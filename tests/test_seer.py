@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Outcome, run_killed
 from families import FAMILIES, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -409,24 +409,11 @@ def test_only_what_was_asked_trains(trains: str, tmp_path: Path) -> None:
 
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of the annealing, with its counts of tokens: the same to the bit."""
-
-    class Killed(Exception):
-        pass
-
     recipe = recipe_of(annealing="linear", annealed_at=0.9)
     whole = tiny_model("mixtral")
     training(whole, recipe, tmp_path / "whole").run()
     first = training(tiny_model("mixtral"), recipe, tmp_path / "parts")
-    first.save_every, step = 2, first._step
-
-    def dying(name: str, number: int, optimizer: Any) -> dict[str, float]:
-        if number == 3:
-            raise Killed
-        return step(name, number, optimizer)
-
-    monkeypatch.setattr(first, "_step", dying)
-    with pytest.raises(Killed):
-        first.run()
+    run_killed(first, stop=3, save_every=2, monkeypatch=monkeypatch)
     again = tiny_model("mixtral")
     second = training(again, recipe, tmp_path / "parts")
     second.run()

@@ -199,7 +199,7 @@ class Merge:
         }
         again = self._own("propagate")
         notes = {
-            "statistics": "re-measured behind compressed layers" if again else "intact model",
+            "statistics": propagation.MEASURED[again],
             "scores": self._grouping.scores.__name__,
             "grouping": self.grouping,
             "experts_without_tokens": unseen,

@@ -155,8 +155,7 @@ class Prune:
         self, scores: Scores, numbers: Mapping[int, int], protected: Mapping[int, Sequence[int]]
     ) -> dict[str, Any]:
         """What the plan says of its decision."""
-        behind = "re-measured behind compressed layers"
-        notes: dict[str, Any] = {"statistics": behind if self.propagate else "intact model"}
+        notes: dict[str, Any] = {"statistics": propagation.MEASURED[self.propagate]}
         if self.protect:
             notes["protected"] = {str(i): list(some) for i, some in protected.items() if some}
         if hasattr(self.ratio, "notes"):
@@ -219,6 +218,6 @@ def _check_protected(
 
 def constants(layer: LayerStatistics, kept: Sequence[int]) -> Tensor:
     """The mean output [R, D] of each of the R experts that go, over the tokens sent to it."""
-    gone = [expert for expert in range(layer.info.num_experts) if expert not in set(kept)]
+    gone = sorted(set(range(layer.info.num_experts)) - set(kept))
     count = layer["count"][gone].clamp(min=1)
     return layer["output_sum"][gone] / count[:, None]
