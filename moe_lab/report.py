@@ -18,10 +18,27 @@ from rich.table import Table
 FILE = "report.json"
 VARIANTS = ("dense", "compressed", "finetuned")
 MISSING = "–"
+TITLES = {
+    "average": "average accuracy",
+    "kl": "KL to dense",
+    "active_parameters": "active parameters",
+    "parameter_ratio": "parameters left",
+    "flops_per_token": "FLOPs per token",
+    "bytes": "size on disk",
+    "bytes_ratio": "size on disk, of dense",
+    "memory_ratio": "peak memory",
+    "prefill_speedup": "prefill speed",
+    "decode_speedup": "decode speed",
+}
 
 # A task may give several metrics; the first of these that it has stands for it.
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "byte_perplexity")
 SHARES = frozenset({"acc_norm", "acc", "exact_match", "f1"})  # 0 to 1, shown in percent
+MORE_IS_BETTER = SHARES | {"average", "prefill_speedup", "decode_speedup"}
+LESS_IS_BETTER = frozenset(
+    "kl perplexity word_perplexity byte_perplexity bits_per_byte loss parameters active_parameters "
+    "parameter_ratio flops_per_token bytes bytes_ratio memory_ratio seconds".split()
+)
 
 Report = dict[str, str | int | float | bool | None]
 
@@ -78,6 +95,16 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
     return [["", *(name.replace("_top_", " top-") for name in variants)], *body]
 
 
+def summary(report: Mapping[str, Any]) -> str:
+    """A finished job in half a line: "average accuracy: dense 87.8 %, compressed 84.0 %"."""
+    for key, variants in (("eval/average", VARIANTS), ("kl", VARIANTS[1:])):
+        there = [name for name in variants if report.get(f"{name}/{key}") is not None]
+        if there:
+            told = (f"{name} {shown(key, report[f'{name}/{key}'])}" for name in there)
+            return f"{TITLES[key.rpartition('/')[2]]}: {', '.join(told)}"
+    return ""
+
+
 def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The stages as text: a head, then what each took and whether it was found finished."""
     stages = [key.removeprefix("seconds/") for key in report if key.startswith("seconds/")]
@@ -98,6 +125,31 @@ def shown(key: str, value: Any) -> str:
         return MISSING
     name = key.rpartition("/")[2]
     return _percent(value) if name in SHARES else FORMATS.get(name, "{:.3f}".format)(value)
+
+
+def better(key: str) -> int:
+    """1 where more of a figure is better, -1 where less is, 0 where neither; by its last part."""
+    name = key.rpartition("/")[2]
+    return (name in MORE_IS_BETTER) - (name in LESS_IS_BETTER or key.startswith("seconds/"))
+
+
+def difference(key: str, value: float) -> str:
+    """A difference of figures with its sign: points of a percentage, else as it is shown."""
+    name = key.rpartition("/")[2]
+    if name in SHARES or FORMATS.get(name) is _percent:
+        return _signed(100 * value)
+    size = shown(key, abs(value))
+    return size if size == shown(key, 0.0) else ("+" if value > 0 else "−") + size
+
+
+def title(key: str) -> str:
+    """A figure's name for people: "KL to dense (compressed)"."""
+    variant, _, rest = key.partition("/")
+    if not rest or variant.partition("_top_")[0] not in VARIANTS:
+        return key
+    task, _, metric = rest.removeprefix("eval/").rpartition("/")
+    name = TITLES.get(metric, metric) if not task else f"{task} {metric}"
+    return f"{name} ({variant.replace('_top_', ' top-')})"
 
 
 def table(report: Mapping[str, Any]) -> Table:
@@ -200,6 +252,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "top_k": "{:g}".format,
     "parameter_ratio": _percent,
     "bytes": _bytes,
+    "bytes_ratio": _percent,
     "memory_ratio": _percent,
     "prefill_speedup": "{:.2f}×".format,
     "decode_speedup": "{:.2f}×".format,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import missing
 
-from moe_lab import report, tables
+from moe_lab import report, reports, tables
+from moe_lab.layouts import Table, latex
+from moe_lab.pivot import Request
 from moe_lab.types import UserError
 
 ACCURACY = {(2, 0): 0.80, (2, 1): 0.83, (2, 2): 0.79, (4, 0): 0.60, (4, 1): 0.71, (4, 2): 0.64}
@@ -43,7 +47,11 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
-def parsed(table: tables.Table) -> list[dict[str, str]]:
+def made_of(folder: Path, **request: Any) -> Table:
+    return tables.make(reports.read(folder), Request(**request))
+
+
+def parsed(table: Table) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(table.csv())))
 
 
@@ -53,7 +61,7 @@ def cells(markdown: str) -> list[list[str]]:
 
 
 def test_rows_are_what_differs_and_seeds_are_averaged(sweep: Path) -> None:
-    made = tables.pivot(tables.read(sweep))
+    made = made_of(sweep)
     rows = parsed(made)
     keys = ["condense/experts", "condense/num_layers"]
     assert [[row[key] for key in keys] for row in rows] == [
@@ -72,14 +80,16 @@ def test_rows_are_what_differs_and_seeds_are_averaged(sweep: Path) -> None:
     assert rows[2]["compressed/kl"] == ""
     head, _, *body = cells(made.markdown())
     at = head.index("compressed/eval/average")
-    assert [row[at] for row in body] == ["80.7 % ± 2.1 %", "65.0 % ± 5.6 %", "70.0 %", "failed"]
+    assert [row[at] for row in body] == [
+        "**80.7 % ± 2.1 %**", "65.0 % ± 5.6 %", "70.0 %", "failed",
+    ]  # fmt: skip
     assert body[0][head.index("compressed/prefill_speedup")] == "1.25×"
     assert body[0][head.index("compressed/kl")] == "0.2000"
     assert body[2][head.index("compressed/kl")] == report.MISSING
 
 
 def test_a_failed_job_is_told_and_gives_no_number(sweep: Path) -> None:
-    made = tables.pivot(tables.read(sweep))
+    made = made_of(sweep)
     last = parsed(made)[-1]
     assert last["dense/eval/average"] == "", "what a failed job left is no result"
     text = made.markdown()
@@ -90,52 +100,45 @@ def test_a_failed_job_is_told_and_gives_no_number(sweep: Path) -> None:
 
 
 def test_what_is_mixed_in_a_cell_is_told(sweep: Path) -> None:
-    text = tables.pivot(tables.read(sweep), rows=["condense/num_layers"]).markdown()
+    text = made_of(sweep, rows=["condense/num_layers"]).markdown()
     assert "- cells also mix condense/experts=random,l1\n" in text
-    narrow = tables.pivot(
-        tables.read(sweep), rows=["model"], filters={"condense/seed": ["0"]}
-    ).markdown()
+    narrow = made_of(sweep, rows=["model"], filters={"condense/seed": ["0"]}).markdown()
     assert "condense/seed=0;" in narrow and "± sample" not in narrow
     layers = sweep.parent / "layers"
     write(layers, 0, condense__num_layers=2, seed=0)
     write(layers, 1, condense__num_layers=4, seed=1)
-    text = tables.pivot(tables.read(layers)).markdown()
+    text = made_of(layers).markdown()
     assert "- differs between cells seed=0,1\n" in text
     assert cells(text)[2:] == [["2", "ok"], ["4", "ok"]], "no figures, but it is known how it went"
 
 
 def test_columns_spread_a_setting(sweep: Path) -> None:
-    made = tables.pivot(
-        tables.read(sweep), columns=["condense/num_layers"], values=["compressed/eval/average"]
-    )
+    made = made_of(sweep, columns=["condense/num_layers"], values=["compressed/eval/average"])
     head, _, *body = cells(made.markdown())
     assert head == ["condense/experts"] + [
         f"compressed/eval/average (condense/num_layers={layers})" for layers in (2, 4)
     ]
     assert body == [
-        ["random", "80.7 % ± 2.1 %", "65.0 % ± 5.6 %"],
+        ["random", "**80.7 % ± 2.1 %**", "65.0 % ± 5.6 %"],
         ["l1", "70.0 %", "failed"],
     ]
     write(sweep, 11, condense__experts="frequency", condense__num_layers=2, condense__seed=0,
           compressed__eval__average=0.5)  # fmt: skip
-    made = tables.pivot(
-        tables.read(sweep), columns=["condense/num_layers"], values=["compressed/eval/average"]
-    )
+    made = made_of(sweep, columns=["condense/num_layers"], values=["compressed/eval/average"])
     assert cells(made.markdown())[-1] == ["frequency", "50.0 %", report.MISSING], "never asked for"
 
 
 def test_filters(sweep: Path) -> None:
-    reports = tables.read(sweep)
-    made = tables.pivot(reports, filters={"condense/experts": ["l1"], "status": ["ok", "x"]})
+    made = made_of(sweep, filters={"condense/experts": ["l1"], "status": ["ok", "x"]})
     assert len(parsed(made)) == 1
     with pytest.raises(UserError, match=r"no report has condense/seed=7 and model=tiny"):
-        tables.pivot(reports, filters={"condense/seed": ["7"], "model": ["tiny"]})
+        made_of(sweep, filters={"condense/seed": ["7"], "model": ["tiny"]})
 
 
 def test_jobs_come_in_their_own_order(tmp_path: Path) -> None:
     for number in (10, 9, 1):
         write(tmp_path, number, condense__num_layers=number, compressed__kl=0.1)
-    assert list(tables.read(tmp_path)["condense/num_layers"]) == [1, 9, 10]
+    assert list(reports.read(tmp_path)["condense/num_layers"]) == [1, 9, 10]
 
 
 def test_settings_of_another_method(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_settings_of_another_method(tmp_path: Path) -> None:
         write(tmp_path, number, condense__num_routed=routed, condense__beam=1, compressed__kl=0.1,
               plan__layers="[1, 2]")  # fmt: skip
     write(tmp_path, 2, method="drop_layers", compressed__kl=0.3, plan__layers="[5]")
-    made = tables.pivot(tables.read(tmp_path))
+    made = made_of(tmp_path)
     rows = [list(row.values()) for row in parsed(made)]
     assert rows == [
         ["condense", "0", "0.1"], ["condense", "4", "0.1"], ["drop_layers", "none", "0.3"],
@@ -167,7 +170,7 @@ def test_the_command(sweep: Path, tmp_path: Path) -> None:
         "condense/experts,compressed/kl,compressed/kl (std)", "random,0.2,0", "l1,,",
     ]  # fmt: skip
     wide = run(str(sweep), "--columns", "condense/num_layers")
-    expected = tables.pivot(tables.read(sweep), columns=["condense/num_layers"]).markdown()
+    expected = made_of(sweep, columns=["condense/num_layers"]).markdown()
     assert (wide.returncode, wide.stdout) == (0, expected)
 
 
@@ -180,6 +183,13 @@ def test_the_command(sweep: Path, tmp_path: Path) -> None:
         (["--rows", "model", "--columns", "model"], "in --rows or in --columns, not in both"),
         (["--filter", "model"], "'model' is not KEY=VALUE"),
         (["--filter", "model=other"], "no report has model=other"),
+        (["--baseline", "metric=random"], "it is dense, or key=value of condense/experts"),
+        (
+            ["--baseline", "condense/experts=x"],
+            "no report has condense/experts=x; condense/experts",
+        ),
+        (["--sort", "x"], "the table has no 'x'"),
+        (["--expected", "no/such.csv"], "no/such.csv is not there"),
         (["--output", "no/such/folder/table.md"], "no/such/folder/table.md"),
     ],
 )
@@ -202,13 +212,97 @@ def test_no_reports(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str
     assert f"{tmp_path / name} holds no report.json" in capsys.readouterr().err
 
 
-def test_a_sweep_is_told_also_when_all_of_it_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_all_of_a_sweep_is_written_also_when_all_of_it_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(2):
         write(tmp_path, number, ratio=number, status="failed", error=f"reason {number}")
-    tables.tell(tmp_path)
+    written = {path.name for path in tables.write(tmp_path, Request())}
+    tables.tell(reports.read(tmp_path), Request())
     shown = capsys.readouterr().out
-    assert "reason 0" in shown and "reason 1" in shown and "table.md" in shown
+    assert "reason 0" in shown and "reason 1" in shown
+    assert written == {"table.md", "table.csv", "table.tex", "index.html"}
     assert cells((tmp_path / "table.md").read_text())[2:] == [["0", "failed"], ["1", "failed"]]
     assert (tmp_path / "table.csv").read_text() == "ratio,status\n0,\n1,\n"
+    assert not caplog.records
+
+
+def test_a_part_that_cannot_be_made_costs_no_other(
+    sweep: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(tables.pictures, "of_sweep", broken)
+    written = {path.name for path in tables.write(sweep, Request(rows=["mispelt"]))}
+    assert written == {"index.html"}
+    assert "the table was not made: no report has 'mispelt'" in caplog.text
+    assert "the pictures was not made" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_the_best_is_told_among_rows_of_one_size(sweep: Path) -> None:
+    """By default of one model and one number of layers; ties as shown are bold alike."""
+    write(sweep, 11, condense__experts="tie", condense__num_layers=2, condense__seed=0,
+          dense__eval__average=0.9, compressed__eval__average=0.80668,
+          compressed__kl=0.3)  # fmt: skip
+    made = made_of(sweep)
+    best = made.best["compressed/eval/average"].tolist()
+    assert best == [True, False, False, False, True], "80.7 % twice, and nothing at 4 layers"
+    assert made.best["compressed/kl"].tolist() == [True, False, False, False, False], "the least"
+    assert not made.best["dense/eval/average"].any()
+    assert made.remarks[0] == "bold: the best of each condense/num_layers, by the mean"
+    over_all = made_of(sweep, best=[])
+    assert over_all.remarks[0] == "bold: the best, by the mean"
+
+
+def test_rows_can_be_sorted(sweep: Path) -> None:
+    by_figure = made_of(sweep, sort=["-compressed/eval/average"])
+    assert by_figure.numbers["compressed/eval/average"].round(3).tolist()[:3] == [0.807, 0.7, 0.65]
+    assert by_figure.text["compressed/eval/average"].iloc[-1] == "failed"
+    by_setting = made_of(sweep, sort=["-condense/num_layers", "condense/experts"])
+    assert by_setting.index.to_numpy().tolist() == [
+        ["l1", "4"], ["random", "4"], ["l1", "2"], ["random", "2"],
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--sort ratio: the table has no 'ratio'; it has condense"):
+        made_of(sweep, sort=["ratio"])
+
+
+def test_a_cell_says_of_how_many_it_is_where_some_failed(sweep: Path) -> None:
+    write(sweep, 12, condense__experts="l1", condense__num_layers=2, condense__seed=1,
+          status="failed", error="out of memory")  # fmt: skip
+    write(sweep, 13, condense__experts="l1", condense__num_layers=4, condense__seed=1,
+          status="running")  # fmt: skip
+    made = made_of(sweep)
+    assert made.text["compressed/eval/average"].tolist()[2:] == ["70.0 % (1 of 2)", "failed"]
+    assert "unfinished: condense/experts=l1, condense/num_layers=4: it has not ended" in str(
+        made.remarks
+    )
+
+
+def test_latex_has_every_cell_and_compiles(sweep: Path, tmp_path: Path) -> None:
+    write(sweep, 14, condense__experts="50%_of & #{all}~^\\ $x$ ± μ漢", condense__num_layers=2,
+          condense__seed=0, dense__eval__average=0.9, compressed__eval__average=0.1)  # fmt: skip
+    plain = made_of(sweep, baseline=["dense", "condense/experts=l1"])
+    spread = made_of(sweep, columns=["condense/num_layers"], rows=["condense/experts"])
+    text = plain.latex()
+    assert r"\textbf{80.7 \% $\pm$ 2.1 \% ($-$9.3*; +10.7)}" in text
+    assert r"50\%\_of \& \#\{all\}\textasciitilde{}" in text and text.isascii()
+    assert r"\multicolumn{2}{c}{average accuracy (compressed)}" in spread.latex()
+    body = "\n".join([
+        r"\documentclass{article}\usepackage{booktabs}\begin{document}", text, spread.latex(),
+        r"\end{document}",
+    ])  # fmt: skip
+    (tmp_path / "paper.tex").write_text(body)
+    compiler = next(filter(shutil.which, ("pdflatex", "tectonic")), None)
+    if compiler is None:
+        missing("no pdflatex or tectonic: apt-get install texlive-latex-recommended")
+    options = ["-halt-on-error", "-interaction=nonstopmode"] if compiler == "pdflatex" else []
+    done = subprocess.run(
+        [compiler, *options, "paper.tex"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "paper.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_latex_escapes_what_pdflatex_does_not_know() -> None:
+    assert latex("é≤漢") == r"e$\le$?"

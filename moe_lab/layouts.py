@@ -1,0 +1,233 @@
+"""A table for people and for files: Markdown, CSV, LaTeX (booktabs) and the terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from moe_lab import report, reports
+from moe_lab.comparison import Comparison, stars
+from moe_lab.pivot import Column, Pivot, remarks, state
+
+# What says how much of a model is gone: the best is told among rows that are alike in these.
+SIZES = ("model", "ratio", "ratio/target_gib", "condense/num_layers", "merge/num_experts")
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$",
+    "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "→": r"$\to$", "Δ": r"$\Delta$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is shown.
+
+    index: the labels of the rows, a column for each key; text: the cells, a column for each of
+    `columns`; best: whether a cell is bold; numbers: the same for files, further columns between
+    them; notes: what a reader must know to read it; origin: where it comes from.
+    """
+
+    index: pd.DataFrame
+    columns: tuple[Column, ...]
+    text: pd.DataFrame
+    best: pd.DataFrame
+    numbers: pd.DataFrame
+    notes: tuple[str, ...]
+    origin: tuple[str, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Notes, then origin."""
+        return self.notes + self.origin
+
+    def markdown(self) -> str:
+        """GitHub Markdown, the remarks as a list below."""
+        rule = ["---"] * len(self.index.columns) + ["---:"] * len(self.text.columns)
+        rows = [self._head(), rule, *self._body("**{}**".format)]
+        lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+        return "\n".join([*lines, "", *(f"- {remark}" for remark in self.remarks)]) + "\n"
+
+    def csv(self) -> str:
+        """Plain numbers to ten digits; deviation, difference and p behind their figure."""
+        whole = pd.concat([self.index, self.numbers], axis=1)
+        return whole.to_csv(index=False, float_format="%.10g")
+
+    def latex(self) -> str:
+        """A floating table for \\usepackage{booktabs}, its origin as comments above."""
+        keys = len(self.index.columns)
+        spec = "l" * keys + "r" * len(self.columns)
+        body = [" & ".join(row) + r" \\" for row in self._body(r"\textbf{{{}}}".format, latex)]
+        notes = [rf"\par\smallskip\footnotesize {latex(note)}" for note in self.notes]
+        return "\n".join([
+            r"% \usepackage{booktabs}; too wide? \resizebox{\textwidth}{!}{ around the tabular }",
+            *(f"% {remark}" for remark in self.origin),
+            r"\begin{table}", r"\centering", r"\small",
+            rf"\begin{{tabular}}{{{spec}}}", r"\toprule",
+            *self._latex_head(), r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+            *notes, r"\end{table}", "",
+        ])  # fmt: skip
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it, fitted to the terminal."""
+        made = RichTable()
+        for position, name in enumerate(self._head()):
+            shown = name.replace("/", "/\n").replace(" (", "\n(")  # keys are long: let them fold
+            right = position >= len(self.index.columns)
+            made.add_column(escape(shown), justify="right" if right else "left")
+        for row in self._body("[bold]{}[/bold]".format, escape):
+            made.add_row(*row)
+        console = console or Console()
+        console.print(made)
+        for remark in self.remarks:
+            console.print(f"- {remark}", soft_wrap=True, markup=False, highlight=False)
+
+    def _head(self) -> list[str]:
+        return [*self.index.columns, *self.text.columns]
+
+    def _body(self, bold, escaped=str) -> list[list[str]]:
+        """The rows' cells, escaped, the best of them made bold."""
+        rows = []
+        for position in range(len(self.index)):
+            labels = [escaped(label) for label in self.index.iloc[position]]
+            cells = zip(self.text.iloc[position], self.best.iloc[position], strict=True)
+            rows.append(labels + [bold(escaped(cell)) if best else escaped(cell)
+                                  for cell, best in cells])  # fmt: skip
+        return rows
+
+    def _latex_head(self) -> list[str]:
+        """Titles of the columns; over settings that are spread out, each figure's once."""
+        keys = [latex(key) for key in self.index.columns]
+        if not any(column.settings for column in self.columns):
+            titles = [latex(report.title(column.key)) for column in self.columns]
+            return [" & ".join([*keys, *titles]) + r" \\"]
+        groups: list[list[Column]] = []
+        for column in self.columns:
+            if not groups or groups[-1][0].key != column.key:
+                groups.append([])
+            groups[-1].append(column)
+        over, rules, start = [""] * len(keys), [], len(keys) + 1
+        for group in groups:
+            over.append(
+                rf"\multicolumn{{{len(group)}}}{{c}}{{{latex(report.title(group[0].key))}}}"
+            )
+            rules.append(rf"\cmidrule(lr){{{start}-{start + len(group) - 1}}}")
+            start += len(group)
+        names = ", ".join(key for key, _ in self.columns[0].settings)
+        under = [latex(", ".join(label for _, label in one.settings)) for one in self.columns]
+        keys[-1] += rf" \textbar{{}} {latex(names)}"
+        return [" & ".join(over) + r" \\", "".join(rules), " & ".join([*keys, *under]) + r" \\"]
+
+
+def lay_out(
+    made: Pivot, comparisons: Sequence[Comparison] = (), within: Sequence[str] | None = None
+) -> Table:
+    """A pivot as it is shown: deviations, differences, the best in bold, holes with their reason.
+
+    within: the rows' settings among which the best is told, by default SIZES.
+    """
+    rows = list(made.rows())
+    shown = pd.DataFrame({
+        column.name: [_figure(made, number, row, column) for number, row in enumerate(rows)]
+        for column in made.columns
+    })  # fmt: skip
+    text = pd.DataFrame({
+        column.name: [
+            cell + _brackets(comparisons, column, number) + _how_many(made, row, column)
+            for number, (row, cell) in enumerate(zip(rows, shown[column.name], strict=True))
+        ]
+        for column in made.columns
+    })  # fmt: skip
+    among = [key for key in (SIZES if within is None else within) if key in made.index]
+    best = _best(made, among)
+    told = list(remarks(made))
+    first = [one for one in told if not one.startswith(("the same", "differs"))]
+    if best.to_numpy().any():
+        alike = f" of each {', '.join(among)}" if among else ""
+        first.insert(0, f"bold: the best{alike}, by the mean")
+    first[:0] = [one.remark() for one in comparisons if one.difference.notna().any(axis=None)]
+    origin = [one for one in told if one not in first]
+    numbers = _numbers(made, comparisons)
+    return Table(made.index, made.columns, text, best, numbers, tuple(first), tuple(origin))
+
+
+def latex(text: str) -> str:
+    """Text with LaTeX's own characters escaped, and those that pdflatex does not know replaced."""
+    return "".join(LATEX.get(letter) or _ascii(letter) for letter in str(text))
+
+
+def _ascii(letter: str) -> str:
+    if letter.isascii():
+        return letter
+    plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return "".join(LATEX.get(one, one) for one in plain) or "?"
+
+
+def _figure(made: Pivot, number: int, row: tuple[str, ...], column: Column) -> str:
+    """Mean ± deviation, or why there is none."""
+    mean, deviation = made.mean[column.name][number], made.deviation[column.name][number]
+    if mean != mean:
+        statuses = made.statuses(row, column)
+        if column.key == reports.STATUS and statuses and set(statuses) == {reports.OK}:
+            return reports.OK
+        return state(statuses)
+    shown = report.shown(column.key, mean)
+    differ = deviation > 1e-12 * abs(mean)  # not where equal numbers were added up
+    return f"{shown} ± {report.shown(column.key, deviation)}" if differ else shown
+
+
+def _how_many(made: Pivot, row: tuple[str, ...], column: Column) -> str:
+    """Where some reports of a cell failed, of how many its mean is."""
+    every, done = made.statuses(row, column), made.finished(row, column)
+    failed = [status for status in every if status != reports.OK]
+    return f" ({len(done)} of {len(every)})" if done and failed else ""
+
+
+def _brackets(comparisons: Sequence[Comparison], column: Column, number: int) -> str:
+    """The differences of a cell: (−3.7*)."""
+    found = []
+    for one in comparisons:
+        value = one.difference[column.name][number]
+        if value == value:
+            found.append(report.difference(column.key, value) + stars(one.p[column.name][number]))
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _best(made: Pivot, among: Sequence[str]) -> pd.DataFrame:
+    """Which cells are the best of their column, among rows alike in these settings.
+
+    None where a single row has a figure or all are shown alike, nor among figures of dense models.
+    """
+    best = pd.DataFrame(False, index=made.mean.index, columns=made.mean.columns)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number, labels in enumerate(made.index[list(among)].to_numpy().tolist()):
+        groups.setdefault(tuple(labels), []).append(number)
+    for column in made.columns:
+        sign = 0 if column.key.startswith("dense") else report.better(column.key)
+        for rows in groups.values() if sign else ():
+            figures = made.mean[column.name].iloc[rows].dropna()
+            cells = figures.map(lambda value, key=column.key: report.shown(key, value))
+            if cells.nunique() > 1:
+                first = (sign * figures).idxmax()
+                best.loc[cells.index[cells == cells[first]], column.name] = True
+    return best
+
+
+def _numbers(made: Pivot, comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """Each mean, and behind it what there is of its deviation, differences and p."""
+    found: dict[str, pd.Series] = {}
+    for column in made.columns:
+        name = column.name
+        found[name] = made.mean[name]
+        further = {f"{name} (std)": made.deviation[name]}
+        for one in comparisons:
+            further[f"{name} (difference to {one.baseline})"] = one.difference[name]
+            further[f"{name} (p to {one.baseline})"] = one.p[name]
+        found |= {key: column for key, column in further.items() if column.notna().any()}
+    return pd.DataFrame(found, index=made.index.index)

@@ -1,0 +1,253 @@
+"""Reports pivoted: which reports fall into which cell, and what a cell's figures are.
+
+Keys are those of report.json. A cell is the mean over the reports that fall into it, with the
+sample standard deviation (n - 1).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from moe_lab import report, reports
+from moe_lab.types import UserError
+
+DEFAULT_VALUES = (
+    "dense/eval/average compressed/eval/average finetuned/eval/average compressed/kl finetuned/kl "
+    "compressed/parameter_ratio compressed/memory_ratio compressed/prefill_speedup "
+    "compressed/decode_speedup"
+).split()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a table is to look like; the `table` options of a sweep.
+
+    rows: settings, by default those that differ between reports, seeds aside; columns: settings
+    that are spread out, each value once for each; values: figures, by default those of
+    DEFAULT_VALUES that are there. baseline: what differences are told from, each "dense" or
+    "key=value,key=value": the cell with these settings instead. best: settings within which the
+    best is bold, by default a model's and those that say how much is removed; an empty list: over
+    all rows. expected: a CSV file of published figures.
+    filters: only reports in which each key is, as text, one of these. sort: keys of rows or values,
+    "-" before one for descending.
+    """
+
+    rows: list[str] | None = None
+    columns: list[str] | None = None
+    values: list[str] | None = None
+    baseline: list[str] | None = None
+    best: list[str] | None = None
+    expected: str | None = None
+    filters: dict[str, list[str]] = field(default_factory=dict)
+    sort: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of figures: a report's key, at these settings (label by key) where spread out."""
+
+    key: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`key`, or `key (setting=label, ...)`."""
+        at = ", ".join(f"{name}={label}" for name, label in self.settings)
+        return f"{self.key} ({at})" if at else self.key
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Cells, a row of `index` (labels, a column for each key) by a `Column`.
+
+    reports: those that the table is of; labels: theirs, as text, of rows and columns; ended: their
+    statuses; numbers: what `figures` has read; cells: the positions of the
+    reports in each cell that has some, by (row's labels, column's settings); mean, deviation: by
+    the columns' names, NaN where there is none.
+    """
+
+    reports: pd.DataFrame
+    index: pd.DataFrame
+    columns: tuple[Column, ...]
+    labels: pd.DataFrame
+    ended: list[str]
+    numbers: dict[str, list[float]]
+    cells: Mapping[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], list[int]]
+    mean: pd.DataFrame
+    deviation: pd.DataFrame
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """The labels of each row."""
+        yield from self.index.itertuples(index=False, name=None)
+
+    def of_cell(self, row: tuple[str, ...], column: Column) -> list[int]:
+        """The positions of all reports of a cell, failed ones too."""
+        return self.cells.get((row, column.settings), [])
+
+    def statuses(self, row: tuple[str, ...], column: Column) -> list[str]:
+        """How the reports of a cell ended."""
+        return [self.ended[position] for position in self.of_cell(row, column)]
+
+    def figures(self, key: str) -> list[float]:
+        """A figure of all reports, NaN where one has none or something else than a number."""
+        if key not in self.numbers:
+            column = pd.to_numeric(self.reports[key], errors="coerce")
+            self.numbers[key] = column.astype(float).tolist()
+        return self.numbers[key]
+
+    def finished(self, row: tuple[str, ...], column: Column) -> list[int]:
+        """The positions of those reports of a cell that went well and have its figure."""
+        figures = self.figures(column.key)
+        return [
+            position
+            for position in self.of_cell(row, column)
+            if self.ended[position] == reports.OK and not math.isnan(figures[position])
+        ]
+
+
+def pivot(frame: pd.DataFrame, request: Request = Request()) -> Pivot:
+    """Reports as cells; UserError for a key that none of them has, or where none is left."""
+    frame = chosen(frame, request)
+    columns = list(request.columns or ())
+    rows = list(request.rows or ()) or [key for key in reports.free(frame) if key not in columns]
+    rows = rows or ["model"]
+    values = list(request.values or ()) or [key for key in DEFAULT_VALUES if key in frame]
+    values = values or [reports.STATUS]
+    _check_numbers(frame, values)
+
+    labels = frame[[*rows, *columns]].map(reports.label)
+    cells: dict[tuple, list[int]] = {}
+    at_columns: dict[tuple, None] = {}
+    at_rows: dict[tuple, None] = {}
+    for position, line in enumerate(labels.itertuples(index=False, name=None)):
+        row, at = line[: len(rows)], tuple(zip(columns, line[len(rows) :], strict=True))
+        cells.setdefault((row, at), []).append(position)
+        at_rows[row] = at_columns[at] = None
+    every = tuple(Column(key, at) for key in values for at in at_columns)
+    index = pd.DataFrame(list(at_rows), columns=rows)
+    ended = frame[reports.STATUS].tolist()
+    nothing = pd.DataFrame(index=index.index)
+    made = Pivot(frame, index, every, labels, ended, {}, cells, nothing, nothing)
+    mean, deviation = _spread(made)
+    made = replace(made, mean=mean, deviation=deviation)
+    return _sorted(made, request.sort) if request.sort else made
+
+
+def _spread(made: Pivot) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Mean and deviation of every cell."""
+    mean: dict[str, list[float]] = {}
+    deviation: dict[str, list[float]] = {}
+    for column in made.columns:
+        figures = made.figures(column.key)
+        found = [[figures[at] for at in made.finished(row, column)] for row in made.rows()]
+        mean[column.name] = [statistics.fmean(one) if one else math.nan for one in found]
+        deviation[column.name] = [
+            statistics.stdev(one) if len(one) > 1 else math.nan for one in found
+        ]
+    return pd.DataFrame(mean), pd.DataFrame(deviation)
+
+
+def chosen(frame: pd.DataFrame, request: Request) -> pd.DataFrame:
+    """The reports that pass the filters; UserError for a key that none has, or if none is left."""
+    keys = (request.rows, request.columns, request.values, request.filters, request.best)
+    _check_keys(frame, *(list(some or ()) for some in keys))
+    for key, allowed in request.filters.items():
+        frame = frame[frame[key].map(reports.label).isin(allowed)]
+    if frame.empty:
+        asked = (f"{key}={reports.words(allowed)}" for key, allowed in request.filters.items())
+        raise UserError(f"no report has {' and '.join(asked)}")
+    return frame
+
+
+def remarks(made: Pivot) -> Iterator[str]:
+    """What a reader has to know beside the cells: what was averaged, was the same, or failed."""
+    frame, labels = made.reports, made.labels
+    varying = reports.varying(frame)
+    inside = [key for key in varying if key not in labels]
+    ok = frame[frame[reports.STATUS] == reports.OK]
+    cells = ok.groupby([labels.loc[ok.index, key] for key in labels], sort=False)
+    mixed = [key for key in inside if cells[key].agg(reports.differs).any()]
+    seed = reports.SEED.search
+    for title, keys in (
+        ("mean ± sample standard deviation over", [key for key in mixed if seed(key)]),
+        ("cells also mix", [key for key in mixed if not seed(key)]),
+        ("differs between cells", [key for key in inside if key not in mixed]),
+    ):
+        if keys:
+            yield f"{title} {_told(frame, keys)}"
+    same = [key for key in reports.settings(frame) if key not in varying and key not in labels]
+    given = [key for key in same if frame[key].notna().any()]
+    yield f"the same in all {len(frame)} reports that have it: {_told(frame, given)}"
+    for name, one in frame[frame[reports.STATUS] != reports.OK].iterrows():
+        where = ", ".join(f"{key}={labels.at[name, key]}" for key in labels)
+        yield f"{state([one[reports.STATUS]])}: {where}: {reports.why(one)}"
+
+
+def state(statuses: Sequence[str]) -> str:
+    """What a cell without a figure says, by the statuses of its reports."""
+    if not statuses:
+        return report.MISSING
+    if "failed" in statuses:
+        return "failed"
+    return report.MISSING if set(statuses) == {reports.OK} else "unfinished"
+
+
+def _told(frame: pd.DataFrame, keys: Sequence[str]) -> str:
+    return "; ".join(f"{key}={reports.words(frame[key].dropna())}" for key in keys)
+
+
+def _check_keys(
+    frame: pd.DataFrame, rows: list[str], columns: list[str], *others: Sequence[str]
+) -> None:
+    if twice := [key for key in columns if key in rows]:
+        raise UserError(f"{twice[0]} can stand in --rows or in --columns, not in both")
+    for key in (key for keys in (rows, columns, *others) for key in keys):
+        if key not in frame:
+            settings = reports.settings(frame)
+            results = [key for key in frame if key not in settings]
+            raise UserError(
+                f"no report has {key!r}; settings are {', '.join(settings)}; "
+                f"results are {', '.join(results)}"
+            )
+
+
+def _check_numbers(frame: pd.DataFrame, values: Sequence[str]) -> None:
+    for key in values:
+        numbers = pd.to_numeric(frame[key], errors="coerce")
+        if key != reports.STATUS and numbers.isna().all() and frame[key].notna().any():
+            raise UserError(f"{key} is no number in any report; it could be one of --rows")
+
+
+def _sorted(made: Pivot, keys: Sequence[str]) -> Pivot:
+    """The same with its rows in order of these keys, numbers as numbers, holes last."""
+    order = list(range(len(made.index)))
+    for key in reversed(keys):
+        name, descending = key.removeprefix("-"), key.startswith("-")
+        column = made.index[name] if name in made.index else made.mean.get(name)
+        if column is None:
+            there = [*made.index, *made.mean]
+            raise UserError(f"--sort {key}: the table has no {name!r}; it has {', '.join(there)}")
+        order = _ordered(order, list(column), descending)
+    frames = (made.index, made.mean, made.deviation)
+    index, mean, deviation = (one.iloc[order].reset_index(drop=True) for one in frames)
+    return replace(made, index=index, mean=mean, deviation=deviation)
+
+
+def _ordered(order: list[int], values: list, descending: bool) -> list[int]:
+    """Stable: equal ones keep their order; numbers before words, and holes at the end."""
+
+    def rank(position: int) -> tuple[int, float, str]:
+        number = pd.to_numeric(values[position], errors="coerce")
+        return (0, float(number), "") if pd.notna(number) else (1, 0.0, str(values[position]))
+
+    def is_hole(position: int) -> bool:
+        return values[position] in (reports.NONE, None) or values[position] != values[position]
+
+    there = [position for position in order if not is_hole(position)]
+    there.sort(key=rank, reverse=descending)
+    return there + [position for position in order if is_hole(position)]

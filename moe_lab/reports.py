@@ -1,0 +1,88 @@
+"""Many reports as one frame, and which of their keys are settings, results or origin.
+
+The one place that says what a report's key is; tables, pictures and pages are made from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe_lab import report
+from moe_lab.types import UserError
+
+STATUS, OK, NONE = "status", "ok", "none"
+# Not settings: what a job gave, and what names it. The rest of a report's keys is its settings.
+RESULTS = re.compile(
+    r"(status|error|sweep|job|fingerprint/request)$|"
+    rf"(({'|'.join(report.VARIANTS)})(_top_\d+)?|seconds|cached|artifact|plan|diagnosis)/"
+)
+ORIGIN = re.compile(r"commit$|fingerprint/")  # told below a table, not made rows by themselves
+SEED = re.compile(r"(^|/)seed$")
+
+
+def find(folder: Path) -> list[Path]:
+    """The folders with a report at or below `folder`, in the order of the jobs: 10 after 9."""
+    return sorted((path.parent for path in folder.rglob(report.FILE)), key=_natural)
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """All reports under a folder, one a row in the order of the jobs; UserError if there are none.
+
+    The index is each run's folder relative to `folder` ("3", "." for itself). What a report lacks
+    is None.
+    """
+    folders = find(folder)
+    if not folders:
+        raise UserError(f"{folder} holds no {report.FILE}: name a folder of runs, or one run's")
+    found = [report.read(one) for one in folders]
+    keys = dict.fromkeys(key for one in found for key in one)
+    index = [one.relative_to(folder).as_posix() for one in folders]
+    columns = {key: [one.get(key) for one in found] for key in keys}
+    return pd.DataFrame(columns, index=index, dtype=object)
+
+
+def settings(frame: pd.DataFrame) -> list[str]:
+    """The keys that say what was asked for."""
+    return [key for key in frame if not RESULTS.match(key)]
+
+
+def varying(frame: pd.DataFrame) -> list[str]:
+    """The settings that differ between reports."""
+    return [key for key in settings(frame) if differs(frame[key])]
+
+
+def free(frame: pd.DataFrame) -> list[str]:
+    """The settings that tell the jobs of a sweep apart, seeds and origin aside."""
+    return [key for key in varying(frame) if not SEED.search(key) and not ORIGIN.match(key)]
+
+
+def differs(column: pd.Series) -> bool:
+    """Whether a setting has several values; to have none (another method's setting) is none."""
+    return column.dropna().map(str).nunique() > 1
+
+
+def label(value: Any) -> str:
+    """A setting's value as text."""
+    return NONE if value is None or value != value else str(value)
+
+
+def words(values: Iterable[Any]) -> str:
+    """Different values as text, each once: a,b."""
+    return ",".join(dict.fromkeys(map(label, values)))
+
+
+def why(one: Any) -> str:
+    """Why a report has no result: its error in one line, or that it did not come to an end."""
+    if one.get("error"):
+        return " ".join(str(one["error"]).split())
+    return "it has not ended: still running, or killed"
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts job 10 after job 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
