@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab import options
+from moe_lab import options, sweep
 
 USER_MISTAKE, STOPPED = 2, 130
 exit_codes: list[int] = []
-sweeps: set[Path] = set()
 
 
-def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
-    """Run all stages, filling in `report` as results come; UserError for a user's mistake."""
+def pipeline(
+    config: DictConfig,
+    report: dict[str, Any],
+    folder: Path,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Run all stages, filling in `report` as results come; UserError for a user's mistake.
+
+    log: takes the rows of a fine-tuning's curve while it trains.
+    """
     # Imported here, so that --help and a misspelt option answer at once.
     from moe_lab import checkpoint, stages
     from moe_lab.stages.compress import compress
@@ -62,12 +69,13 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
         "fingerprint/data": texts["calibration"].fingerprint,
     }
 
-    store, record = Store(Path(config.store)), stages.Recorder(report)
+    store, record = Store(Path(config.store)), stages.Recorder(report, folder)
     if recipe and recipe.distils:
         check_teacher(store, dense, recipe, texts)
     if isinstance(dense, checkpoint.Original):
         dense = stages.checkpoint_of(record("convert", convert(store, dense)), dense)
     profiled = record("profile", profile(store, dense, texts["calibration"], compute))
+    stages.publish_usage(profiled, folder)
     if parts["diagnose"]:
         from moe_lab.stages.diagnose import diagnose, publish  # tables: other runs do not pay
 
@@ -90,7 +98,7 @@ def pipeline(config: DictConfig, report: dict[str, Any], folder: Path) -> None:
             taught = record("teacher", teach(store, dense, recipe, texts, compute))
         tuned = finetune(
             store, variants.get("compressed", dense), planned, recipe, chosen["finetune"], texts,
-            config.seed, compute, taught,
+            config.seed, compute, taught, log,
         )  # fmt: skip
         variants["finetuned"] = stages.checkpoint_of(record("finetune", tuned), dense)
     record.checkpoints(variants)
@@ -118,21 +126,22 @@ def main(config: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        sweeps.add(folder.parent)
+    place = sweep.place(folder)
+    named = place.told if place else hydra_config.job.override_dirname
     description = job.Description(
         folder=folder,
         sweep=folder.parent.name,
-        name=hydra_config.job.override_dirname or config.model.name,
+        name=named or config.model.name,
         choices=dict(hydra_config.runtime.choices),
         config=OmegaConf.to_container(config, resolve=True),
+        place=place,
     )
     tracker = instantiate(config.track)
 
     def work(report: dict[str, Any]) -> None:
         raw = OmegaConf.to_container(config)
         options.check(description.config, raw, description.choices)
-        pipeline(config, report, folder)
+        pipeline(config, report, folder, tracker.log_curve)
 
     exit_codes.append(job.run(description, tracker, work))
 
@@ -142,10 +151,8 @@ if __name__ == "__main__":
     os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
     try:
         main()
-        for folder in sweeps:
-            from moe_lab import tables
-
-            tables.tell(folder)
+        if sweep.Sweep.started:
+            exit_codes.append(sweep.Sweep.started.end())
     except KeyboardInterrupt:
         print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
         sys.exit(STOPPED)

@@ -6,24 +6,46 @@ import errno
 import json
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
-from moe_lab import card, report
-from moe_lab.store import commit
-from moe_lab.track import Tracker
+from moe_lab import card, lineage, pictures, report
+from moe_lab.logbook import Logbook, flat
+from moe_lab.progress import duration
+from moe_lab.reports import RESULTS
+from moe_lab.stages import CURVE
+from moe_lab.store import commit, key_of
 from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
+REQUEST = "fingerprint/request"  # of everything that was asked for and decides a result
 RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
     "distillation", "temperature", "teacher_top_k",
 )  # fmt: skip
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume")  # of no result's making
+LOCK = "job.lock"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A job's place in its sweep: its folder's number, of how many, and what sets it apart."""
+
+    number: int
+    total: int | None
+    told: str
+
+    def __str__(self) -> str:
+        return f"job {self.number}" + (f" [{self.number + 1}/{self.total}]" if self.total else "")
 
 
 @dataclass(frozen=True)
@@ -35,15 +57,55 @@ class Description:
     name: str
     choices: dict[str, str]
     config: dict[str, Any]
+    place: Place | None = None
+
+    @property
+    def store(self) -> Path:
+        """Where its finished stages lie."""
+        return Path(self.config["store"])
 
 
-def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], None]) -> int:
-    """Do the work and report it; 0 if it went well, 2 for a user's mistake, 1 for a failure."""
+def run(job: Description, tracker: Logbook, work: Callable[[dict[str, Any]], None]) -> int:
+    """Do the work and report it; 0 if it went well, 2 for a user's mistake, 1 for a failure.
+
+    While it runs, the job holds a lock in its folder: a report that says "running" beside a free
+    lock is that of a killed job.
+    """
     logging.captureWarnings(True)
+    before = report.read(job.folder) if (job.folder / report.FILE).is_file() else {}
     found = _head(job)
+    same = before.get(REQUEST) == found[REQUEST]
+    if job.config["resume"] and same and before["status"] == "ok":
+        logger.info("%s: done before", job.place or job.folder)
+        return 0
+    # A restarted job goes on with its tracker's run; the same folder asked for more begins another.
+    found["run_id"] = (same and before.get("run_id")) or uuid.uuid4().hex[:16]
+    lock = FileLock(job.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.error("%s is being written by another run: choose another run_dir", job.folder)
+        return 2
+    try:
+        return _tracked(job, tracker, work, found)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _tracked(
+    job: Description,
+    tracker: Logbook,
+    work: Callable[[dict[str, Any]], None],
+    found: dict[str, Any],
+) -> int:
     started = time.perf_counter()
-    tags = [job.choices["model"], job.choices["method"]]
-    tracker.start(job.folder, job.config, job.sweep, job.name, tags)
+    report.write(job.folder, found)
+    if job.place:
+        logger.info("%s: %s", job.place, job.place.told)
+    config = flat(job.config) | _settings(found)
+    tracker.start(job.folder, config, job.sweep, job.name, _tags(job), identity=found["run_id"])
+    found |= {"url": tracker.url} if tracker.url else {}
     code = 1
     try:
         code = _guarded(work, found)
@@ -56,12 +118,24 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
         found["seconds/total"] = round(time.perf_counter() - started, 3)
         found |= _planned(job.folder) if code == 0 else {}
         report.write(job.folder, found)
+        if code == 0:
+            _write_cards(job, found)
         _track(job, tracker, found)
         tracker.finish(code)
-    if code == 0:
-        _write_cards(job, found)
     _show(job, found)
     return code
+
+
+def _tags(job: Description) -> list[str]:
+    """Model, method, criterion and recipe."""
+    groups = ["model", "method", *(["metric"] if job.choices["method"] == "prune" else []),
+              "finetune"]  # fmt: skip
+    return [job.choices[group] for group in groups if job.choices[group] != "none"]
+
+
+def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's settings, by the names that tables give them."""
+    return {key: value for key, value in found.items() if not RESULTS.match(key)}
 
 
 def _head(job: Description) -> dict[str, Any]:
@@ -84,8 +158,9 @@ def _head(job: Description) -> dict[str, Any]:
     found |= _options("calibration", config["calibration"])
     found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
               if key in config["finetune"]}  # fmt: skip
-    found |= {"seed": config["seed"], "commit": commit(), "sweep": job.sweep, "job": job.name}
-    return found
+    asked = {key: value for key, value in config.items() if key not in NOT_ASKED}
+    found |= {"seed": config["seed"], "commit": commit(), REQUEST: key_of(asked)}
+    return found | {"sweep": job.sweep, "job": job.name}
 
 
 def _options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,25 +209,27 @@ def _mistake(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _track(job: Description, tracker: Tracker, found: dict[str, Any]) -> None:
-    for row in _curve(found):
-        phase, step = row.pop("phase"), row.pop("step")
-        tracker.log({f"finetune/{phase}/{key}": value for key, value in row.items()}, step)
+def _track(job: Description, tracker: Logbook, found: dict[str, Any]) -> None:
+    """Log all of a job that was not logged while it ran; pictures are drawn before."""
+    drawn = _drawn(job.folder)
+    curve = job.folder / CURVE
+    for line in curve.read_text().splitlines() if curve.is_file() else ():
+        tracker.log_curve(json.loads(line))
     tracker.summary(found)
     head, *rows = report.rows(found)
     if rows and len(head) > 1:
         tracker.table("result", ["figure", *head[1:]], rows)
-    plan = job.folder / "plan.json"
-    if plan.is_file():
-        tracker.artifact(plan, f"plan-{job.sweep}-{job.folder.name}", "plan")
+    tracker.images(path for path in drawn if path.suffix == ".png")
+    tracker.lineage(lineage.items(found, job.store))
 
 
-def _curve(found: dict[str, Any]) -> list[dict[str, float]]:
-    checkpoint = found.get("finetuned/checkpoint")
-    if checkpoint is None:
+def _drawn(folder: Path) -> list[Path]:
+    """The run's pictures; a failure to draw is told and costs nothing else."""
+    try:
+        return pictures.of_run(folder)
+    except Exception:  # a picture is no result
+        logger.exception("the pictures of %s were not drawn", folder)
         return []
-    lines = (Path(checkpoint).parent / "curve.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def _write_cards(job: Description, found: dict[str, Any]) -> None:
@@ -164,6 +241,11 @@ def _write_cards(job: Description, found: dict[str, Any]) -> None:
 
 
 def _show(job: Description, found: dict[str, Any]) -> None:
+    """One line for a job of a sweep, whose table follows; else the results in full."""
+    if job.place:  # the reason of a failure stands in the line before
+        took, told = duration(found["seconds/total"]), report.summary(found)
+        logger.info("%s: %s in %s%s", job.place, found["status"], took, told and f"; {told}")
+        return
     console = Console()
     if len(report.rows(found)) > 1:
         console.print(report.table(found))
@@ -172,7 +254,6 @@ def _show(job: Description, found: dict[str, Any]) -> None:
     for variant in report.VARIANTS:
         if f"{variant}/checkpoint" in found:
             console.print(f"{variant:>10}: {found[f'{variant}/checkpoint']}", soft_wrap=True)
-    files = [
-        name for name in ("report.json", "plan.json", "run.log") if (job.folder / name).exists()
-    ]
+    names = ("report.json", "plan.json", "run.log", "plots")
+    files = [name for name in names if (job.folder / name).exists()]
     console.print(f"{'run':>10}: {job.folder} ({', '.join(files)})", soft_wrap=True)

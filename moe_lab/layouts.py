@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,6 +15,7 @@ from moe_lab import report, reports
 from moe_lab.comparison import Comparison, stars
 from moe_lab.pivot import Column, Pivot, remarks, state
 
+EQUAL = 1e-12  # as far apart as equal numbers are that were added up in another order
 # What says how much of a model is gone: the best is told among rows that are alike in these.
 SIZES = ("model", "ratio", "ratio/target_gib", "condense/num_layers", "merge/num_experts")
 LATEX = {
@@ -23,6 +24,9 @@ LATEX = {
     "±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$",
     "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "→": r"$\to$", "Δ": r"$\Delta$",
 }  # fmt: skip
+
+
+Writer = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class Table:
         made = RichTable()
         for position, name in enumerate(self._head()):
             shown = name.replace("/", "/\n").replace(" (", "\n(")  # keys are long: let them fold
-            right = position >= len(self.index.columns)
-            made.add_column(escape(shown), justify="right" if right else "left")
+            side = "right" if position >= len(self.index.columns) else "left"
+            made.add_column(escape(shown), justify=side, overflow="fold")
         for row in self._body("[bold]{}[/bold]".format, escape):
             made.add_row(*row)
         console = console or Console()
@@ -91,13 +95,13 @@ class Table:
     def _head(self) -> list[str]:
         return [*self.index.columns, *self.text.columns]
 
-    def _body(self, bold, escaped=str) -> list[list[str]]:
-        """The rows' cells, escaped, the best of them made bold."""
+    def _body(self, bold: Writer, escaped: Writer = str) -> list[list[str]]:
+        """The rows' cells, escaped, of the best the figure in bold and not what is in brackets."""
         rows = []
         for position in range(len(self.index)):
             labels = [escaped(label) for label in self.index.iloc[position]]
             cells = zip(self.text.iloc[position], self.best.iloc[position], strict=True)
-            rows.append(labels + [bold(escaped(cell)) if best else escaped(cell)
+            rows.append(labels + [_bold(cell, bold, escaped) if best else escaped(cell)
                                   for cell, best in cells])  # fmt: skip
         return rows
 
@@ -169,6 +173,11 @@ def _ascii(letter: str) -> str:
     return "".join(LATEX.get(one, one) for one in plain) or "?"
 
 
+def _bold(cell: str, bold: Writer, escaped: Writer) -> str:
+    figure, bracket, rest = cell.partition(" (")
+    return bold(escaped(figure)) + escaped(bracket + rest)
+
+
 def _figure(made: Pivot, number: int, row: tuple[str, ...], column: Column) -> str:
     """Mean ± deviation, or why there is none."""
     mean, deviation = made.mean[column.name][number], made.deviation[column.name][number]
@@ -178,7 +187,7 @@ def _figure(made: Pivot, number: int, row: tuple[str, ...], column: Column) -> s
             return reports.OK
         return state(statuses)
     shown = report.shown(column.key, mean)
-    differ = deviation > 1e-12 * abs(mean)  # not where equal numbers were added up
+    differ = deviation > EQUAL * abs(mean)
     return f"{shown} ± {report.shown(column.key, deviation)}" if differ else shown
 
 
@@ -194,7 +203,7 @@ def _brackets(comparisons: Sequence[Comparison], column: Column, number: int) ->
     found = []
     for one in comparisons:
         value = one.difference[column.name][number]
-        if value == value:
+        if abs(value) > EQUAL:  # nor where there is none
             found.append(report.difference(column.key, value) + stars(one.p[column.name][number]))
     return f" ({'; '.join(found)})" if found else ""
 

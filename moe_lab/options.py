@@ -20,7 +20,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from moe_lab.types import UserError
 
-TOP = ("seed", "store", "run_dir")
+TOP = {"seed": int, "store": str, "run_dir": str, "resume": bool}
+NODES = ("table",)  # beside the groups, checked as they are
 PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -36,11 +37,12 @@ def check(options: Node, raw: Node, groups: Collection[str]) -> None:
     options: the composed config as plain data; raw: the same with its ${references} in place, from
     which a message takes the name that a user knows; groups: the config groups there are.
     """
-    known = [*(group for group in groups if "/" not in group and "@" not in group), *TOP]
+    chosen = [group for group in groups if "/" not in group and "@" not in group]
+    known = [*chosen, *NODES, *TOP]
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"{unknown[0]} is no group and no option; there are {', '.join(known)}")
-    for name in TOP:
-        require(name, options[name], int if name == "seed" else str)
+    for name, kind in TOP.items():
+        require(name, options[name], kind)
     if options["seed"] < 0:
         raise UserError(f"seed={options['seed']}: it must be at least 0")
     for name, value in options.items():

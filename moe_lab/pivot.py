@@ -6,9 +6,10 @@ sample standard deviation (n - 1).
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -16,6 +17,8 @@ import pandas as pd
 from moe_lab import report, reports
 from moe_lab.types import UserError
 
+logger = logging.getLogger(__name__)
+LONGEST = 300  # characters of a reason below a table; a report has all of it
 DEFAULT_VALUES = (
     "dense/eval/average compressed/eval/average finetuned/eval/average compressed/kl finetuned/kl "
     "compressed/parameter_ratio compressed/memory_ratio compressed/prefill_speedup "
@@ -112,7 +115,11 @@ class Pivot:
 
 def pivot(frame: pd.DataFrame, request: Request = Request()) -> Pivot:
     """Reports as cells; UserError for a key that none of them has, or where none is left."""
-    frame = chosen(frame, request)
+    frame = filtered(frame, request.filters)
+    _check_keys(frame, *(keys or () for keys in (request.rows, request.columns, request.values,
+                                                 request.best)))  # fmt: skip
+    if twice := [key for key in request.columns or () if key in (request.rows or ())]:
+        raise UserError(f"{twice[0]} can stand in --rows or in --columns, not in both")
     columns = list(request.columns or ())
     rows = list(request.rows or ()) or [key for key in reports.free(frame) if key not in columns]
     rows = rows or ["model"]
@@ -152,16 +159,39 @@ def _spread(made: Pivot) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(mean), pd.DataFrame(deviation)
 
 
-def chosen(frame: pd.DataFrame, request: Request) -> pd.DataFrame:
+def filtered(frame: pd.DataFrame, filters: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """The reports that pass the filters; UserError for a key that none has, or if none is left."""
-    keys = (request.rows, request.columns, request.values, request.filters, request.best)
-    _check_keys(frame, *(list(some or ()) for some in keys))
-    for key, allowed in request.filters.items():
+    _check_keys(frame, filters)
+    for key, allowed in filters.items():
         frame = frame[frame[key].map(reports.label).isin(allowed)]
     if frame.empty:
-        asked = (f"{key}={reports.words(allowed)}" for key, allowed in request.filters.items())
+        asked = (f"{key}={reports.words(allowed)}" for key, allowed in filters.items())
         raise UserError(f"no report has {' and '.join(asked)}")
     return frame
+
+
+def possible(frame: pd.DataFrame, request: Request) -> Request:
+    """The request without what no report has; a warning says what was left out.
+
+    For the end of a sweep, whose table was asked for before anybody knew what its jobs would give
+    (measure=none leaves out what a paper's table has).
+    """
+    wanted = {name: getattr(request, name) for name in ("rows", "columns", "values", "best")}
+    there = {name: keys and [key for key in keys if key in frame] for name, keys in wanted.items()}
+    missing = [key for keys in wanted.values() for key in keys or () if key not in frame]
+    baselines = [one for one in request.baseline or () if _is_there(frame, one)]
+    missing += [one for one in request.baseline or () if one not in baselines]
+    if missing:
+        logger.warning("the table leaves out what no report has: %s", ", ".join(missing))
+    return replace(request, **there, baseline=baselines)
+
+
+def _is_there(frame: pd.DataFrame, baseline: str) -> bool:
+    """Whether reports have the settings of a baseline; "dense" is always there."""
+    for key, sign, value in (part.partition("=") for part in baseline.split(",")):
+        if sign and (key not in frame or value not in set(frame[key].map(reports.label))):
+            return False
+    return True
 
 
 def remarks(made: Pivot) -> Iterator[str]:
@@ -185,7 +215,7 @@ def remarks(made: Pivot) -> Iterator[str]:
     yield f"the same in all {len(frame)} reports that have it: {_told(frame, given)}"
     for name, one in frame[frame[reports.STATUS] != reports.OK].iterrows():
         where = ", ".join(f"{key}={labels.at[name, key]}" for key in labels)
-        yield f"{state([one[reports.STATUS]])}: {where}: {reports.why(one)}"
+        yield f"{state([one[reports.STATUS]])}: {where}: {_cut(reports.why(one))}"
 
 
 def state(statuses: Sequence[str]) -> str:
@@ -197,16 +227,16 @@ def state(statuses: Sequence[str]) -> str:
     return report.MISSING if set(statuses) == {reports.OK} else "unfinished"
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]} …"
+
+
 def _told(frame: pd.DataFrame, keys: Sequence[str]) -> str:
     return "; ".join(f"{key}={reports.words(frame[key].dropna())}" for key in keys)
 
 
-def _check_keys(
-    frame: pd.DataFrame, rows: list[str], columns: list[str], *others: Sequence[str]
-) -> None:
-    if twice := [key for key in columns if key in rows]:
-        raise UserError(f"{twice[0]} can stand in --rows or in --columns, not in both")
-    for key in (key for keys in (rows, columns, *others) for key in keys):
+def _check_keys(frame: pd.DataFrame, *several: Iterable[str]) -> None:
+    for key in (key for keys in several for key in keys):
         if key not in frame:
             settings = reports.settings(frame)
             results = [key for key in frame if key not in settings]

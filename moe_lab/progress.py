@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -20,10 +21,22 @@ def progress(values: Iterable[Value], what: str, total: int | None = None) -> It
     if sys.stderr.isatty():
         yield from tqdm(values, desc=what, total=total, dynamic_ncols=True, leave=False)
         return
-    shown = 0
+    shown, started = 0, time.monotonic()
     for done, value in enumerate(values, start=1):
         yield value
         tenth = done * 10 // total if total else 0
         if tenth > shown and (tenth == 10 or total >= 5):
             shown = tenth
-            logger.info("%s: %d of %d", what, done, total)
+            left = (time.monotonic() - started) * (total - done) / done
+            told = f", {duration(left)} left" if tenth < 10 and left >= 1 else ""
+            logger.info("%s: %d of %d%s", what, done, total, told)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 12.3 s, 4 min 5 s, 2 h 30 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

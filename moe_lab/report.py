@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ TITLES = {
 # A task may give several metrics; the first of these that it has stands for it.
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "byte_perplexity")
 SHARES = frozenset({"acc_norm", "acc", "exact_match", "f1"})  # 0 to 1, shown in percent
-MORE_IS_BETTER = SHARES | {"average", "prefill_speedup", "decode_speedup"}
-LESS_IS_BETTER = frozenset(
-    "kl perplexity word_perplexity byte_perplexity bits_per_byte loss parameters active_parameters "
-    "parameter_ratio flops_per_token bytes bytes_ratio memory_ratio seconds".split()
+MORE_IS_BETTER = re.compile(rf"({'|'.join(SHARES)}|average|\w+_speedup)$")
+LESS_IS_BETTER = re.compile(
+    r"(kl|loss|\w*perplexity|bits_per_byte|parameters|active_parameters|parameter_ratio|"
+    r"flops_per_token|bytes|bytes_ratio|peak_memory_bytes|memory_ratio|\w*seconds)$"
 )
 
 Report = dict[str, str | int | float | bool | None]
@@ -62,6 +63,11 @@ def write(folder: Path, report: Mapping[str, Any]) -> Path:
 def read(folder: Path) -> Report:
     """The report that `write` put into a run's folder."""
     return json.loads((folder / FILE).read_text(encoding="utf-8"))
+
+
+def order(folder: Path) -> list[tuple[int, str]]:
+    """Sorts the folders of jobs: 10 after 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in folder.parts]
 
 
 def main_metric(metrics: Iterable[str]) -> str:
@@ -129,8 +135,8 @@ def shown(key: str, value: Any) -> str:
 
 def better(key: str) -> int:
     """1 where more of a figure is better, -1 where less is, 0 where neither; by its last part."""
-    name = key.rpartition("/")[2]
-    return (name in MORE_IS_BETTER) - (name in LESS_IS_BETTER or key.startswith("seconds/"))
+    name = "seconds" if key.startswith("seconds/") else key.rpartition("/")[2]
+    return bool(MORE_IS_BETTER.match(name)) - bool(LESS_IS_BETTER.match(name))
 
 
 def difference(key: str, value: float) -> str:

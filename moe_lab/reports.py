@@ -18,7 +18,7 @@ from moe_lab.types import UserError
 STATUS, OK, NONE = "status", "ok", "none"
 # Not settings: what a job gave, and what names it. The rest of a report's keys is its settings.
 RESULTS = re.compile(
-    r"(status|error|sweep|job|fingerprint/request)$|"
+    r"(status|error|sweep|job|run_id|url|fingerprint/request)$|"
     rf"(({'|'.join(report.VARIANTS)})(_top_\d+)?|seconds|cached|artifact|plan|diagnosis)/"
 )
 ORIGIN = re.compile(r"commit$|fingerprint/")  # told below a table, not made rows by themselves
@@ -27,7 +27,7 @@ SEED = re.compile(r"(^|/)seed$")
 
 def find(folder: Path) -> list[Path]:
     """The folders with a report at or below `folder`, in the order of the jobs: 10 after 9."""
-    return sorted((path.parent for path in folder.rglob(report.FILE)), key=_natural)
+    return sorted((path.parent for path in folder.rglob(report.FILE)), key=report.order)
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -81,8 +81,3 @@ def why(one: Any) -> str:
     if one.get("error"):
         return " ".join(str(one["error"]).split())
     return "it has not ended: still running, or killed"
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts job 10 after job 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moe_lab import comparison, expected, page, pictures, reports
 from moe_lab.layouts import Table, lay_out
-from moe_lab.pivot import Request, chosen, pivot
+from moe_lab.pivot import Request, filtered, pivot, possible
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,38 +34,37 @@ def make(frame: pd.DataFrame, request: Request) -> Table:
 
 def compare(frame: pd.DataFrame, request: Request) -> Table:
     """Published figures beside those of the reports."""
-    return expected.compare(chosen(frame, request), Path(request.expected))
+    return expected.compare(filtered(frame, request.filters), Path(request.expected))
 
 
-def write(folder: Path, request: Request) -> list[Path]:
-    """Everything of a sweep into its folder: tables, comparison, pictures, page; their paths.
+def write(folder: Path, request: Request) -> tuple[list[Path], list[Table]]:
+    """Everything of a sweep into its folder: tables, comparison, pictures, page.
 
-    What cannot be made (another key than the reports have, a disk that is full) is told, and costs
-    nothing of the rest.
+    The files' paths, and the tables to be shown. What cannot be made (a file that is no comparison,
+    a disk that is full) is told, and costs nothing of the rest.
     """
     frame = reports.read(folder)
-    written = _guarded("the table", lambda: _files(folder / "table", make(frame, request)))
+    request = possible(frame, request)
+    shown: list[Table] = []
+
+    def files(name: str, made: Callable[[pd.DataFrame, Request], Table]) -> list[Path]:
+        shown.append(made(frame, request))
+        return _files(folder / name, shown[-1])
+
+    written = _guarded("table", lambda: files("table", make))
     if request.expected:
-        written += _guarded(
-            "the comparison", lambda: _files(folder / "expected", compare(frame, request))
-        )
-    written += _guarded("the pictures", lambda: pictures.of_sweep(folder, frame))
-    return written + _guarded("the page", lambda: [page.write(folder)])
+        written += _guarded("comparison", lambda: files("expected", compare))
+    written += _guarded("pictures", lambda: pictures.of_sweep(folder, frame))
+    return written + _guarded("page", lambda: [page.write(folder)]), shown
 
 
-def tell(frame: pd.DataFrame, request: Request) -> None:
-    """Print the table of a sweep, and below it how published figures compare."""
-    for made in (make, compare) if request.expected else (make,):
-        _guarded("the table", lambda made=made: made(frame, request).show())
-
-
-def _guarded(what: str, act: Callable[[], list[Path] | None]) -> list[Path]:
+def _guarded(what: str, act: Callable[[], list[Path]]) -> list[Path]:
     try:
-        return act() or []
+        return act()
     except UserError as error:
-        logger.warning("%s was not made: %s", what, error)
+        logger.warning("no %s: %s", what, error)
     except Exception:  # one part of ours that fails is to cost no other, nor the sweep
-        logger.exception("%s was not made", what)
+        logger.exception("no %s", what)
     return []
 
 
@@ -143,7 +142,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def _do(asked: argparse.Namespace, request: Request) -> None:
     if asked.write:
-        for path in write(asked.folder, request):
+        for path in write(asked.folder, request)[0]:
             print(path)
         return
     frame = reports.read(asked.folder)

@@ -189,7 +189,8 @@ def job(
 ) -> Iterator[Callable[..., Outcome]]:
     """One job in this process, with a store of its own, small and without its last stages.
 
-    A refusal that Hydra makes before the job comes as the job's own would.
+    A refusal that Hydra makes before the job comes as the job's own would. anew=False: the report
+    of the job before is in the folder.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
@@ -200,9 +201,10 @@ def job(
     folder.mkdir()
     quick = ["method=prune", "finetune=none", "eval=none", "measure=none"]
 
-    def run(*overrides: str) -> Outcome:
+    def run(*overrides: str, anew: bool = True) -> Outcome:
         caplog.clear()
-        (folder / "report.json").unlink(missing_ok=True)
+        if anew:
+            (folder / "report.json").unlink(missing_ok=True)
         store, code = tmp_path / "store", 2
         other = any(override.startswith("calibration=") for override in overrides)
         base = [option for option in small if not (other and "calibration.files" in option)]

@@ -143,7 +143,7 @@ def test_no_machine_path_in_any_file() -> None:
 
 
 def checked(options_: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
-    top = {"seed": 0, "store": "a", "run_dir": "b"}
+    top = {"seed": 0, "store": "a", "run_dir": "b", "resume": False}
     options.check(top | options_, top | (raw or options_), ["method", "condense", "metric"])
 
 

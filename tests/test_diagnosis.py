@@ -312,6 +312,7 @@ def test_a_whole_job(job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert names == {*PICTURES, "similarity_output"}
     for path in home.glob("*.png"):
         check_picture(path)
+    assert {path.stem for path in home.glob("*.pdf")} == names
     read = {path.stem: pd.read_csv(path) for path in home.glob("*.csv")}
     assert {name: len(table) for name, table in read.items()} == {
         "layers": 3, "experts": 24, "ranks": 9, "pairs": 84,

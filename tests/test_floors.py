@@ -27,8 +27,15 @@ FLOORS = (
         "merging",
         "stand_ins",
         "plots",
+        "logs",
+        "logbook",
     },
-    {"data", "moe", "tasks", "families", "tables"},
+    {"data", "moe", "tasks", "families", "reports", "tensorboard", "lineage", "jobs"},
+    {"pivot", "pictures", "track", "cleaning", "listing"},
+    {"comparison", "page", "rerun"},
+    {"layouts"},
+    {"expected"},
+    {"tables", "runs"},
     {"similarity", "routing", "weights", "editing"},
     {"observing", "checkpoint", "sums"},
     {"statistics", "layerwise", "saving"},
@@ -39,8 +46,9 @@ FLOORS = (
     {"metrics", "ratios", "condense", "finetune", "layer_choice"},
     {"grouping"},
     {"methods"},
-    {"stages", "track"},
+    {"stages"},
     {"job"},
+    {"sweep"},
 )
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
@@ -60,7 +68,7 @@ ALONE = {
         "stages.measure",
     },
     "wandb": {"track"},
-    "hydra": {"run"},
+    "hydra": {"run", "sweep"},
 }
 # The package's own face: lazy entry points, so that `import moe_lab` stays light.
 FACE_IMPORTS = {"checkpoint", "saving"}

@@ -136,7 +136,7 @@ def test_a_second_run_computes_nothing(first: Run, small: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((first.home / "again" / "report.json").read_text())
     assert all(report[f"cached/{stage}"] is True for stage in STAGES)
-    own = ("cached/", "sweep", "job", "seconds/total")
+    own = ("cached/", "sweep", "job", "run_id", "seconds/total")
     assert {key: value for key, value in report.items() if not key.startswith(own)} == {
         key: value for key, value in first.report.items() if not key.startswith(own)
     }

@@ -217,8 +217,9 @@ def test_all_of_a_sweep_is_written_also_when_all_of_it_failed(
 ) -> None:
     for number in range(2):
         write(tmp_path, number, ratio=number, status="failed", error=f"reason {number}")
-    written = {path.name for path in tables.write(tmp_path, Request())}
-    tables.tell(reports.read(tmp_path), Request())
+    paths, (table,) = tables.write(tmp_path, Request())
+    written = {path.name for path in paths}
+    table.show()
     shown = capsys.readouterr().out
     assert "reason 0" in shown and "reason 1" in shown
     assert written == {"table.md", "table.csv", "table.tex", "index.html"}
@@ -234,10 +235,29 @@ def test_a_part_that_cannot_be_made_costs_no_other(
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(tables.pictures, "of_sweep", broken)
-    written = {path.name for path in tables.write(sweep, Request(rows=["mispelt"]))}
-    assert written == {"index.html"}
-    assert "the table was not made: no report has 'mispelt'" in caplog.text
-    assert "the pictures was not made" in caplog.text and "ZeroDivisionError" in caplog.text
+    written, shown = tables.write(sweep, Request(values=["error"], expected="no/such.csv"))
+    assert ([path.name for path in written], shown) == (["index.html"], [])
+    assert "no table: error is no number in any report" in caplog.text
+    assert "no comparison: no/such.csv is not there" in caplog.text
+    assert "no pictures" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_sweep_s_table_leaves_out_what_its_jobs_did_not_give(
+    sweep: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a sweep is to show is asked for before it runs: measure=none must not cost the table."""
+    asked = Request(
+        rows=["condense/experts", "merge/router"], values=["compressed/bytes", "compressed/kl"],
+        baseline=["dense", "metric=random"],
+    )  # fmt: skip
+    _, (table,) = tables.write(sweep, asked)
+    assert list(table.index) == ["condense/experts"]
+    assert [column.key for column in table.columns] == ["compressed/kl"]
+    assert "leaves out what no report has: merge/router, compressed/bytes, metric=random" in (
+        caplog.text
+    )
+    nothing, _ = tables.write(sweep, Request(values=["compressed/bytes"]))
+    assert "table.md" in {path.name for path in nothing}, "the usual figures instead"
 
 
 def test_the_best_is_told_among_rows_of_one_size(sweep: Path) -> None:
@@ -285,7 +305,7 @@ def test_latex_has_every_cell_and_compiles(sweep: Path, tmp_path: Path) -> None:
     plain = made_of(sweep, baseline=["dense", "condense/experts=l1"])
     spread = made_of(sweep, columns=["condense/num_layers"], rows=["condense/experts"])
     text = plain.latex()
-    assert r"\textbf{80.7 \% $\pm$ 2.1 \% ($-$9.3*; +10.7)}" in text
+    assert r"\textbf{80.7 \% $\pm$ 2.1 \%} ($-$9.3*; +10.7)" in text
     assert r"50\%\_of \& \#\{all\}\textasciitilde{}" in text and text.isascii()
     assert r"\multicolumn{2}{c}{average accuracy (compressed)}" in spread.latex()
     body = "\n".join([

@@ -12,14 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from moe_lab import diagnosis, report
 from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.editing import apply_plan
 from moe_lab.finetune import sources
 from moe_lab.moe import moe_layers, num_parameters
 from moe_lab.routing import set_top_k
 from moe_lab.store import Artifact
+from moe_lab.sums import LayerStatistics
 from moe_lab.tokens import Tokens
 from moe_lab.types import LayerInfo, Plan, UserError
+
+CURVE, USAGE = "curve.jsonl", "usage.csv"
 
 
 def tokenize(parts: dict[str, Any], tokenizer: Any) -> dict[str, Tokens]:
@@ -69,8 +75,8 @@ def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
         raise UserError(f"finetune.phases.{where}: {error}") from error
 
 
-def publish_plan(planned: Artifact, folder: Path, report: dict[str, Any]) -> bool:
-    """Put plan.json, and the groups' plans/, into the run's folder; report: what it rests on.
+def publish_plan(planned: Artifact, folder: Path, found: dict[str, Any]) -> bool:
+    """Put plan.json, and the groups' plans/, into the run's folder; found: what it rests on.
 
     True where plan.json changes anything: a plan for each group changes no checkpoint.
     """
@@ -80,8 +86,26 @@ def publish_plan(planned: Artifact, folder: Path, report: dict[str, Any]) -> boo
     (folder / "plan.json").write_text(text)
     plan = Plan.load(folder / "plan.json")
     if "statistics" in plan.notes:
-        report["statistics"] = plan.notes["statistics"]
+        found["statistics"] = plan.notes["statistics"]
     return bool(plan.edited())
+
+
+def publish_usage(profiled: Artifact, folder: Path) -> None:
+    """Put usage.csv into the run's folder: layer, expert, tokens, and usage, 1 being even."""
+    rows = ["layer,expert,tokens,usage"]
+    for values in json.loads((profiled.folder / "layers.json").read_text()):
+        info = LayerInfo(**values)
+        path = profiled.folder / f"layer_{info.index:03d}.safetensors"
+        with safe_open(path, framework="pt") as file:  # two of the sums, of which some are large
+            sums = {name: file.get_tensor(name) for name in ("count", "tokens")}
+        usage = diagnosis.usage(LayerStatistics(info, sums))
+        rows += [
+            f"{info.index},{expert},{tokens:.0f},{share:.6g}"
+            for expert, (tokens, share) in enumerate(
+                zip(sums["count"].tolist(), usage.tolist(), strict=True)
+            )
+        ]
+    (folder / USAGE).write_text("\n".join(rows) + "\n")
 
 
 def checkpoint_of(artifact: Artifact, dense: Checkpoint) -> Checkpoint:
@@ -147,15 +171,20 @@ TOLD = ("used_expert_", "experts_alive")  # what recipes say of a whole training
 
 
 class Recorder:
-    """Writes what the stages found into a run's report."""
+    """Writes what the stages found into a run's report, and the report into the run's folder."""
 
-    def __init__(self, report: dict[str, Any]):
-        self.report = report
+    def __init__(self, found: dict[str, Any], folder: Path):
+        self.report, self.folder = found, folder
 
     def __call__(self, stage: str, artifact: Artifact) -> Artifact:
-        """Note the seconds a stage took (when it was made) and whether it was there already."""
+        """Note how long a stage took (when it was made), if it was there, and what it is.
+
+        The report is written after each stage, so that a killed run tells how far it came.
+        """
         self.report[f"seconds/{stage}"] = round(artifact.seconds, 3)
         self.report[f"cached/{stage}"] = artifact.cached
+        self.report[f"artifact/{stage}"] = f"{artifact.kind}/{artifact.folder.name}"
+        report.write(self.folder, self.report)
         return artifact
 
     def checkpoints(self, variants: dict[str, Checkpoint]) -> None:
@@ -168,6 +197,7 @@ class Recorder:
                 self.report[f"{name}/repeated_parameters"] = form["repeated_parameters"]
         if "finetuned" in variants:
             self._trained(variants["finetuned"].path.parent, variants["dense"])
+            shutil.copy(variants["finetuned"].path.parent / CURVE, self.folder / CURVE)
 
     def _trained(self, folder: Path, dense: Checkpoint) -> None:
         """How many parameters trained, their share of the dense model's, and the text they saw.

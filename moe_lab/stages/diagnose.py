@@ -18,6 +18,7 @@ from moe_lab import diagnosis, moe, plots, reconstruction, similarity, statistic
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
 from moe_lab.layerwise import LayerwiseModel
+from moe_lab.plots import experts as expert_plots
 from moe_lab.progress import progress
 from moe_lab.store import DONE, Artifact, Store, code_version, write_whole
 from moe_lab.stream import Activations, LayerStream
@@ -72,7 +73,7 @@ def diagnose(
     how: Diagnosis,
     compute: Compute,
 ) -> Artifact:
-    """A folder with the tables (CSV), pictures (PNG), matrices, and figures.json.
+    """A folder with the tables (CSV), pictures (PNG and PDF), matrices, and figures.json.
 
     The matrices have their own place (kind `similarity`): other tables and pictures of them cost
     neither weights nor outputs again.
@@ -97,7 +98,7 @@ def diagnose(
         shutil.copy(source, folder)
         _tell(statistics.load(profile.folder), _by_layer(load_file(source)), folder)
 
-    code = code_version(diagnosis, plots, statistics, sums)
+    code = code_version(diagnosis, plots, expert_plots, statistics, sums)
     identity = {"profile": profile.key, "similarity": similar, "code": code}
     return store.get("diagnose", identity, make)
 
@@ -159,7 +160,7 @@ def _tell(layers: list[sums.LayerStatistics], similarities: Matrices, folder: Pa
     tables.save(folder)
     pairs = {layer.info.index: diagnosis.coactivation(layer) for layer in layers}
     lifts = {index: diagnosis.lift(*counts).numpy() for index, counts in pairs.items()}
-    plots.draw(tables, lifts, _shown(similarities), folder)
+    expert_plots.draw(tables, lifts, _shown(similarities), folder)
     figures = {key: None if np.isnan(value) else value for key, value in tables.figures().items()}
     write_whole(folder / FIGURES, json.dumps(figures) + "\n")
 

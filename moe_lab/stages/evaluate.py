@@ -224,10 +224,11 @@ def run_tasks(
     local = not others or suite.mirror is not None
     found: dict[str, dict[str, Any]] = {}
     with harness.offline() if local else contextlib.nullcontext(), _quiet():
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
+        evaluator.get_git_commit_hash = str  # it asks git of where we are, which may complain
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=compute.batch_size)
         common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
         if embedded:

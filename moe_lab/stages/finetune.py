@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ def finetune(
     seed: int,
     compute: Compute,
     taught: Artifact | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Artifact:
     """A folder with checkpoint/, form.json, curve.jsonl and trainable.json.
 
     options: the recipe's composed config; tokens: by the names that
-    `sources` gives, others are not used; taught: what `teach` made, where the recipe distils.
+    `sources` gives, others are not used; taught: what `teach` made, where the recipe distils; log:
+    takes each row of the curve while it trains.
     """
     edits = Plan.load(plan.folder / "plan.json")
     recipe.check(edits)
@@ -74,7 +77,7 @@ def finetune(
         dtype = "float32" if recipe.dtype == "float32" else "auto"
         model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
         teacher = Teacher(taught.folder, tokens.values()) if taught else None
-        Training(model, edits, recipe, tokens, seed, compute, folder, teacher).run()
+        Training(model, edits, recipe, tokens, seed, compute, folder, teacher, log).run()
         twins = getattr(recipe, "twins", 0.0)
         form = save(model.cpu(), folder / "checkpoint", compressed.path, twins=twins)
         (folder / "form.json").write_text(json.dumps(form.to_json()) + "\n")
@@ -109,8 +112,9 @@ class Training:
         compute: Compute,
         folder: Path,
         teacher: Teacher | None = None,
+        log: Callable[[dict[str, Any]], None] | None = None,
     ):
-        self.teacher = teacher
+        self.teacher, self.log = teacher, log
         self.recipe, self.tokens, self.seed, self.folder = recipe, tokens, seed, folder
         self.processes = PartialState(cpu=compute.device == "cpu")
         alone = self.processes.num_processes == 1
@@ -273,6 +277,8 @@ class Training:
         if self.processes.is_main_process:
             with (self.folder / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.log:
+                self.log(row)
 
     def _write_trainable(self) -> None:
         shapes = {name: list(parameter.shape) for name, parameter in self.trainable.items()}

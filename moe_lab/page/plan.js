@@ -1,0 +1,118 @@
+// A plan: its notes, its layers, and which experts stay.
+
+/** The experts that a layer's edit keeps; null where that is not the question. */
+function keptOf(edit) {
+  if (edit.edit === "condense") return edit.experts ?? [];
+  if (edit.edit === "drop_layer" || edit.edit === "drop_block") return [];
+  return edit.kept ?? null;
+}
+
+function layersOf(details) {
+  return details.plan?.layers ?? [];
+}
+
+/** How many experts a layer has, as far as scores, usage or the edit tell. */
+function expertsOf(details, edit) {
+  const named = [...(edit.kept ?? []), ...(edit.experts ?? []), ...(edit.groups ?? []).flat()];
+  const counts = [details.scores?.[edit.index]?.length ?? 0, details.usage?.[edit.index]?.length ?? 0];
+  return Math.max(...counts, ...named.map((expert) => expert + 1), 0);
+}
+
+/** "layer/expert" of everything that is kept. */
+function keptSet(details) {
+  return new Set(layersOf(details).flatMap((edit) =>
+    (keptOf(edit) ?? []).map((expert) => `${edit.index}/${expert}`)));
+}
+
+function asGrid(byLayer) {
+  return Object.keys(byLayer).sort((a, b) => a - b).map((layer) => [Number(layer), byLayer[layer]]);
+}
+
+function planSection(details) {
+  const { plan } = details;
+  if (!plan) return section("Plan", quiet("This run's folder has no plan."));
+  const { layers, searched = [], layer_order: order = [], layer_divergence: divergence = [], ...notes } = plan;
+  return section("Plan",
+    notesOf(notes),
+    order.length ? make("p", null, `Layers in order of choice: ${order.join(", ")}`) : null,
+    divergence.length ? lineChart({
+      series: [{ name: "divergence", points: divergence.map((value, place) => [place + 1, value]) }],
+      x: "layers chosen", y: "divergence of the model's output", marked: true }) : null,
+    scoreMap(details), usageMap(details),
+    layerTable(layers, details, "layers of the plan"),
+    searched.length ? foldable(`${searched.length} layers that were searched, not chosen`,
+      () => layerTable(searched, details, "layers not chosen")) : null);
+}
+
+function notesOf(notes) {
+  const pairs = Object.entries(notes);
+  if (pairs.length === 0) return null;
+  const text = (value) => {
+    if (value === null || typeof value !== "object") return String(value);
+    const words = [...new Set(Object.values(value).map((one) => JSON.stringify(one)))];
+    const same = !Array.isArray(value) && words.length === 1;
+    return same ? `${words[0]} for each of ${Object.keys(value).length}` : JSON.stringify(value);
+  };
+  return pairsOf(pairs.map(([key, value]) => [key, text(value)]));
+}
+
+function layerTable(edits, details, name) {
+  const columns = [
+    ["layer", (edit) => String(edit.index)],
+    ["edit", (edit) => edit.edit + (edit.replacement ? ` (${edit.replacement})` : "")],
+    ["experts kept", (edit) => keptCell(edit, details)],
+    ["gates", gatesCell],
+    ["groups merged", (edit) => (edit.groups ?? []).filter((group) => group.length > 1)
+      .map((group) => group.join("+")).join("  ")],
+    ["divergence", (edit) => edit.divergence && numbers(edit.divergence)],
+    ["module", (edit) => edit.name],
+  ].filter(([title, read]) => ["layer", "edit"].includes(title) || edits.some((edit) => read(edit)));
+  return tableOf(columns.map(([title]) => title), edits.map((edit) => columns.map(([title, read]) => {
+    const content = read(edit);
+    return ["layer", "edit", "module"].includes(title) ? content : ["list", content || MISSING];
+  })), name);
+}
+
+function gatesCell({ gates, shared_gate: shared }) {
+  return gates && numbers([...(shared === undefined ? [] : [`shared ${short(shared)}`]), ...gates]);
+}
+
+function keptCell(edit, details) {
+  const kept = keptOf(edit);
+  if (!kept) return "";
+  const total = expertsOf(details, edit);
+  const gone = [...Array(total).keys()].filter((expert) => !kept.includes(expert));
+  const number = `${kept.length}${total ? ` of ${total}` : ""}`;
+  if (gone.length && gone.length < kept.length) return `${number}, without ${gone.join(" ")}`;
+  return kept.length ? `${number}: ${kept.join(" ")}` : number;
+}
+
+function short(value) {
+  return typeof value === "number" ? String(Number(value.toPrecision(4))) : String(value ?? MISSING);
+}
+
+function numbers(values) {
+  return values.map(short).join("  ");
+}
+
+function scoreMap(details, title = "Scores of the experts") {
+  if (!details.scores) return null;
+  const state = { each: true };
+  const build = () => heatMap({
+    grid: asGrid(details.scores), kept: keptSet(details), each: state.each, name: title,
+    text: (value) => `score ${short(value)}` });
+  const place = make("div", null, build());
+  return make("div", { class: "map" }, make("h3", null, title),
+    choice("colours", [["each", "by layer"], ["all", "over all layers"]], "each", (value) => {
+      state.each = value === "each";
+      place.replaceChildren(build());
+    }), place, scaleBar("a dot: kept, a cross: removed, whichever are fewer"));
+}
+
+function usageMap(details, title = "Usage of the experts") {
+  if (!details.usage) return null;
+  return make("div", { class: "map" }, make("h3", null, title),
+    heatMap({ grid: asGrid(details.usage), kept: keptSet(details), name: title,
+      text: (value) => `usage ${short(value)}` }),
+    scaleBar("a dot: kept, a cross: removed, whichever are fewer"));
+}

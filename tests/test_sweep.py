@@ -1,0 +1,236 @@
+"""A sweep from its start to its table: what it leaves, what fails, and doing the rest again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Outcome, run_command
+from filelock import FileLock
+from omegaconf import open_dict
+from wandb_files import read_one
+
+from moe_lab import job as job_module
+from moe_lab import jobs, report, sweep
+
+OWN_METRIC = """
+from moe_lab.statistics import LayerStatistics
+
+
+def certainty(layer: LayerStatistics):
+    return layer.mean("{name}")
+"""
+METRICS = ("random", "frequency", "mine")
+QUICK = [
+    "method=prune",
+    f"metric={','.join(METRICS)}",
+    "ratio.ratio=0.25,0.5",
+    "finetune=none",
+    "eval=perplexity",
+    "calibration@eval.held_out=files",
+    "eval.held_out.files=${calibration.files}",
+    "eval.held_out.num_samples=4",
+    "measure.prompt_length=16",
+    "measure.decode_tokens=2",
+    "measure.repeats=1",
+    "hydra.sweep.dir=outputs/runs/mine",
+]
+
+
+def write_metric(home: Path, name: str) -> None:
+    (home / "research").mkdir(exist_ok=True)
+    (home / "research" / "mine.py").write_text(OWN_METRIC.format(name=name))
+    conf = home / "research_conf" / "metric"
+    conf.mkdir(parents=True, exist_ok=True)
+    (conf / "mine.yaml").write_text("_target_: research.mine.certainty\n_partial_: true\n")
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    return [report.read(one) for one in sorted(folder.glob("[0-9]*"))]
+
+
+def changed(folder: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in sorted(folder.glob("[0-9]*/report.json"))]
+
+
+def test_two_jobs_fail_and_only_they_are_run_again(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metric of one's own has a mistake: a table with holes, then without, one page each time."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_metric(tmp_path, "gate_sums")
+    base = [option for option in small if option != "track=off"]
+    done = run_command(tmp_path, "--config-dir", "research_conf", "-m", *base, *QUICK)
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text
+    folder = tmp_path / "outputs" / "runs" / "mine"
+    found = reports(folder)
+    assert [one["status"] for one in found] == ["ok"] * 4 + ["failed"] * 2
+    assert "gate_sums" in found[4]["error"]
+    for name in ("table.md", "table.csv", "table.tex", "index.html"):
+        assert (folder / name).stat().st_size > 100, name
+    assert (folder / "plots" / "pareto_parameter_ratio.pdf").is_file()
+    assert {"usage.csv", "plots", "plan.json"} <= {path.name for path in (folder / "0").iterdir()}
+    table = (folder / "table.md").read_text()
+    assert table.count("| failed |") >= 2 and table.count("- failed: metric=mine") == 2
+    assert "gate_sums" in table
+    assert "job 4 [5/6]: metric=mine ratio.ratio=0.25" in text
+    assert "job 5 [6/6]: failed in" in text and "6 jobs in" in text and "4 ok, 2 failed" in text
+    assert "HYDRA" not in text
+
+    before, numbers = changed(folder), {path.name for path in folder.iterdir()}
+    write_metric(tmp_path, "gate_sum")
+    again = subprocess.run(
+        [sys.executable, "-m", "moe_lab.runs", str(folder), "--rerun"],
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    same = [now == then for now, then in zip(changed(folder), before, strict=True)]
+    assert same == [True] * 4 + [False] * 2, "only those two"
+    assert again.stdout.count(": done before") == 4
+    assert {path.name for path in folder.iterdir()} == numbers
+    assert [one["status"] for one in reports(folder)] == ["ok"] * 6
+    assert "failed" not in (folder / "table.md").read_text()
+    _check_tracked(folder)
+
+
+def _check_tracked(folder: Path) -> None:
+    """What the jobs and the sweep left for W&B, as its own reader finds it."""
+    one, said = read_one(folder / "0"), report.read(folder / "0")
+    assert (one.run["display_name"], one.run["run_group"]) == (
+        "metric=random ratio.ratio=0.25", "mine",
+    )  # fmt: skip
+    assert {"prune", "random"} <= set(one.run["tags"])
+    assert one.config["ratio"] == 0.25 and one.config["calibration/max_length"] == 32
+    assert one.config["measure/prompt_length"] == 16, "the composed config, flat"
+    kept = {key: value for key, value in said.items() if value is not None}
+    assert {key: one.summary.get(key) for key in kept} == kept
+    assert json.loads(one.media("result").read_text())["columns"] == [
+        "figure", "dense", "compressed",
+    ]  # fmt: skip
+    assert one.media("plots/kept").read_bytes() == (folder / "0/plots/kept.png").read_bytes()
+    names = {kind: said[f"artifact/{kind}"].replace("/", "-") for kind in
+             ("profile", "plan", "compress")}  # fmt: skip
+    chain = one.artifacts
+    assert list(chain) == [f"model-{said['fingerprint/model']}", *names.values()]
+    assert names["plan"] in chain[names["compress"]]["metadata"]["made_from"]
+    whole = read_one(folder)
+    assert (whole.run["run_group"], whole.run["job_type"]) == ("mine", "sweep")
+    assert len(json.loads(whole.media("reports").read_text())["data"]) == 6
+    assert b"<!DOCTYPE html>" in whole.media("page").read_bytes()
+
+
+def test_a_killed_job_says_so_and_is_run_again(tmp_path: Path, small: list[str]) -> None:
+    """Killed in its first stages: the report says running, its lock is free; then it goes on."""
+    options = [*small, "method=prune", "ratio.ratio=0.25,0.5", "finetune=none", "eval=none"]
+    options += ["measure=none", "hydra.sweep.dir=runs/killed"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "-m", *options],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    first = tmp_path / "runs" / "killed" / "0" / "report.json"
+    until = time.monotonic() + 300
+    while not first.is_file() and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = first.parents[1]
+    assert report.read(first.parent)["status"] == "running"
+    assert [one.status for one in jobs.find(folder)] == ["killed", "missing"]
+    assert report.read(first.parent)["ratio"] == 0.25, "it tells what was asked for"
+    again = subprocess.run(
+        [sys.executable, "-m", "moe_lab.runs", str(folder), "--rerun"],
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [one.status for one in jobs.find(folder)] == ["ok", "ok"]
+
+
+# --------------------------------------------------------------------------- in this process
+
+
+def test_a_finished_job_is_left_out_only_where_the_same_is_asked(
+    job: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    folder = tmp_path / "job"
+
+    def asked(*overrides: str) -> bool:
+        """Whether the job was run, with the report of the run before in its place."""
+        before = (folder / "report.json").stat().st_mtime_ns
+        outcome = job(*overrides, anew=False)
+        assert outcome.code == 0, outcome.text
+        return (folder / "report.json").stat().st_mtime_ns != before
+
+    assert job("ratio.ratio=0.25").code == 0
+    first = report.read(folder)
+    assert not asked("ratio.ratio=0.25", "resume=true")
+    assert not asked("ratio.ratio=0.25", "resume=true", "compute.batch_size=3"), "no other result"
+    assert asked("ratio.ratio=0.25"), "resume=true was not said"
+    assert report.read(folder)["run_id"] == first["run_id"], "the tracker's run goes on"
+    assert asked("ratio.ratio=0.5", "resume=true"), "something else was asked for"
+    assert report.read(folder)["run_id"] != first["run_id"]
+
+
+def test_a_folder_in_use_is_refused(job: Callable[..., Outcome], tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "job" / job_module.LOCK)
+    with lock:
+        outcome = job()
+    assert outcome.code == 2
+    assert "is being written by another run: choose another run_dir" in outcome.text
+    assert outcome.report == {}
+    assert job().code == 0
+    assert not (tmp_path / "job" / job_module.LOCK).exists()
+
+
+def test_stages_are_told_as_they_end(
+    job: Callable[..., Outcome], main_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A report that is read while the plan is made has the profile, and where it lies."""
+    seen = {}
+    from moe_lab.stages import plan
+
+    def look(*arguments: Any) -> Any:
+        seen.update(json.loads((tmp_path / "job" / "report.json").read_text()))
+        return real(*arguments)
+
+    real = plan.plan
+    monkeypatch.setattr(plan, "plan", look)
+    outcome = job()
+    assert seen["status"] == "running" and "seconds/plan" not in seen
+    assert (outcome.store / seen["artifact/profile"] / "artifact.json").is_file()
+    assert outcome.report["artifact/plan"].startswith("plan/")
+
+
+def test_a_sweep_s_jobs_are_those_that_hydra_makes(composed: Callable[..., Any]) -> None:
+    """Of a table's own parameters and of the command line, in the sweeper's order."""
+    config = composed("+cd_moe=num_routed", "model=tiny_deepseek")
+    with open_dict(config):
+        config.hydra.overrides.task = ["model=tiny_deepseek", "condense.num_layers=1,2"]
+        made = sweep.jobs(config)
+        config.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"
+        assert sweep.jobs(config) is None
+    assert made[0] == [
+        "+cd_moe/scale=tiny", "condense.num_routed=0", "condense.num_layers=1",
+        "model=tiny_deepseek",
+    ]  # fmt: skip
+    assert len(made) == 8
+
+
+def test_a_job_s_place_says_what_sets_it_apart(tmp_path: Path) -> None:
+    asked = {"argv": [], "cwd": ".", "script": "run.py", "python": "python"}
+    asked["overrides"] = [["a=1", "b=1"], ["a=1", "b=2"]]
+    (tmp_path / "sweep.json").write_text(json.dumps(asked))
+    place = sweep.place(tmp_path / "1")
+    assert (str(place), place.told) == ("job 1 [2/2]", "b=2")
+    assert sweep.place(tmp_path / "other") is None
+    assert sweep.place(tmp_path / "a" / "1") is None
+    (tmp_path / "sweep.json").write_text(json.dumps(asked | {"overrides": None}))
+    assert str(sweep.place(tmp_path / "1")) == "job 1"
