@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from moe_lab import report, reports
 from moe_lab.comparison import Comparison, stars
 from moe_lab.pivot import Column, Pivot, remarks, state
 
+WIDE = 200  # columns of a file or pipe, which has no width to fit to
 EQUAL = 1e-12  # as far apart as equal numbers are that were added up in another order
 # What says how much of a model is gone: the best is told among rows that are alike in these.
 SIZES = ("model", "ratio", "ratio/target_gib", "condense/num_layers", "merge/num_experts")
@@ -64,17 +68,17 @@ class Table:
         return whole.to_csv(index=False, float_format="%.10g")
 
     def latex(self) -> str:
-        """A floating table for \\usepackage{booktabs}, its origin as comments above."""
+        """A floating table, made smaller where it is too wide; its origin as comments above."""
         keys = len(self.index.columns)
         spec = "l" * keys + "r" * len(self.columns)
         body = [" & ".join(row) + r" \\" for row in self._body(r"\textbf{{{}}}".format, latex)]
         notes = [rf"\par\smallskip\footnotesize {latex(note)}" for note in self.notes]
         return "\n".join([
-            r"% \usepackage{booktabs}; too wide? \resizebox{\textwidth}{!}{ around the tabular }",
-            *(f"% {remark}" for remark in self.origin),
+            r"% \usepackage{booktabs,graphicx}", *(f"% {remark}" for remark in self.origin),
             r"\begin{table}", r"\centering", r"\small",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{spec}}}", r"\toprule",
-            *self._latex_head(), r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+            *self._latex_head(), r"\midrule", *body, r"\bottomrule", r"\end{tabular}}",
             *notes, r"\end{table}", "",
         ])  # fmt: skip
 
@@ -82,12 +86,14 @@ class Table:
         """Print it, fitted to the terminal."""
         made = RichTable()
         for position, name in enumerate(self._head()):
-            shown = name.replace("/", "/\n").replace(" (", "\n(")  # keys are long: let them fold
+            shown = re.sub(r"(?<=[/_])|(?= \()", "\n", name)  # keys are long: let them fold
             side = "right" if position >= len(self.index.columns) else "left"
             made.add_column(escape(shown), justify=side, overflow="fold")
         for row in self._body("[bold]{}[/bold]".format, escape):
             made.add_row(*row)
         console = console or Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = WIDE
         console.print(made)
         for remark in self.remarks:
             console.print(f"- {remark}", soft_wrap=True, markup=False, highlight=False)
@@ -106,27 +112,26 @@ class Table:
         return rows
 
     def _latex_head(self) -> list[str]:
-        """Titles of the columns; over settings that are spread out, each figure's once."""
-        keys = [latex(key) for key in self.index.columns]
-        if not any(column.settings for column in self.columns):
-            titles = [latex(report.title(column.key)) for column in self.columns]
-            return [" & ".join([*keys, *titles]) + r" \\"]
-        groups: list[list[Column]] = []
+        """Titles of the columns in two rows: above the variant, or the figure that is spread."""
+        above, below = [], []
         for column in self.columns:
-            if not groups or groups[-1][0].key != column.key:
-                groups.append([])
-            groups[-1].append(column)
-        over, rules, start = [""] * len(keys), [], len(keys) + 1
-        for group in groups:
-            over.append(
-                rf"\multicolumn{{{len(group)}}}{{c}}{{{latex(report.title(group[0].key))}}}"
-            )
-            rules.append(rf"\cmidrule(lr){{{start}-{start + len(group) - 1}}}")
-            start += len(group)
-        names = ", ".join(key for key, _ in self.columns[0].settings)
-        under = [latex(", ".join(label for _, label in one.settings)) for one in self.columns]
-        keys[-1] += rf" \textbar{{}} {latex(names)}"
-        return [" & ".join(over) + r" \\", "".join(rules), " & ".join([*keys, *under]) + r" \\"]
+            variant, name = report.titles(column.key)
+            if column.settings:
+                variant, name = f"{name}, {variant}", ", ".join(at for _, at in column.settings)
+            above.append(latex(variant))
+            below.append(latex(name))
+        keys = [latex(key) for key in self.index.columns]
+        spread = ", ".join(key for key, _ in self.columns[0].settings) if self.columns else ""
+        if spread:
+            keys[-1] += rf" \textbar{{}} {latex(spread)}"
+        cells, rules, start = [""] * len(keys), "", len(keys) + 1
+        for title, group in itertools.groupby(above):
+            number = len(list(group))
+            cells.append(rf"\multicolumn{{{number}}}{{c}}{{{title}}}")
+            rules += rf"\cmidrule(lr){{{start}-{start + number - 1}}}" if title else ""
+            start += number
+        first = [" & ".join(cells) + r" \\", rules] if any(above) else []
+        return [*first, " & ".join([*keys, *below]) + r" \\"]
 
 
 def lay_out(

@@ -148,14 +148,14 @@ def difference(key: str, value: float) -> str:
     return size if size == shown(key, 0.0) else ("+" if value > 0 else "−") + size
 
 
-def title(key: str) -> str:
-    """A figure's name for people: "KL to dense (compressed)"."""
+def titles(key: str) -> tuple[str, str]:
+    """A figure's variant and its name, for people: ("compressed", "KL to dense")."""
     variant, _, rest = key.partition("/")
     if not rest or variant.partition("_top_")[0] not in VARIANTS:
-        return key
+        return "", key
     task, _, metric = rest.removeprefix("eval/").rpartition("/")
-    name = TITLES.get(metric, metric) if not task else f"{task} {metric}"
-    return f"{name} ({variant.replace('_top_', ' top-')})"
+    name = f"{task} {metric}" if task else TITLES.get(metric, metric)
+    return variant.replace("_top_", " top-"), name
 
 
 def table(report: Mapping[str, Any]) -> Table:

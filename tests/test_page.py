@@ -73,7 +73,10 @@ def write_run(root: Path, number: int, random_: random.Random) -> None:
 def write_details(folder: Path, metric: str, ratio: float) -> None:
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "config.yaml").write_text(f"method: prune\nnote: '{HOSTILE}'\n")
-    (folder / ".hydra" / "hydra.yaml").write_text("hydra:\n  mode: MULTIRUN\n")
+    (folder / ".hydra" / "hydra.yaml").write_text(
+        "hydra:\n  mode: MULTIRUN\n  runtime:\n    config_sources:\n"
+        "    - path: own conf\n      schema: file\n      provider: command-line\n"
+    )
     overrides = ["+tiny=criteria", f"metric={metric}", "'calibration.files=[a b.jsonl]'"]
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {one}\n" for one in overrides))
     (folder / "run.log").write_text(
@@ -247,7 +250,8 @@ def test_a_link_opens_a_run_and_back_returns(shown: Any) -> None:
                      "git checkout abc123", "530238ea716d", "12.2 s"):  # fmt: skip
         assert expected in text
     command = (
-        "python run.py +tiny=criteria metric=reap 'calibration.files=[a b.jsonl]' hydra.mode=RUN"
+        "python run.py --config-dir 'own conf' +tiny=criteria metric=reap "
+        "'calibration.files=[a b.jsonl]' hydra.mode=RUN"
     )
     assert command in text
     shown.get_by_text("composed config").click()

@@ -307,9 +307,10 @@ def test_latex_has_every_cell_and_compiles(sweep: Path, tmp_path: Path) -> None:
     text = plain.latex()
     assert r"\textbf{80.7 \% $\pm$ 2.1 \%} ($-$9.3*; +10.7)" in text
     assert r"50\%\_of \& \#\{all\}\textasciitilde{}" in text and text.isascii()
-    assert r"\multicolumn{2}{c}{average accuracy (compressed)}" in spread.latex()
+    assert r"\multicolumn{2}{c}{average accuracy, compressed}" in spread.latex()
     body = "\n".join([
-        r"\documentclass{article}\usepackage{booktabs}\begin{document}", text, spread.latex(),
+        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}",
+        text, spread.latex(),
         r"\end{document}",
     ])  # fmt: skip
     (tmp_path / "paper.tex").write_text(body)

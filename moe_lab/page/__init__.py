@@ -43,6 +43,7 @@ TITLES = {
     "decode_speedup": "decode speed, times dense",
     "ratio": "ratio: share removed",
 }
+CONFIG_FOLDER = r"^    - path: (.+)\n +schema: file\n +provider: command-line$"
 LOG_LINES, LOG_BYTES = 300, 100_000
 PICTURE_BYTES = 10_000_000  # in one page; further ones are links
 LISTED = (".hydra", "diagnosis")  # the folders of a run whose files are ours
@@ -225,11 +226,16 @@ def _commands(commit: str | None, overrides: list[str], hydra: str | None) -> li
         lines.append(f"git checkout {name}" + ("  # and changes not committed" if dirty else ""))
     if not overrides and hydra is None:
         return lines
+    asked = [override for override in overrides if not override.startswith("resume=")]
+    places = re.findall(
+        CONFIG_FOLDER, hydra or "", re.MULTILINE
+    )  # of one's own metrics and the like
     # An experiment's file asks for a sweep by itself; this is one job of it.
     of_experiment = any(override.startswith("+") for override in overrides)
     sweeps = hydra is None or re.search(r"^  mode: MULTIRUN$", hydra, re.MULTILINE)
     single = ["hydra.mode=RUN"] if of_experiment and sweeps else []
-    return [*lines, shlex.join(["python", "run.py", *overrides, *single])]
+    folders = [word for place in places for word in ("--config-dir", place)]
+    return [*lines, shlex.join(["python", "run.py", *folders, *asked, *single])]
 
 
 def _versions(one: Mapping[str, Any], config: str | None, hydra: str | None) -> dict[str, str]:
