@@ -155,6 +155,8 @@ if __name__ == "__main__":
             exit_codes.append(sweep.Sweep.started.end())
     except KeyboardInterrupt:
         print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
+        if sweep.Sweep.started:
+            print(sweep.Sweep.started.how_to_go_on(), file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as error:
         message = options.refusal(error)

@@ -73,12 +73,16 @@ class Sweep(Callback):
         took = frame["seconds/total"].sum() if "seconds/total" in frame else 0.0
         print(f"{len(frame)} jobs in {duration(took)}: {told}")
         if good := set(ended.index) == {reports.OK}:
-            again = ""
+            print(f"look at it: {self.folder / 'index.html'}")
         else:
-            again = f"\nonce more, the others alone: python -m moe_lab.runs {self.folder} --rerun"
+            print(self.how_to_go_on())
         names = sorted({path.relative_to(self.folder).parts[0] for path in written})
-        print(f"sweep: {self.folder} ({', '.join(names)}){again}")
+        print(f"sweep: {self.folder} ({', '.join(names)})")
         return int(not good)
+
+    def how_to_go_on(self) -> str:
+        """The command that does what is not done."""
+        return f"once more, the others alone: python -m moe_lab.runs {self.folder} --rerun"
 
     def _request(self) -> Request:
         request = instantiate(self.config.table, _convert_="object")

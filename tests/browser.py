@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from conftest import missing
+from playwright.sync_api import sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = (
@@ -30,9 +31,8 @@ def launched() -> Iterator[Any]:
     """A browser without a window; skips the test where there is none, but fails it in CI."""
     path = program()
     if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(HOW)
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
-    with playwright.sync_playwright() as driver:
+        missing(HOW)
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=OPTIONS)
         yield browser
         browser.close()

@@ -6,7 +6,6 @@ import base64
 import json
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -431,28 +430,18 @@ def test_a_single_run_and_an_empty_folder(browser: Any, tmp_path: Path) -> None:
         assert shown.inner_text("h1:visible") == "Run ."
 
 
-def test_a_thousand_runs_open_and_sort_at_once(browser: Any, tmp_path: Path) -> None:
+def test_a_thousand_runs_are_laid_out_as_they_are_looked_at(browser: Any, tmp_path: Path) -> None:
+    """How fast that is, experiments/bench/thousand_reports.py measures."""
     random_ = random.Random(3)
     for number in range(1000):
         write_run(tmp_path, number, random_)
-    started = time.perf_counter()
-    file = page.write(tmp_path)
-    wrote = time.perf_counter() - started
-    with opened(browser, file, viewport={"width": 1280, "height": 900}) as shown:
-        # With the two frames that put it on the screen.
-        opening = shown.evaluate("""() => new Promise((done) => requestAnimationFrame(() =>
-          requestAnimationFrame(() => done(performance.now()))))""")
-        sort = """() => new Promise((done) => {
-          const started = performance.now();
-          document.querySelector('th[data-key="compressed/kl"] button').click();
-          requestAnimationFrame(() =>
-            requestAnimationFrame(() => done(performance.now() - started)));
-        })"""
-        sorting = [shown.evaluate(sort) for _ in range(2)]
+    with opened(browser, page.write(tmp_path)) as shown:
         first = runs_of(shown)
-        shown.get_by_text("show the other").click()
-        assert len(runs_of(shown)) == 1000 and runs_of(shown)[: len(first)] == first
-    size = file.stat().st_size / 1e6
-    print(f"1,000 runs: written {wrote:.1f} s, {size:.1f} MB; opened {opening:.0f} ms, sorted "
-          f"{sorting[0]:.0f} and {sorting[1]:.0f} ms")  # fmt: skip
-    assert opening < 2000 and max(sorting) < 2000
+        assert 50 <= len(first) < 1000
+        click = shown.locator('th[data-key="compressed/kl"] button').click
+        click()
+        ascending = runs_of(shown)
+        assert ascending != first
+        # Not by the mouse: to bring the button into view lays out more rows, which moves it.
+        shown.get_by_text("show the other").evaluate("button => button.click()")
+        assert len(runs_of(shown)) == 1000 and runs_of(shown)[: len(ascending)] == ascending

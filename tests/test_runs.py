@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from filelock import FileLock
 
 from moe_lab import cleaning, jobs, listing, report, rerun, runs
@@ -706,3 +707,9 @@ def test_options_that_do_not_go_together(sweep: Path, words: list[str]) -> None:
 def test_a_result_is_no_job(stored: Stored) -> None:
     with pytest.raises(UserError, match="has no runs"):
         jobs.find(stored.store.root)
+
+
+def test_every_kind_of_result_is_known() -> None:
+    """A kind that cleaning does not know is never touched, and so would never be freed."""
+    source = "\n".join(path.read_text() for path in (ROOT / "moe_lab").rglob("*.py"))
+    assert set(re.findall(r'store\.get\(\s*"(\w+)"', source)) == set(cleaning.KINDS)
