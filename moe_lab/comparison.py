@@ -173,7 +173,7 @@ class _Sample:
 
 
 def _mean(figures: Sequence[float], places: Sequence[int]) -> float:
-    return math.fsum(figures[at] for at in places) / len(places)
+    return reports.mean([figures[at] for at in places])
 
 
 def _tasks(frame: pd.DataFrame) -> list[str]:

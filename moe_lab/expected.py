@@ -9,7 +9,6 @@ units; `table`, `variant`, `provenance`, `sure` and `note`, which are told.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from moe_lab.layouts import Table
 from moe_lab.pivot import Column
 from moe_lab.types import UserError
 
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"  # where a checkout has it
 TOLD = ("table", "variant", "provenance", "sure", "note")
 FIGURES = ("figure", "value", "std", "tolerance")
 SHOWN = ("published", "ours", "difference", "tolerance", "within")
@@ -30,6 +30,7 @@ WITHIN = {True: "yes", False: "NO", None: report.MISSING}
 def compare(frame: pd.DataFrame, path: Path) -> Table:
     """Each expected figure that a finished report of `frame` has, beside ours.
 
+    path: also relative to experiments/.
     Ours is the mean over the reports that match, with their deviation. What the reports do not have
     is counted below. UserError for a file that cannot be read as described.
     """
@@ -48,9 +49,10 @@ def compare(frame: pd.DataFrame, path: Path) -> Table:
         else:
             lacking[_why(one, frame, matching)] += 1
     notes = tuple(_notes(rows, lacking, path))
-    labels = [key for key in ("table", "variant", *asked) if key in expected]
-    labels = [key for key in labels if any(row[key] for row in rows)] or ["figure"]
-    labels = labels if "figure" in labels else [*labels, "figure"]
+    same = {key: rows[0][key] for key in asked if rows and len({row[key] for row in rows}) == 1}
+    told = "; ".join(f"{key}={value}" for key, value in same.items() if value)
+    labels = [key for key in ("table", "variant", *asked) if key in expected and key not in same]
+    labels = [*(key for key in labels if any(row[key] for row in rows)), "figure"]
     index = pd.DataFrame([{key: row[key] for key in labels} for row in rows], columns=labels)
     text = pd.DataFrame([_text(row) for row in rows], columns=SHOWN)
     files = [*(key for key in TOLD[2:] if key in expected)]
@@ -58,15 +60,27 @@ def compare(frame: pd.DataFrame, path: Path) -> Table:
         [{key: row[key] for key in (*NUMBERS, *files)} for row in rows], columns=[*NUMBERS, *files]
     )
     best = pd.DataFrame(False, index=text.index, columns=text.columns)
-    return Table(index, tuple(map(Column, SHOWN)), text, best, numbers, notes, ())
+    return Table(
+        index,
+        tuple(map(Column, SHOWN)),
+        text,
+        best,
+        numbers,
+        notes,
+        (f"of all: {told}",) if told else (),
+    )
 
 
 NUMBERS = ("value", "std", "ours", "ours (std)", "difference", "tolerance", "within")
 
 
 def _read(path: Path) -> pd.DataFrame:
+    ours = EXPERIMENTS / path
     try:
-        found = pd.read_csv(path, dtype=str, keep_default_na=False)
+        found = pd.read_csv(
+            ours if ours.is_file() and not path.is_file() else path,
+            dtype=str, keep_default_na=False,
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: it is to be a CSV file of figures") from error
     except (ValueError, UnicodeDecodeError) as error:
@@ -100,12 +114,11 @@ def _numbers(matching: pd.DataFrame, figure: str) -> list[float]:
 
 
 def _row(one: dict, ours: list[float]) -> dict:
-    mean = statistics.fmean(ours)
+    mean, std = reports.mean(ours), reports.deviation(ours)
     difference = mean - one["value"]
     within = None
     if not math.isnan(one["tolerance"]):
         within = abs(difference) <= one["tolerance"] + 1e-12
-    std = statistics.stdev(ours) if len(ours) > 1 else math.nan
     return one | {"ours": mean, "ours (std)": std, "difference": difference, "within": within}
 
 

@@ -16,11 +16,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from moe_lab import card, lineage, pictures, report
-from moe_lab.logbook import Logbook, flat
+from moe_lab.logbook import Logbook, flat, stable_hash
 from moe_lab.progress import duration
 from moe_lab.reports import RESULTS
 from moe_lab.stages import CURVE
-from moe_lab.store import commit, key_of
+from moe_lab.store import commit
 from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
@@ -158,9 +158,15 @@ def _head(job: Description) -> dict[str, Any]:
     found |= _options("calibration", config["calibration"])
     found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
               if key in config["finetune"]}  # fmt: skip
-    asked = {key: value for key, value in config.items() if key not in NOT_ASKED}
-    found |= {"seed": config["seed"], "commit": commit(), REQUEST: key_of(asked)}
+    found |= {"seed": config["seed"], "commit": commit(), REQUEST: _request(config)}
     return found | {"sweep": job.sweep, "job": job.name}
+
+
+def _request(config: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits over all that was asked for; also over what will be refused."""
+    asked = {key: value for key, value in config.items() if key not in NOT_ASKED}
+    plain = json.loads(json.dumps(asked, default=str))  # keys that are numbers become text
+    return stable_hash(json.dumps(plain, sort_keys=True))[:12]
 
 
 def _options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from rich.console import Console
@@ -54,6 +54,12 @@ class Table:
     def remarks(self) -> tuple[str, ...]:
         """Notes, then origin."""
         return self.notes + self.origin
+
+    def only(self, wanted: pd.Series) -> Table:
+        """The rows where `wanted` is true."""
+        names = ("index", "text", "best", "numbers")
+        kept = {name: getattr(self, name)[wanted].reset_index(drop=True) for name in names}
+        return replace(self, **kept)
 
     def markdown(self) -> str:
         """GitHub Markdown, the remarks as a list below."""

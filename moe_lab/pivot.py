@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -152,10 +151,8 @@ def _spread(made: Pivot) -> tuple[pd.DataFrame, pd.DataFrame]:
     for column in made.columns:
         figures = made.figures(column.key)
         found = [[figures[at] for at in made.finished(row, column)] for row in made.rows()]
-        mean[column.name] = [statistics.fmean(one) if one else math.nan for one in found]
-        deviation[column.name] = [
-            statistics.stdev(one) if len(one) > 1 else math.nan for one in found
-        ]
+        mean[column.name] = list(map(reports.mean, found))
+        deviation[column.name] = list(map(reports.deviation, found))
     return pd.DataFrame(mean), pd.DataFrame(deviation)
 
 

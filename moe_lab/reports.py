@@ -5,8 +5,10 @@ The one place that says what a report's key is; tables, pictures and pages are m
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,18 @@ def free(frame: pd.DataFrame) -> list[str]:
 def differs(column: pd.Series) -> bool:
     """Whether a setting has several values; to have none (another method's setting) is none."""
     return column.dropna().map(str).nunique() > 1
+
+
+def mean(figures: Sequence[float]) -> float:
+    """The mean of some figures, exactly theirs where all are equal; NaN of none."""
+    if not figures:
+        return math.nan
+    return figures[0] if min(figures) == max(figures) else statistics.fmean(figures)
+
+
+def deviation(figures: Sequence[float]) -> float:
+    """The sample standard deviation (n - 1); NaN of fewer than two figures."""
+    return statistics.stdev(figures) if len(figures) > 1 else math.nan
 
 
 def label(value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moe_lab.job import Place
-    from moe_lab.pivot import Request
 
 FILE = "sweep.json"
 
@@ -63,7 +61,9 @@ class Sweep(Callback):
 
         if not reports.find(self.folder):
             return 1
-        written, shown = tables.write(self.folder, self._request())
+        written, shown = tables.write(
+            self.folder, instantiate(self.config.table, _convert_="object")
+        )
         for table in shown:
             table.show()
         frame = reports.read(self.folder)
@@ -71,7 +71,7 @@ class Sweep(Callback):
         ended = frame[reports.STATUS].value_counts()
         told = ", ".join(f"{number} {status}" for status, number in ended.items())
         took = frame["seconds/total"].sum() if "seconds/total" in frame else 0.0
-        print(f"{len(frame)} jobs in {duration(took)}: {told}")
+        print(f"{len(frame)} jobs: {told}; {duration(took)} of work")
         if good := set(ended.index) == {reports.OK}:
             print(f"look at it: {self.folder / 'index.html'}")
         else:
@@ -83,13 +83,6 @@ class Sweep(Callback):
     def how_to_go_on(self) -> str:
         """The command that does what is not done."""
         return f"once more, the others alone: python -m moe_lab.runs {self.folder} --rerun"
-
-    def _request(self) -> Request:
-        request = instantiate(self.config.table, _convert_="object")
-        if request.expected and not Path(request.expected).is_file():
-            ours = Path(os.environ.get("MOE_LAB_ROOT", ".")) / "experiments" / request.expected
-            return replace(request, expected=str(ours))
-        return request
 
     def _track(self, frame: pd.DataFrame, written: list[Path]) -> None:
         """A run of its own in the sweep's group: the table, the pictures, the page."""

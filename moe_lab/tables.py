@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from moe_lab import comparison, expected, page, pictures, reports
@@ -40,8 +41,9 @@ def compare(frame: pd.DataFrame, request: Request) -> Table:
 def write(folder: Path, request: Request) -> tuple[list[Path], list[Table]]:
     """Everything of a sweep into its folder: tables, comparison, pictures, page.
 
-    The files' paths, and the tables to be shown. What cannot be made (a file that is no comparison,
-    a disk that is full) is told, and costs nothing of the rest.
+    The files' paths, and the tables to be shown, of the comparison what is not within tolerance.
+    What cannot be made (a file that is no comparison, a disk that is full) is told, and costs
+    nothing of the rest.
     """
     frame = reports.read(folder)
     request = possible(frame, request)
@@ -55,7 +57,15 @@ def write(folder: Path, request: Request) -> tuple[list[Path], list[Table]]:
     if request.expected:
         written += _guarded("comparison", lambda: files("expected", compare))
     written += _guarded("pictures", lambda: pictures.of_sweep(folder, frame))
-    return written + _guarded("page", lambda: [page.write(folder)]), shown
+    written += _guarded("page", lambda: [page.write(folder)])
+    return written, [one.only(~_within(one)) for one in shown]
+
+
+def _within(table: Table) -> pd.Series:
+    """Which rows of a comparison are within tolerance; none of another table."""
+    if "within" not in table.numbers:
+        return pd.Series(False, index=table.index.index)
+    return table.numbers["within"].eq(True)
 
 
 def _guarded(what: str, act: Callable[[], list[Path]]) -> list[Path]:
@@ -119,7 +129,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a file .md, .csv or .tex, instead of printing")
     parser.add_argument(
         "--write", action="store_true",
-        help="tables in all formats, pictures and index.html into the folder, as a sweep does",
+        help="tables in all formats, pictures and index.html into the folder, as a sweep does at "
+        "its end; without other options the table that it was asked for",
     )  # fmt: skip
     return parser.parse_args(given)
 
@@ -127,6 +138,14 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def _request(asked: argparse.Namespace) -> Request:
     names = ("rows", "columns", "values", "baseline", "best", "expected", "sort")
     return Request(**{name: getattr(asked, name) for name in names}, filters=dict(asked.filter))
+
+
+def _of_sweep(folder: Path) -> Request:
+    """What a sweep itself was asked to show, where it has left that."""
+    path = folder / "multirun.yaml"
+    node = OmegaConf.load(path).get("table") if path.is_file() else None
+    asked = OmegaConf.to_container(node, resolve=True) if node else {}
+    return Request(**{key: value for key, value in asked.items() if key != "_target_"})
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -142,7 +161,8 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def _do(asked: argparse.Namespace, request: Request) -> None:
     if asked.write:
-        for path in write(asked.folder, request)[0]:
+        of_sweep = request if request != Request() else _of_sweep(asked.folder)
+        for path in write(asked.folder, of_sweep)[0]:
             print(path)
         return
     frame = reports.read(asked.folder)

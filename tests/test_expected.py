@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from moe_lab import expected, report, reports
+from moe_lab import expected, report, reports, tables
 from moe_lab.layouts import Table
+from moe_lab.pivot import Request
 from moe_lab.types import UserError
 
 FILE = """\
@@ -69,11 +70,12 @@ def test_what_is_lacking_is_counted(tmp_path: Path) -> None:
 
 def test_all_formats(tmp_path: Path) -> None:
     made = compared(tmp_path)
-    assert "| main | cd_moe_s | big | condense | 6.0 | compressed/eval/average | 60.0 % |" in (
+    assert "| main | cd_moe_s | condense | 6.0 | compressed/eval/average | 60.0 % |" in (
         made.markdown()
     )
+    assert made.markdown().endswith("- of all: model=big\n"), "what is alike is told once"
     assert made.csv().splitlines()[0] == (
-        "table,variant,model,method,condense/num_layers,figure,value,std,ours,ours (std),"
+        "table,variant,method,condense/num_layers,figure,value,std,ours,ours (std),"
         "difference,tolerance,within,provenance,note"
     )
     assert r"$-$2.0" in made.latex()
@@ -106,3 +108,21 @@ def test_a_figure_without_a_report_of_it_is_not_made_up(tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("figure,value\ncompressed/kl,1\n")
     made = expected.compare(reports.read(tmp_path), tmp_path / "e.csv")
     assert made.notes[1] == "1 more were not evaluated or measured"
+
+
+def test_a_sweep_shows_what_is_not_within_tolerance(tmp_path: Path) -> None:
+    compared(tmp_path)
+    asked = Request(expected=str(tmp_path / "expected.csv"))
+    paths, (_, shown) = tables.write(tmp_path, asked)
+    assert shown.text["within"].tolist() == ["NO", "–"]
+    assert {"expected.md", "expected.csv", "expected.tex"} <= {path.name for path in paths}
+    assert "| yes |" in (tmp_path / "expected.md").read_text(), "the file has all"
+
+
+def test_an_experiment_s_file_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    made = expected.compare(reports.read(tmp_path), Path("cd_moe/main_table/expected.csv"))
+    assert len(made.index) == 0 and "deepseek_moe_16b, which was not run" in str(made.notes)

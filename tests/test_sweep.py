@@ -83,7 +83,7 @@ def test_two_jobs_fail_and_only_they_are_run_again(
     assert table.count("| failed |") >= 2 and table.count("- failed: metric=mine") == 2
     assert "gate_sums" in table
     assert "job 4 [5/6]: metric=mine ratio.ratio=0.25" in text
-    assert "job 5 [6/6]: failed in" in text and "6 jobs in" in text and "4 ok, 2 failed" in text
+    assert "job 5 [6/6]: failed in" in text and "6 jobs: 4 ok, 2 failed; " in text
     assert "HYDRA" not in text
 
     before, numbers = changed(folder), {path.name for path in folder.iterdir()}

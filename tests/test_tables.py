@@ -327,3 +327,20 @@ def test_latex_has_every_cell_and_compiles(sweep: Path, tmp_path: Path) -> None:
 
 def test_latex_escapes_what_pdflatex_does_not_know() -> None:
     assert latex("é≤漢") == r"e$\le$?"
+
+
+def test_a_sweep_s_end_can_be_made_again(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the table that the sweep was asked for, where the command does not ask for another."""
+    (sweep / "multirun.yaml").write_text(
+        "table:\n  _target_: moe_lab.pivot.Request\n  rows: ['${key}']\n  values: null\n"
+        "key: condense/experts\n"
+    )
+    assert tables.main([str(sweep), "--write"]) == 0
+    assert str(sweep / "index.html") in capsys.readouterr().out.splitlines()
+    assert cells((sweep / "table.md").read_text())[0][:2] == [
+        "condense/experts", "dense/eval/average",
+    ]  # fmt: skip
+    assert tables.main([str(sweep), "--write", "--values", "compressed/kl"]) == 0
+    assert cells((sweep / "table.md").read_text())[0] == [
+        "condense/experts", "condense/num_layers", "compressed/kl",
+    ]  # fmt: skip
