@@ -255,6 +255,8 @@ def _sorted(made: Pivot, keys: Sequence[str]) -> Pivot:
     order = list(range(len(made.index)))
     for key in reversed(keys):
         name, descending = key.removeprefix("-"), key.startswith("-")
+        # A figure that is spread out sorts by the first of its columns.
+        name = next((one.name for one in made.columns if one.key == name), name)
         column = made.index[name] if name in made.index else made.mean.get(name)
         if column is None:
             there = [*made.index, *made.mean]

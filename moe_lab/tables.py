@@ -109,7 +109,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         ("rows", "settings that make rows; default: those that differ"),
         ("columns", "settings to spread over columns"),
         ("values", "figures; default: accuracy, KL, parameters, memory, speed"),
-        ("sort", "keys of rows or values to sort by, -KEY for descending; default: as run"),
+        ("sort", "keys of rows or values to sort by, --sort=-KEY for descending; default: as run"),
         ("best", "the best is bold among rows alike in these; default: model and size; '': of all"),
     ):
         parser.add_argument(f"--{name}", type=_keys, metavar="KEY,KEY", help=text)

@@ -283,6 +283,9 @@ def test_rows_can_be_sorted(sweep: Path) -> None:
     assert by_setting.index.to_numpy().tolist() == [
         ["l1", "4"], ["random", "4"], ["l1", "2"], ["random", "2"],
     ]  # fmt: skip
+    spread = made_of(sweep, columns=["condense/num_layers"], sort=["compressed/eval/average"],
+                     values=["compressed/eval/average"])  # fmt: skip
+    assert spread.index["condense/experts"].tolist() == ["l1", "random"], "70.0 %, 80.7 %"
     with pytest.raises(UserError, match="--sort ratio: the table has no 'ratio'; it has condense"):
         made_of(sweep, sort=["ratio"])
 
