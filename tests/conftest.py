@@ -18,6 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ.update(OFFLINE)  # before anything imports the hub's client
+# Else MKL rounds by where in memory its operands lie, and what a fresh process loads differs in the
+# last bit (seen on an AMD processor). Intel calls it conditional numerical reproducibility.
+os.environ.setdefault("MKL_CBWR", "AVX2")
 
 SENTENCES = (
     "A router sends each token to a few of its experts, and their outputs are added up.",

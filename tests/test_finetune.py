@@ -448,7 +448,7 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
     assert run("there.jsonl").key == first.key
     assert run("here.jsonl", heldout=samples(6, 2)).key == first.key
     assert run("here.jsonl", lm_data=samples(7, 8)).key != first.key
-    recorder = Recorder({})
+    recorder = Recorder({}, tmp_path)
     recorder.checkpoints(
         {
             "dense": Checkpoint(tmp_path / "source"),
