@@ -813,7 +813,7 @@ def test_a_table_runs_from_any_folder_and_ends_with_one_table(
     assert done.stdout.count("condense/num_layers=9") == 1
     # The published numbers are of other models than a checkpoint of one's own.
     assert "of deepseek_moe_16b, which was not run" in (folder / "expected.md").read_text()
-    *_, made, again = done.stdout.rstrip().splitlines()
+    *_, again, made = done.stdout.rstrip().splitlines()
     told = folder.relative_to(tmp_path)
     assert made.startswith(f"sweep: {told} (") and "table.csv, table.md, table.tex" in made
     assert again.endswith(f"python -m moe_lab.runs {told} --rerun")
