@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -126,7 +127,8 @@ def main(config: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    place = sweep.place(folder)
+    # A single job that is put into a sweep's folder is none of its own.
+    place = sweep.place(folder) if hydra_config.mode == RunMode.MULTIRUN else None
     named = place.told if place else hydra_config.job.override_dirname
     description = job.Description(
         folder=folder,

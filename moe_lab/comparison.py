@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lab import report, reports
-from moe_lab.pivot import Column, Pivot
+from moe_lab.pivot import Column, Pivot, settings_of
 from moe_lab.types import UserError
 
 DENSE, AVERAGE = "dense", "eval/average"
@@ -46,7 +46,7 @@ class Comparison:
             levels = ", ".join(f"{star} p < {level}" for level, star in reversed(LEVELS))
             told += (
                 f"; {levels}, by {' or '.join(self.tests)}, "
-                f"not corrected for the {made} comparisons"
+                f"not corrected for the number of comparisons ({made})"
             )
         return told
 
@@ -114,10 +114,11 @@ class _Sample:
 
     def __init__(self, made: Pivot):
         self.made = made
-        varying = [key for key in reports.varying(made.reports) if key not in made.labels]
-        seeds = [key for key in varying if reports.SEED.search(key)]
-        self.pair = made.reports[seeds].map(reports.label).itertuples(index=False, name=None)
-        self.pair = list(self.pair)
+        varying = reports.varying(made.reports)
+        inside = [
+            key for key in varying if key not in made.labels and not reports.ORIGIN.match(key)
+        ]
+        self.inside = {key: made.reports[key].map(reports.label).tolist() for key in inside}
         self.tasks = _tasks(made.reports)
 
     def compare(
@@ -126,7 +127,7 @@ class _Sample:
         """Difference, p, and the test that was made; NaN and "" where there is none."""
         nothing = (math.nan, math.nan, "")
         variant, _, rest = column.key.partition("/")
-        if variant == DENSE:
+        if variant == DENSE or report.is_truth(column.key):
             return nothing
         if wanted is None:
             key = f"{DENSE}/{rest}"
@@ -142,15 +143,33 @@ class _Sample:
             return nothing
         own, other = self.made.figures(column.key), self.made.figures(base_column.key)
         mean = _mean(own, mine) - _mean(other, base)
-        of_base = {self.pair[at]: at for at in base}
-        pairs = [own[at] - other[of_base[self.pair[at]]] for at in mine if self.pair[at] in of_base]
-        p = paired(pairs)
+        p = paired(self._pairs(own, mine, other, base))
         if not math.isnan(p):
             return mean, p, SEEDS
         if rest != AVERAGE:
             return mean, math.nan, ""
         p = sign_flips(self._by_task(variant, mine, base_column.key.partition("/")[0], base))
         return mean, p, "" if math.isnan(p) else TASKS
+
+    def _pairs(
+        self, own: list[float], mine: list[int], other: list[float], base: list[int]
+    ) -> list[float]:
+        """Differences between reports that are alike in seeds, and in what else a cell mixes.
+
+        Empty where no seed sets them apart. Of several reports that are alike, their mean.
+        """
+        keys = [key for key, labels in self.inside.items()
+                if reports.NONE not in {labels[at] for at in (*mine, *base)}]  # fmt: skip
+        pairs: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
+        for side, places in enumerate((mine, base)):
+            for at in places:
+                alike = tuple(self.inside[key][at] for key in keys)
+                pairs.setdefault(alike, ([], []))[side].append(at)
+        both = {alike: pair for alike, pair in pairs.items() if all(pair)}
+        seeds = [place for place, key in enumerate(keys) if reports.SEED.search(key)]
+        if not any(len({alike[place] for alike in both}) > 1 for place in seeds):
+            return []
+        return [_mean(own, one) - _mean(other, two) for one, two in both.values()]
 
     def _replaced(self, row: Row, column: Column, wanted: dict[str, str]) -> tuple[Row, Column]:
         """The cell that has the wanted settings, and else those of this one."""
@@ -190,15 +209,13 @@ def _tasks(frame: pd.DataFrame) -> list[str]:
 
 def _settings(made: Pivot, baseline: str) -> dict[str, str]:
     """The settings that a baseline names."""
-    wanted = {}
-    for part in baseline.split(","):
-        key, sign, value = part.partition("=")
-        if not sign or key not in made.labels:
-            raise UserError(
-                f"--baseline {baseline}: it is dense, or key=value of {', '.join(made.labels)}"
-            )
-        there = reports.words(made.labels[key])
-        if value not in there.split(","):
-            raise UserError(f"--baseline {baseline}: no report has {part}; {key} is {there}")
-        wanted[key] = value
+    wanted = settings_of(baseline, made.labels)
+    if not wanted:
+        raise UserError(
+            f"--baseline {baseline}: it is dense, or key=value of {', '.join(made.labels)}"
+        )
+    for key, value in wanted.items():
+        if value not in set(made.labels[key]):
+            there = reports.words(made.labels[key])
+            raise UserError(f"--baseline {baseline}: no report has {key}={value}; {key} is {there}")
     return wanted

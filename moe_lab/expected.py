@@ -44,11 +44,17 @@ def compare(frame: pd.DataFrame, path: Path) -> Table:
             if one[key]:
                 matching = matching[_equal(matching, key, one[key])]
         ours = _numbers(matching, one["figure"])
-        if ours:
+        if math.isnan(one["value"]):
+            lacking["have no value"] += 1
+        elif ours:
             rows.append(_row(one, ours))
         else:
             lacking[_why(one, frame, matching)] += 1
-    notes = tuple(_notes(rows, lacking, path))
+    unknown = [key for key in asked if key not in frame]
+    notes = (*_notes(rows, lacking, path), *(
+        f"no report has {key}, which {path.name} asks for" for key in unknown
+        if any(one not in ("", reports.NONE) for one in expected[key])
+    ))  # fmt: skip
     same = {key: rows[0][key] for key in asked if rows and len({row[key] for row in rows}) == 1}
     told = "; ".join(f"{key}={value}" for key, value in same.items() if value)
     labels = [key for key in ("table", "variant", *asked) if key in expected and key not in same]
@@ -56,6 +62,7 @@ def compare(frame: pd.DataFrame, path: Path) -> Table:
     index = pd.DataFrame([{key: row[key] for key in labels} for row in rows], columns=labels)
     text = pd.DataFrame([_text(row) for row in rows], columns=SHOWN)
     files = [*(key for key in TOLD[2:] if key in expected)]
+    files += list(same)
     numbers = pd.DataFrame(
         [{key: row[key] for key in (*NUMBERS, *files)} for row in rows], columns=[*NUMBERS, *files]
     )
@@ -156,4 +163,4 @@ def _notes(rows: list[dict], lacking: Counter, path: Path) -> Iterator[str]:
         "a stated tolerance are within it"
     )
     for reason, number in lacking.items():
-        yield f"{number} more {reason}"
+        yield f"further rows, {number}, {reason}"

@@ -18,13 +18,12 @@ from rich.console import Console
 from moe_lab import card, lineage, pictures, report
 from moe_lab.logbook import Logbook, flat, stable_hash
 from moe_lab.progress import duration
-from moe_lab.reports import RESULTS
+from moe_lab.reports import REQUEST, RESULTS
 from moe_lab.stages import CURVE
 from moe_lab.store import commit
 from moe_lab.types import Plan, UserError
 
 logger = logging.getLogger(__name__)
-REQUEST = "fingerprint/request"  # of everything that was asked for and decides a result
 RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
     "distillation", "temperature", "teacher_top_k",

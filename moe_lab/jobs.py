@@ -217,12 +217,7 @@ def _job(folder: Path, sweep: Sweep | None) -> Job:
 
 
 def _report(folder: Path) -> report.Report | None:
-    try:
-        return report.read(folder)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{folder / report.FILE} cannot be read: {error}") from error
+    return report.read(folder) if (folder / report.FILE).is_file() else None
 
 
 def _status(folder: Path, said: report.Report | None) -> str:

@@ -26,6 +26,7 @@ LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # else taken for an argument of the line before
     "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "→": r"$\to$", "Δ": r"$\Delta$",
 }  # fmt: skip
 
@@ -100,7 +101,8 @@ class Table:
         console = console or Console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = WIDE
-        console.print(made)
+        if len(self.index):
+            console.print(made)
         for remark in self.remarks:
             console.print(f"- {remark}", soft_wrap=True, markup=False, highlight=False)
 
@@ -198,7 +200,7 @@ def _figure(made: Pivot, number: int, row: tuple[str, ...], column: Column) -> s
             return reports.OK
         return state(statuses)
     shown = report.shown(column.key, mean)
-    differ = deviation > EQUAL * abs(mean)
+    differ = deviation > EQUAL * abs(mean) and not report.is_truth(column.key)
     return f"{shown} ± {report.shown(column.key, deviation)}" if differ else shown
 
 
@@ -210,13 +212,15 @@ def _how_many(made: Pivot, row: tuple[str, ...], column: Column) -> str:
 
 
 def _brackets(comparisons: Sequence[Comparison], column: Column, number: int) -> str:
-    """The differences of a cell: (−3.7*)."""
+    """The differences of a cell: (−3.7*); to several baselines each in its place: (–; +0.5)."""
     found = []
     for one in comparisons:
         value = one.difference[column.name][number]
-        if abs(value) > EQUAL:  # nor where there is none
+        if value == value and (abs(value) > EQUAL or len(comparisons) > 1):
             found.append(report.difference(column.key, value) + stars(one.p[column.name][number]))
-    return f" ({'; '.join(found)})" if found else ""
+        elif len(comparisons) > 1:
+            found.append(report.MISSING)
+    return f" ({'; '.join(found)})" if set(found) - {report.MISSING} else ""
 
 
 def _best(made: Pivot, among: Sequence[str]) -> pd.DataFrame:

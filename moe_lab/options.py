@@ -70,7 +70,10 @@ def refusal(error: BaseException | None) -> str | None:
         elif isinstance(error, UserError):
             lines = [str(error)]
         elif isinstance(error, OSError) and error.filename and not _from_hydra(error):
-            lines.append(f"{error.filename}: {error.strerror}; choose another run_dir=<folder>")
+            lines.append(
+                f"{error.filename}: {error.strerror}; choose another run_dir=<folder> "
+                "(of a sweep: hydra.sweep.dir=<folder>)"
+            )
         elif isinstance(error, ValueError) and str(error).startswith(NO_NAME):
             got = str(error).rpartition(" ")[2].replace("NoneType", "null")
             lines.append(

@@ -238,7 +238,7 @@ def _all_curves(folder: Path, frame: pd.DataFrame, path: Path) -> Path | None:
 
 def _numbers(frame: pd.DataFrame, key: str) -> pd.Series:
     empty = pd.Series(math.nan, frame.index)
-    return pd.to_numeric(frame[key]).astype(float) if key in frame else empty
+    return pd.to_numeric(frame[key], errors="coerce").astype(float) if key in frame else empty
 
 
 def _there(frame: pd.DataFrame, figure: Figure) -> bool:

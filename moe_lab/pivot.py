@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -70,7 +71,8 @@ class Pivot:
     reports: those that the table is of; labels: theirs, as text, of rows and columns; ended: their
     statuses; numbers: what `figures` has read; cells: the positions of the
     reports in each cell that has some, by (row's labels, column's settings); mean, deviation: by
-    the columns' names, NaN where there is none.
+    the columns' names, NaN where there is none; repeated: reports that were left out, because
+    another one is of the same job.
     """
 
     reports: pd.DataFrame
@@ -82,6 +84,7 @@ class Pivot:
     cells: Mapping[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], list[int]]
     mean: pd.DataFrame
     deviation: pd.DataFrame
+    repeated: list[str]
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The labels of each row."""
@@ -119,8 +122,11 @@ def pivot(frame: pd.DataFrame, request: Request = Request()) -> Pivot:
                                                  request.best)))  # fmt: skip
     if twice := [key for key in request.columns or () if key in (request.rows or ())]:
         raise UserError(f"{twice[0]} can stand in --rows or in --columns, not in both")
-    columns = list(request.columns or ())
-    rows = list(request.rows or ()) or [key for key in reports.free(frame) if key not in columns]
+    frame, repeated = reports.distinct(frame)
+    columns = list(dict.fromkeys(request.columns or ()))
+    rows = list(dict.fromkeys(request.rows or ())) or [
+        key for key in reports.free(frame) if key not in columns
+    ]
     rows = rows or ["model"]
     values = list(request.values or ()) or [key for key in DEFAULT_VALUES if key in frame]
     values = values or [reports.STATUS]
@@ -138,7 +144,7 @@ def pivot(frame: pd.DataFrame, request: Request = Request()) -> Pivot:
     index = pd.DataFrame(list(at_rows), columns=rows)
     ended = frame[reports.STATUS].tolist()
     nothing = pd.DataFrame(index=index.index)
-    made = Pivot(frame, index, every, labels, ended, {}, cells, nothing, nothing)
+    made = Pivot(frame, index, every, labels, ended, {}, cells, nothing, nothing, repeated)
     mean, deviation = _spread(made)
     made = replace(made, mean=mean, deviation=deviation)
     return _sorted(made, request.sort) if request.sort else made
@@ -160,7 +166,8 @@ def filtered(frame: pd.DataFrame, filters: Mapping[str, Sequence[str]]) -> pd.Da
     """The reports that pass the filters; UserError for a key that none has, or if none is left."""
     _check_keys(frame, filters)
     for key, allowed in filters.items():
-        frame = frame[frame[key].map(reports.label).isin(allowed)]
+        whole = ",".join(allowed)  # of a value that has commas itself
+        frame = frame[frame[key].map(reports.label).isin([*allowed, whole])]
     if frame.empty:
         asked = (f"{key}={reports.words(allowed)}" for key, allowed in filters.items())
         raise UserError(f"no report has {' and '.join(asked)}")
@@ -183,12 +190,22 @@ def possible(frame: pd.DataFrame, request: Request) -> Request:
     return replace(request, **there, baseline=baselines)
 
 
+def settings_of(text: str, keys: Iterable[str]) -> dict[str, str]:
+    """key=value,key=value as a mapping; a comma that no key follows is part of the value.
+
+    Empty where it does not begin with one of the keys.
+    """
+    one = "|".join(map(re.escape, sorted(keys, key=len, reverse=True)))
+    parts = re.split(rf",(?=(?:{one})=)", text)
+    found = dict(part.partition("=")[::2] for part in parts)
+    return found if found.keys() <= set(keys) and "=" in text else {}
+
+
 def _is_there(frame: pd.DataFrame, baseline: str) -> bool:
     """Whether reports have the settings of a baseline; "dense" is always there."""
-    for key, sign, value in (part.partition("=") for part in baseline.split(",")):
-        if sign and (key not in frame or value not in set(frame[key].map(reports.label))):
-            return False
-    return True
+    asked = settings_of(baseline, reports.settings(frame))
+    there = (value in set(frame[key].map(reports.label)) for key, value in asked.items())
+    return baseline == "dense" or (bool(asked) and all(there))
 
 
 def remarks(made: Pivot) -> Iterator[str]:
@@ -207,6 +224,8 @@ def remarks(made: Pivot) -> Iterator[str]:
     ):
         if keys:
             yield f"{title} {_told(frame, keys)}"
+    if made.repeated:
+        yield f"left out, the same job as another report: {', '.join(made.repeated)}"
     same = [key for key in reports.settings(frame) if key not in varying and key not in labels]
     given = [key for key in same if frame[key].notna().any()]
     yield f"the same in all {len(frame)} reports that have it: {_told(frame, given)}"

@@ -16,6 +16,8 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_lab.types import UserError
+
 FILE = "report.json"
 VARIANTS = ("dense", "compressed", "finetuned")
 MISSING = "–"
@@ -61,8 +63,15 @@ def write(folder: Path, report: Mapping[str, Any]) -> Path:
 
 
 def read(folder: Path) -> Report:
-    """The report that `write` put into a run's folder."""
-    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    """The report that `write` put into a run's folder; UserError for a file that is none."""
+    path = folder / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or "status" not in found:
+        raise UserError(f"{path} cannot be read: it is no report, which has a status")
+    return found
 
 
 def order(folder: Path) -> list[tuple[int, str]]:
@@ -130,7 +139,8 @@ def shown(key: str, value: Any) -> str:
     if _finite(value) is None:
         return MISSING
     name = key.rpartition("/")[2]
-    return _percent(value) if name in SHARES else FORMATS.get(name, "{:.3f}".format)(value)
+    text = _percent(value) if name in SHARES else FORMATS.get(name, "{:.3f}".format)(value)
+    return text.removeprefix("-") if not text.strip("-0. %×s") else text
 
 
 def better(key: str) -> int:
@@ -146,6 +156,11 @@ def difference(key: str, value: float) -> str:
         return _signed(100 * value)
     size = shown(key, abs(value))
     return size if size == shown(key, 0.0) else ("+" if value > 0 else "−") + size
+
+
+def is_truth(key: str) -> bool:
+    """Whether a figure is a yes or a no."""
+    return FORMATS.get(key.rpartition("/")[2]) is _yes_or_no
 
 
 def titles(key: str) -> tuple[str, str]:
@@ -245,8 +260,9 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"
+def _yes_or_no(value: float) -> str:
+    """Yes, no, or of several reports how many say yes."""
+    return {0: "no", 1: "yes"}.get(value) or f"{100 * value:.0f} % yes"
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {

@@ -17,6 +17,7 @@ import pandas as pd
 from moe_lab import report
 from moe_lab.types import UserError
 
+REQUEST = "fingerprint/request"  # of everything that was asked for and decides a result
 STATUS, OK, NONE = "status", "ok", "none"
 # Not settings: what a job gave, and what names it. The rest of a report's keys is its settings.
 RESULTS = re.compile(
@@ -59,8 +60,51 @@ def varying(frame: pd.DataFrame) -> list[str]:
 
 
 def free(frame: pd.DataFrame) -> list[str]:
-    """The settings that tell the jobs of a sweep apart, seeds and origin aside."""
-    return [key for key in varying(frame) if not SEED.search(key) and not ORIGIN.match(key)]
+    """The settings that tell the jobs of a sweep apart, seeds and origin aside.
+
+    Where they do not (one that some jobs have not at all; an option that reports do not tell), what
+    is needed besides: settings that some lack, and in the end the name of the job.
+    """
+    names = [key for key in settings(frame) if not SEED.search(key) and not ORIGIN.match(key)]
+    found = [key for key in names if differs(frame[key])]
+    lacking = [key for key in names if key not in found and frame[key].isna().any()]
+    lacking = [key for key in lacking if frame[key].notna().any()]
+    while mixed := _mixed(frame, found):
+        parts = [frame.loc[names] for names in mixed]
+        lacked = (key for key in lacking if any(part[key].isna().nunique() > 1 for part in parts))
+        key = next(lacked, "job")
+        if key in found or key not in frame:
+            break
+        found.append(key)
+    return found
+
+
+def _mixed(frame: pd.DataFrame, keys: Sequence[str]) -> list[list[str]]:
+    """Reports, by their index, alike in `keys` and all seeds, that were asked for other things."""
+    if REQUEST not in frame:
+        return []
+    seeds = [key for key in settings(frame) if SEED.search(key) and frame[key].notna().any()]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, line in zip(frame.index, frame[[*keys, *seeds]].map(label).to_numpy(), strict=True):
+        groups.setdefault(tuple(line), []).append(name)
+    asked = frame[REQUEST].to_dict()
+    return [names for names in groups.values() if len({asked[one] for one in names} - {None}) > 1]
+
+
+def distinct(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The reports without repetitions of the same job, and which were left out.
+
+    What was asked for more than once, in several folders, is one result and no further seed: the
+    last one that went well stays.
+    """
+    if REQUEST not in frame:
+        return frame, []
+    asked = frame[REQUEST].map(label) + frame["model"].map(label)
+    known = frame[REQUEST].notna()
+    last = frame.assign(asked=asked, ok=frame[STATUS] == OK)[known]
+    last = last.sort_values("ok", kind="stable").drop_duplicates("asked", keep="last")
+    kept = ~known | frame.index.isin(last.index)
+    return frame[kept], list(frame.index[~kept])
 
 
 def differs(column: pd.Series) -> bool:
@@ -81,8 +125,8 @@ def deviation(figures: Sequence[float]) -> float:
 
 
 def label(value: Any) -> str:
-    """A setting's value as text."""
-    return NONE if value is None or value != value else str(value)
+    """A setting's value as text, in one line."""
+    return NONE if value is None or value != value else " ".join(str(value).split())
 
 
 def words(values: Iterable[Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,7 +50,18 @@ class Sweep(Callback):
             "overrides": jobs(config),
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
         (self.folder / FILE).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+
+    def _tell_of_earlier_jobs(self, number: int) -> None:
+        """Where the folder has jobs beyond this sweep's: nobody's results are deleted here."""
+        found = [one.parent.name for one in self.folder.glob("*/report.json")]
+        earlier = sum(name.isdecimal() and int(name) >= number for name in found) if number else 0
+        if earlier:
+            print(
+                f"{self.folder} has {earlier} more jobs, of an earlier sweep: its table will have "
+                "them too; for one without them choose another hydra.sweep.dir=<folder>"
+            )
 
     def end(self) -> int:
         """Tables, pictures and page into the sweep's folder, and what there is to say; exit code.
@@ -82,7 +94,8 @@ class Sweep(Callback):
 
     def how_to_go_on(self) -> str:
         """The command that does what is not done."""
-        return f"once more, the others alone: python -m moe_lab.runs {self.folder} --rerun"
+        command = shlex.join(["python", "-m", "moe_lab.runs", str(self.folder), "--rerun"])
+        return f"once more, the others alone: {command}"
 
     def _track(self, frame: pd.DataFrame, written: list[Path]) -> None:
         """A run of its own in the sweep's group: the table, the pictures, the page."""

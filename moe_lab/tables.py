@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -132,7 +133,21 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="tables in all formats, pictures and index.html into the folder, as a sweep does at "
         "its end; without other options the table that it was asked for",
     )  # fmt: skip
-    return parser.parse_args(given)
+    asked = parser.parse_args(given)
+    if asked.write and (asked.output or asked.format):
+        parser.error("--write makes all formats in the folder: leave out --output and --format")
+    if (
+        asked.expected
+        and not asked.write
+        and any(
+            getattr(asked, name)
+            for name in ("rows", "columns", "values", "sort", "best", "baseline")
+        )
+    ):
+        parser.error("--expected is a table of its own: of the other options it takes --filter")
+    if asked.output and not asked.format and asked.output.suffix.lower() not in ENDINGS:
+        parser.error(f"--output {asked.output}: it ends in {', '.join(ENDINGS)}, or say --format")
+    return asked
 
 
 def _request(asked: argparse.Namespace) -> Request:
@@ -153,6 +168,8 @@ def main(given: Sequence[str] | None = None) -> int:
     asked = _arguments(given)
     try:
         _do(asked, _request(asked))
+    except BrokenPipeError:  # who reads has seen enough
+        sys.stdout = None
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -167,15 +184,16 @@ def _do(asked: argparse.Namespace, request: Request) -> None:
         return
     frame = reports.read(asked.folder)
     table = (compare if request.expected else make)(frame, request)
-    ending = ENDINGS.get(asked.output.suffix) if asked.output else None
-    form = asked.format or ending or (TERMINAL if sys.stdout.isatty() else "markdown")
+    form = asked.format or (TERMINAL if sys.stdout.isatty() else "markdown")
+    if asked.output and not asked.format:
+        form = ENDINGS[asked.output.suffix.lower()]
     if form == TERMINAL:
-        with asked.output.open("w", encoding="utf-8") if asked.output else sys.stdout as file:
+        with asked.output.open("w", encoding="utf-8") if asked.output else nullcontext() as file:
             table.show(Console(file=file))
     elif asked.output:
         asked.output.write_text(getattr(table, form)(), encoding="utf-8")
     else:
-        print(getattr(table, form)(), end="")
+        print(getattr(table, form)(), end="", flush=True)
 
 
 if __name__ == "__main__":

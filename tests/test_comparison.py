@@ -176,4 +176,37 @@ def test_the_remark_says_how_it_was_tested(frame: pd.DataFrame) -> None:
     told = comparison.compare(made(frame), "metric=random").remark()
     assert told.startswith("in brackets: difference to metric=random; * p < 0.05, ** p < 0.01, by")
     assert "a paired t-test over seeds" in told and "a sign-flip test over tasks" in told
-    assert "not corrected for the 4 comparisons" in told
+    assert "not corrected for the number of comparisons (4)" in told
+
+
+def test_a_cell_that_mixes_more_than_seeds_is_paired_by_all_of_it(frame: pd.DataFrame) -> None:
+    """Two ratios in a cell: differences at the same ratio and seed, or against itself for dense."""
+    two = frame[frame["metric"] != "l1"]
+    table = made(two, rows=["metric"], values=[KEY])
+    found = comparison.compare(table, "metric=random")
+    pairs = [
+        SCORES["reap", ratio, seed].mean() - SCORES["random", ratio, seed].mean()
+        for ratio in (0.25, 0.5) for seed in SEEDS
+    ]  # fmt: skip
+    p = stats.ttest_1samp(pairs, 0).pvalue
+    assert cell(table, found.p, KEY, "reap") == pytest.approx(p)
+    of_dense = comparison.compare(table, "dense")
+    own = [SCORES["reap", ratio, seed].mean() - 0.95 for ratio in (0.25, 0.5) for seed in SEEDS]
+    assert cell(table, of_dense.p, KEY, "reap") == pytest.approx(stats.ttest_1samp(own, 0).pvalue)
+
+
+def test_without_a_seed_that_varies_no_test_is_of_seeds(frame: pd.DataFrame) -> None:
+    one = frame[frame["seed"] == 0]
+    found = comparison.compare(made(one, rows=["metric"], values=[KEY]), "metric=random")
+    assert found.tests == (comparison.TASKS,)
+
+
+def test_a_seed_of_one_side_alone_pairs_nothing(frame: pd.DataFrame) -> None:
+    """As metric/seed, which only random has, and which is its seed."""
+    told = frame.assign(**{"metric/seed": frame["seed"].where(frame["metric"] == "random", None)})
+    plain, with_it = (
+        comparison.compare(made(one, rows=["metric", "ratio"], values=[KEY]), "metric=random")
+        for one in (frame, told)
+    )
+    assert set(with_it.tests) == {comparison.TASKS, comparison.SEEDS}
+    pd.testing.assert_frame_equal(plain.p, with_it.p)

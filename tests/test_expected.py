@@ -62,9 +62,9 @@ def test_what_is_lacking_is_counted(tmp_path: Path) -> None:
     notes = compared(tmp_path).notes
     assert notes[0].startswith("4 figures of expected.csv beside ours: 2 of the 3 with")
     assert set(notes[1:]) == {
-        "2 more were not run",
-        "1 more are of other, which was not run",
-        "1 more are no figures of reports",
+        "further rows, 2, were not run",
+        "further rows, 1, are of other, which was not run",
+        "further rows, 1, are no figures of reports",
     }
 
 
@@ -76,7 +76,7 @@ def test_all_formats(tmp_path: Path) -> None:
     assert made.markdown().endswith("- of all: model=big\n"), "what is alike is told once"
     assert made.csv().splitlines()[0] == (
         "table,variant,method,condense/num_layers,figure,value,std,ours,ours (std),"
-        "difference,tolerance,within,provenance,note"
+        "difference,tolerance,within,provenance,note,model"
     )
     assert r"$-$2.0" in made.latex()
 
@@ -84,7 +84,7 @@ def test_all_formats(tmp_path: Path) -> None:
 def test_nothing_to_compare_is_a_table_without_rows(tmp_path: Path) -> None:
     made = compared(tmp_path, "figure,value,model\ncompressed/kl,1,unknown\n")
     assert len(made.index) == 0
-    assert "1 more are of unknown, which was not run" in made.markdown()
+    assert "further rows, 1, are of unknown, which was not run" in made.markdown()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_figure_without_a_report_of_it_is_not_made_up(tmp_path: Path) -> None:
     report.write(tmp_path / "0", found)
     (tmp_path / "e.csv").write_text("figure,value\ncompressed/kl,1\n")
     made = expected.compare(reports.read(tmp_path), tmp_path / "e.csv")
-    assert made.notes[1] == "1 more were not evaluated or measured"
+    assert made.notes[1] == "further rows, 1, were not evaluated or measured"
 
 
 def test_a_sweep_shows_what_is_not_within_tolerance(tmp_path: Path) -> None:

@@ -181,6 +181,9 @@ def test_the_command(sweep: Path, tmp_path: Path) -> None:
         (["--values", "compressed/kll"], "results are status, error"),
         (["--values", "model"], "model is no number in any report"),
         (["--rows", "model", "--columns", "model"], "in --rows or in --columns, not in both"),
+        (["--write", "--output", "x.md"], "leave out --output and --format"),
+        (["--expected", "x.csv", "--rows", "model"], "--expected is a table of its own"),
+        (["--output", "x.txt"], "it ends in .md, .csv, .tex, or say --format"),
         (["--filter", "model"], "'model' is not KEY=VALUE"),
         (["--filter", "model=other"], "no report has model=other"),
         (["--baseline", "metric=random"], "it is dense, or key=value of condense/experts"),
@@ -303,13 +306,13 @@ def test_a_cell_says_of_how_many_it_is_where_some_failed(sweep: Path) -> None:
 
 
 def test_latex_has_every_cell_and_compiles(sweep: Path, tmp_path: Path) -> None:
-    write(sweep, 14, condense__experts="50%_of & #{all}~^\\ $x$ ± μ漢", condense__num_layers=2,
+    write(sweep, 14, condense__experts="[50%_of & #{all}~^\\ $x$ ± μ漢", condense__num_layers=2,
           condense__seed=0, dense__eval__average=0.9, compressed__eval__average=0.1)  # fmt: skip
     plain = made_of(sweep, baseline=["dense", "condense/experts=l1"])
     spread = made_of(sweep, columns=["condense/num_layers"], rows=["condense/experts"])
     text = plain.latex()
-    assert r"\textbf{80.7 \% $\pm$ 2.1 \%} ($-$9.3*; +10.7)" in text
-    assert r"50\%\_of \& \#\{all\}\textasciitilde{}" in text and text.isascii()
+    assert r"\textbf{80.7 \% $\pm$ 2.1 \%} ($-$9.3{*}; +10.7)" in text
+    assert r"{[}50\%\_of \& \#\{all\}\textasciitilde{}" in text and text.isascii()
     assert r"\multicolumn{2}{c}{average accuracy, compressed}" in spread.latex()
     body = "\n".join([
         r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}",
@@ -347,3 +350,47 @@ def test_a_sweep_s_end_can_be_made_again(sweep: Path, capsys: pytest.CaptureFixt
     assert cells((sweep / "table.md").read_text())[0] == [
         "condense/experts", "condense/num_layers", "compressed/kl",
     ]  # fmt: skip
+
+
+def test_jobs_that_no_setting_tells_apart_are_rows_of_their_own(tmp_path: Path) -> None:
+    """An option that some have not at all, and one that reports do not tell; seeds are averaged."""
+    request = "fingerprint__request"
+    for number, (top_k, seed) in enumerate([(None, 0), (None, 1), (1, 0), (1, 1)]):
+        write(tmp_path, number, finetune__top_k=top_k, seed=seed, compressed__kl=number / 10,
+              **{request: f"r{number}"})  # fmt: skip
+    made = made_of(tmp_path)
+    assert [list(row.values())[:2] for row in parsed(made)] == [["none", "0.05"], ["1", "0.25"]]
+    write(tmp_path, 4, finetune__top_k=1, seed=1, compressed__kl=0.9, **{request: "r4"})
+    assert {row["job"] for row in parsed(made_of(tmp_path))} == {f"job {one}" for one in range(5)}
+
+
+def test_the_same_job_in_two_folders_is_one(tmp_path: Path) -> None:
+    for number, (seed, kl) in enumerate([(0, 0.1), (1, 0.2), (1, 0.2), (1, 0.2)]):
+        write(tmp_path, number, seed=seed, compressed__kl=kl, fingerprint__request=f"r{seed}",
+              status="failed" if number == 3 else "ok")  # fmt: skip
+    made = made_of(tmp_path)
+    assert made.numbers["compressed/kl (std)"].tolist() == [
+        pytest.approx(statistics.stdev([0.1, 0.2]))
+    ]
+    assert "left out, the same job as another report: 1, 3" in made.remarks
+
+
+def test_values_with_commas_and_truths(tmp_path: Path) -> None:
+    for number, stock in enumerate((True, False, False)):
+        write(tmp_path, number, calibration__domains='["prose", "code"]', seed=number,
+              compressed__stock=stock, compressed__kl=0.1)  # fmt: skip
+    write(tmp_path, 3, calibration__domains='["prose"]', seed=0, compressed__kl=0.3,
+          compressed__stock=True)  # fmt: skip
+    both, rows = '["prose", "code"]', ["calibration/domains"]
+    made = made_of(tmp_path, filters={rows[0]: both.split(",")}, rows=rows * 2)
+    assert made.index.to_numpy().tolist() == [[both]]
+    made = made_of(tmp_path, baseline=[f"{rows[0]}={both}", "dense"],
+                   values=["compressed/kl", "compressed/stock"])  # fmt: skip
+    assert made.text["compressed/stock"].tolist() == ["33 % yes", "yes"]
+    assert made.text["compressed/kl"].tolist() == ["0.1000", "0.3000 (+0.2000; –)"]
+
+
+def test_a_report_that_is_none_is_named(tmp_path: Path) -> None:
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "report.json").write_text(content)
+        assert tables.main([str(tmp_path)]) == 2

@@ -131,7 +131,7 @@ function paretoPicture(state, rows, width, marks) {
     ...look.items,
     ...(dense.length ? [[star(7), { class: "dense" }, "dense"]] : []),
     ...(known ? [["M-8 5H0V-5H8", { class: "front whole" },
-      `Pareto front (${front.length} of ${points.length})`]] : []),
+      `Pareto front of single runs (${front.length} of ${points.length})`]] : []),
   ]), known ? "" : quiet("No front: for one of the axes, nobody can say which way is better."));
   return node;
 }

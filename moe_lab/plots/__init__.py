@@ -24,7 +24,8 @@ MISSING = {AMOUNT: "0.85", SIGNED: "0.55"}  # greys that the colour maps do not 
 # Okabe and Ito's colours without the yellow, which print loses. With each its own marker and line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, STYLES = "osD^vPX<", ("-", "--", "-.", ":")
-PRINTED = {"pdf.fonttype": 42}  # fonts as TrueType: what journals take, and text stays text
+# Fonts as TrueType: what journals take, and text stays text; a $ in a name is a $.
+PRINTED = {"pdf.fonttype": 42, "text.parse_math": False}
 
 
 @contextmanager
@@ -35,15 +36,14 @@ def figure(path: Path, width: float, height: float, title: str) -> Iterator[Any]
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = Figure(figsize=(width, height), layout="compressed")
-    FigureCanvasAgg(made)
-    longest = max(map(len, title.splitlines()))
-    made.suptitle(title, fontsize="large" if longest < 50 else "medium")
-    yield made
-    made.get_layout_engine().execute(made)
-    made.set_layout_engine(None)  # else each saving draws once more, to lay out again
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of each font's tables
     with rc_context(PRINTED):
+        made = Figure(figsize=(width, height), layout="compressed")
+        FigureCanvasAgg(made)
+        made.suptitle(title, fontsize="large")
+        yield made
+        made.get_layout_engine().execute(made)
+        made.set_layout_engine(None)  # else each saving draws once more, to lay out again
         made.savefig(path, dpi=DPI, pil_kwargs={"compress_level": 3})
         made.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 

@@ -23,7 +23,12 @@ TOLD = {
 
 def read(path: Path) -> pd.DataFrame:
     """A fine-tuning's rows: phase, step, tokens, loss, …; tokens counted through all phases."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a killed run
+            break
     curve = pd.DataFrame(rows)
     if "tokens" in curve:  # a phase's first row has none: it tells the state before its steps
         curve["tokens"] = curve["tokens"].ffill().fillna(0)
