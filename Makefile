@@ -1,6 +1,7 @@
 # Every target makes .venv from the exact pins of constraints.txt first, when it is missing or stale.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
@@ -11,6 +12,7 @@ BENCHES := $(sort $(wildcard experiments/bench/*.py))
 help:
 	@echo "make run  [ARGS='group=option key=value']  run one experiment: by default the embedded one"
 	@echo "make test [ARGS='tests/test_store.py -x']   run the tests"
+	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
 	@echo "make lint                                   check style and formatting with ruff"
 	@echo "PYTHON=python3.12 make ...                  choose the interpreter that .venv is made from"
@@ -19,7 +21,7 @@ run: $(STAMP)
 	$(VENV)/bin/python run.py $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 # Every benchmark runs, also after a failed one; the target fails if any did.
 bench: $(STAMP)

@@ -140,7 +140,7 @@ def shown(key: str, value: Any) -> str:
         return MISSING
     name = key.rpartition("/")[2]
     text = _percent(value) if name in SHARES else FORMATS.get(name, "{:.3f}".format)(value)
-    return text.removeprefix("-") if not text.strip("-0. %×s") else text
+    return text if re.search("[1-9]", text) else text.removeprefix("-")
 
 
 def better(key: str) -> int:

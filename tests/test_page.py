@@ -255,6 +255,7 @@ def test_a_link_opens_a_run_and_back_returns(shown: Any) -> None:
     assert command in text
     shown.get_by_text("composed config").click()
     shown.get_by_text("log", exact=True).click()
+    shown.locator("pre", has_text="step 499").wait_for()  # which is built when it is opened
     texts = " ".join(shown.locator("pre").all_inner_texts())
     assert HOSTILE in texts and "step 499" in texts
     assert "step 199\n" not in texts  # the last 300 lines

@@ -156,7 +156,9 @@ def _format(key: str) -> list[Any]:
     Read off an example, so that the two cannot disagree.
     """
     text = report.shown(key, 1234567.0)
-    known = {"123456700.0 %": "share", "1.2 M": "count", "1.2 MB": "bytes", "yes": "truth"}
+    known = {"123456700.0 %": "share", "1.2 M": "count", "1.2 MB": "bytes"}
+    if report.is_truth(key):
+        return ["truth", 0, ""]
     if text in known:
         return [known[text], 1, ""]
     fixed = re.fullmatch(r"1234567(?:\.(0+))?(.*)", text)

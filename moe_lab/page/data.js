@@ -69,12 +69,17 @@ function scaled(value, units) {
   return `${fixed(value, power ? 1 : 0)} ${units[power]}`.trim();
 }
 
-/** A number as its key's figures are shown. */
-function shown(value, [kind, digits, unit]) {
+/** A number as its key's figures are shown, zero without a sign. */
+function shown(value, format) {
+  const text = written(value, format);
+  return /[1-9]/.test(text) ? text : text.replace(/^-/, "");
+}
+
+function written(value, [kind, digits, unit]) {
   if (kind === "share") return `${fixed(100 * value, 1)} %`;
   if (kind === "count") return scaled(value, ["", "k", "M", "B", "T"]);
   if (kind === "bytes") return scaled(value, ["B", "kB", "MB", "GB", "TB"]);
-  if (kind === "truth") return value ? "yes" : "no";
+  if (kind === "truth") return { 0: "no", 1: "yes" }[value] ?? `${fixed(100 * value, 0)} % yes`;
   if (kind === "general") return general(value, digits);
   return fixed(value, digits) + unit;
 }
