@@ -19,6 +19,7 @@ from moe_lab.types import UserError
 
 MODES = ("online", "offline", "off")
 CONNECT_SECONDS = 20.0  # how long a run waits for the server before it goes on offline
+START_SECONDS = 120.0  # how long W&B's own process may take to start on a busy machine
 UPLOAD_SECONDS = 120.0  # how long a finished run waits for its uploads
 STALL_SECONDS = 10.0  # a call that fails after so long was waiting for the server
 NAME_LENGTH, TAG_LENGTH = 128, 64  # W&B's limits in characters
@@ -168,7 +169,7 @@ class Tracker(Logbook):
             entity=self.entity,
             mode=mode,
             reinit="create_new",
-            settings=_settings(),
+            settings=_settings(CONNECT_SECONDS if mode == "online" else START_SECONDS),
             **what,
         )
         self._url = opened.url if mode == "online" else None
@@ -254,7 +255,7 @@ def _add(artifact: Any, path: Path) -> None:
         artifact.add_file(str(file), name=name, policy=policy)
 
 
-def _settings() -> Any:
+def _settings(patience: float) -> Any:
     """W&B without its console chatter, prompts, or capture of our output."""
     import wandb
 
@@ -263,7 +264,7 @@ def _settings() -> Any:
         console="off",
         disable_git=True,
         save_code=False,
-        init_timeout=CONNECT_SECONDS,
+        init_timeout=patience,
         finish_timeout=UPLOAD_SECONDS,
     )
 
