@@ -5,6 +5,7 @@ Beside run.py the only file that knows Hydra, and as light: `--help` imports it.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -38,6 +39,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
+        importlib.import_module("moe_lab.tables")  # as it is now: a sweep may outlive an update
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
