@@ -124,8 +124,19 @@ def run_command(
     folder: Path, *overrides: str, python: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run run.py from `folder`, so that its relative outputs/ lies there."""
-    command = [sys.executable, *python, str(ROOT / "run.py"), *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    command = [*python, str(ROOT / "run.py"), *overrides]
+    return run_python(folder, *command)
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python from `folder`, in an environment without W&B's.
+
+    W&B tells child processes of its service there, which a test before may have started and ended.
+    """
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600,
+        env={name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
+    )  # fmt: skip
 
 
 class Killed(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Outcome, run_command
+from conftest import ROOT, Outcome, run_command, run_python
 from filelock import FileLock
 from omegaconf import open_dict
 from wandb_files import read_back, read_one
@@ -85,10 +85,7 @@ def test_two_jobs_fail_and_only_they_are_run_again(
 
     before, numbers = changed(folder), {path.name for path in folder.iterdir()}
     write_metric(tmp_path, "gate_sum")
-    again = subprocess.run(
-        [sys.executable, "-m", "moe_lab.runs", str(folder), "--rerun"],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
-    )  # fmt: skip
+    again = run_python(tmp_path, "-m", "moe_lab.runs", str(folder), "--rerun")
     assert again.returncode == 0, again.stdout + again.stderr
     same = [now == then for now, then in zip(changed(folder), before, strict=True)]
     assert same == [True] * 2 + [False] * 2, "only those two"
@@ -144,10 +141,7 @@ def test_a_killed_job_says_so_and_is_run_again(tmp_path: Path, small: list[str])
     assert report.read(first.parent)["status"] == "running"
     assert [one.status for one in jobs.find(folder)] == ["killed", "missing"]
     assert report.read(first.parent)["ratio"] == 0.25, "it tells what was asked for"
-    again = subprocess.run(
-        [sys.executable, "-m", "moe_lab.runs", str(folder), "--rerun"],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
-    )  # fmt: skip
+    again = run_python(tmp_path, "-m", "moe_lab.runs", str(folder), "--rerun")
     assert again.returncode == 0, again.stdout + again.stderr
     assert [one.status for one in jobs.find(folder)] == ["ok", "ok"]
 
