@@ -16,10 +16,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from moe_lab import card, lineage, pictures, report
+from moe_lab.jobs import LOCK
 from moe_lab.logbook import Logbook, flat, stable_hash
 from moe_lab.progress import duration
 from moe_lab.reports import REQUEST, RESULTS
-from moe_lab.stages import CURVE
+from moe_lab.stages import CURVE, USAGE
 from moe_lab.store import commit
 from moe_lab.types import Plan, UserError
 
@@ -32,7 +33,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume")  # of no result's making
-LOCK = "job.lock"
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def _tracked(
     found: dict[str, Any],
 ) -> int:
     started = time.perf_counter()
+    for copied in (CURVE, USAGE):  # of what was asked for here before: it would be taken for ours
+        (job.folder / copied).unlink(missing_ok=True)
     report.write(job.folder, found)
     if job.place:
         logger.info("%s: %s", job.place, job.place.told)

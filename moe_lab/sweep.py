@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from moe_lab.job import Place
 
-FILE = "sweep.json"
-
 
 class Sweep(Callback):
     """Hydra's callback around all jobs; run.py asks the one that started for its end.
@@ -39,6 +37,8 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
+        from moe_lab.jobs import SWEEP
+
         importlib.import_module("moe_lab.tables")  # as it is now: a sweep may outlive an update
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
@@ -53,7 +53,7 @@ class Sweep(Callback):
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
-        (self.folder / FILE).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        (self.folder / SWEEP).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
     def _tell_of_earlier_jobs(self, number: int) -> None:
         """Where the folder has jobs beyond this sweep's: nobody's results are deleted here."""

@@ -182,6 +182,15 @@ def test_a_folder_in_use_is_refused(job: Callable[..., Outcome], tmp_path: Path)
     assert not (tmp_path / "job" / job_module.LOCK).exists()
 
 
+def test_what_another_request_left_in_the_folder_is_not_taken_for_ours(
+    job: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    (tmp_path / "job" / "curve.jsonl").write_text('{"phase": "lm", "step": 1, "loss": 2.0}\n')
+    assert job().code == 0
+    assert not (tmp_path / "job" / "curve.jsonl").exists()
+    assert not (tmp_path / "job" / "plots" / "curves.png").exists()
+
+
 def test_stages_are_told_as_they_end(
     job: Callable[..., Outcome], main_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
