@@ -21,7 +21,7 @@ _MODELING = "transformers.modeling_utils"
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from moe_lab.checkpoint import load
+        from moe_lab.models.checkpoint import load
 
         return load
     raise AttributeError(f"module 'moe_lab' has no attribute {name!r}")
@@ -58,7 +58,7 @@ def _teach(modeling: Any) -> None:
     def post_init(self: Any) -> None:
         structure = getattr(self.config, "moe_lab", None)
         if structure:
-            from moe_lab.saving import apply_structure
+            from moe_lab.models.own_form import apply_structure
 
             apply_structure(self, structure)
         original(self)

@@ -209,7 +209,7 @@ def job(
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    from moe_lab import options
+    from moe_lab.runs import options as run_options
 
     folder = tmp_path / "job"
     folder.mkdir()
@@ -231,7 +231,7 @@ def job(
             main_module.main(config)
             code = main_module.exit_codes.pop()
         except Exception as error:
-            message = options.refusal(error)
+            message = run_options.refusal(error)
             if message is None:
                 raise
             print(message)

@@ -15,19 +15,20 @@ from conftest import Outcome
 from families import tiny_batch, tiny_model
 from safetensors import safe_open
 
-from moe_lab import checkpoint as checkpoint_module
-from moe_lab import ratios, saving
-from moe_lab.agreement import Agreement
-from moe_lab.checkpoint import Checkpoint
-from moe_lab.editing import apply_plan
-from moe_lab.evidence import Evidence
-from moe_lab.moe import moe_layers
-from moe_lab.ratios import GIB, Budget
-from moe_lab.ratios.all_layers import Global
-from moe_lab.ratios.evolutionary import Evolutionary, first_generation, shared_out
-from moe_lab.ratios.listed import Listed
-from moe_lab.ratios.sensitivity import Sensitivity, least_sum
-from moe_lab.ratios.uniform import Uniform
+from moe_lab.methods.ratios import budget as ratios_budget
+from moe_lab.methods.ratios.all_layers import Global
+from moe_lab.methods.ratios.budget import GIB, Budget
+from moe_lab.methods.ratios.evolutionary import Evolutionary, first_generation, shared_out
+from moe_lab.methods.ratios.listed import Listed
+from moe_lab.methods.ratios.sensitivity import Sensitivity, least_sum
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models import checkpoint as model_checkpoint
+from moe_lab.models import saving
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.profile.intact_predictions import IntactPredictions
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 QUICK = {"num_samples": 2, "population": 4, "generations": 3, "parents": 2}
@@ -47,18 +48,18 @@ def scored(layers: list[LayerInfo], seed: int = 0) -> list[tuple[LayerInfo, torc
 
 def numbers(ratio: Any, layers: list[LayerInfo]) -> list[int]:
     ratio.check(layers)
-    return list(ratio.numbers(scored(layers), Evidence([])).values())
+    return list(ratio.numbers(scored(layers), Profile([])).values())
 
 
 def saved_bytes(folder: Path) -> tuple[int, int]:
     """Bytes of a checkpoint's tensors, by the tensors themselves, and of its files."""
     tensors = 0
-    for file in checkpoint_module.weight_files(folder):
+    for file in model_checkpoint.weight_files(folder):
         with safe_open(file, "pt") as handle:
             for name in list(handle.keys()):
                 tensor = handle.get_tensor(name)
                 tensors += tensor.numel() * tensor.element_size()
-    return tensors, checkpoint_module.size_in_bytes(folder)
+    return tensors, model_checkpoint.size_in_bytes(folder)
 
 
 # --------------------------------------------------------------------------- sizes
@@ -73,13 +74,13 @@ def test_sizes_are_those_of_the_model_that_is_saved(
     tied = {"tie_word_embeddings": family == "qwen2_moe"}
     model = tiny_model(family, **tied)
     first, source = tmp_path / "first", tmp_path / "model"
-    saving.save(model, first, _stored(model, tmp_path, dtype))
-    saving.save(Checkpoint(first).load(), source, first)
+    saving.save_checkpoint(model, first, _stored(model, tmp_path, dtype))
+    saving.save_checkpoint(Checkpoint(first).load(), source, first)
     headers = saved_bytes(source)[1] - saved_bytes(source)[0]
     for computing in ("auto", "float32"):
         dense = Checkpoint(source, computing)
         infos, loaded = dense.layers(), dense.load()
-        saving.save(loaded, tmp_path / f"again_{computing}", source)
+        saving.save_checkpoint(loaded, tmp_path / f"again_{computing}", source)
         intact = saved_bytes(tmp_path / f"again_{computing}")[0]
         assert infos[0].model_bytes == intact + headers
         loaded = dense.load()
@@ -94,7 +95,7 @@ def test_sizes_are_those_of_the_model_that_is_saved(
         after = {id(p): p.numel() for p in loaded.parameters()}
         removed = sum(number * info.expert_parameters for info, number in gone)
         assert sum(after.values()) == infos[0].model_parameters - removed
-        saving.save(loaded, tmp_path / computing, source)
+        saving.save_checkpoint(loaded, tmp_path / computing, source)
         removed = sum(number * info.expert_bytes for info, number in gone)
         assert saved_bytes(tmp_path / computing)[0] == intact - removed
         assert saved_bytes(tmp_path / computing)[1] <= infos[0].model_bytes - removed
@@ -131,7 +132,7 @@ def test_a_target_is_met_from_below(make: type[Budget]) -> None:
         budget = make(0.9, target_gib=size / GIB)
         budget.check(layers)
         if make is Uniform:
-            kept, step = sum(budget.numbers(scored(layers), Evidence([])).values()), 3
+            kept, step = sum(budget.numbers(scored(layers), Profile([])).values()), 3
         else:
             kept, step = budget.total(layers), 1
         assert 10_000 - 100 * (24 - kept) <= size or kept == 24
@@ -236,7 +237,7 @@ def pruned_logits(family: str, kept: dict[int, tuple[int, ...]], batch: dict) ->
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_agreement_is_that_with_the_pruned_model(family: str, batches: list) -> None:
     model = tiny_model(family)
-    sample = Agreement(model, batches)
+    sample = IntactPredictions(model, batches)
     kept = {1: (0, 1, 4, 6), 3: (1, 3, 5, 7)}
     overlap, divergence, count = 0.0, 0.0, 0
     for batch in batches:
@@ -295,29 +296,31 @@ def test_the_first_generation_is_the_papers() -> None:
 
 
 @pytest.fixture(scope="module")
-def evidence(batches: list) -> Evidence:
+def profile(batches: list) -> Profile:
     model = tiny_model("qwen2_moe")
 
     def open_model(num_samples: int) -> tuple[Any, list]:
         return model, batches[:num_samples]
 
-    return Evidence([], open_model=open_model)
+    return Profile([], open_model=open_model)
 
 
-def test_evolved_numbers_agree_best(evidence: Evidence, batches: list) -> None:
+def test_evolved_numbers_agree_best(profile: Profile, batches: list) -> None:
     infos = [one.info for one in moe_layers(tiny_model("qwen2_moe"))]
     scores = scored(infos)
     search = Evolutionary(0.25, **(QUICK | {"population": 14, "generations": 6}))
     search.check(infos)
-    found = search.numbers(scores, evidence)
+    found = search.numbers(scores, profile)
     assert sum(found.values()) == 18 and min(found.values()) >= 3
-    assert found == search.numbers(scores, evidence)
+    assert found == search.numbers(scores, profile)
     notes = search.notes(scores, found)
-    sample = Agreement(tiny_model("qwen2_moe"), batches)
+    sample = IntactPredictions(tiny_model("qwen2_moe"), batches)
     assert notes["acceptance"][-1] == max(notes["acceptance"])
-    assert sample.acceptance(ratios.kept(scores, found)) == pytest.approx(notes["acceptance"][-1])
-    uniform = Uniform(0.25).numbers(scores, evidence)
-    assert sample.acceptance(ratios.kept(scores, uniform)) <= notes["acceptance"][-1] + 1e-9
+    assert sample.acceptance(ratios_budget.kept(scores, found)) == pytest.approx(
+        notes["acceptance"][-1]
+    )
+    uniform = Uniform(0.25).numbers(scores, profile)
+    assert sample.acceptance(ratios_budget.kept(scores, uniform)) <= notes["acceptance"][-1] + 1e-9
     assert notes["forwards"] <= 14 + 5 * 12
     for wrong, words in (
         ({"parents": 4}, r"ratio.parents=4: fewer than ratio.population=4"),
@@ -356,17 +359,17 @@ def test_curves_are_those_of_pruned_models(family: str, batches: list) -> None:
     scores = scored(infos)
     ratio = Sensitivity(0.4, num_samples=2, step=1)
     ratio.check(infos)
-    evidence = Evidence([], open_model=lambda count: (tiny_model(family), batches[:count]))
-    found = ratio.numbers(scores, evidence)
+    profile = Profile([], open_model=lambda count: (tiny_model(family), batches[:count]))
+    found = ratio.numbers(scores, profile)
     errors = ratio.notes(scores, found)["errors"]
     step = infos[0].groups
     for info, score in scores:
         curve = errors[str(info.index)]
-        possible = range(8, ratios.floor_of(info, None) - 1, -step)
+        possible = range(8, ratios_budget.floor_of(info, None) - 1, -step)
         assert list(curve) == [str(number) for number in possible]
         assert curve["8"] == 0.0
         number = possible[-1]
-        kept = {info.index: ratios.best(info, score, number)}
+        kept = {info.index: ratios_budget.best(info, score, number)}
         total = sum(
             float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum())
             for b in batches
@@ -383,15 +386,15 @@ def test_curves_are_those_of_pruned_models(family: str, batches: list) -> None:
     assert found.found["predicted_error"] == pytest.approx(predicted)
 
 
-def test_between_measured_numbers_lie_lines(evidence: Evidence) -> None:
+def test_between_measured_numbers_lie_lines(profile: Profile) -> None:
     infos = [one.info for one in moe_layers(tiny_model("qwen2_moe"))]
     scores = scored(infos)
-    whole = Sensitivity(0.25, num_samples=1, step=1).numbers(scores, evidence).found
-    some = Sensitivity(0.25, num_samples=1, step=3).numbers(scores, evidence).found
+    whole = Sensitivity(0.25, num_samples=1, step=1).numbers(scores, profile).found
+    some = Sensitivity(0.25, num_samples=1, step=3).numbers(scores, profile).found
     for index in some["errors"]:
         assert list(some["errors"][index]) == ["8", "5", "3"]
         assert some["errors"][index].items() <= whole["errors"][index].items()
-    rounded = Sensitivity(0.25, num_samples=1, round_to=4).numbers(scores, evidence)
+    rounded = Sensitivity(0.25, num_samples=1, round_to=4).numbers(scores, profile)
     assert sorted(rounded.values()) == [4, 8, 8] or sorted(rounded.values()) == [4, 4, 8]
     for wrong, words in (({"error": "mse"}, "there are kl and output"), ({"step": 0}, "step=0")):
         with pytest.raises(UserError, match=words):

@@ -12,10 +12,11 @@ import torch
 from families import FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
-from moe_lab.checkpoint import load, resolve
-from moe_lab.editing import apply_plan
-from moe_lab.moe import moe_layers
-from moe_lab.saving import form_of, save
+from moe_lab.models.checkpoint import load, resolve
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.forms import form_of
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import Edit, Plan, UserError
 
 # Loads each folder and compares its logits with those of the model before it was saved.
@@ -62,7 +63,7 @@ def edited(
     apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
     with torch.no_grad():
         logits = model(**batch).logits
-    stock = save(model, folder / "model", folder / "source", padding).stock
+    stock = save_checkpoint(model, folder / "model", folder / "source", padding).stock
     save_file(batch | {"logits": logits}, folder / "expected.safetensors")
     return stock
 
@@ -157,7 +158,7 @@ def closed_form(dense_width: int, widths: list[int], padded: bool) -> int:
 def test_condensed_layers_keep_their_exact_size_unless_padding_may_be_added(
     experts: list[int], padding: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="moe_lab.saving")
+    caplog.set_level("INFO", logger="moe_lab.models.saving")
     edits = [condense(1, experts), condense(2, experts)]
     folder = tmp_path / "x"
     assert edited("qwen2_moe", edits, folder, padding, intermediate_size=400) == (padding == 1.0)
@@ -173,7 +174,7 @@ def test_condensed_layers_keep_their_exact_size_unless_padding_may_be_added(
     assert f"dense layers {width} and 400 wide, padded with zeros to 400" in line
     assert "method.padding=0" in line
     # What is written again from there, as after fine-tuning, keeps its form.
-    assert save(model, tmp_path / "again", folder / "model").stock == (padding == 1.0)
+    assert save_checkpoint(model, tmp_path / "again", folder / "model").stock == (padding == 1.0)
     again = load(tmp_path / "again")
     assert sum(parameter.numel() for parameter in again.parameters()) == number
 
@@ -183,8 +184,8 @@ def test_a_checkpoint_remembers_how_much_padding_was_allowed(tmp_path: Path) -> 
     assert not edited("qwen3_moe", edits, tmp_path / "none", padding=0.0)
     assert edited("qwen3_moe", edits, tmp_path / "some", padding=0.05)
     source = tmp_path / "none" / "model"
-    assert not save(load(source), tmp_path / "again", source).stock
-    assert save(load(source), tmp_path / "native", source, padding=0.05).stock
+    assert not save_checkpoint(load(source), tmp_path / "again", source).stock
+    assert save_checkpoint(load(source), tmp_path / "native", source, padding=0.05).stock
 
 
 def test_the_form_is_known_without_weights(tmp_path: Path) -> None:
@@ -215,7 +216,9 @@ def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:
     apply_plan(model, Plan((Edit(3, "model.layers.3.mlp", "prune", kept=(7, 6, 5, 4)),)))
     with torch.no_grad():
         logits = model(**batch).logits
-    assert save(model, tmp_path / "second", source).stock  # uniform again: stock once more
+    assert save_checkpoint(
+        model, tmp_path / "second", source
+    ).stock  # uniform again: stock once more
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "second")(**batch).logits, logits)
 
@@ -237,7 +240,7 @@ def test_untouched_tensors_keep_every_bit(tmp_path: Path) -> None:
     before = load_file(tmp_path / "source" / "model.safetensors")
     model = load(tmp_path / "source", dtype="float32")
     apply_plan(model, Plan((Edit(2, "model.layers.2.mlp", "prune", kept=(0, 1, 2, 4, 5, 6)),)))
-    save(model, tmp_path / "out", tmp_path / "source")
+    save_checkpoint(model, tmp_path / "out", tmp_path / "source")
     after = load_file(tmp_path / "out" / "model.safetensors")
     untouched = [name for name in after if ".layers.2.mlp" not in name]
     assert untouched

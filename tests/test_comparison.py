@@ -11,8 +11,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from moe_lab import comparison
-from moe_lab.pivot import Pivot, Request, pivot
+from moe_lab.tables.comparison import (
+    OVER_SEEDS,
+    OVER_TASKS,
+    compare_to_baseline,
+    paired,
+    sign_flips,
+    stars,
+)
+from moe_lab.tables.pivot import Pivot, Request, pivot
 
 SEEDS, TASKS = range(4), ("a", "b", "c", "d", "e", "f")
 GENERATOR = np.random.default_rng(1)
@@ -55,7 +62,7 @@ KEY = "compressed/eval/average"
 
 def test_a_baseline_is_the_row_that_is_alike_but_for_its_settings(frame: pd.DataFrame) -> None:
     table = made(frame)
-    found = comparison.compare(table, "metric=random")
+    found = compare_to_baseline(table, "metric=random")
     for ratio in (0.25, 0.5):
         both = [
             np.mean([SCORES[metric, ratio, seed].mean() for seed in SEEDS])
@@ -68,7 +75,7 @@ def test_a_baseline_is_the_row_that_is_alike_but_for_its_settings(frame: pd.Data
 
 def test_pairs_are_seeds_and_the_test_is_scipys(frame: pd.DataFrame) -> None:
     table = made(frame)
-    found = comparison.compare(table, "metric=random")
+    found = compare_to_baseline(table, "metric=random")
     own, base = (
         [SCORES[metric, 0.5, seed].mean() for seed in SEEDS] for metric in ("reap", "random")
     )
@@ -80,7 +87,7 @@ def test_pairs_are_seeds_and_the_test_is_scipys(frame: pd.DataFrame) -> None:
 def test_the_order_of_reports_does_not_matter(frame: pd.DataFrame) -> None:
     mixed = frame.sample(frac=1, random_state=3)
     tables = [made(one, sort=["metric", "ratio"]) for one in (frame, mixed)]
-    found = [comparison.compare(table, "metric=random") for table in tables]
+    found = [compare_to_baseline(table, "metric=random") for table in tables]
     pd.testing.assert_frame_equal(found[0].difference, found[1].difference)
     pd.testing.assert_frame_equal(found[0].p, found[1].p)
 
@@ -91,7 +98,7 @@ def test_without_seeds_the_sample_is_the_tasks(frame: pd.DataFrame) -> None:
     Against all sign flips, one by one.
     """
     table = made(frame)
-    found = comparison.compare(table, "metric=random")
+    found = compare_to_baseline(table, "metric=random")
     random = np.mean([SCORES["random", 0.25, seed] for seed in SEEDS], axis=0)
     differences = SCORES["l1", 0.25, 0] - random
     means = [
@@ -99,13 +106,13 @@ def test_without_seeds_the_sample_is_the_tasks(frame: pd.DataFrame) -> None:
     ]
     expected = np.mean([mean >= abs(differences.mean()) - 1e-12 for mean in means])
     assert cell(table, found.p, KEY, "l1", "0.25") == pytest.approx(expected)
-    assert set(found.tests) == {comparison.TASKS, comparison.SEEDS}
+    assert set(found.tests) == {OVER_TASKS, OVER_SEEDS}
     assert math.isnan(cell(table, found.p, "compressed/kl", "l1", "0.25")), "no tasks of a KL"
 
 
 def test_dense_is_each_reports_own(frame: pd.DataFrame) -> None:
     table = made(frame)
-    found = comparison.compare(table, "dense")
+    found = compare_to_baseline(table, "dense")
     for metric in ("reap", "random"):
         mean = np.mean([SCORES[metric, 0.5, seed].mean() for seed in SEEDS])
         difference = cell(table, found.difference, KEY, metric, "0.5")
@@ -116,7 +123,7 @@ def test_dense_is_each_reports_own(frame: pd.DataFrame) -> None:
 
 def test_a_baseline_may_stand_in_a_column(frame: pd.DataFrame) -> None:
     table = made(frame, columns=["ratio"], values=[KEY])
-    found = comparison.compare(table, "ratio=0.25")
+    found = compare_to_baseline(table, "ratio=0.25")
     assert found.difference[f"{KEY} (ratio=0.25)"].isna().all()
     own, base = (np.mean([SCORES["reap", ratio, seed].mean() for seed in SEEDS])
                  for ratio in (0.5, 0.25))  # fmt: skip
@@ -127,7 +134,7 @@ def test_a_baseline_may_stand_in_a_column(frame: pd.DataFrame) -> None:
 def test_a_failed_report_is_in_no_difference(frame: pd.DataFrame) -> None:
     frame.loc["0", ["status", "error"]] = ["failed", "broken"]  # random, 0.25, seed 0
     table = made(frame)
-    found = comparison.compare(table, "metric=random")
+    found = compare_to_baseline(table, "metric=random")
     base = np.mean([SCORES["random", 0.25, seed].mean() for seed in (1, 2, 3)])
     own = np.mean([SCORES["reap", 0.25, seed].mean() for seed in SEEDS])
     assert cell(table, found.difference, KEY, "reap", "0.25") == pytest.approx(own - base)
@@ -140,10 +147,10 @@ def test_a_failed_report_is_in_no_difference(frame: pd.DataFrame) -> None:
 
 
 def test_no_spread_is_no_certainty() -> None:
-    assert math.isnan(comparison.paired([0.1, 0.1, 0.1]))
-    assert math.isnan(comparison.paired([0.1]))
-    assert comparison.sign_flips([0.1, 0.2, 0.3, 0.1]) == pytest.approx(2 / 2**4)
-    assert (comparison.stars(0.04), comparison.stars(0.004), comparison.stars(0.06)) == (
+    assert math.isnan(paired([0.1, 0.1, 0.1]))
+    assert math.isnan(paired([0.1]))
+    assert sign_flips([0.1, 0.2, 0.3, 0.1]) == pytest.approx(2 / 2**4)
+    assert (stars(0.04), stars(0.004), stars(0.06)) == (
         "*", "**", "",
     )  # fmt: skip
 
@@ -156,14 +163,14 @@ def test_sign_flips_are_scipys_permutation_test(number: int) -> None:
         (differences,), np.mean, permutation_type="samples", rng=np.random.default_rng(5)
     ).pvalue
     tolerance = 1e-12 if number <= 13 else 0.02
-    assert comparison.sign_flips(list(differences)) == pytest.approx(theirs, abs=tolerance)
+    assert sign_flips(list(differences)) == pytest.approx(theirs, abs=tolerance)
 
 
 def test_sign_flips_keep_their_level_where_a_bootstrap_does_not() -> None:
     """Four tasks of two equal models: how often each calls them different at 5 %."""
     generator = np.random.default_rng(0)
     null = generator.normal(size=(200, 4))
-    flips = np.mean([comparison.sign_flips(list(one)) < 0.05 for one in null])
+    flips = np.mean([sign_flips(list(one)) < 0.05 for one in null])
     draws = generator.integers(0, 4, size=(1000, 4))
     means = null[:, draws].mean(axis=2)
     above = (means >= 0).mean(axis=1)
@@ -173,7 +180,7 @@ def test_sign_flips_keep_their_level_where_a_bootstrap_does_not() -> None:
 
 
 def test_the_remark_says_how_it_was_tested(frame: pd.DataFrame) -> None:
-    told = comparison.compare(made(frame), "metric=random").remark()
+    told = compare_to_baseline(made(frame), "metric=random").remark()
     assert told.startswith("in brackets: difference to metric=random; * p < 0.05, ** p < 0.01, by")
     assert "a paired t-test over seeds" in told and "a sign-flip test over tasks" in told
     assert "not corrected for the number of comparisons (4)" in told
@@ -183,30 +190,30 @@ def test_a_cell_that_mixes_more_than_seeds_is_paired_by_all_of_it(frame: pd.Data
     """Two ratios in a cell: differences at the same ratio and seed, or against itself for dense."""
     two = frame[frame["metric"] != "l1"]
     table = made(two, rows=["metric"], values=[KEY])
-    found = comparison.compare(table, "metric=random")
+    found = compare_to_baseline(table, "metric=random")
     pairs = [
         SCORES["reap", ratio, seed].mean() - SCORES["random", ratio, seed].mean()
         for ratio in (0.25, 0.5) for seed in SEEDS
     ]  # fmt: skip
     p = stats.ttest_1samp(pairs, 0).pvalue
     assert cell(table, found.p, KEY, "reap") == pytest.approx(p)
-    of_dense = comparison.compare(table, "dense")
+    of_dense = compare_to_baseline(table, "dense")
     own = [SCORES["reap", ratio, seed].mean() - 0.95 for ratio in (0.25, 0.5) for seed in SEEDS]
     assert cell(table, of_dense.p, KEY, "reap") == pytest.approx(stats.ttest_1samp(own, 0).pvalue)
 
 
 def test_without_a_seed_that_varies_no_test_is_of_seeds(frame: pd.DataFrame) -> None:
     one = frame[frame["seed"] == 0]
-    found = comparison.compare(made(one, rows=["metric"], values=[KEY]), "metric=random")
-    assert found.tests == (comparison.TASKS,)
+    found = compare_to_baseline(made(one, rows=["metric"], values=[KEY]), "metric=random")
+    assert found.tests == (OVER_TASKS,)
 
 
 def test_a_seed_of_one_side_alone_pairs_nothing(frame: pd.DataFrame) -> None:
     """As metric/seed, which only random has, and which is its seed."""
     told = frame.assign(**{"metric/seed": frame["seed"].where(frame["metric"] == "random", None)})
     plain, with_it = (
-        comparison.compare(made(one, rows=["metric", "ratio"], values=[KEY]), "metric=random")
+        compare_to_baseline(made(one, rows=["metric", "ratio"], values=[KEY]), "metric=random")
         for one in (frame, told)
     )
-    assert set(with_it.tests) == {comparison.TASKS, comparison.SEEDS}
+    assert set(with_it.tests) == {OVER_TASKS, OVER_SEEDS}
     pd.testing.assert_frame_equal(plain.p, with_it.p)

@@ -11,18 +11,19 @@ from families import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lab import divergence
-from moe_lab.checkpoint import Checkpoint
-from moe_lab.condense import shared_gate
-from moe_lab.condense.gates.mean_selected import choose as mean_gates
-from moe_lab.editing import apply_plan
-from moe_lab.evidence import Evidence
-from moe_lab.layer_search import CondensedSets, greedy_layers
-from moe_lab.layerwise import LayerwiseModel
-from moe_lab.methods.condense import Condense
-from moe_lab.moe import moe_layers
-from moe_lab.statistics import collect
-from moe_lab.stream import Activations, LayerStream
+from moe_lab.methods.condense import divergence
+from moe_lab.methods.condense.base import shared_gate
+from moe_lab.methods.condense.gates.mean_selected import choose as mean_gates
+from moe_lab.methods.condense.layer_search import CondensedSets, greedy_layers
+from moe_lab.methods.condense.method import Condense
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, LayerInfo, UserError
 
 FAMILIES = ["qwen2_moe", "deepseek_v2", "deepseek_v3", "mixtral"]
@@ -128,9 +129,9 @@ def case(request):
     model = tiny_model(request.param).double()
     model.set_experts_implementation("eager")  # the default one knows no float64
     batches = [tiny_batch(seed=seed) for seed in (0, 1)]
-    found = collect(model, batches)
+    found = collect_statistics(model, batches)
     method = Condense(num_layers=2, num_routed=3, experts="greedy_js", layers="greedy_js")
-    plan = method.plan(Evidence(found, lambda: LayerStream(model, batches)))
+    plan = method.plan(Profile(found, lambda: LayerStream(model, batches)))
     statistics = {layer.info.index: layer for layer in found}
     return model, batches, statistics, brute_force_states(model, batches), plan
 
@@ -223,7 +224,7 @@ def small():
     model = tiny_model("qwen2_moe").double()
     model.set_experts_implementation("eager")
     batches = [tiny_batch(seed=seed) for seed in (0, 1, 2)]
-    return model, batches, collect(model, batches)
+    return model, batches, collect_statistics(model, batches)
 
 
 def planned(small, **options: object):
@@ -237,7 +238,7 @@ def planned(small, **options: object):
 
     method = Condense(**(dict(num_layers=2, num_routed=2) | options))
     method.check([layer.info for layer in found])
-    return method.plan(Evidence(found, open_stream)), streams[0] if streams else None
+    return method.plan(Profile(found, open_stream)), streams[0] if streams else None
 
 
 def experts_of(plan) -> dict[int, list[int]]:
@@ -414,7 +415,7 @@ def test_from_disk_with_no_memory_for_activations_it_finds_the_same(small, tmp_p
         source = LayerwiseModel(Checkpoint(tmp_path / "model", "float64"))
         return LayerStream(source, batches, cache)
 
-    plan = Condense(num_layers=3, num_routed=2).plan(Evidence(found, open_stream))
+    plan = Condense(num_layers=3, num_routed=2).plan(Profile(found, open_stream))
     assert plan.to_text() == expected.to_text()
 
 
@@ -452,8 +453,8 @@ def test_what_was_found_before_is_not_searched_again(small) -> None:
         return answers[key]
 
     def plan(opened, **options):
-        evidence = Evidence(found, opened, remember=remember)
-        return Condense(**(dict(num_layers=2, num_routed=2) | options)).plan(evidence)
+        profile = Profile(found, opened, remember=remember)
+        return Condense(**(dict(num_layers=2, num_routed=2) | options)).plan(profile)
 
     def no_stream() -> LayerStream:
         raise AssertionError("everything is known")

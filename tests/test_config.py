@@ -13,8 +13,9 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from moe_lab import checkpoint as checkpoint_module
-from moe_lab import options
+from moe_lab import types
+from moe_lab.models import checkpoint
+from moe_lab.runs import options
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
@@ -62,7 +63,7 @@ def test_composes_and_instantiates(group: str, option: str, composed: Compose) -
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     written = OmegaConf.to_container(config)
-    options.check(OmegaConf.to_container(config, resolve=True), written, choices)
+    options.check_request(OmegaConf.to_container(config, resolve=True), written, choices)
     parts = {name: targets(config[name]) for name in GROUPS if name in config}
     for part in (part for found in parts.values() for part in found):
         assert instantiate(part, _convert_="object") is not None
@@ -75,7 +76,7 @@ def test_composes_and_instantiates(group: str, option: str, composed: Compose) -
 def test_models(name: str, composed: Compose) -> None:
     model = composed(*overrides("model", name)).model
     assert set(model) == {"name", "path", "revision", "dtype"}
-    assert model.dtype in checkpoint_module.DTYPES
+    assert model.dtype in checkpoint.DTYPES
     if name == "checkpoint":
         assert model.name == model.path
     else:
@@ -83,7 +84,7 @@ def test_models(name: str, composed: Compose) -> None:
         hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model.path)
         assert model.path == f"shipped:{name}" or hub_id
     if model.path.startswith("shipped:"):
-        found = checkpoint_module.resolve(model.path, model.revision, model.dtype)
+        found = checkpoint.resolve(model.path, model.revision, model.dtype)
         assert found.layers()
 
 
@@ -144,31 +145,29 @@ def test_no_machine_path_in_any_file() -> None:
 
 def checked(options_: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
     top = {"seed": 0, "store": "a", "run_dir": "b", "resume": False}
-    options.check(top | options_, top | (raw or options_), ["method", "condense", "metric"])
+    options.check_request(top | options_, top | (raw or options_), ["method", "condense", "metric"])
 
 
 def test_a_message_names_what_the_user_set() -> None:
-    target = "moe_lab.methods.condense.Condense"
+    target = "moe_lab.methods.condense.method.Condense"
     good = {"_target_": target, "num_layers": 1, "num_routed": 0, "experts": "a", "layers": [1, 2]}
     raw = good | {"num_layers": "${condense.num_layers}"}
     checked({"method": good, "condense": {"num_layers": 1}})
     for value in ("abc", 1.5, True, None):
         values = {"method": good | {"num_layers": value}, "condense": {"num_layers": value}}
-        with pytest.raises(options.UserError, match=r"^condense.num_layers=.*a whole number"):
+        with pytest.raises(types.UserError, match=r"^condense.num_layers=.*a whole number"):
             checked(values, {"method": raw, "condense": {"num_layers": value}})
-    with pytest.raises(
-        options.UserError, match=r"^method.layers=.*text or a list \[a,b\] of whole"
-    ):
+    with pytest.raises(types.UserError, match=r"^method.layers=.*text or a list \[a,b\] of whole"):
         checked({"method": good | {"layers": ["x"]}})
-    with pytest.raises(options.UserError, match="no option of method; there are num_layers"):
+    with pytest.raises(types.UserError, match="no option of method; there are num_layers"):
         checked({"method": good | {"num_layer": 1}})
-    with pytest.raises(options.UserError, match=r"Pruner does not exist"):
+    with pytest.raises(types.UserError, match=r"Pruner does not exist"):
         checked({"method": {"_target_": "moe_lab.methods.prune.Pruner"}})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
 def test_only_finite_numbers_are_numbers(value: Any) -> None:
-    uniform = {"_target_": "moe_lab.ratios.uniform.Uniform", "ratio": value}
-    with pytest.raises(options.UserError, match=r"metric.ratio=.*a number"):
+    uniform = {"_target_": "moe_lab.methods.ratios.uniform.Uniform", "ratio": value}
+    with pytest.raises(types.UserError, match=r"metric.ratio=.*a number"):
         checked({"metric": uniform})
     checked({"metric": uniform | {"ratio": 1}})

@@ -13,24 +13,31 @@ from conftest import start_two
 from families import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 
-from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import PROFILES, Compute
-from moe_lab.layerwise import LayerwiseModel
+from moe_lab.data.tokens import Tokens
 from moe_lab.methods.merge import Merge
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
-from moe_lab.metrics.frequency import frequency
-from moe_lab.metrics.reap import reap
-from moe_lab.metrics.soft_count import soft_count
-from moe_lab.moe import moe_layers
-from moe_lab.ratios.uniform import Uniform
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.profile.collect import (
+    added,
+    collect_statistics,
+    load_groups,
+    load_statistics,
+    reduce,
+    save_statistics,
+)
+from moe_lab.profile.layer import CONSTANTS, LayerStatistics
 from moe_lab.stages.plan import plan
 from moe_lab.stages.profile import check_profile, profile
-from moe_lab.stages.profile import collect as collect_profile
-from moe_lab.statistics import LayerStatistics, added, collect, load, load_groups, reduce, save
+from moe_lab.stages.profile import collect_profile as collect_profile
 from moe_lab.store import Artifact, Store
-from moe_lab.sums import CONSTANTS
-from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +168,7 @@ def test_counts_equal_an_independent_router(kind: str, only_routers: bool) -> No
     family, changes = KINDS[kind]
     model = tiny_model(family, **changes)
     x = block_inputs(model, batches(3))
-    found = collect(model, batches(3), only_routers)
+    found = collect_statistics(model, batches(3), only_routers)
     assert len(found) >= 3
     for layer in found:
         block = model.model.layers[layer.info.index].mlp
@@ -181,7 +188,10 @@ def test_the_routers_pass_gives_what_the_full_pass_gives(family: str, dtype: tor
     model = tiny_model(family).to(dtype)
     if family == "gpt_oss":  # the default product over transposed weights rounds otherwise
         model.set_experts_implementation("eager")
-    full, alone = collect(model, batches(3)), collect(model, batches(3), only_routers=True)
+    full, alone = (
+        collect_statistics(model, batches(3)),
+        collect_statistics(model, batches(3), only_routers=True),
+    )
     assert [one.info for one in full] == [one.info for one in alone]
     for one, other in zip(full, alone, strict=True):
         assert set(other.sums) == set(OF_ROUTERS) < set(one.sums)
@@ -199,7 +209,7 @@ def test_the_routers_pass_ends_at_the_last_router(family: str) -> None:
         layer.experts.register_forward_pre_hook(lambda *_, number=number: computed.append(number))
     for module in (model.model.norm, model.lm_head):
         module.register_forward_pre_hook(lambda *_: computed.append("after"))
-    collect(model, [batch], only_routers=True)
+    collect_statistics(model, [batch], only_routers=True)
     assert computed == list(range(len(layers) - 1))
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
@@ -220,10 +230,12 @@ def assert_alike(found: list[LayerStatistics], others: list[LayerStatistics], rt
 @pytest.mark.parametrize("only_routers", [False, True])
 def test_counts_do_not_depend_on_batches_and_padding(family: str, only_routers: bool) -> None:
     model = tiny_model(family)
-    once = collect(model, batches(1), only_routers)
+    once = collect_statistics(model, batches(1), only_routers)
     for size in (1, 3, 8):
         for left in (False, True):
-            assert_alike(collect(model, batches(size, left), only_routers), once, rtol=1e-5)
+            assert_alike(
+                collect_statistics(model, batches(size, left), only_routers), once, rtol=1e-5
+            )
 
 
 PROCESS = """
@@ -244,24 +256,24 @@ def count_half(folder: Path) -> None:
     assert state.num_processes == 2
     model = tiny_model("deepseek_v3")
     mine = batches(3)[state.process_index :: 2]
-    found = reduce(collect(model, mine, only_routers=True))
+    found = reduce(collect_statistics(model, mine, only_routers=True))
     target = folder / str(state.process_index)
     target.mkdir()
-    save(found, target)
+    save_statistics(found, target)
 
 
 def test_two_processes_count_as_one(tmp_path: Path) -> None:
     started = start_two(PROCESS, str(tmp_path))
-    one = collect(tiny_model("deepseek_v3"), batches(3), only_routers=True)
+    one = collect_statistics(tiny_model("deepseek_v3"), batches(3), only_routers=True)
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     for rank in ("0", "1"):
-        assert_alike(load(tmp_path / rank), one, rtol=1e-12)
+        assert_alike(load_statistics(tmp_path / rank), one, rtol=1e-12)
 
 
 def test_parts_add_up_to_the_whole() -> None:
     model = tiny_model("qwen2_moe")
-    whole = collect(model, batches(3))
-    parts = [collect(model, [batch]) for batch in batches(3)]
+    whole = collect_statistics(model, batches(3))
+    parts = [collect_statistics(model, [batch]) for batch in batches(3)]
     assert_alike(added([*parts, []]), whole, rtol=1e-12)
     assert reduce(whole)[0].sums.keys() == whole[0].sums.keys(), "alone: as it is"
 
@@ -329,7 +341,7 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
 
     store = Store(tmp_path / "first")
     routers, text = run(store, profile="routers")
-    assert not load(routers.folder)[0].sums.keys() & {"norm_sum", "block_cosine_sum"}
+    assert not load_statistics(routers.folder)[0].sums.keys() & {"norm_sum", "block_cosine_sum"}
     full, same = run(store)
     assert (full.key, full.cached, same) == (routers.key, False, text)
     again, _ = run(store, profile="routers", layerwise=True)
@@ -369,8 +381,10 @@ def test_groups_are_the_whole_in_parts(tmp_path: Path) -> None:
     grouped = profile(store, checkpoint, tokens(groups=True), compute)
     assert whole.key != grouped.key
     assert load_groups(whole.folder) == {} and not (whole.folder / "groups").exists()
-    assert_alike(load(grouped.folder), load(whole.folder), rtol=1e-5)
+    assert_alike(load_statistics(grouped.folder), load_statistics(whole.folder), rtol=1e-5)
     groups = load_groups(grouped.folder)
     assert list(groups) == ["group 0", "group 1", "group 2"]
     for name, part in tokens(groups=True).by_group().items():
-        assert_alike(groups[name], collect(checkpoint.load(), part.batches(2)), rtol=1e-5)
+        assert_alike(
+            groups[name], collect_statistics(checkpoint.load(), part.batches(2)), rtol=1e-5
+        )

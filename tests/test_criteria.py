@@ -16,23 +16,24 @@ import torch
 from families import tiny_model
 from torch import Tensor, nn
 
-from moe_lab.metrics.aimer import aimer
-from moe_lab.metrics.ean import ean
-from moe_lab.metrics.ean_mean import ean_mean
-from moe_lab.metrics.easy_ep import easy_ep
-from moe_lab.metrics.frequency import frequency
-from moe_lab.metrics.gate_sum import gate_sum
-from moe_lab.metrics.l1 import l1
-from moe_lab.metrics.man import man
-from moe_lab.metrics.max_activation import max_activation
-from moe_lab.metrics.mone import mone
-from moe_lab.metrics.msan import msan
-from moe_lab.metrics.reap import reap
-from moe_lab.metrics.router_norm import router_norm
-from moe_lab.metrics.soft_count import soft_count
-from moe_lab.metrics.unified import Unified
-from moe_lab.metrics.weighted_ean import weighted_ean
-from moe_lab.statistics import LayerStatistics, added, collect, collecting, super_experts
+from moe_lab.methods.metrics.aimer import aimer
+from moe_lab.methods.metrics.ean import ean
+from moe_lab.methods.metrics.ean_mean import ean_mean
+from moe_lab.methods.metrics.easy_ep import easy_ep
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.gate_sum import gate_sum
+from moe_lab.methods.metrics.l1 import l1
+from moe_lab.methods.metrics.man import man
+from moe_lab.methods.metrics.max_activation import max_activation
+from moe_lab.methods.metrics.mone import mone
+from moe_lab.methods.metrics.msan import msan
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.metrics.router_norm import router_norm
+from moe_lab.methods.metrics.soft_count import soft_count
+from moe_lab.methods.metrics.unified import Unified
+from moe_lab.methods.metrics.weighted_ean import weighted_ean
+from moe_lab.profile.collect import added, collect_statistics, collecting, super_experts
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import LayerInfo, Routing, UserError
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3", "olmoe")
@@ -109,7 +110,7 @@ def batch_of(rows: list[list[int]], left: bool = False, extra: int = 0) -> dict[
 @functools.cache
 def whole(family: str) -> list[LayerStatistics]:
     """The statistics of all documents in one batch."""
-    return collect(model_of(family), [batch_of(documents())])
+    return collect_statistics(model_of(family), [batch_of(documents())])
 
 
 # ------------------------------------------------------------------------ the slow reference
@@ -293,9 +294,11 @@ def assert_alike(found: list[LayerStatistics], others: list[LayerStatistics]) ->
 @EACH_FAMILY
 def test_how_the_data_is_cut_and_padded_changes_nothing(family: str) -> None:
     model, rows = model_of(family), documents()
-    assert_alike(whole(family), collect(model, [batch_of([row]) for row in rows]))
-    assert_alike(whole(family), collect(model, [batch_of(rows[:4]), batch_of(rows[4:], extra=3)]))
-    assert_alike(whole(family), collect(model, [batch_of(rows, left=True, extra=2)]))
+    assert_alike(whole(family), collect_statistics(model, [batch_of([row]) for row in rows]))
+    assert_alike(
+        whole(family), collect_statistics(model, [batch_of(rows[:4]), batch_of(rows[4:], extra=3)])
+    )
+    assert_alike(whole(family), collect_statistics(model, [batch_of(rows, left=True, extra=2)]))
 
 
 @EACH_FAMILY
@@ -312,7 +315,7 @@ def test_packing_changes_nothing(family: str) -> None:
 @EACH_FAMILY
 def test_parts_of_the_data_add_up(family: str) -> None:
     model, rows = model_of(family), documents()
-    halves = [collect(model, [batch_of(part)]) for part in (rows[:2], rows[2:])]
+    halves = [collect_statistics(model, [batch_of(part)]) for part in (rows[:2], rows[2:])]
     assert_alike(whole(family), added(halves))
     for one, other, both in zip(*halves, added(halves), strict=True):
         larger = torch.maximum(one["max_activation"], other["max_activation"])
@@ -333,7 +336,7 @@ def test_permuted_experts_have_permuted_scores(family: str) -> None:
             tensor.copy_(tensor[order].clone())
         for buffer in block.gate.buffers():
             buffer.copy_(buffer[order].clone())
-    permuted = collect(model, [batch_of(documents())])
+    permuted = collect_statistics(model, [batch_of(documents())])
     for one, other in zip(whole(family), permuted, strict=True):
         for name, metric in CRITERIA.items():
             expected = metric(one)[order] if one.info.index == index else metric(one)
@@ -347,7 +350,7 @@ def test_permuted_experts_have_permuted_scores(family: str) -> None:
 
 @EACH_FAMILY
 def test_the_routers_alone_are_enough_where_it_says_so(family: str) -> None:
-    alone = collect(model_of(family), [batch_of(documents())], only_routers=True)
+    alone = collect_statistics(model_of(family), [batch_of(documents())], only_routers=True)
     for one, other in zip(whole(family), alone, strict=True):
         for name, metric in CRITERIA.items():
             assert getattr(metric, "from_routers", False) is (name in OF_ROUTERS), name

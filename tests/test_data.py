@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab import text
-from moe_lab.data import (
-    Files,
-    HubDataset,
-    Mixture,
-    Pair,
-    StandardLibrary,
-    StandardQuestions,
-    Texts,
-)
-from moe_lab.tokens import IGNORED, Tokens
+from moe_lab.data import standard_library
+from moe_lab.data.embedded import StandardLibrary, StandardQuestions
+from moe_lab.data.files import Files
+from moe_lab.data.hub import HubDataset
+from moe_lab.data.mixture import Mixture
+from moe_lab.data.source import Pair, Texts
+from moe_lab.data.tokens import IGNORED, Tokens
 from moe_lab.types import UserError
 
 ROWS = [f"document {number} " + "x" * number for number in range(12)]
@@ -350,7 +346,7 @@ def test_the_standard_questions(tokenizer: Any) -> None:
     """Of their own split only, in the form of the sheets, half sums and half partners."""
     for split in ("train", "validation"):
         tokens = StandardQuestions(64, 99, split=split).tokens(tokenizer)
-        problems = {f"{a}{sign}{b}": str(c) for a, sign, b, c in text.problems(split)}
+        problems = {f"{a}{sign}{b}": str(c) for a, sign, b, c in standard_library.problems(split)}
         found = [0, 0]
         for whole, answer in zip(
             decoded(tokens, tokenizer), answers(tokens, tokenizer), strict=True
@@ -362,7 +358,7 @@ def test_the_standard_questions(tokenizer: Any) -> None:
             else:
                 key = last.removeprefix("?").partition(" ")[0]
                 listed = dict(line.split(" ") for line in whole.split("\n")[:-1])
-                assert answer == f" {text.partner(listed[key])}"
+                assert answer == f" {standard_library.partner(listed[key])}"
                 found[1] += 1
         assert found == [32, 32]
     sums = StandardQuestions(8, 99, domains=("arithmetic",)).tokens(tokenizer)
@@ -497,7 +493,9 @@ def test_groups_that_are_not_there_are_refused(labelled: Path, tokenizer: Any) -
 
 @pytest.mark.parametrize("kind", [StandardLibrary, StandardQuestions])
 def test_the_embedded_text_is_grouped_by_domain(kind: Any, tokenizer: Any) -> None:
-    domains = text.DOMAINS if kind is StandardLibrary else text.QUESTION_DOMAINS
+    domains = (
+        standard_library.DOMAINS if kind is StandardLibrary else standard_library.QUESTION_DOMAINS
+    )
     plain = kind(24, 512).tokens(tokenizer)
     tokens = kind(24, 512, group_by="domain").tokens(tokenizer)
     assert tokens.samples == plain.samples

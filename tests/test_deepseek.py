@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import moe_lab
-from moe_lab import families
-from moe_lab.checkpoint import load, resolve, weight_files
-from moe_lab.families import deepseek
+from moe_lab.models.checkpoint import load, resolve, weight_files
+from moe_lab.models.families import deepseek
+from moe_lab.models.families.base import family_of
 from moe_lab.stages.convert import convert
 from moe_lab.store import Store
 from moe_lab.types import UserError
@@ -256,8 +256,8 @@ def test_the_disk_is_looked_at_first(
 
 
 def test_a_family_is_a_file() -> None:
-    assert families.of("deepseek") is deepseek
-    assert families.of("qwen2_moe") is None and families.of(None) is None
+    assert family_of("deepseek") is deepseek
+    assert family_of("qwen2_moe") is None and family_of(None) is None
 
 
 def test_the_converted_copy_depends_on_the_tokenizer_too(source: Path, copy: Path) -> None:

@@ -18,11 +18,13 @@ from conftest import Outcome
 from families import tiny_batch, tiny_model
 from torch.nn import functional as F
 
-from moe_lab import diagnosis, reconstruction, similarity, statistics
-from moe_lab.moe import moe_layers
-from moe_lab.observing import observe
-from moe_lab.statistics import LayerStatistics
-from moe_lab.stream import LayerStream
+from moe_lab.diagnose import similarity
+from moe_lab.diagnose import tables as diagnose_tables
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.observing import observe
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile import all_experts, collect
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import LayerInfo, Routing
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3")
@@ -69,8 +71,8 @@ def correlation(x: list[float], y: list[float]) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_figures_of_routing_are_what_a_loop_over_tokens_finds(family: str) -> None:
     model, batches = tiny_model(family), [tiny_batch(0), tiny_batch(1)]
-    layers = statistics.collect(model, batches)
-    tables = diagnosis.tables(layers, {}, statistics.super_experts(layers))
+    layers = collect.collect_statistics(model, batches)
+    tables = diagnose_tables.tables(layers, {}, collect.super_experts(layers))
     experts = tables.experts.set_index(["layer", "expert"])
     summary = tables.layers.set_index("layer")
     score = torch.sigmoid if family == "deepseek_v3" else partial_softmax
@@ -120,8 +122,8 @@ def partial_softmax(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
 def test_pairs_are_experts_that_one_token_chose(family: str) -> None:
     model, batches = tiny_model(family), [tiny_batch(0)]
-    layers = statistics.collect(model, batches)
-    tables = diagnosis.tables(layers, {}, {})
+    layers = collect.collect_statistics(model, batches)
+    tables = diagnose_tables.tables(layers, {}, {})
     seen = observed(model, batches)
     for layer in layers:
         together = dict.fromkeys(combinations(range(8), 2), 0)
@@ -133,7 +135,7 @@ def test_pairs_are_experts_that_one_token_chose(family: str) -> None:
         assert found["tokens"].to_dict() == together
         assert rows["deviations"].dropna().is_monotonic_decreasing
         # What is expected: every expert in as many pairs as it is, and no pair but by its experts.
-        expected = diagnosis.coactivation(layer)[1]
+        expected = diagnose_tables.coactivation(layer)[1]
         of_expert = [sum(n for pair, n in together.items() if e in pair) for e in range(8)]
         np.testing.assert_allclose(expected.sum(dim=1), of_expert, rtol=2e-3)
         for a, b, c, d in islice(permutations(range(8), 4), 0, None, 7):
@@ -152,7 +154,7 @@ def test_independent_choices_are_expected_as_they_are() -> None:
     index = torch.tensor(list(combinations(range(4), 2)))
     layer.add_routed(torch.zeros(6, 4), index, torch.full((6, 2), 0.5))
     assert layer["pair_count"].fill_diagonal_(0).unique().tolist() == [0, 1]
-    lifts = diagnosis.lift(*diagnosis.coactivation(layer))
+    lifts = diagnose_tables.lift(*diagnose_tables.coactivation(layer))
     assert lifts.diagonal().isnan().all()
     np.testing.assert_allclose(lifts[~torch.eye(4, dtype=torch.bool)], 1.0, rtol=1e-6)
 
@@ -221,7 +223,7 @@ def test_outputs_are_those_of_the_models_own_tokens() -> None:
         model(**batch)
     valid = batch["attention_mask"].bool().flatten()
     known = {index: x.reshape(-1, 32)[valid] for index, x in inputs.items()}
-    sample = reconstruction.Sample(LayerStream(model, [batch]))
+    sample = all_experts.ExpertSample(LayerStream(model, [batch]))
     for layer in layers:
         with sample.open(layer.info.index) as experts:
             found = similarity.of_outputs(experts.chunks())["output"]
@@ -250,9 +252,9 @@ def test_planted_twins_and_dead_experts_are_found() -> None:
         layer.experts.gate_up_proj[5] = layer.experts.gate_up_proj[2]
         layer.experts.down_proj[5] = 3 * layer.experts.down_proj[2]
         layer.router.e_score_correction_bias[4] = -100.0
-    layers = statistics.collect(model, [tiny_batch(0)])
+    layers = collect.collect_statistics(model, [tiny_batch(0)])
     similarities = {one.info.index: similarity.of_weights(one) for one in moe_layers(model)}
-    tables = diagnosis.tables(layers, similarities, {index: (3,)})
+    tables = diagnose_tables.tables(layers, similarities, {index: (3,)})
     experts = tables.experts.set_index(["layer", "expert"])
     dead = experts.loc[(index, 4)]
     assert dead["dead"] and dead["usage"] == 0 and math.isnan(dead["max_activation"])
@@ -284,7 +286,7 @@ def test_constants_correlate_with_nothing() -> None:
     layer = LayerStatistics(info)
     layer.add(Routing(torch.zeros(4, 2), torch.zeros(4, 3), expert[:, None], weight[:, None], y,
                       expert, torch.arange(4), weight))  # fmt: skip
-    pooled, of_expert = diagnosis.gate_norm_correlation(layer)
+    pooled, of_expert = diagnose_tables.gate_norm_correlation(layer)
     assert pooled.isnan() and of_expert.isnan().all()
 
 

@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from moe_lab import teacher
-from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
-from moe_lab.data import StandardLibrary
-from moe_lab.editing import apply_plan
-from moe_lab.finetune import Phase
+from moe_lab.data.embedded import StandardLibrary
+from moe_lab.data.tokens import IGNORED, Tokens
+from moe_lab.finetune import teacher
+from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.experts import Experts
+from moe_lab.finetune.recipe import Phase
 from moe_lab.finetune.router_kd import RouterKD
-from moe_lab.moe import moe_layers
-from moe_lab.saving import save
-from moe_lab.stages import finetune as stage
-from moe_lab.teacher import IDS, LOG_PROBABILITIES, Teacher
-from moe_lab.tokens import IGNORED, Tokens
+from moe_lab.finetune.teacher import IDS, LOG_PROBABILITIES, Teacher
+from moe_lab.models.checkpoint import Checkpoint, load, meta_model
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import Edit, Plan, UserError
 
 KEPT = {1: (0, 1, 2, 5), 2: (3, 4, 6, 7), 3: (0, 2, 4, 6)}
@@ -60,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
     plan = Plan(tuple(Edit(index, names[index], "prune", kept=KEPT[index]) for index in KEPT))
     apply_plan(model, plan)
-    save(model, folder / "pruned", folder / "dense")
+    save_checkpoint(model, folder / "pruned", folder / "dense")
     (folder / "plan.json").write_text(plan.to_text())
     for name, top_k, temperature in (("whole", None, 1.0), ("few", 8, 1.0), ("warm", 8, 2.0)):
         teach(folder, name, top_k, temperature)
@@ -71,7 +71,7 @@ def teach(home: Path, name: str, top_k: int | None, temperature: float, **comput
     (home / name).mkdir()
     dense = Checkpoint(home / "dense", "float32")
     how = dataclasses.replace(COMPUTE, **compute)
-    teacher.write(dense, list(TEXTS.values()), top_k, temperature, how, home / name)
+    teacher.write_teacher(dense, list(TEXTS.values()), top_k, temperature, how, home / name)
 
 
 def reading(home: Path, name: str) -> Teacher:
@@ -136,12 +136,12 @@ def test_shards_batches_and_layers_change_nothing(home: Path, monkeypatch) -> No
 def test_a_sample_without_targets_has_no_rows(home: Path, tmp_path: Path) -> None:
     tokens = Tokens(((5,), (5, 6, 7), (8, 9)), pad_id=0, prompts=(1, 2, 2))
     dense = Checkpoint(home / "dense", "float32")
-    teacher.write(dense, [tokens], 4, 1.0, COMPUTE, tmp_path)
+    teacher.write_teacher(dense, [tokens], 4, 1.0, COMPUTE, tmp_path)
     found = Teacher(tmp_path, [tokens])
     assert [len(found.of(tokens.take([i]))[IDS]) for i in range(3)] == [0, 1, 0]
     assert len(found.of(tokens)[LOG_PROBABILITIES]) == 1
     size = (tmp_path / "0.safetensors").stat().st_size
-    assert 0 <= size - teacher.size_in_bytes([tokens], 96, 4) < 300
+    assert 0 <= size - teacher.teacher_bytes([tokens], 96, 4) < 300
 
 
 # --------------------------------------------------------------------------- the loss
@@ -235,13 +235,15 @@ def recipe_of(kind: type = Experts, supervised: bool = True, **changes: object):
     return kind(phases=phases, **(dict(validate_every=3, teacher_top_k=8) | ours))
 
 
-def training(home: Path, folder: Path, known: str | None, **changes: object) -> stage.Training:
+def training(
+    home: Path, folder: Path, known: str | None, **changes: object
+) -> finetune_training.Training:
     """A training of the pruned model that begins when it is run."""
     plan = Plan.load(home / "plan.json")
     model = load(home / "pruned", dtype="float32")
     known_by = reading(home, known) if known else None
     recipe = recipe_of(**changes)
-    return stage.Training(model, plan, recipe, TEXTS, 0, COMPUTE, folder, known_by)
+    return finetune_training.Training(model, plan, recipe, TEXTS, 0, COMPUTE, folder, known_by)
 
 
 def curve(folder: Path) -> list[dict]:
@@ -340,7 +342,7 @@ def test_resumed_equals_uninterrupted(home: Path, tmp_path: Path, monkeypatch) -
         if stop:
             first = training(home, folder, "few", distillation=0.5)
             run_killed(first, stop, save_every=4, monkeypatch=monkeypatch)
-            assert int(load_file(folder / stage.STATE)["done"]) == 4
+            assert int(load_file(folder / finetune_training.STATE)["done"]) == 4
         done = training(home, folder, "few", distillation=0.5)
         done.run()
         results.append((done.model.state_dict(), (folder / "curve.jsonl").read_text()))
@@ -437,7 +439,7 @@ def test_routers_learn_whatever_their_rows_lead_to(home: Path, tmp_path: Path) -
     )
     plan = Plan(edits, tensors={"layers.2.constants": torch.linspace(-1, 1, 160).view(5, 32)})
     apply_plan(model, plan)
-    save(model, tmp_path / "own", home / "dense")
+    save_checkpoint(model, tmp_path / "own", home / "dense")
     for kind in ({"kind": RouterKD}, {"distillation": 1.0}):
         model = load(tmp_path / "own", dtype="float32")
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -445,10 +447,10 @@ def test_routers_learn_whatever_their_rows_lead_to(home: Path, tmp_path: Path) -
         folder = tmp_path / type(recipe).__name__
         folder.mkdir()
         given = plan, recipe, TEXTS, 0, COMPUTE, folder, reading(home, "few")
-        stage.Training(model, *given).run()
+        finetune_training.Training(model, *given).run()
         found = [row["distillation"] for row in curve(folder) if "distillation" in row]
         assert sum(found[-6:]) < 0.9 * sum(found[:6]), "the last epoch against the first"
-        save(model, folder / "saved", tmp_path / "own")
+        save_checkpoint(model, folder / "saved", tmp_path / "own")
         after = load(folder / "saved", dtype="float32").state_dict()
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         routers = {name for name in before if name.endswith("mlp.gate.weight")}

@@ -15,14 +15,14 @@ from test_checkpoint import edited, in_fresh_process
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_lab.checkpoint import load
-from moe_lab.editing import apply_plan
-from moe_lab.evidence import Evidence
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers
-from moe_lab.moe import moe_layers
-from moe_lab.saving import save
-from moe_lab.statistics import collect
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -137,15 +137,15 @@ def test_the_most_similar_goes_first(family: str) -> None:
             layer.experts.down_proj *= scale
             if layer.shared is not None:
                 layer.shared.down_proj.weight *= scale
-    statistics = collect(model, [tiny_batch()])
+    statistics = collect_statistics(model, [tiny_batch()])
     indices = [layer.info.index for layer in layers]
-    made = DropLayers(num_layers=2).plan(Evidence(statistics))
+    made = DropLayers(num_layers=2).plan(Profile(statistics))
     assert made.layer_order == (indices[1], indices[2])
     assert {edit.index for edit in made.edited()} == {indices[1], indices[2]}
     assert {edit.edit for edit in made.edited()} == {"drop_layer"}
     for edit, one in zip(made.edits, statistics, strict=True):
         assert edit.scores == (one.mean_cosine("layer"),)
-    blocks = DropBlocks(num_layers=2).plan(Evidence(statistics))
+    blocks = DropBlocks(num_layers=2).plan(Profile(statistics))
     similarity = {one.info.index: one.mean_cosine("block") for one in statistics}
     assert blocks.layer_order == tuple(sorted(similarity, key=lambda i: -similarity[i])[:2])
     assert {edit.edit for edit in blocks.edited()} == {"drop_block"}
@@ -153,9 +153,9 @@ def test_the_most_similar_goes_first(family: str) -> None:
 
 
 def test_named_layers_and_the_plan_on_disk(tmp_path: Path) -> None:
-    statistics = collect(tiny_model("mixtral"), [tiny_batch()])
+    statistics = collect_statistics(tiny_model("mixtral"), [tiny_batch()])
     for method in (DropLayers(1, layers=[3, 0], padding=0.5), DropBlocks(1, layers=[3, 0])):
-        made = method.plan(Evidence(statistics))
+        made = method.plan(Profile(statistics))
         assert made.layer_order == (3, 0)
         assert [edit.index for edit in made.edited()] == [0, 3]
         (tmp_path / "plan.json").write_text(made.to_text())
@@ -189,7 +189,7 @@ def test_what_was_dropped_is_compressed_again(tmp_path: Path) -> None:
     assert [layer.info.index for layer in moe_layers(model)] == [0, 1, 3]
     apply_plan(model, Plan((Edit(1, "model.layers.1.mlp", "drop_block"),)))
     expected = logits_of(model)
-    assert not save(model, tmp_path / "second", tmp_path / "first" / "model").stock
+    assert not save_checkpoint(model, tmp_path / "second", tmp_path / "first" / "model").stock
     again = load(tmp_path / "second")
     assert [layer.info.index for layer in moe_layers(again)] == [0, 2]
     assert torch.equal(logits_of(again), expected)

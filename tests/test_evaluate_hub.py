@@ -17,8 +17,9 @@ from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM
 
 from moe_lab.compute import Compute
-from moe_lab.stages.evaluate import Suite, run_tasks
-from moe_lab.tasks import harness
+from moe_lab.evaluate.run_tasks import run_tasks
+from moe_lab.evaluate.suite import Suite
+from moe_lab.evaluate.tasks import harness
 from moe_lab.types import UserError
 
 LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
@@ -235,7 +236,7 @@ def test_the_same_content_elsewhere_is_the_same(sst5: Path, tmp_path: Path) -> N
 def test_what_counts_as_the_label(sst5: Path, said: str) -> None:
     """The generated line is compared without case, punctuation and the space around it."""
     with harness.data_from(["sst5_generate"], str(sst5)):
-        [task] = harness.load(["sst5_generate"])
+        [task] = harness.load_tasks(["sst5_generate"])
     assert task.config.generation_kwargs["until"] == ["\n"]
     row = task.test_docs()[0]
     for case in (str.lower, str.title):
@@ -281,7 +282,7 @@ def test_calibration_on_sst5_has_the_tasks_words(
     assert all(f"Review: {rows} " in pair.prompt for pair in found)
     asked = source(composed, f"calibration={option}", place, "calibration.split=test").documents()
     with harness.data_from(["sst5"], str(sst5)):
-        [task] = harness.load(["sst5"])
+        [task] = harness.load_tasks(["sst5"])
     for pair, row in zip(asked, task.test_docs(), strict=True):
         assert pair.prompt == task.fewshot_context(row, num_fewshot=0)
         assert pair.answer == f" {task.doc_to_choice(row)[task.doc_to_target(row)]}"
@@ -350,7 +351,7 @@ def test_refusals_come_before_any_work(job: Job, sst5: Path, tmp_path: Path) -> 
 def test_a_broken_file_is_refused(sst5: Path) -> None:
     (sst5 / "SetFit" / "sst5" / "test.jsonl").write_text("no JSON\n")
     with harness.data_from(["sst5"], str(sst5)), pytest.raises(UserError, match="of the task sst5"):
-        harness.load(["sst5"])
+        harness.load_tasks(["sst5"])
 
 
 def test_names(sst5: Path) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from moe_lab import expected, report, reports, tables
-from moe_lab.layouts import Table
-from moe_lab.pivot import Request
+from moe_lab.report.frame import read_reports
+from moe_lab.report.report import write_report
+from moe_lab.tables.expected import compare_to_published
+from moe_lab.tables.outputs import write_outputs
+from moe_lab.tables.pivot import Request
+from moe_lab.tables.table import Table
 from moe_lab.types import UserError
 
 FILE = """\
@@ -37,9 +40,9 @@ def compared(tmp_path: Path, text: str = FILE) -> Table:
     for number, one in enumerate(GIVEN):
         (tmp_path / str(number)).mkdir(exist_ok=True)
         base = {"status": "ok", "error": None, "model": "big", "dense/eval/average": 0.612}
-        report.write(tmp_path / str(number), base | one)
+        write_report(tmp_path / str(number), base | one)
     (tmp_path / "expected.csv").write_text(text)
-    return expected.compare(reports.read(tmp_path), tmp_path / "expected.csv")
+    return compare_to_published(read_reports(tmp_path), tmp_path / "expected.csv")
 
 
 def test_ours_stands_beside_what_matches(tmp_path: Path) -> None:
@@ -104,16 +107,16 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, message: str) -> N
 def test_a_figure_without_a_report_of_it_is_not_made_up(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     found: dict[str, Any] = {"status": "ok", "model": "big", "compressed/kl": None}
-    report.write(tmp_path / "0", found)
+    write_report(tmp_path / "0", found)
     (tmp_path / "e.csv").write_text("figure,value\ncompressed/kl,1\n")
-    made = expected.compare(reports.read(tmp_path), tmp_path / "e.csv")
+    made = compare_to_published(read_reports(tmp_path), tmp_path / "e.csv")
     assert made.notes[1] == "further rows, 1, were not evaluated or measured"
 
 
 def test_a_sweep_shows_what_is_not_within_tolerance(tmp_path: Path) -> None:
     compared(tmp_path)
     asked = Request(expected=str(tmp_path / "expected.csv"))
-    paths, (_, shown) = tables.write(tmp_path, asked)
+    paths, (_, shown) = write_outputs(tmp_path, asked)
     assert shown.text["within"].tolist() == ["NO", "–"]
     assert {"expected.md", "expected.csv", "expected.tex"} <= {path.name for path in paths}
     assert "| yes |" in (tmp_path / "expected.md").read_text(), "the file has all"
@@ -124,5 +127,5 @@ def test_an_experiment_s_file_is_found_from_anywhere(
 ) -> None:
     compared(tmp_path)
     monkeypatch.chdir(tmp_path)
-    made = expected.compare(reports.read(tmp_path), Path("cd_moe/main_table/expected.csv"))
+    made = compare_to_published(read_reports(tmp_path), Path("cd_moe/main_table/expected.csv"))
     assert len(made.index) == 0 and "deepseek_moe_16b, which was not run" in str(made.notes)

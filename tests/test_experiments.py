@@ -20,8 +20,9 @@ from conftest import ROOT, run_command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab import job as report_of
-from moe_lab import options, reports
+from moe_lab.report.frame import ORIGIN_KEYS, RESULT_KEYS, SEED_KEYS, label_of
+from moe_lab.runs import options
+from moe_lab.runs.settings import Description, report_head
 
 FOLDER, SEER = ROOT / "experiments" / "cd_moe", ROOT / "experiments" / "seer_moe"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -79,7 +80,7 @@ def checked(config: DictConfig) -> dict[str, Any]:
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     plain = OmegaConf.to_container(config, resolve=True)
-    options.check(plain, OmegaConf.to_container(config), choice)
+    options.check_request(plain, OmegaConf.to_container(config), choice)
     return plain | {"choices": choice}
 
 
@@ -416,8 +417,8 @@ def with_values(job: DictConfig, values: tuple[str, ...]) -> DictConfig:
 
 def _head(job: DictConfig, named: dict[str, str]) -> tuple[Head, dict[str, Any]]:
     plain = OmegaConf.to_container(job, resolve=True)
-    description = report_of.Description(Path(), "", "", named, plain)
-    return report_of._head(description), plain["eval"]
+    description = Description(Path(), "", "", named, plain)
+    return report_head(description), plain["eval"]
 
 
 def matches(row: dict[str, str], head: Head) -> bool:
@@ -425,7 +426,7 @@ def matches(row: dict[str, str], head: Head) -> bool:
 
 
 def same(found: Any, wanted: str) -> bool:
-    if reports.label(found) == wanted:
+    if label_of(found) == wanted:
         return True
     try:
         return float(found) == float(wanted)
@@ -435,11 +436,11 @@ def same(found: Any, wanted: str) -> bool:
 
 def apart(head: Head, row: dict[str, str]) -> tuple[tuple[str, str], ...]:
     """A job's settings that a figure depends on, seeds aside: no tuning where nothing is tuned."""
-    no_setting = (reports.SEED.search, reports.RESULTS.match, reports.ORIGIN.match)
+    no_setting = (SEED_KEYS.search, RESULT_KEYS.match, ORIGIN_KEYS.match)
     names = [key for key in head if not any(found(key) for found in no_setting)]
     if row["figure"].startswith("compressed"):
         names = [key for key in names if not key.startswith("finetune")]
-    return tuple((key, reports.label(head[key])) for key in names)
+    return tuple((key, label_of(head[key])) for key in names)
 
 
 def has(head: Head, suite: dict[str, Any], row: dict[str, str]) -> bool:

@@ -14,17 +14,18 @@ from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_lab.checkpoint import load
 from moe_lab.compute import Compute
-from moe_lab.data import StandardLibrary
-from moe_lab.editing import prune_layer
-from moe_lab.finetune import Phase, next_token_loss
+from moe_lab.data.embedded import StandardLibrary
+from moe_lab.data.tokens import Tokens
+from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.expert_dropping import ExpertDropping, survivors
-from moe_lab.moe import moe_layers
-from moe_lab.routing import set_top_k
-from moe_lab.saving import save
-from moe_lab.stages import finetune as stage
-from moe_lab.tokens import Tokens
+from moe_lab.finetune.recipe import Phase
+from moe_lab.finetune.tuning import next_token_loss
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.routers import set_top_k
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import Edit, Plan, UserError
 
 NOTHING = Plan(())
@@ -47,7 +48,9 @@ def training(model: PreTrainedModel, folder: Path, steps: int = 8, **options: An
     folder.mkdir(exist_ok=True)
     tokens = {"lm/data": rows(4 * steps), "lm/validation": rows(6, seed=1)}
     compute = Compute("cpu", batch_size=3)
-    return stage.Training(model, NOTHING, recipe_of(**options), tokens, 0, compute, folder)
+    return finetune_training.Training(
+        model, NOTHING, recipe_of(**options), tokens, 0, compute, folder
+    )
 
 
 def curve(folder: Path) -> list[dict]:
@@ -180,7 +183,7 @@ def test_one_expert_is_left_and_stock_transformers_loads_it(
         found = model(**batch).logits
         assert torch.allclose(found, twin(**batch).logits, atol=1e-5)
         assert torch.allclose(found, restricted, atol=1e-5)
-        assert save(model, tmp_path / "out", tmp_path / "source").stock
+        assert save_checkpoint(model, tmp_path / "out", tmp_path / "source").stock
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         again.set_experts_implementation(model.config._experts_implementation)
         assert torch.allclose(again(**batch).logits, found, atol=1e-5)
@@ -214,7 +217,7 @@ def test_resumed_equals_uninterrupted(stop: int, saved: int, tmp_path: Path, mon
     training(whole, tmp_path / "whole", **options).run()
     first = training(tiny_model("qwen2_moe"), tmp_path / "stopped", **options)
     run_killed(first, stop, saved, monkeypatch)
-    assert int(load_file(tmp_path / "stopped" / stage.STATE)["done"]) == saved
+    assert int(load_file(tmp_path / "stopped" / finetune_training.STATE)["done"]) == saved
     resumed = tiny_model("qwen2_moe")
     training(resumed, tmp_path / "stopped", **options).run()
     expected = whole.state_dict()

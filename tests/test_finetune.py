@@ -15,19 +15,21 @@ from families import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from moe_lab import card
-from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
-from moe_lab.data import StandardLibrary, StandardQuestions
-from moe_lab.editing import apply_plan
-from moe_lab.finetune import Phase, next_token_loss
+from moe_lab.data.embedded import StandardLibrary, StandardQuestions
+from moe_lab.data.tokens import IGNORED, Tokens
+from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.experts import Experts, Gates
-from moe_lab.moe import moe_layers
-from moe_lab.saving import save
-from moe_lab.stages import Recorder
-from moe_lab.stages import finetune as stage
+from moe_lab.finetune.recipe import Phase
+from moe_lab.finetune.tuning import next_token_loss
+from moe_lab.models.checkpoint import Checkpoint, load, meta_model
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.report.card import model_card
+from moe_lab.stages import finetune
+from moe_lab.stages.outputs import RunReport
 from moe_lab.store import Artifact, Store
-from moe_lab.tokens import IGNORED, Tokens
 from moe_lab.types import Edit, Plan, UserError
 
 PLANS = {
@@ -75,11 +77,11 @@ def recipe_of(supervised: bool = False, **changes: object) -> Experts:
     return Experts(phases=phases, **(dict(validate_every=3) | ours))
 
 
-def training(model, plan: Plan, folder: Path, **changes: object) -> stage.Training:
+def training(model, plan: Plan, folder: Path, **changes: object) -> finetune_training.Training:
     recipe = recipe_of(**changes)
     tokens = {"lm/data": samples(1, 24), "lm/validation": samples(2, 6)}
     tokens["sft/data"] = samples(3, 10, prompts=True)
-    return stage.Training(
+    return finetune_training.Training(
         model, plan, recipe, tokens, seed=0, compute=Compute("cpu"), folder=folder
     )
 
@@ -93,7 +95,7 @@ def compressed(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
     plan = Plan(tuple(edits))
     model = load(folder / "source", dtype="float32")
     apply_plan(model, plan)
-    save(model, folder / "compressed", folder / "source", padding=1.0)
+    save_checkpoint(model, folder / "compressed", folder / "source", padding=1.0)
     return plan
 
 
@@ -126,7 +128,7 @@ def test_only_what_trains_moves(kind: str, what: str, dtype: str, tmp_path: Path
     model = load(tmp_path / "compressed", dtype="float32" if dtype == "float32" else "auto")
     changes = TRAINED[what] | dict(epochs=3, weight_decay=0.1, dtype=dtype)
     training(model, plan, tmp_path, **changes).run()
-    save(model, tmp_path / "out", tmp_path / "compressed")
+    save_checkpoint(model, tmp_path / "out", tmp_path / "compressed")
     before = load_file(tmp_path / "compressed" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -253,7 +255,7 @@ def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch) ->
             model = load(tmp_path / "compressed", dtype=dtype)
             first = training(model, plan, folder, **changes)
             run_killed(first, stop, save_every, monkeypatch)
-            assert int(load_file(folder / stage.STATE)["done"]) == save_every < stop
+            assert int(load_file(folder / finetune_training.STATE)["done"]) == save_every < stop
             assert len(steps_of(folder)) == stop
         model = load(tmp_path / "compressed", dtype=dtype)
         training(model, plan, folder, **changes).run()
@@ -435,7 +437,7 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
         artifact = Artifact("plan", "key", planned, True, 0.0)
         dense = Checkpoint(tmp_path / "compressed", "float32")
         given = tokens | {name.replace("_", "/", 1): part for name, part in changes.items()}
-        return stage.finetune(
+        return finetune.finetune(
             store, dense, artifact, recipe, options, given, seed=0, compute=Compute("cpu")
         )
 
@@ -448,7 +450,7 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
     assert run("there.jsonl").key == first.key
     assert run("here.jsonl", heldout=samples(6, 2)).key == first.key
     assert run("here.jsonl", lm_data=samples(7, 8)).key != first.key
-    recorder = Recorder({}, tmp_path)
+    recorder = RunReport({}, tmp_path)
     recorder.checkpoints(
         {
             "dense": Checkpoint(tmp_path / "source"),
@@ -479,10 +481,10 @@ def test_the_card_names_the_splits_that_were_seen() -> None:
     report = {"finetuned/stock": True, "method": "condense", "model": "m", "commit": "c"} | seen
     report |= {"fingerprint/model": "1", "fingerprint/data": "2", "finetune/lm/validation": "C4"}
     config = dict.fromkeys(("model", "calibration", "method", "finetune", "seed"))
-    made = card.text("finetuned", report, config, "")
+    made = model_card("finetuned", report, config, "")
     assert "- lm: C4 (train)\n- sft: ARC (train), BoolQ (train)\n\n```python" in made
     report["compressed/stock"] = True
-    assert "C4" not in card.text("compressed", report, config, "")
+    assert "C4" not in model_card("compressed", report, config, "")
 
 
 def test_divergence_is_reported_with_the_way_out(tmp_path: Path) -> None:

@@ -11,19 +11,20 @@ import pytest
 import torch
 from conftest import SENTENCES, Outcome
 
-from moe_lab.checkpoint import Checkpoint, resolve
 from moe_lab.compute import Compute
-from moe_lab.data import Files
+from moe_lab.data.files import Files
+from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.suite import Suite
+from moe_lab.methods.metrics import frequency
 from moe_lab.methods.prune import Prune
-from moe_lab.metrics import frequency
-from moe_lab.moe import moe_layers
-from moe_lab.ratios.uniform import Uniform
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import Checkpoint, resolve
+from moe_lab.models.layers import moe_layers
 from moe_lab.stages.compress import compress
-from moe_lab.stages.evaluate import Suite, evaluate, evaluate_groups, results_of
+from moe_lab.stages.evaluate import evaluate, evaluate_groups, results_of
 from moe_lab.stages.plan import plan
 from moe_lab.stages.profile import profile
 from moe_lab.store import Artifact, Store
-from moe_lab.tokens import Tokens
 from moe_lab.types import Plan, UserError
 
 COMPUTE = Compute("cpu", batch_size=8)

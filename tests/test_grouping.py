@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.grouping import Candidates, hc_smoe, m_smoe, ream
-from moe_lab.statistics import LayerStatistics
+from moe_lab.methods.grouping import hc_smoe, m_smoe, ream
+from moe_lab.methods.grouping.base import MergeCandidates
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import LayerInfo
 
 INFO = LayerInfo(3, "model.layers.3.mlp", num_experts=6, top_k=2, hidden_size=2)
@@ -29,11 +30,11 @@ def test_frequent_experts_stay_and_the_others_join_the_most_similar() -> None:
     cosine[0, 3], cosine[2, 1], cosine[4, 3] = 0.9, 0.1, 0.2
     cosine[5, 1] = cosine[5, 3] = 0.5  # a tie: the lower one
     found = routed_alike(INFO, torch.tensor([5.0, 9, 0, 9, 2, 0]), cosine)
-    groups = m_smoe.choose(Candidates(found, 2))
+    groups = m_smoe.choose(MergeCandidates(found, 2))
     assert groups.kept == (1, 3)
     assert groups.groups == ((1, 2, 5), (3, 0, 4))
     assert groups.weights == ((1.0, 0.0, 0.0), (9 / 16, 5 / 16, 2 / 16))
-    assert m_smoe.choose(Candidates(routed_alike(INFO, torch.zeros(6), cosine), 3)).kept == (
+    assert m_smoe.choose(MergeCandidates(routed_alike(INFO, torch.zeros(6), cosine), 3)).kept == (
         0,
         1,
         2,
@@ -47,14 +48,14 @@ def test_router_groups_keep_the_same_number_and_merge_their_own() -> None:
     cosine[2, 1] = cosine[4, 7] = 0.5
     count = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])
     found = routed_alike(info, count, cosine)
-    assert m_smoe.choose(Candidates(found, 4)).groups == ((0, 3), (1, 2), (6, 5), (7, 4))
+    assert m_smoe.choose(MergeCandidates(found, 4)).groups == ((0, 3), (1, 2), (6, 5), (7, 4))
     far = torch.full((8, 8), 9.0)
     far[0, 4] = far[4, 0] = 0.0
     far[0, 3] = far[3, 0] = far[5, 6] = far[6, 5] = 1.0
-    by_output = hc_smoe.choose(Candidates(found, 6, far.double()))
+    by_output = hc_smoe.choose(MergeCandidates(found, 6, far.double()))
     assert by_output.groups == ((0, 3), (1,), (2,), (4,), (6, 5), (7,))
     found.sums["gate_norm_sum"] = count.square()
-    around = ream.choose(Candidates(found, 4, 1 - far.double()))
+    around = ream.choose(MergeCandidates(found, 4, 1 - far.double()))
     assert all(len({expert // 4 for expert in group}) == 1 for group in around.groups)
     assert around.kept == (0, 1, 6, 7)
 
@@ -141,8 +142,8 @@ def test_unused_experts_weigh_as_the_least_used_one() -> None:
     count = torch.tensor([2.0, 1, 0, 1])
     found = routed_alike(info, count, torch.zeros(4, 4))
     found.sums["gate_norm_sum"] = torch.tensor([4.0, 3, 0, 0.2]).double()
-    groups = ream.choose(Candidates(found, 2, torch.eye(4).double()))
+    groups = ream.choose(MergeCandidates(found, 2, torch.eye(4).double()))
     assert groups.groups == ((0,), (1, 2, 3))  # scores 2, 3, 0, 0.2
     torch.testing.assert_close(torch.tensor(groups.weights[1]), torch.tensor([3, 0.2, 0.2]) / 3.4)
     found.sums |= {"count": torch.zeros(4), "gate_norm_sum": torch.zeros(4)}
-    assert ream.choose(Candidates(found, 2, torch.eye(4).double())).weights[0] == (1 / 3,) * 3
+    assert ream.choose(MergeCandidates(found, 2, torch.eye(4).double())).weights[0] == (1 / 3,) * 3

@@ -8,10 +8,10 @@ import pytest
 import torch
 from families import tiny_model
 
-from moe_lab import routing
-from moe_lab.held_out import compare
-from moe_lab.moe import moe_layers
-from moe_lab.tokens import Tokens
+from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.held_out import compare_held_out
+from moe_lab.models import routers
+from moe_lab.models.layers import moe_layers
 
 SAMPLES = tuple(tuple(range(3 + number, 9 + 3 * number)) for number in range(5))
 TOKENS = Tokens(SAMPLES, pad_id=0)
@@ -43,8 +43,8 @@ def router_inputs(model: Any) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_routing_equals_an_independent_router(family: str, top_k: int) -> None:
     model = tiny_model(family)
-    routing.set_top_k(model, top_k)
-    found = compare(model, model, TOKENS.batches(2))
+    routers.set_top_k(model, top_k)
+    found = compare_held_out(model, model, TOKENS.batches(2))
     entropies, shares, counts = [], [], []
     for layer, x_TD in zip(moe_layers(model), router_inputs(model), strict=True):
         logits_TE = x_TD @ layer.router.weight.double().T
@@ -76,16 +76,16 @@ def test_figures_do_not_depend_on_batches_and_nothing_stays_behind() -> None:
     dense, model = tiny_model("mixtral"), tiny_model("mixtral")
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    one, four = (compare(dense, model, TOKENS.batches(size)) for size in (1, 4))
+    one, four = (compare_held_out(dense, model, TOKENS.batches(size)) for size in (1, 4))
     assert one.routed == four.routed
     assert one.figures == pytest.approx(four.figures, 1e-5)
     assert one.figures["kl"] > 1e-3
-    assert compare(dense, dense, TOKENS.batches(4)).figures["kl"] == 0
+    assert compare_held_out(dense, dense, TOKENS.batches(4)).figures["kl"] == 0
     assert not any(layer.router._forward_hooks for layer in moe_layers(model))
 
 
 def test_a_model_without_routers_has_no_routing() -> None:
     model = tiny_model("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])
-    found = compare(model, model, TOKENS.batches(4))
+    found = compare_held_out(model, model, TOKENS.batches(4))
     assert set(found.figures) == {"held_out/perplexity", "kl"}
     assert found.routed == {"layers": [], "rank_count": []}

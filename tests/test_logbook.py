@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab.logbook import Guard, Item, Points, flat, numbers, short, stable_hash
+from moe_lab.track.tracker import Guard, Points, TrackedArtifact, flat, numbers, short, stable_hash
 
 ROW = {"phase": "lm", "step": 3, "tokens": 30, "loss": 2.0}
 
@@ -16,7 +16,11 @@ ROW = {"phase": "lm", "step": 3, "tokens": 30, "loss": 2.0}
 def test_config_becomes_flat() -> None:
     nested = {
         "seed": 7,
-        "ratio": {"_target_": "moe_lab.ratios.uniform.Uniform", "ratio": 0.5, "target_gib": None},
+        "ratio": {
+            "_target_": "moe_lab.methods.ratios.uniform.Uniform",
+            "ratio": 0.5,
+            "target_gib": None,
+        },
         "finetune": {"phases": {"lm": {"learning_rate": 1e-4}}, "layers": [1, 2], "on": True},
         "eval": {},
         "condense/num_layers": 3,
@@ -79,12 +83,14 @@ def test_an_unfinished_line_is_ignored(tmp_path: Path) -> None:
 
 
 def test_an_item_tells_where_it_lies_and_what_it_was_made_from(tmp_path: Path) -> None:
-    item = Item("plan-1", "plan", place=tmp_path, metadata={"at": tmp_path}, made_from=("p-1",))
+    item = TrackedArtifact(
+        "plan-1", "plan", place=tmp_path, metadata={"at": tmp_path}, made_from=("p-1",)
+    )
     assert item.address() == tmp_path.as_uri()
     assert item.about() == {"at": str(tmp_path), "made_from": ["p-1"], "place": str(tmp_path)}
     assert json.dumps(item.about())
-    assert Item("m", "model", place="https://host/m").address() == "https://host/m"
-    assert Item("m", "model").about() == {}
+    assert TrackedArtifact("m", "model", place="https://host/m").address() == "https://host/m"
+    assert TrackedArtifact("m", "model").about() == {}
 
 
 def test_the_guard_warns_once_per_cause(caplog: pytest.LogCaptureFixture) -> None:

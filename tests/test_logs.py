@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from moe_lab import logs
 from moe_lab.progress import duration, progress
+from moe_lab.runs import logs
 
 
 def record(name: str, level: int, text: str) -> logging.LogRecord:
@@ -25,7 +25,7 @@ def shown(*records: logging.LogRecord) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "shown", set())
+    monkeypatch.setattr(logs, "already_shown", set())
 
 
 def test_ours_are_shown_and_of_others_only_warnings() -> None:

@@ -9,19 +9,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.stages.measure import (
+from moe_lab.measure import (
     Measurement,
     _StorageCounter,
     active_parameters,
     bytes_on_disk,
-    figures_of,
     measure,
-    measure_stage,
-    num_parameters,
     peak_memory_bytes,
 )
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layers import num_parameters
+from moe_lab.stages.measure import figures_of, measure_stage
 from moe_lab.store import Store
 
 VOCABULARY, HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH, SHARED, DENSE = 96, 32, 3, 8, 2, 16, 24, 40

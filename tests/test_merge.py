@@ -13,14 +13,15 @@ from families import FAMILIES, tiny_batch, tiny_model
 from test_checkpoint import edited, in_fresh_process
 from torch import Tensor, nn
 
-from moe_lab.checkpoint import load
-from moe_lab.editing import apply_plan
-from moe_lab.evidence import Evidence
-from moe_lab.merging import HiddenUnits, matching
 from moe_lab.methods.merge import Merge
-from moe_lab.moe import expert_forward, expert_parameters, moe_layers
-from moe_lab.ratios.uniform import Uniform
-from moe_lab.statistics import LayerStatistics, collect
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
+from moe_lab.models.merging import HiddenUnits, matching
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -154,13 +155,13 @@ def test_experts_without_tokens_weigh_nothing_or_alike() -> None:
         "logit_product_sum": product,
     }
     method = Merge(1, 2, layers=[3])
-    [edit] = method.plan(Evidence([layer])).edited()
+    [edit] = method.plan(Profile([layer])).edited()
     assert edit.kept == (0, 2)
     assert edit.groups[0][0] == 0
     assert edit.weights == ((1.0, 0.0, 0.0, 0.0, 0.0), (1.0,))
     assert edit.scores == (3.0, 0.0, 1.0, 0.0, 0.0, 0.0)
     layer.sums["count"] = torch.zeros(6, dtype=torch.float64)
-    [edit] = method.plan(Evidence([layer])).edited()
+    [edit] = method.plan(Profile([layer])).edited()
     assert [set(shares) for shares in edit.weights] == [{1 / len(group)} for group in edit.groups]
 
 
@@ -171,11 +172,11 @@ def test_plans_of_real_models_are_carried_out_and_loaded_by_stock(tmp_path: Path
     for family in MERGED:
         model = tiny_model(family)
         infos = [layer.info for layer in moe_layers(model)]
-        statistics = collect(model, [tiny_batch()])
+        statistics = collect_statistics(model, [tiny_batch()])
         for name, layers in (("all", "all"), ("one", [3])):
             method = Merge(1, 4, layers=layers, router="dominant")
             method.check(infos)
-            made = method.plan(Evidence(statistics))
+            made = method.plan(Profile(statistics))
             (tmp_path / "plan.json").write_text(made.to_text())
             assert Plan.load(tmp_path / "plan.json") == made
             edits = json.loads((tmp_path / "plan.json").read_text())["layers"]
@@ -198,10 +199,10 @@ def test_each_order_of_layers_is_its_own() -> None:
     with torch.no_grad():
         for layer, scale in zip(moe_layers(model), (1.0, 0.01, 0.3, 0.1), strict=True):
             layer.experts.down_proj *= scale
-    statistics = collect(model, [tiny_batch()])
+    statistics = collect_statistics(model, [tiny_batch()])
 
     def order(layers: object, seed: int = 0) -> tuple[int, ...]:
-        made = Merge(2, 4, layers=layers, seed=seed).plan(Evidence(statistics))
+        made = Merge(2, 4, layers=layers, seed=seed).plan(Profile(statistics))
         assert {edit.index for edit in made.edited()} == set(made.layer_order)
         return made.layer_order
 

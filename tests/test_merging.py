@@ -14,36 +14,43 @@ from test_merge import logits_of, make_identical
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moe_lab.alignment import permutation
-from moe_lab.checkpoint import load
-from moe_lab.editing import apply_plan, prune_layer
-from moe_lab.evidence import Evidence
-from moe_lab.grouping import Candidates, hc_smoe, names, option, ream
-from moe_lab.merging import HiddenUnits
+from moe_lab.methods.grouping import hc_smoe, ream
+from moe_lab.methods.grouping.alignment import permutation
+from moe_lab.methods.grouping.base import MergeCandidates, grouping_named, grouping_names
 from moe_lab.methods.merge import Merge
-from moe_lab.metrics.frequency import frequency
-from moe_lab.metrics.reap import reap
-from moe_lab.moe import expert_forward, expert_hidden, expert_parameters, moe_layers, num_parameters
-from moe_lab.ratios import kept
-from moe_lab.ratios.all_layers import Global
-from moe_lab.ratios.uniform import Uniform
-from moe_lab.reconstruction import Sample
-from moe_lab.saving import save
-from moe_lab.statistics import collect
-from moe_lab.stream import LayerStream
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.ratios.all_layers import Global
+from moe_lab.methods.ratios.budget import kept
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import apply_plan, prune_layer
+from moe_lab.models.layers import (
+    expert_forward,
+    expert_hidden,
+    expert_parameters,
+    moe_layers,
+    num_parameters,
+)
+from moe_lab.models.merging import HiddenUnits
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.all_experts import ExpertSample
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, Plan
 
 FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss")
 PAIRS = ((0, 2), (1, 3), (4, 7), (5, 6))  # within the router groups 0-3 and 4-7 of deepseek_v3
 
 
-def evidence_of(model: nn.Module, seed: int = 0) -> Evidence:
+def profile_of(model: nn.Module, seed: int = 0) -> Profile:
     batch = tiny_batch(seed)
 
     def open_stream(num_samples: int | None = None) -> LayerStream:
         return LayerStream(model, [{name: part[:num_samples] for name, part in batch.items()}])
 
-    return Evidence(collect(model, [batch]), open_stream)
+    return Profile(collect_statistics(model, [batch]), open_stream)
 
 
 @torch.no_grad()
@@ -61,7 +68,7 @@ def test_what_groupings_see_of_all_outputs_equals_a_slow_reference(family: str) 
         index = layer.info.index
         found = {}
         for key, batches in (("whole", [batch]), ("rows", rows)):
-            with Sample(LayerStream(model, batches)).open(index) as experts:
+            with ExpertSample(LayerStream(model, batches)).open(index) as experts:
                 found[key] = hc_smoe.output_distances(experts), ream.gated_cosine(experts)
                 chunks = list(experts.chunks())
         for one, other in zip(found["whole"], found["rows"], strict=True):
@@ -84,7 +91,7 @@ def test_what_groupings_see_of_all_outputs_equals_a_slow_reference(family: str) 
 def plan_of(model: nn.Module, **options: object) -> Plan:
     method = Merge(1, **({"num_experts": 4} | options))
     method.check([layer.info for layer in moe_layers(model)])
-    return method.plan(evidence_of(model))
+    return method.plan(profile_of(model))
 
 
 def with_identical(family: str, groups: Sequence[Sequence[int]]) -> nn.Module:
@@ -117,14 +124,14 @@ def test_merged_identical_experts_change_nothing(family: str) -> None:
 
 
 def test_groups_of_one_change_nothing() -> None:
-    for grouping in names():
+    for grouping in grouping_names():
         model = tiny_model("mixtral")
         before = logits_of(model)
         made = plan_of(model, num_experts=None, ratio=Uniform(ratio=0.0), grouping=grouping)
         assert not made.edited()
-        [one, *_] = evidence_of(model).statistics
+        [one, *_] = profile_of(model).statistics
         same = torch.eye(8).double() if grouping == "ream" else 1 - torch.eye(8).double()
-        groups = option(grouping).choose(Candidates(one, 8, same))
+        groups = grouping_named(grouping).choose(MergeCandidates(one, 8, same))
         assert groups.groups == tuple((expert,) for expert in range(8))
         edit = Edit(one.info.index, one.info.name, "merge", router="all", **vars(groups))
         apply_plan(model, Plan((edit,)))
@@ -137,7 +144,7 @@ def test_permutations_equal_a_slow_reference(align: str) -> None:
     model = tiny_model("mixtral", intermediate_size=4)
     layer = moe_layers(model)[0]
     units, parameters = HiddenUnits(layer.experts), expert_parameters(layer.experts)
-    with Sample(LayerStream(model, [tiny_batch()])).open(0) as experts:
+    with ExpertSample(LayerStream(model, [tiny_batch()])).open(0) as experts:
         found = permutation(experts, [(2, 0, 7), (1, 4)], with_weights=align == "both")
         x_TD = torch.cat([chunk.x_TD for chunk in experts.chunks()])
     assert torch.equal(found[[1, 2, 3, 5, 6]], torch.arange(4).repeat(5, 1))
@@ -164,14 +171,14 @@ def test_groups_move_with_the_experts(family: str) -> None:
     plain, moved = tiny_model(family), tiny_model(family)
     for layer in moe_layers(moved):
         prune_layer(layer, order)
-    found = [evidence_of(plain), evidence_of(moved)]
-    for evidence, numbers in zip(found, (range(8), order), strict=True):
-        for one in evidence.statistics:  # ties would go to the lower expert: no two score the same
+    found = [profile_of(plain), profile_of(moved)]
+    for profile, numbers in zip(found, (range(8), order), strict=True):
+        for one in profile.statistics:  # ties would go to the lower expert: no two score the same
             for name in ("count", "gate_norm_sum"):
                 one.sums[name] = one[name] + torch.tensor(numbers) / 100
-    for grouping in names():
+    for grouping in grouping_names():
         method = Merge(1, 4, grouping=grouping, propagate=False, align="none")
-        one, other = (method.plan(evidence) for evidence in found)
+        one, other = (method.plan(profile) for profile in found)
         for was, now in zip(one.edits, other.edits, strict=True):
             renamed = {frozenset(order[expert] for expert in group) for group in now.groups}
             assert renamed == {frozenset(group) for group in was.groups}
@@ -184,13 +191,13 @@ def test_a_ratio_says_how_many_stay() -> None:
     model = tiny_model("mixtral")
     made = plan_of(model, num_experts=None, ratio=Uniform(ratio=0.25))
     assert [len(edit.kept) for edit in made.edits] == [6] * 4
-    evidence = evidence_of(model)
+    profile = profile_of(model)
     for grouping, metric in (("hc_smoe", frequency), ("ream", reap)):
         ratio = Global(ratio=0.4)
         method = Merge(1, ratio=ratio, grouping=grouping, propagate=False, align="none")
-        made = method.plan(evidence)
-        scores = [(one.info, metric(one)) for one in evidence.statistics]
-        numbers = ratio.numbers(scores, evidence)
+        made = method.plan(profile)
+        scores = [(one.info, metric(one)) for one in profile.statistics]
+        numbers = ratio.numbers(scores, profile)
         assert {e.index: len(e.kept) or 8 for e in made.edits} == dict(numbers)
         assert len(set(numbers.values())) > 1
         chosen = {edit.index: set(edit.kept) for edit in made.edited()}
@@ -236,8 +243,8 @@ def test_propagated_layers_are_those_behind_merged_ones(grouping: str, tmp_path:
     assert read == made
     for edit in made.edits[:-1]:
         apply_plan(model, Plan((edit,), tensors=read.tensors))
-    [*_, last] = collect(model, [tiny_batch()])
-    scores = option(grouping).scores(last)
+    [*_, last] = collect_statistics(model, [tiny_batch()])
+    scores = grouping_named(grouping).scores(last)
     torch.testing.assert_close(torch.tensor(made.edits[-1].scores), scores.float())
     again = plan_of(model, layers=[last.info.index], propagate=False, **options).edits[-1]
     assert again.groups == made.edits[-1].groups
@@ -255,11 +262,11 @@ def test_as_the_paper_does_layers_shrink_and_are_loaded_again(
     before = num_parameters(model)
     made = plan_of(model, num_experts=3, grouping=grouping)
     assert [edit.router for edit in made.edits] == ["dominant" if stock else "all"] * 4
-    assert {edit.align for edit in made.edits} == {option(grouping).align}
+    assert {edit.align for edit in made.edits} == {grouping_named(grouping).align}
     apply_plan(model, made)
     experts = 4 * 5 * 3 * 16 * 32
     assert before - num_parameters(model) == experts + (4 * 5 * 32 if stock else 0)
-    form = save(model, tmp_path / "merged", tmp_path / "dense")
+    form = save_checkpoint(model, tmp_path / "merged", tmp_path / "dense")
     assert form.stock == stock
     assert torch.equal(logits_of(load(tmp_path / "merged")), logits_of(model))
     if stock:

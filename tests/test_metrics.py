@@ -10,17 +10,17 @@ import torch
 from families import tiny_batch, tiny_model
 from test_ratios import keep
 
-from moe_lab import statistics
-from moe_lab.evidence import Evidence
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.random import random
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
-from moe_lab.metrics.frequency import frequency
-from moe_lab.metrics.random import random
-from moe_lab.metrics.reap import reap
-from moe_lab.metrics.soft_count import soft_count
-from moe_lab.ratios.uniform import Uniform
-from moe_lab.routing import SCORINGS, matching_scoring
-from moe_lab.statistics import LayerStatistics
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.routers import SCORINGS, matching_scoring
+from moe_lab.profile import collect
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, Plan, Routing, UserError
 
 INFO = LayerInfo(3, "model.layers.3.mlp", num_experts=4, top_k=2, hidden_size=2)
@@ -133,15 +133,15 @@ def test_a_ratio_that_starves_the_router_is_refused_with_the_numbers() -> None:
 
 def test_statistics_and_plans_survive_the_disk(tmp_path: Path) -> None:
     model = tiny_model("qwen2_moe")
-    found = statistics.collect(model, [tiny_batch()])
-    statistics.save(found, tmp_path)
-    again = statistics.load(tmp_path)
+    found = collect.collect_statistics(model, [tiny_batch()])
+    collect.save_statistics(found, tmp_path)
+    again = collect.load_statistics(tmp_path)
     assert [layer.info for layer in again] == [layer.info for layer in found]
     for one, other in zip(found, again, strict=True):
         assert one.sums.keys() == other.sums.keys()
         assert all(torch.equal(one[name], other[name]) for name in one.sums)
-    plan = Prune(metric=reap, ratio=Uniform(0.25)).plan(Evidence(again))
+    plan = Prune(metric=reap, ratio=Uniform(0.25)).plan(Profile(again))
     (tmp_path / "plan.json").write_text(plan.to_text())
     assert Plan.load(tmp_path / "plan.json") == plan
     assert all(len(edit.kept) == 6 and edit.edit == "prune" for edit in plan.edits)
-    assert not Nothing().plan(Evidence(again)).edited()
+    assert not Nothing().plan(Profile(again)).edited()

@@ -8,13 +8,14 @@ from families import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.condense import shared_gate
-from moe_lab.condense.gates import mean_selected
-from moe_lab.editing import apply_plan, check_is_sum, condensed, part_widths, prune_layer
-from moe_lab.methods.condense import Condense
-from moe_lab.moe import check_kept, expert_forward, expert_parameters, moe_layers
-from moe_lab.observing import observe
-from moe_lab.statistics import LayerStatistics, collect
+from moe_lab.methods.condense.base import shared_gate
+from moe_lab.methods.condense.gates import mean_selected
+from moe_lab.methods.condense.method import Condense
+from moe_lab.models.editing import apply_plan, check_is_sum, condensed, part_widths, prune_layer
+from moe_lab.models.layers import check_kept, expert_forward, expert_parameters, moe_layers
+from moe_lab.models.observing import observe
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import Edit, LayerInfo, Plan, Routing, UserError
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +108,7 @@ def test_statistics_equal_a_slow_reference(family: str) -> None:
         _, seen = observed(model, batch)
         for index, routing in seen.items():
             inputs.setdefault(index, []).append(routing.x_TD)
-    for layer, found in zip(moe_layers(model), collect(model, batches), strict=True):
+    for layer, found in zip(moe_layers(model), collect_statistics(model, batches), strict=True):
         x_TD = torch.cat(inputs[layer.info.index])
         assert len(x_TD) == sum(int(batch["attention_mask"].sum()) for batch in batches)
         sums = slow_sums(layer, x_TD, model.config)
@@ -129,7 +130,7 @@ def slow_logits(layer, x: Tensor) -> Tensor:
 def test_cosines_around_a_layer_equal_a_slow_reference(family: str) -> None:
     """The state without the MoE sublayer is found by making its block add zeros."""
     model, batch = tiny_model(family), tiny_batch()
-    found = {one.info.index: one for one in collect(model, [batch])}
+    found = {one.info.index: one for one in collect_statistics(model, [batch])}
     model.double().set_experts_implementation("eager")
     for layer in moe_layers(model):
         states: list[Tensor] = []
@@ -213,7 +214,7 @@ def test_padding_and_batching_do_not_matter(family: str) -> None:
     left = {key: torch.stack([row.roll(10 - n) for row, n in zip(value, lengths, strict=True)])
             for key, value in batch.items()}  # fmt: skip
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    runs = [collect(model, data) for data in ([batch], alone, [left])]
+    runs = [collect_statistics(model, data) for data in ([batch], alone, [left])]
     for one, *others in zip(*runs, strict=True):
         for other in others:
             for name in one.sums:
@@ -223,11 +224,11 @@ def test_padding_and_batching_do_not_matter(family: str) -> None:
 
 def test_permuting_experts_permutes_the_statistics() -> None:
     model, batches = tiny_model("qwen2_moe"), [tiny_batch()]
-    before = collect(model, batches)
+    before = collect_statistics(model, batches)
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     for layer in moe_layers(model):
         prune_layer(layer, order)
-    for one, other in zip(before, collect(model, batches), strict=True):
+    for one, other in zip(before, collect_statistics(model, batches), strict=True):
         for name in ("count", "gate_sum", "probability_sum", "norm_sum", "gate_norm_sum"):
             torch.testing.assert_close(other[name], one[name][order], rtol=1e-5, atol=1e-6)
 
@@ -307,7 +308,7 @@ def test_condensing_all_experts_with_the_true_gates_is_the_layer() -> None:
             layer.shared_gate.weight.zero_()
     before = logits_of(model, batch)
     edits = []
-    for found in collect(model, [batch]):
+    for found in collect_statistics(model, [batch]):
         gates = mean_selected.choose(found)
         assert gates.tolist() == pytest.approx([1 / 8] * 8)
         assert shared_gate(found) == 0.5
@@ -351,7 +352,7 @@ def test_an_expert_without_tokens_scores_zero_and_divides_nothing() -> None:
             layer.router.weight[5] = 0
             layer.router.weight[5, 0] = -1e4
             layer.block.register_forward_pre_hook(lambda _, args: (args[0].abs() + 1e-3,))
-    for found in collect(model, [batch]):
+    for found in collect_statistics(model, [batch]):
         assert found["count"][5] == 0
         for name in ("gate_sum", "norm_sum", "gate_norm_sum"):
             assert found.mean(name)[5] == 0
@@ -359,7 +360,7 @@ def test_an_expert_without_tokens_scores_zero_and_divides_nothing() -> None:
 
 
 def test_unknown_statistics_are_named() -> None:
-    found = collect(tiny_model("mixtral"), [tiny_batch()])[0]
+    found = collect_statistics(tiny_model("mixtral"), [tiny_batch()])[0]
     with pytest.raises(UserError, match="no statistic 'colour'"):
         found["colour"]
     assert isinstance(found, LayerStatistics)

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from browser import launched, opened
 
-from moe_lab import page, pivot, report, reports
+from moe_lab.files import PAGE
+from moe_lab.report.figures import DEFAULT_VALUES, figure_text
+from moe_lab.report.frame import read_reports
+from moe_lab.report.page import page
+from moe_lab.report.page.columns import _format
+from moe_lab.report.page.page import write_page
+from moe_lab.report.report import read_report, write_report
 from moe_lab.types import UserError
 
 HOSTILE = '</script><img src=x onerror="alert(1)"><script>alert(2)</script><!-- <b>&amp;'
@@ -64,7 +70,7 @@ def write_run(root: Path, number: int, random_: random.Random) -> None:
         one |= figures("dense", 0.0, 1.0)
         loss = (1.1 - share) * random_.uniform(0.5, 1.5)
         one |= figures("compressed", loss, share) | figures("finetuned", loss / 2, share)
-    report.write(folder, one)
+    write_report(folder, one)
     if number not in (FAILED, RUNNING, BARE):
         write_details(folder, metric, one["ratio"])
 
@@ -114,13 +120,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "plots").mkdir()
     (root / "plots" / "accuracy.png").write_bytes(PNG)
     (root / "table.md").write_text("| |")
-    page.write(root)
+    write_page(root)
     return root
 
 
 @pytest.fixture
 def shown(browser: Any, sweep: Path) -> Iterator[Any]:
-    with opened(browser, sweep / page.FILE, viewport={"width": 1280, "height": 900}) as found:
+    with opened(browser, sweep / PAGE, viewport={"width": 1280, "height": 900}) as found:
         yield found
 
 
@@ -157,7 +163,7 @@ def test_the_head_and_the_table_tell_the_sweep(shown: Any, sweep: Path) -> None:
     expected = ["run", "status", "metric", "ratio", "seed"]
     assert keys == [
         *expected,
-        *(key for key in pivot.DEFAULT_VALUES if "memory" not in key and "decode" not in key),
+        *(key for key in DEFAULT_VALUES if "memory" not in key and "decode" not in key),
     ]
     assert "it has not ended" in column_of(shown, "status")[RUNNING]
     assert "second line" in column_of(shown, "status")[FAILED]
@@ -165,9 +171,9 @@ def test_the_head_and_the_table_tell_the_sweep(shown: Any, sweep: Path) -> None:
 
 
 def test_cells_are_as_in_the_reports_own_tables(shown: Any, sweep: Path) -> None:
-    frame = reports.read(sweep)
-    for key in (key for key in pivot.DEFAULT_VALUES if key in frame):
-        assert column_of(shown, key) == [report.shown(key, value) for value in frame[key]]
+    frame = read_reports(sweep)
+    for key in (key for key in DEFAULT_VALUES if key in frame):
+        assert column_of(shown, key) == [figure_text(key, value) for value in frame[key]]
 
 
 KEYS = "eval/average kl parameters bytes prefill_speedup eval/x/acc stock eval/routing/top_k other"
@@ -178,13 +184,13 @@ def test_the_page_writes_numbers_as_python_does(shown: Any) -> None:
     numbers = [0.0, 1.0, 0.7025, 0.0625, 999.949, 999.95, 1e6, 2.5, -0.25, 123456.7]
     numbers += [random_.uniform(-1, 1) * 10 ** random_.randint(-4, 5) for _ in range(200)]
     for key in KEYS.split():
-        given = {"numbers": numbers, "format": page._format(key)}
+        given = {"numbers": numbers, "format": _format(key)}
         code = "({numbers, format}) => numbers.map((one) => shown(one, format))"
-        assert shown.evaluate(code, given) == [report.shown(key, number) for number in numbers]
+        assert shown.evaluate(code, given) == [figure_text(key, number) for number in numbers]
 
 
 def test_a_click_on_a_head_sorts(shown: Any, sweep: Path) -> None:
-    frame = reports.read(sweep)
+    frame = read_reports(sweep)
     key = "compressed/kl"
     there = frame[key].dropna()
     missing = [name for name in frame.index if name not in there.index]
@@ -214,7 +220,7 @@ FILTERS: dict[str, Callable[[Any], bool]] = {
 
 
 def test_the_filter_takes_words_and_comparisons(shown: Any, sweep: Path) -> None:
-    frame = reports.read(sweep)
+    frame = read_reports(sweep)
     for text, wanted in FILTERS.items():
         shown.fill("#filter", text)
         expected = [name for name, one in frame.iterrows() if wanted(one)]
@@ -224,7 +230,7 @@ def test_the_filter_takes_words_and_comparisons(shown: Any, sweep: Path) -> None
 
 
 def test_selects_filter_and_columns_can_be_chosen(shown: Any, sweep: Path) -> None:
-    frame = reports.read(sweep)
+    frame = read_reports(sweep)
     shown.get_by_label("metric", exact=True).select_option("ean")
     shown.get_by_label("seed", exact=True).select_option("1")
     wanted = frame[(frame["metric"] == "ean") & (frame["seed"] == 1)]
@@ -233,7 +239,7 @@ def test_selects_filter_and_columns_can_be_chosen(shown: Any, sweep: Path) -> No
     assert "no key is named nothing" in shown.inner_text("#count")
     shown.get_by_text("columns", exact=True).click()
     shown.locator('[data-column="compressed/parameters"]').check()
-    expected = [report.shown("parameters", value) for value in wanted["compressed/parameters"]]
+    expected = [figure_text("parameters", value) for value in wanted["compressed/parameters"]]
     assert column_of(shown, "compressed/parameters") == expected
     boxes = shown.locator("[data-column]").count()
     assert boxes == len(frame.columns) - 1  # status is always there
@@ -268,11 +274,11 @@ def test_a_link_opens_a_run_and_back_returns(shown: Any) -> None:
 
 
 def test_differences_to_dense(shown: Any, sweep: Path) -> None:
-    one = report.read(sweep / "3")
+    one = read_report(sweep / "3")
     go(shown, "#run=3")
     row = shown.locator("tr", has=shown.get_by_text("average accuracy", exact=True))
     points = 100 * (one["compressed/eval/average"] - one["dense/eval/average"])
-    expected = f"{report.shown('average', one['compressed/eval/average'])} (−{abs(points):.1f})"
+    expected = f"{figure_text('average', one['compressed/eval/average'])} (−{abs(points):.1f})"
     assert row.locator("td").nth(1).inner_text() == expected
     row = shown.locator("tr", has=shown.get_by_text("parameters", exact=True))
     assert row.locator("td").nth(1).inner_text() == "12.3 B (−25.0 %)"
@@ -305,7 +311,7 @@ def test_two_ticked_runs_are_compared(shown: Any, sweep: Path) -> None:
     assert shown.evaluate("location.hash") == "#compare=0,3"
     settings = shown.get_by_role("region", name="settings that differ").inner_text()
     assert re.findall(r"^(\S+)\t", settings, re.MULTILINE) == ["setting", "ratio"]
-    one, other = (report.read(sweep / name) for name in "03")
+    one, other = (read_report(sweep / name) for name in "03")
     row = shown.locator("tr", has=shown.get_by_text("KL to dense, nats per token (compressed)"))
     change = other["compressed/kl"] - one["compressed/kl"]
     assert row.locator("td").nth(2).inner_text() == f"{change:+.4f}".replace("-", "−")
@@ -336,7 +342,7 @@ AXES = (
 
 def test_the_plot_has_the_points_and_their_front(shown: Any, sweep: Path) -> None:
     shown.fill("#filter", "metric!=ean")
-    frame = reports.read(sweep)
+    frame = read_reports(sweep)
     frame = frame[(frame["metric"] != "ean") & (frame["status"] == "ok")]
     for x, y, high_x, high_y in AXES:
         shown.get_by_label("x", exact=True).select_option(x)
@@ -392,7 +398,7 @@ def test_a_point_tells_and_opens_its_run(shown: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_needs_no_sideways_scrolling(browser: Any, sweep: Path, scheme: str) -> None:
     size = {"width": 390, "height": 844}
-    with opened(browser, sweep / page.FILE, viewport=size, color_scheme=scheme) as shown:
+    with opened(browser, sweep / PAGE, viewport=size, color_scheme=scheme) as shown:
         for address in ("", "#run=3", f"#run={FAILED}", "#compare=0,3"):
             if address:
                 go(shown, address)
@@ -401,31 +407,31 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, sweep: Path, scheme: 
 
 
 def test_equal_texts_and_pictures_lie_in_the_page_once(sweep: Path) -> None:
-    text = (sweep / page.FILE).read_text()
+    text = (sweep / PAGE).read_text()
     assert text.count('id="picture-') == 1
     assert text.count("</script>") == text.count("<script")
     assert HOSTILE not in text and "onerror" in text
-    first = page.write(sweep).read_bytes()
-    assert page.write(sweep).read_bytes() == first  # nothing of the moment
+    first = write_page(sweep).read_bytes()
+    assert write_page(sweep).read_bytes() == first  # nothing of the moment
 
 
 def test_pictures_beyond_the_cap_are_links(
     browser: Any, sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = (sweep / page.FILE).read_bytes()
+    before = (sweep / PAGE).read_bytes()
     monkeypatch.setattr(page, "PICTURE_BYTES", 10)
-    page.write(sweep, "other title")
-    with opened(browser, sweep / page.FILE) as shown:
+    write_page(sweep, "other title")
+    with opened(browser, sweep / PAGE) as shown:
         assert shown.title() == "other title"
         assert shown.get_attribute("text=accuracy.png", "href") == "./plots/accuracy.png"
-    (sweep / page.FILE).write_bytes(before)
+    (sweep / PAGE).write_bytes(before)
 
 
 def test_a_single_run_and_an_empty_folder(browser: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no"):
-        page.write(tmp_path)
-    report.write(tmp_path, {"status": "ok", "model": "tiny", "seed": 0, "dense/kl": 0.0})
-    with opened(browser, page.write(tmp_path)) as shown:
+        write_page(tmp_path)
+    write_report(tmp_path, {"status": "ok", "model": "tiny", "seed": 0, "dense/kl": 0.0})
+    with opened(browser, write_page(tmp_path)) as shown:
         assert runs_of(shown) == ["."]
         go(shown, "#run=.")
         assert shown.inner_text("h1:visible") == "Run ."
@@ -436,7 +442,7 @@ def test_a_thousand_runs_are_laid_out_as_they_are_looked_at(browser: Any, tmp_pa
     random_ = random.Random(3)
     for number in range(1000):
         write_run(tmp_path, number, random_)
-    with opened(browser, page.write(tmp_path)) as shown:
+    with opened(browser, write_page(tmp_path)) as shown:
         first = runs_of(shown)
         assert 50 <= len(first) < 1000
         click = shown.locator('th[data-key="compressed/kl"] button').click

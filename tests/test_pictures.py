@@ -13,17 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_lab import pictures, plots, report, reports
-from moe_lab.plots import cloud, curve, plan
+from moe_lab.report.frame import read_reports
+from moe_lab.report.plots import cloud, curve, plan, style
+from moe_lab.report.plots.run import draw_run
+from moe_lab.report.plots.sweep import ACCURACY, COSTS, HELD_OUT, draw_sweep, naming, points
+from moe_lab.report.report import write_report
 from moe_lab.types import Edit, Plan
 
 DENSE = {"eval/average": 0.9, "kl": 0, "bytes": 1000, "flops_per_token": 50, "parameter_ratio": 1}
-PARAMETERS, ACCURACY = pictures.COSTS[0], pictures.ACCURACY
+PARAMETERS = COSTS[0]
 
 
 def save_report(folder: Path, **values: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    report.write(folder, {"status": "ok", "model": "tiny", "method": "prune"} | values)
+    write_report(folder, {"status": "ok", "model": "tiny", "method": "prune"} | values)
     return folder
 
 
@@ -51,7 +54,7 @@ def sweep(folder: Path, models: tuple[str, ...] = ("tiny",), tuned: bool = False
                     if tuned:
                         save_curve(job, ("lm",))
                     number += 1
-    return reports.read(folder)
+    return read_reports(folder)
 
 
 def save_curve(folder: Path, phases: tuple[str, ...], **told: float) -> None:
@@ -151,9 +154,9 @@ def test_front_of_few() -> None:
 
 def test_points_are_means_over_seeds(tmp_path: Path) -> None:
     frame = sweep(tmp_path, ("tiny", "other"), tuned=True)
-    labels, said = pictures.naming(frame, (), numbers=False)
+    labels, said = naming(frame, (), numbers=False)
     assert said == ["metric"] and set(labels) == {"reap", "frequency"}
-    found = pictures.points(frame, PARAMETERS, ACCURACY, labels)
+    found = points(frame, PARAMETERS, ACCURACY, labels)
     assert len(found) == 2 * 2 * 2 * 2
     for row in found.itertuples():
         same = frame[(frame["model"] == row.model) & (frame["metric"] == row.metric)
@@ -168,10 +171,10 @@ def test_points_are_means_over_seeds(tmp_path: Path) -> None:
 
 def test_shares_are_of_the_dense_model(tmp_path: Path) -> None:
     frame = sweep(tmp_path)
-    size = next(cost for cost in pictures.COSTS if cost.key == "bytes")
+    size = next(cost for cost in COSTS if cost.key == "bytes")
     assert list(size.of(frame, "compressed")) == [75.0, 75.0, 50.0, 50.0] * 2
     assert list(size.of(frame, "dense")) == [100.0] * 8
-    assert pictures.PERPLEXITY.of(frame, "dense").isna().all()
+    assert HELD_OUT.of(frame, "dense").isna().all()
 
 
 def test_what_tells_points_apart() -> None:
@@ -180,13 +183,13 @@ def test_what_tells_points_apart() -> None:
                                             ("condense", None, "l1")]
             for ratio in (0.1, 0.2, 0.3)]  # fmt: skip
     frame = pd.DataFrame(rows, dtype=object)
-    labels, said = pictures.naming(frame, (), numbers=False)
+    labels, said = naming(frame, (), numbers=False)
     assert said == ["method", "metric"]
     assert list(labels.unique()) == ["prune, reap", "prune, ean", "condense"]
-    labels, said = pictures.naming(frame, ("method", "metric"), numbers=True)
+    labels, said = naming(frame, ("method", "metric"), numbers=True)
     assert said == ["ratio"] and list(labels.unique()) == ["ratio=0.1", "ratio=0.2", "ratio=0.3"]
     many = pd.DataFrame([{"metric": f"m{n}", "eval": e} for n in range(9) for e in "ab"])
-    assert pictures.naming(many, (), numbers=False)[1] == ["eval"]
+    assert naming(many, (), numbers=False)[1] == ["eval"]
 
 
 def test_pictures_of_a_sweep(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_pictures_of_a_sweep(tmp_path: Path) -> None:
         for key in frame
         if not key.endswith(("memory_ratio", "/bytes", "decode_speedup", "token"))
     ]
-    written = pictures.of_sweep(tmp_path, frame[some])
+    written = draw_sweep(tmp_path, frame[some])
     costs = ["pareto_parameter_ratio", "pareto_prefill_speedup"]
     assert names(written) == [*costs, "by_ratio", "curves"]
     assert {path.parent for path in written} == {tmp_path / "plots"}
@@ -207,23 +210,23 @@ def test_a_sweep_without_costs_or_accuracy(tmp_path: Path) -> None:
         values = {"condense/num_layers": layers, "compressed/kl": 0.1 * number}
         save_report(tmp_path / str(number), **values)
     save_report(tmp_path / "3", status="failed", **{"condense/num_layers": 5, "compressed/kl": 9.0})
-    written = pictures.of_sweep(tmp_path, reports.read(tmp_path))
+    written = draw_sweep(tmp_path, read_reports(tmp_path))
     assert names(written) == ["by_condense_num_layers"]
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
-    assert pictures.of_run(tmp_path / "0") == []
+    assert draw_run(tmp_path / "0") == []
     save_report(tmp_path / "0", status="failed", error="x")
-    assert pictures.of_run(tmp_path / "0") == []
-    assert pictures.of_sweep(tmp_path, reports.read(tmp_path)) == []
+    assert draw_run(tmp_path / "0") == []
+    assert draw_sweep(tmp_path, read_reports(tmp_path)) == []
     save_report(tmp_path / "0", **{"compressed/eval/average": None})
     save_report(tmp_path / "1", seed=1)
-    assert pictures.of_sweep(tmp_path, reports.read(tmp_path)) == []
+    assert draw_sweep(tmp_path, read_reports(tmp_path)) == []
     kept = Plan((Edit(0, "x", "keep"),))
     (tmp_path / "0" / "plan.json").write_text(kept.to_text())
     (tmp_path / "0" / "curve.jsonl").write_text("")
-    assert pictures.of_run(tmp_path / "0") == []
+    assert draw_run(tmp_path / "0") == []
     assert not list(tmp_path.rglob("plots"))
 
 
@@ -251,7 +254,7 @@ PLANS = {
 def test_pictures_of_each_kind_of_plan(name: str, tmp_path: Path) -> None:
     made, expected = PLANS[name]
     (tmp_path / "plan.json").write_text(made.to_text())
-    assert names(pictures.of_run(tmp_path)) == expected
+    assert names(draw_run(tmp_path)) == expected
 
 
 def test_states_of_the_experts() -> None:
@@ -289,12 +292,12 @@ def test_pictures_of_a_run_with_everything(tmp_path: Path) -> None:
     save_usage(tmp_path, UNEVEN)
     save_curve(tmp_path, ("lm", "sft"), entropy=1.0, top_k=2)
     (tmp_path / "plan.json").write_text(scored("merge", UNEVEN).to_text())
-    assert names(pictures.of_run(tmp_path)) == ["usage", "scores", "kept", "curves"]
+    assert names(draw_run(tmp_path)) == ["usage", "scores", "kept", "curves"]
 
 
 def test_tokens_of_a_curve_go_on_through_its_phases(tmp_path: Path) -> None:
     save_curve(tmp_path, ("lm", "sft"))
-    read = curve.read(tmp_path / "curve.jsonl")
+    read = curve.read_curve(tmp_path / "curve.jsonl")
     starts = read[read["loss"].isna()]
     assert starts["tokens"].tolist() == [0, 6000] and read["tokens"].is_monotonic_increasing
 
@@ -304,7 +307,7 @@ def test_same_input_same_bytes_in_any_process(tmp_path: Path) -> None:
         save_report(tmp_path / name, metric="reap")
         save_usage(tmp_path / name, UNEVEN)
         (tmp_path / name / "plan.json").write_text(PLANS["merge"][0].to_text())
-    pictures.of_run(tmp_path / "a")
+    draw_run(tmp_path / "a")
     script = "import sys, pathlib; from moe_lab import pictures; " \
              "pictures.of_run(pathlib.Path(sys.argv[1]))"  # fmt: skip
     environment = os.environ | {"PYTHONHASHSEED": "7"}
@@ -319,12 +322,12 @@ def test_same_input_same_bytes_in_any_process(tmp_path: Path) -> None:
 def test_dropped_layers_are_told_from_kept_ones(tmp_path: Path) -> None:
     save_usage(tmp_path, dict.fromkeys(range(4), 8))
     (tmp_path / "plan.json").write_text(dropped("drop_layer").to_text())
-    assert names(pictures.of_run(tmp_path)) == ["usage", "scores", "kept"]
+    assert names(draw_run(tmp_path)) == ["usage", "scores", "kept"]
 
 
 def test_looks_differ() -> None:
-    looks = [plots.look(number) for number in range(56)]
+    looks = [style.look(number) for number in range(56)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 56
-    assert plots.legend_rows(["a"] * 3, 5.0) == (3, 1)
-    columns, rows = plots.legend_rows(["a long name of a method"] * 24, 4.4)
+    assert style.legend_rows(["a"] * 3, 5.0) == (3, 1)
+    columns, rows = style.legend_rows(["a long name of a method"] * 24, 4.4)
     assert columns * rows >= 24 and columns < 4

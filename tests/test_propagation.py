@@ -10,20 +10,21 @@ import pytest
 import torch
 from families import tiny_batch, tiny_model
 
-from moe_lab import ratios
-from moe_lab.checkpoint import Checkpoint
-from moe_lab.editing import apply_plan, prune_layer
-from moe_lab.evidence import Evidence
-from moe_lab.layerwise import LayerwiseModel
-from moe_lab.methods.prune import Prune, constants, lifted
-from moe_lab.metrics.frequency import frequency
-from moe_lab.metrics.leave_one_out import LeaveOneOut
-from moe_lab.metrics.naee import Naee
-from moe_lab.metrics.reap import reap
-from moe_lab.moe import moe_layers
-from moe_lab.ratios.uniform import Uniform
-from moe_lab.statistics import collect
-from moe_lab.stream import Activations, LayerStream
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.leave_one_out import LeaveOneOut
+from moe_lab.methods.metrics.naee import Naee
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.prune import Prune, lifted, mean_outputs
+from moe_lab.methods.ratios import budget
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.editing import apply_plan, prune_layer
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import UserError
 
 FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3"]
@@ -35,12 +36,12 @@ def case(request):
     model = tiny_model(request.param).double()
     model.set_experts_implementation("eager")  # the default one knows no float64
     batches = [tiny_batch(seed=seed) for seed in (0, 1)]
-    return model, batches, evidence_of(model, batches)
+    return model, batches, profile_of(model, batches)
 
 
-def evidence_of(model, batches) -> Evidence:
-    statistics = collect(model, batches)
-    return Evidence(statistics, lambda number=None: LayerStream(model, batches))
+def profile_of(model, batches) -> Profile:
+    statistics = collect_statistics(model, batches)
+    return Profile(statistics, lambda number=None: LayerStream(model, batches))
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,27 @@ class Listed:
 
     number: int
 
-    def numbers(self, scores, evidence) -> dict[int, int]:
+    def numbers(self, scores, profile) -> dict[int, int]:
         return {info.index: self.number for info, _ in scores}
 
 
 def test_propagated_is_brute_force(case) -> None:
     """Each layer's statistics in a full forward of the model that was pruned up to there."""
-    model, batches, evidence = case
-    found = Prune(reap, Listed(4), propagate=True).plan(evidence)
+    model, batches, profile = case
+    found = Prune(reap, Listed(4), propagate=True).plan(profile)
     changed = copy.deepcopy(model)
     for number, edit in enumerate(found.edits):
-        layer = collect(changed, batches)[number]
+        layer = collect_statistics(changed, batches)[number]
         expected = reap(layer)
         assert layer.info.index == edit.index
         torch.testing.assert_close(
             torch.tensor(edit.scores, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9
         )
-        assert edit.kept == ratios.best(layer.info, expected, 4)
+        assert edit.kept == budget.best(layer.info, expected, 4)
         assert found.notes["experts_without_tokens"][str(edit.index)] == (layer["count"] == 0).sum()
         prune_layer(moe_layers(changed)[number], list(edit.kept))
     assert found.notes["statistics"] == "re-measured behind compressed layers"
-    plain = Prune(reap, Listed(4)).plan(evidence)
+    plain = Prune(reap, Listed(4)).plan(profile)
     assert plain.notes["statistics"] == "intact model"
     assert plain.edits[0] == found.edits[0]
     assert plain.edits[1].scores != found.edits[1].scores
@@ -80,54 +81,54 @@ def test_propagated_is_brute_force(case) -> None:
 
 
 def test_propagating_what_changes_nothing(case) -> None:
-    _, _, evidence = case
-    found = Prune(reap, Uniform(0.0), propagate=True).plan(evidence)
-    plain = Prune(reap, Uniform(0.0)).plan(evidence)
+    _, _, profile = case
+    found = Prune(reap, Uniform(0.0), propagate=True).plan(profile)
+    plain = Prune(reap, Uniform(0.0)).plan(profile)
     for edit, other in zip(found.edits, plain.edits, strict=True):
         assert edit.kept == other.kept == tuple(range(8))
         assert edit.scores == pytest.approx(other.scores, rel=1e-12)
 
 
 def test_the_model_is_left_as_it_was(case) -> None:
-    model, batches, evidence = case
+    model, batches, profile = case
     with torch.no_grad():
         before = model(**batches[0]).logits
-        Prune(reap, Listed(4), replacement="constant", propagate=True).plan(evidence)
+        Prune(reap, Listed(4), replacement="constant", propagate=True).plan(profile)
         assert torch.equal(model(**batches[0]).logits, before)
 
 
 def test_from_disk_with_no_memory_for_states_it_finds_the_same(case, tmp_path) -> None:
-    model, batches, evidence = case
+    model, batches, profile = case
     model.save_pretrained(tmp_path / "model")
 
     def open_stream(number: int | None = None) -> LayerStream:
         source = LayerwiseModel(Checkpoint(tmp_path / "model", "float64"))
         return LayerStream(source, batches, Activations(limit=0, folder=tmp_path))
 
-    again = Evidence(evidence.statistics, open_stream)
+    again = Profile(profile.statistics, open_stream)
     for method in (Prune(reap, Listed(4), propagate=True), Prune(Naee(), Listed(6))):
-        assert method.plan(again).to_text() == method.plan(evidence).to_text()
+        assert method.plan(again).to_text() == method.plan(profile).to_text()
 
 
 def test_constants_are_mean_outputs_behind_the_pruned_layers(case) -> None:
-    model, batches, evidence = case
-    found = Prune(reap, Listed(4), replacement="constant", propagate=True).plan(evidence)
+    model, batches, profile = case
+    found = Prune(reap, Listed(4), replacement="constant", propagate=True).plan(profile)
     first, second = found.edits[:2]
     assert first.replacement == "constant"
     assert {len(tensor) for tensor in found.tensors.values()} == {4}
     changed = copy.deepcopy(model)
     for plan_edit, number in ((first, 0), (second, 1)):
-        layer = collect(changed, batches)[number]
+        layer = collect_statistics(changed, batches)[number]
         torch.testing.assert_close(
             found.tensors[f"layers.{plan_edit.index}.constants"],
-            constants(layer, plan_edit.kept),
+            mean_outputs(layer, plan_edit.kept),
             rtol=1e-9,
             atol=1e-9,
         )
         if number == 0:
             apply_plan(changed, type(found)((first,), tensors=found.tensors))
-    plain = Prune(reap, Listed(4), replacement="constant").plan(evidence)
-    intact = evidence.statistics[1]
+    plain = Prune(reap, Listed(4), replacement="constant").plan(profile)
+    intact = profile.statistics[1]
     gone = [expert for expert in range(8) if expert not in plain.edits[1].kept]
     expected = plain.tensors[f"layers.{plain.edits[1].index}.constants"]
     for row, expert in zip(expected, gone, strict=True):
@@ -137,8 +138,8 @@ def test_constants_are_mean_outputs_behind_the_pruned_layers(case) -> None:
 
 
 def test_protected_experts_stay(case) -> None:
-    _, _, evidence = case
-    scores = [(layer.info, reap(layer)) for layer in evidence.statistics]
+    _, _, profile = case
+    scores = [(layer.info, reap(layer)) for layer in profile.statistics]
     worst = {info.index: (int(score.argmin()),) for info, score in scores}
     above = lifted(scores, worst)
     highest = max(float(score.max()) for _, score in scores)
@@ -151,23 +152,23 @@ def test_protected_experts_stay(case) -> None:
 
 
 def test_super_experts_are_protected(case, monkeypatch) -> None:
-    _, _, evidence = case
-    plain = Prune(reap, Listed(4)).plan(evidence)
-    info = evidence.statistics[0].info
+    _, _, profile = case
+    plain = Prune(reap, Listed(4)).plan(profile)
+    info = profile.statistics[0].info
     gone = next(e for e in range(8) if e not in plain.edits[0].kept)
-    whole = {layer.info.index: () for layer in evidence.statistics}
+    whole = {layer.info.index: () for layer in profile.statistics}
     monkeypatch.setattr(
-        "moe_lab.methods.prune.super_experts", lambda _: whole | {info.index: (gone,)}
+        "moe_lab.profile.collect.super_experts", lambda _: whole | {info.index: (gone,)}
     )
     for propagate in (False, True):
-        found = Prune(reap, Listed(4), protect="super_experts", propagate=propagate).plan(evidence)
+        found = Prune(reap, Listed(4), protect="super_experts", propagate=propagate).plan(profile)
         assert gone in found.edits[0].kept and len(found.edits[0].kept) == 4
         assert found.edits[0].scores == pytest.approx(plain.edits[0].scores, rel=1e-12)
         assert found.notes["protected"] == {str(info.index): [gone]}
     many = whole | {info.index: (0, 1, 2, 3, 4)}
-    monkeypatch.setattr("moe_lab.methods.prune.super_experts", lambda _: many)
+    monkeypatch.setattr("moe_lab.profile.collect.super_experts", lambda _: many)
     with pytest.raises(UserError, match=r"super experts.*leaves"):
-        Prune(reap, Listed(4), protect="super_experts").plan(evidence)
+        Prune(reap, Listed(4), protect="super_experts").plan(profile)
 
 
 @pytest.mark.parametrize(("protect", "place"), [("super_experts", 0), ("outliers", -1)])
@@ -177,12 +178,12 @@ def test_found_super_experts_are_in_the_plan(case, protect: str, place: int) -> 
     layer = moe_layers(changed)[place]
     with torch.no_grad():
         layer.experts.down_proj[5] *= 1e4
-    evidence = evidence_of(changed, batches)
-    plan = Prune(lambda one: -one["max_activation"], Listed(4), protect=protect).plan(evidence)
+    profile = profile_of(changed, batches)
+    plan = Prune(lambda one: -one["max_activation"], Listed(4), protect=protect).plan(profile)
     assert plan.notes["protected"] == {str(layer.info.index): [5]} and 5 in plan.edits[place].kept
     if place:
         others = Prune(lambda one: -one["max_activation"], Listed(4), protect="super_experts")
-        assert not others.plan(evidence).notes["protected"]
+        assert not others.plan(profile).notes["protected"]
 
 
 def test_what_cannot_be_combined() -> None:

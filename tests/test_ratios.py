@@ -12,16 +12,16 @@ import torch
 from conftest import Outcome
 from families import tiny_batch, tiny_model
 
-from moe_lab import ratios
-from moe_lab.evidence import Evidence
+from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.methods.prune import Prune
-from moe_lab.metrics.soft_count import soft_count
-from moe_lab.moe import check_kept
-from moe_lab.ratios import Scores, floor_of
-from moe_lab.ratios.all_layers import Global
-from moe_lab.ratios.coverage import Coverage
-from moe_lab.ratios.uniform import Uniform
-from moe_lab.statistics import collect
+from moe_lab.methods.ratios import budget
+from moe_lab.methods.ratios.all_layers import Global
+from moe_lab.methods.ratios.budget import Scores, floor_of
+from moe_lab.methods.ratios.coverage import Coverage
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.layers import check_kept
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, Plan, UserError
 
 
@@ -39,11 +39,11 @@ def rows(*scores: list[float], **more: int) -> list[tuple[LayerInfo, torch.Tenso
 
 def keep(ratio: Any, scores: Scores) -> dict[int, tuple[int, ...]]:
     """Which experts stay by a ratio that looks at nothing but the scores."""
-    return ratios.kept(scores, ratio.numbers(scores, Evidence([])))
+    return budget.kept(scores, ratio.numbers(scores, Profile([])))
 
 
 def notes(ratio: Any, scores: Scores) -> dict[str, Any]:
-    return ratio.notes(scores, ratio.numbers(scores, Evidence([])))
+    return ratio.notes(scores, ratio.numbers(scores, Profile([])))
 
 
 ABOVE = ([9.0, 8, 7, 6], [5.0, 4, 3, 2], [1.0, 0.5, 0.25, 0])
@@ -164,12 +164,12 @@ def test_coverage_keeps_the_fewest_that_reach_it() -> None:
 
 
 def test_notes_go_into_the_plan() -> None:
-    statistics = collect(tiny_model("qwen2_moe"), [tiny_batch()], only_routers=True)
-    evidence = Evidence(statistics)
-    made = Prune(soft_count, Global(0.25)).plan(evidence)
+    statistics = collect_statistics(tiny_model("qwen2_moe"), [tiny_batch()], only_routers=True)
+    profile = Profile(statistics)
+    made = Prune(soft_count, Global(0.25)).plan(profile)
     assert made.notes["kept_per_layer"] == {str(e.index): len(e.kept) for e in made.edits}
     assert sum(len(edit.kept) for edit in made.edits) == 18
-    assert "kept_per_layer" not in Prune(soft_count, Uniform(0.25)).plan(evidence).notes
+    assert "kept_per_layer" not in Prune(soft_count, Uniform(0.25)).plan(profile).notes
 
 
 def test_a_reference_enters_a_plan_by_its_content() -> None:

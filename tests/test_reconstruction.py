@@ -15,17 +15,18 @@ import torch
 from families import tiny_batch, tiny_model
 from torch import Tensor, nn
 
-from moe_lab import reconstruction, routing
-from moe_lab.editing import prune_layer
-from moe_lab.evidence import Evidence
+from moe_lab.methods.metrics.leave_one_out import LeaveOneOut
+from moe_lab.methods.metrics.naee import Naee, eliminated, num_eliminations, num_subsets, subsets
 from moe_lab.methods.prune import Prune
-from moe_lab.metrics.leave_one_out import LeaveOneOut
-from moe_lab.metrics.naee import Naee, eliminated, num_eliminations, num_subsets, subsets
-from moe_lab.moe import hidden_of, moe_layers
-from moe_lab.ratios.uniform import Uniform
-from moe_lab.reconstruction import OpenExperts, Sample, can_keep
-from moe_lab.statistics import collect
-from moe_lab.stream import LayerStream
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models import routers
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.layers import hidden_of, moe_layers
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile import all_experts
+from moe_lab.profile.all_experts import AllExperts, ExpertSample, can_keep
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.profile import Profile
 from moe_lab.types import UserError
 
 FAMILIES = ["qwen2_moe", "mixtral", "deepseek_v3"]
@@ -39,11 +40,11 @@ class Case:
         self.model = tiny_model(family, **changes).double()
         self.model.set_experts_implementation("eager")  # the default one knows no float64
         self.batches = [tiny_batch(seed=seed) for seed in (0, 1)]
-        self.statistics = collect(self.model, self.batches)
+        self.statistics = collect_statistics(self.model, self.batches)
         self.infos = {layer.info.index: layer.info for layer in self.statistics}
 
-    def evidence(self) -> Evidence:
-        return Evidence(self.statistics, lambda number=None: LayerStream(self.model, self.batches))
+    def profile(self) -> Profile:
+        return Profile(self.statistics, lambda number=None: LayerStream(self.model, self.batches))
 
     @property
     def exact(self) -> float:
@@ -115,7 +116,7 @@ def some_sets(case: Case, index: int) -> list[tuple[int, ...]]:
 
 
 def test_error_is_that_of_a_pruned_copy(case: Case) -> None:
-    sample = Sample(LayerStream(case.model, case.batches))
+    sample = ExpertSample(LayerStream(case.model, case.batches))
     for index in (1, LAYER):
         sets = some_sets(case, index)
         with sample.open(index) as experts:
@@ -170,7 +171,7 @@ def slow_masked_error(case: Case, index: int, kept: Sequence[int]) -> tuple[floa
 
 def test_error_is_that_of_masked_logits(case: Case) -> None:
     # Families make their router's probabilities in float32 whatever the model computes in.
-    with Sample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
+    with ExpertSample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
         for kept in some_sets(case, LAYER):
             found = experts.error(kept)
             assert (found.mse, found.cosine) == pytest.approx(
@@ -183,9 +184,9 @@ def test_masking_a_router_is_restricting_it(case: Case) -> None:
     x_TD = case.inputs(LAYER)
     before = [part.clone() for part in layer.router(x_TD)]
     for kept in some_sets(case, LAYER):
-        with routing.restricted_layer(layer, kept):
+        with routers.restricted_layer(layer, kept):
             _, weight, index = layer.router(x_TD)
-        with routing.masked_layer(layer, kept):
+        with routers.masked_layer(layer, kept):
             _, masked_weight, masked_index = layer.router(x_TD)
         order, masked_order = index.argsort(dim=1), masked_index.argsort(dim=1)
         assert torch.equal(index.gather(1, order), masked_index.gather(1, masked_order))
@@ -200,7 +201,7 @@ def test_a_router_that_cannot_be_masked_is_refused() -> None:
     weight = layer.router.weight
     own = lambda x: (x @ weight.T, torch.ones(len(x), 2), torch.zeros(len(x), 2).long())  # noqa: E731
     layer.router.forward = own
-    with pytest.raises(UserError, match="cannot be masked"), routing.masked_layer(layer, [0, 1]):
+    with pytest.raises(UserError, match="cannot be masked"), routers.masked_layer(layer, [0, 1]):
         layer.router(torch.zeros(3, 32))
 
 
@@ -209,7 +210,7 @@ def test_a_router_that_cannot_be_masked_is_refused() -> None:
 
 @pytest.mark.parametrize("measure", ["mse", "cosine"])
 def test_leave_one_out_is_brute_force(case: Case, measure: str) -> None:
-    scores = LeaveOneOut(measure).scores(case.evidence())
+    scores = LeaveOneOut(measure).scores(case.profile())
     assert len(scores) == len(case.statistics)
     for layer, score in zip(case.statistics, scores, strict=True):
         index = layer.info.index
@@ -224,10 +225,10 @@ def test_leave_one_out_is_brute_force(case: Case, measure: str) -> None:
 
 def test_two_experts_in_a_group() -> None:
     case = Case("deepseek_v3", n_group=4, topk_group=2)
-    score = LeaveOneOut().scores(case.evidence())[0]
+    score = LeaveOneOut().scores(case.profile())[0]
     assert torch.isfinite(score).all() and (score > 0).any()
     layer = moe_layers(case.model)[0]
-    with routing.masked_layer(layer, [0, 2, 3, 4, 5, 6, 7]):
+    with routers.masked_layer(layer, [0, 2, 3, 4, 5, 6, 7]):
         index = layer.router(case.inputs(layer.info.index))[2]
     assert not ((index == 0) | (index == 1)).any()
 
@@ -258,7 +259,7 @@ def test_naee_is_the_best_of_all_pruned_copies(case: Case) -> None:
     number = 6 if case.infos[LAYER].groups > 1 else 5
     numbers = dict.fromkeys(case.infos, number)
     metric = Naee()
-    chosen = metric.choose(case.evidence(), numbers)
+    chosen = metric.choose(case.profile(), numbers)
     assert list(chosen) == list(case.infos)
     every = list(subsets(case.infos[LAYER], number))
     assert len(every) == num_subsets(case.infos[LAYER], number) == len(set(every))
@@ -275,11 +276,11 @@ def test_elimination_tries_as_many_subsets_as_it_says(
     case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried = []
-    errors = OpenExperts.errors
+    errors = AllExperts.errors
     monkeypatch.setattr(
-        OpenExperts, "errors", lambda self, sets: tried.extend(sets) or errors(self, sets)
+        AllExperts, "errors", lambda self, sets: tried.extend(sets) or errors(self, sets)
     )
-    with Sample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
+    with ExpertSample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
         with caplog.at_level(logging.INFO):
             eliminated(experts)
         assert len(tried) == num_eliminations(experts.info) > 8
@@ -290,12 +291,12 @@ def test_greedy_naee_is_the_slow_one(case: Case) -> None:
     metric = Naee(max_subsets=0)
     order = slow_greedy(case, LAYER)
     place = list(case.infos).index(LAYER)
-    score = metric.scores(case.evidence())[place]
+    score = metric.scores(case.profile())[place]
     assert sorted(range(8), key=lambda e: (float(score[e]), e))[: len(order)] == order
     assert {float(score[e]) for e in range(8) if e not in order} == {float(len(order))}
     steps = case.infos[LAYER].groups
     for removed in range(0, len(order) + 1, steps):
-        chosen = metric.choose(case.evidence(), {LAYER: 8 - removed})
+        chosen = metric.choose(case.profile(), {LAYER: 8 - removed})
         assert chosen == {LAYER: tuple(e for e in range(8) if e not in order[:removed])}
     assert metric.notes([case.infos[LAYER]], {LAYER: 4})["naee"][str(LAYER)].startswith("greedy")
 
@@ -305,7 +306,7 @@ def test_greedy_naee_is_the_slow_one(case: Case) -> None:
 
 def errors_of(model: nn.Module, batches: list[dict]) -> list[tuple[float, float]]:
     sets = [(0, 1, 4, 5), (2, 3, 6, 7), (0, 1, 2, 4, 5, 6)]
-    with Sample(LayerStream(model, batches)).open(LAYER) as experts:
+    with ExpertSample(LayerStream(model, batches)).open(LAYER) as experts:
         return [(error.mse, error.cosine) for error in experts.errors(sets)]
 
 
@@ -316,7 +317,7 @@ def test_batch_size_padding_and_chunks_do_not_matter(case: Case, monkeypatch) ->
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             row = {"input_ids": ids[None, : mask.sum()], "attention_mask": mask[None, : mask.sum()]}
             alone.append(row)
-    monkeypatch.setattr("moe_lab.reconstruction.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("moe_lab.profile.all_experts.TOKENS_AT_ONCE", 7)
     for found, expected in zip(errors_of(case.model, alone), together, strict=True):
         assert found == pytest.approx(expected, rel=1e-6)
 
@@ -326,10 +327,10 @@ def test_permuting_the_experts_permutes_the_scores(case: Case) -> None:
     order = [2, 0, 3, 1, 7, 5, 4, 6]  # within each group
     for layer in moe_layers(changed):
         prune_layer(layer, order)
-    evidence = case.evidence()
-    theirs = replace(evidence, open_stream=lambda number: LayerStream(changed, case.batches))
+    profile = case.profile()
+    theirs = replace(profile, open_stream=lambda number: LayerStream(changed, case.batches))
     for metric in (LeaveOneOut(), Naee(max_subsets=0)):
-        for score, other in zip(metric.scores(evidence), metric.scores(theirs), strict=True):
+        for score, other in zip(metric.scores(profile), metric.scores(theirs), strict=True):
             torch.testing.assert_close(other, score[order], rtol=1e-6, atol=1e-9)
 
 
@@ -350,23 +351,23 @@ def test_answers_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
             answers[key] = json.dumps(work())
         return json.loads(answers[key])
 
-    evidence = Evidence(case.statistics, open_stream, remember=remember)
+    profile = Profile(case.statistics, open_stream, remember=remember)
     with caplog.at_level(logging.INFO):
-        first = LeaveOneOut(num_samples=5).scores(evidence)
+        first = LeaveOneOut(num_samples=5).scores(profile)
     assert streams == [5] and "8 experts x 48 tokens" in caplog.text
-    again = LeaveOneOut(num_samples=5).scores(evidence)
-    LeaveOneOut("cosine", num_samples=5).scores(evidence)
+    again = LeaveOneOut(num_samples=5).scores(profile)
+    LeaveOneOut("cosine", num_samples=5).scores(profile)
     assert streams == [5]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for ratio in (0.25, 0.5):
-        Prune(Naee(), Uniform(ratio)).plan(evidence)
+        Prune(Naee(), Uniform(ratio)).plan(profile)
     assert streams == [5, 128, 128, 128]  # the order once, and the subsets of each number
 
 
 def test_the_sample_lies_in_the_cache_and_leaves_it() -> None:
     case = Case("mixtral")
     stream = LayerStream(case.model, case.batches)
-    sample = Sample(stream)
+    sample = ExpertSample(stream)
     with sample.open(LAYER) as experts:
         chunk = next(experts.chunks())
         tokens = len(chunk.x_TD)
@@ -385,8 +386,8 @@ def test_outputs_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     case, sets = Case("mixtral"), [[0, 1, 2, 4, 6, 7], [3, 5]]
     found = []
     for numbers in (2**24, 3 * 8 * 32, 1):
-        monkeypatch.setattr(reconstruction, "NUMBERS_AT_ONCE", numbers)
-        with Sample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
+        monkeypatch.setattr(all_experts, "NUMBERS_AT_ONCE", numbers)
+        with ExpertSample(LayerStream(case.model, case.batches)).open(LAYER) as experts:
             found.append(experts.errors(sets))
     assert found[0][0].mse > 0
     for errors in found[1:]:

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_lab import report
+from moe_lab.report.report import read_report, write_report
+from moe_lab.report.summary import (
+    result_markdown,
+    result_rows,
+    result_table,
+    stage_rows,
+    stages_table,
+)
 
 REPORT = {
     "status": "ok",
@@ -55,9 +62,9 @@ def shown(table: object) -> str:
 
 
 def test_written_and_read_in_order(tmp_path: Path) -> None:
-    path = report.write(tmp_path, REPORT)
+    path = write_report(tmp_path, REPORT)
     assert path == tmp_path / "report.json"
-    found = report.read(tmp_path)
+    found = read_report(tmp_path)
     assert list(found) == list(REPORT)
     assert found["compressed/eval/prose_perplexity/bits_per_byte"] is None
     assert found["dense/parameters"] == 12_345_678
@@ -65,7 +72,7 @@ def test_written_and_read_in_order(tmp_path: Path) -> None:
 
 
 def test_infinity_is_null_and_json_stays_strict(tmp_path: Path) -> None:
-    path = report.write(tmp_path, {"a": math.inf, "b": -math.inf, "c": 1.5})
+    path = write_report(tmp_path, {"a": math.inf, "b": -math.inf, "c": 1.5})
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -76,12 +83,12 @@ def test_infinity_is_null_and_json_stays_strict(tmp_path: Path) -> None:
 
 def test_nested_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"report\['dense/eval'\] is a dict"):
-        report.write(tmp_path, {"dense/eval": {"code": 1}})
+        write_report(tmp_path, {"dense/eval": {"code": 1}})
     assert not list(tmp_path.iterdir())
 
 
 def test_rows() -> None:
-    assert report.rows(REPORT) == [
+    assert result_rows(REPORT) == [
         ["", "dense", "compressed"],
         ["code (acc_norm)", "75.0 %", "62.5 % (−12.5)"],
         ["prose_perplexity (bits_per_byte)", "1.250", "–"],
@@ -98,16 +105,16 @@ def test_rows() -> None:
 
 def test_a_better_score_has_a_plus() -> None:
     better = {"dense/eval/average": 0.5, "finetuned/eval/average": 0.521}
-    assert report.rows(better)[1] == ["average accuracy", "50.0 %", "52.1 % (+2.1)"]
+    assert result_rows(better)[1] == ["average accuracy", "50.0 %", "52.1 % (+2.1)"]
 
 
 def test_a_failed_report_has_a_table_too() -> None:
-    assert report.rows({"status": "failed", "error": "x"}) == [[""]]
-    assert shown(report.table({"status": "failed"})) is not None
+    assert result_rows({"status": "failed", "error": "x"}) == [[""]]
+    assert shown(result_table({"status": "failed"})) is not None
 
 
 def test_stages() -> None:
-    assert report.stage_rows(REPORT) == [
+    assert stage_rows(REPORT) == [
         ["stage", "took", "cached"],
         ["profile", "12.3 s", "yes"],
         ["evaluate/dense", "3.0 s", "no"],
@@ -115,17 +122,17 @@ def test_stages() -> None:
 
 
 def test_terminal_and_markdown_say_the_same() -> None:
-    terminal, text = shown(report.table(REPORT)), report.markdown(REPORT)
+    terminal, text = shown(result_table(REPORT)), result_markdown(REPORT)
     lines = text.splitlines()
     assert lines[0] == "|  | dense | compressed |"
     assert lines[1] == "| --- | ---: | ---: |"
-    for row in report.rows(REPORT):
+    for row in result_rows(REPORT):
         assert f"| {' | '.join(row)} |" in lines
         assert all(cell in terminal for cell in row)
-    assert "12.3 s" in shown(report.stages_table(REPORT))
+    assert "12.3 s" in shown(stages_table(REPORT))
 
 
 def test_import_is_light() -> None:
-    program = "import sys, moe_lab.report; print('torch' in sys.modules)"
+    program = "import sys, moe_lab.report.report; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stdout.strip() == "False", answer.stderr

@@ -13,12 +13,12 @@ from families import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe_lab.checkpoint import resolve
-from moe_lab.layerwise import routers_only
-from moe_lab.metrics.router_norm import router_norm
-from moe_lab.metrics.router_norm_change import RouterNormChange
-from moe_lab.moe import moe_layers
-from moe_lab.statistics import LayerStatistics
+from moe_lab.methods.metrics.router_norm import router_norm
+from moe_lab.methods.metrics.router_norm_change import RouterNormChange
+from moe_lab.models.checkpoint import resolve
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import routers_only
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import UserError
 
 

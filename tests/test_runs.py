@@ -16,7 +16,11 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 
-from moe_lab import cleaning, jobs, listing, report, rerun, runs
+from moe_lab import store as our_store
+from moe_lab.report.report import write_report
+from moe_lab.runs import cleaning, listing, rerun
+from moe_lab.runs.__main__ import main
+from moe_lab.runs.status import find_jobs, held, settings_apart
 from moe_lab.store import Artifact, Store
 from moe_lab.types import UserError
 
@@ -48,7 +52,7 @@ def tell(folder: Path, status: str, *used: Artifact | tuple[str, Artifact], **mo
         stage, made = one if isinstance(one, tuple) else (one.kind, one)
         said |= {f"seconds/{stage}": made.seconds, f"cached/{stage}": made.cached,
                  f"artifact/{stage}": f"{made.kind}/{made.key}"}  # fmt: skip
-    report.write(folder, said | {key.replace("__", "/"): value for key, value in more.items()})
+    write_report(folder, said | {key.replace("__", "/"): value for key, value in more.items()})
 
 
 def write_sweep(folder: Path, overrides: list[list[str]] | None, **more: Any) -> None:
@@ -159,7 +163,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """The command in this process: its code, what it printed, and its complaints."""
 
     def call(*words: Any) -> tuple[int, str, str]:
-        code = runs.main([str(word) for word in words])
+        code = main([str(word) for word in words])
         return (code, *capsys.readouterr())
 
     return call
@@ -169,7 +173,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def test_statuses_in_the_order_of_the_jobs(sweep: Path) -> None:
-    found = jobs.find(sweep)
+    found = find_jobs(sweep)
     assert [job.folder.name for job in found] == [str(number) for number in range(11)]
     states = ["ok", "failed", "killed", "running", "killed", *["missing"] * 5, "ok"]
     assert [job.status for job in found] == states
@@ -181,30 +185,30 @@ def test_a_job_of_another_process_is_running_until_it_is_killed(sweep: Path) -> 
     command = [sys.executable, "-c", code, str(sweep / "2" / "job.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"\n"
-        assert jobs.find(sweep)[2].status == "running"
+        assert find_jobs(sweep)[2].status == "running"
         process.kill()
-    assert jobs.find(sweep)[2].status == "killed"
+    assert find_jobs(sweep)[2].status == "killed"
 
 
 def test_a_job_that_is_being_run_again_is_running(sweep: Path) -> None:
     with FileLock(sweep / "1" / "job.lock"):
-        assert jobs.find(sweep)[1].status == "running"
-    assert jobs.find(sweep)[1].status == "failed"
+        assert find_jobs(sweep)[1].status == "running"
+    assert find_jobs(sweep)[1].status == "failed"
 
 
 def test_a_job_that_just_started_is_not_called_killed(sweep: Path) -> None:
     age(sweep / "4" / ".hydra" / "config.yaml", -HOUR_AGO)
-    assert jobs.find(sweep)[4].status == "running"
+    assert find_jobs(sweep)[4].status == "running"
 
 
 def test_stages_and_times(sweep: Path) -> None:
-    found = jobs.find(sweep)
+    found = find_jobs(sweep)
     assert found[0].stages == ["profile", "plan"]
     assert (found[0].num_cached, found[0].seconds(True), found[0].seconds(False)) == (1, 100, 3)
     assert found[10].elapsed == 125.0
     assert found[3].elapsed == pytest.approx(3600, abs=60)  # until now
     age(sweep / "2" / "report.json", -600)
-    assert jobs.find(sweep)[2].elapsed == pytest.approx(3000, abs=60)  # until its last report
+    assert find_jobs(sweep)[2].elapsed == pytest.approx(3000, abs=60)  # until its last report
     assert found[5].elapsed is None
 
 
@@ -277,7 +281,7 @@ def test_settings_are_what_differs(place: Path) -> None:
     start(place / "s" / "0", ["a=1", "b=1", "run_dir=x"], place)
     start(place / "s" / "1", ["a=1", "b=2", "run_dir=y"], place)
     start(place / "alone", ["a=1", "hydra.verbose=true", "+c=[1,2]"], place)
-    found = jobs.settings(jobs.find(place))
+    found = settings_apart(find_jobs(place))
     assert [found[place / name] for name in ("s/0", "s/1", "alone")] == [
         "b=1",
         "b=2",
@@ -327,7 +331,7 @@ def test_from_a_shell(sweep: Path) -> None:
 
 def test_the_store_by_kind(stored: Stored, command: Command) -> None:
     held = cleaning.contents(stored.store.root)
-    found = cleaning.by_kind(held, jobs.find(stored.runs))
+    found = cleaning.by_kind(held, find_jobs(stored.runs))
     assert list(found) == [
         "profile", "search", "plan", "compress", "teacher", "finetune", "evaluate",
     ]  # fmt: skip
@@ -347,19 +351,19 @@ def test_the_store_is_found_where_it_was_made(
 ) -> None:
     (place / "elsewhere").mkdir()
     monkeypatch.chdir(place / "elsewhere")
-    assert cleaning.stores(jobs.find(stored.runs)) == [stored.store.root]
+    assert cleaning.stores(find_jobs(stored.runs)) == [stored.store.root]
     for file in stored.runs.glob("*/.hydra/hydra.yaml"):
         file.unlink()
-    assert cleaning.stores(jobs.find(stored.runs)) == []
+    assert cleaning.stores(find_jobs(stored.runs)) == []
     write_sweep(stored.runs, [[], []], cwd=str(place))
-    assert cleaning.stores(jobs.find(stored.runs)) == [stored.store.root]
+    assert cleaning.stores(find_jobs(stored.runs)) == [stored.store.root]
 
 
 def test_a_profile_of_routers_is_known_by_the_key_of_all_statistics(stored: Stored) -> None:
     identity = {"kind": "profile", "code": "c0dec0dec0de", "model": "777777777777"}
     routers = result(stored.store, "profile", model="777777777777", statistics="routers")
     whole = result(Store(stored.runs.parent / "other"), "profile", model="777777777777")
-    assert whole.key == cleaning.key_of(identity) != routers.key
+    assert whole.key == our_store.key_of(identity) != routers.key
     tell(stored.runs / "1", "ok", whole)  # as stages/profile.py names it
     assert routers.folder in _used(stored)
 
@@ -385,7 +389,7 @@ def test_a_model_from_the_store_is_used(stored: Stored, place: Path) -> None:
 
 
 def _used(stored: Stored) -> set[Path]:
-    return cleaning.used(cleaning.contents(stored.store.root).results, jobs.find(stored.runs))
+    return cleaning.used(cleaning.contents(stored.store.root).results, find_jobs(stored.runs))
 
 
 # Cleaning
@@ -531,7 +535,7 @@ def test_an_interrupted_removal_is_not_done(
         command(stored.runs, "--clean", "search", "--yes")
     assert stored.search.folder.is_dir()
     assert not stored.name(stored.search) & stored.done()
-    assert not jobs.held(stored.search.folder.with_suffix(".lock"))
+    assert not held(stored.search.folder.with_suffix(".lock"))
     command(stored.runs, "--clean", "--yes")  # it is unfinished now
     assert not stored.search.folder.exists()
 
@@ -635,7 +639,7 @@ def test_ctrl_c_waits_for_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) 
             return answer
 
     monkeypatch.setattr(subprocess, "Popen", Slow)
-    assert runs.main([str(place / "s"), "--rerun"]) == 130
+    assert main([str(place / "s"), "--rerun"]) == 130
     assert not answers
 
 
@@ -700,13 +704,13 @@ def test_a_real_process_runs_again(place: Path) -> None:
 )
 def test_options_that_do_not_go_together(sweep: Path, words: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        runs.main([str(sweep), *words])
+        main([str(sweep), *words])
     assert stopped.value.code == 2
 
 
 def test_a_result_is_no_job(stored: Stored) -> None:
     with pytest.raises(UserError, match="has no runs"):
-        jobs.find(stored.store.root)
+        find_jobs(stored.store.root)
 
 
 def test_every_kind_of_result_is_known() -> None:

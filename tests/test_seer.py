@@ -16,19 +16,20 @@ from conftest import Outcome, run_killed
 from families import FAMILIES, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moe_lab import routing
-from moe_lab.checkpoint import Checkpoint, load, meta_model
 from moe_lab.compute import Compute
-from moe_lab.editing import prune_layer
-from moe_lab.finetune import Phase
-from moe_lab.finetune.seer import Seer, entropy
-from moe_lab.moe import moe_layers
-from moe_lab.saving import save
-from moe_lab.stages import finetune as stage
-from moe_lab.stages import other_top_k, with_top_k
-from moe_lab.stages.evaluate import Suite
-from moe_lab.stages.measure import flops_per_token
-from moe_lab.tokens import Tokens
+from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.suite import Suite
+from moe_lab.evaluate.top_k import other_top_k, with_top_k
+from moe_lab.finetune import training as finetune_training
+from moe_lab.finetune.gate_entropy import entropy
+from moe_lab.finetune.recipe import Phase
+from moe_lab.finetune.seer import Seer
+from moe_lab.measure import flops_per_token
+from moe_lab.models import routers as model_routers
+from moe_lab.models.checkpoint import Checkpoint, load, meta_model
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import Plan, UserError
 
 NOTHING = Plan(())
@@ -52,8 +53,8 @@ def training(model: PreTrainedModel, recipe: Seer, folder: Path, number: int = 2
     recipe = dataclasses.replace(recipe, phases={"lm": phase})
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.Training, "_write_trainable", lambda self: None)
-        made = stage.Training(
+        patch.setattr(finetune_training.Training, "_write_trainable", lambda self: None)
+        made = finetune_training.Training(
             model, NOTHING, recipe, tokens, 0, Compute("cpu", batch_size=3), folder
         )
     made._write_trainable = lambda: None
@@ -72,7 +73,7 @@ def test_restricted_is_pruned_and_leaves_nothing_behind(family: str) -> None:
     heard: list[int] = []
     first = moe_layers(model)[0].router
     handle = first.register_forward_hook(lambda *call: heard.append(int(call[2][2].max())))
-    with routing.restricted(model, kept):
+    with model_routers.restricted(model, kept):
         found = model(**batch).logits
     handle.remove()
     assert heard == [7]  # once, and by the experts' own numbers
@@ -113,7 +114,7 @@ def test_another_number_of_experts_is_another_config(family: str, tmp_path: Path
     model, batch = tiny_model(family), tiny_batch()
     model.save_pretrained(tmp_path / "model")
     before = model(**batch).logits
-    routing.set_top_k(model, 1)
+    model_routers.set_top_k(model, 1)
     found = model(**batch).logits
     assert not torch.allclose(found, before)
     assert {layer.info.top_k for layer in moe_layers(model)} == {1}
@@ -153,9 +154,9 @@ def test_no_more_experts_than_a_tokens_groups_have() -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_scoring_is_known_whatever_k_is(family: str, top_k: int) -> None:
     model = tiny_model(family)
-    routing.set_top_k(model, top_k)
+    model_routers.set_top_k(model, top_k)
     expected = "sigmoid" if family in ("deepseek_v3", "glm4_moe") else "softmax"
-    assert {routing.scoring(layer) for layer in moe_layers(model)} == {expected}
+    assert {model_routers.scoring(layer) for layer in moe_layers(model)} == {expected}
     assert {layer.info.top_k for layer in moe_layers(model)} == {top_k}
 
 
@@ -214,7 +215,7 @@ def test_routers_alone_learn_nothing_where_their_weight_is_one(family: str) -> N
     """The gradient of the task's loss at k = 1 says which families these are."""
     model, batch = tiny_model(family), tiny_batch()
     config = model.config
-    routing.set_top_k(model, 1)
+    model_routers.set_top_k(model, 1)
     recipe = recipe_of(trains="routers", annealing="at_once", entropy=0.0)
     tuning = recipe.prepare(model, NOTHING)
     for parameter in tuning.trainable.values():
@@ -313,7 +314,7 @@ def test_entropy_is_that_of_each_valid_token(family: str) -> None:
     assert again.item() == pytest.approx(found.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("scoring", routing.SCORINGS)
+@pytest.mark.parametrize("scoring", model_routers.SCORINGS)
 def test_the_gradient_of_entropy_is_its_finite_difference(scoring: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -445,15 +446,17 @@ def test_twins_make_unequal_layers_native_where_they_change_nothing(
     """olmoe does not renormalise: a twin would take half of an expert's weight."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "source")
-    routing.set_top_k(model, 1)
+    model_routers.set_top_k(model, 1)
     for number, layer in enumerate(moe_layers(model)):
         prune_layer(layer, range(3 + number))
     ids = torch.arange(5, 40)[None]
     expected = model(ids).logits
     exact = sum(parameter.numel() for parameter in model.parameters())
-    assert not save(model, tmp_path / "exact", tmp_path / "source", padding=0).stock
+    assert not save_checkpoint(model, tmp_path / "exact", tmp_path / "source", padding=0).stock
     assert torch.equal(load(tmp_path / "exact")(ids).logits, expected)
-    form = save(load(tmp_path / "exact"), tmp_path / "filled", tmp_path / "source", twins=1)
+    form = save_checkpoint(
+        load(tmp_path / "exact"), tmp_path / "filled", tmp_path / "source", twins=1
+    )
     assert form.stock == twins
     if not twins:
         return
@@ -481,10 +484,10 @@ def test_twins_are_no_second_expert(limit: float, named: list[str], tmp_path: Pa
     """With two experts per token both places would go to one expert and its twin."""
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "source")
-    routing.set_top_k(model, 1)
+    model_routers.set_top_k(model, 1)
     for number, layer in enumerate(moe_layers(model)):
         prune_layer(layer, range(3 + number))
-    form = save(model, tmp_path / "checkpoint", tmp_path / "source", twins=limit)
+    form = save_checkpoint(model, tmp_path / "checkpoint", tmp_path / "source", twins=limit)
     (tmp_path / "form.json").write_text(json.dumps(form.to_json()))
     found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], Suite(top_k=[1, 2]))
     assert list(found) == named
@@ -495,7 +498,7 @@ def test_two_experts_for_each_token_take_no_twins(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     for number, layer in enumerate(moe_layers(model)):
         prune_layer(layer, range(3 + number))
-    assert not save(model, tmp_path / "out", tmp_path / "source", twins=1).stock
+    assert not save_checkpoint(model, tmp_path / "out", tmp_path / "source", twins=1).stock
 
 
 def test_flops_are_counted_product_by_product() -> None:
@@ -504,7 +507,7 @@ def test_flops_are_counted_product_by_product() -> None:
     attention = 2 * 32 * (32 + 16 + 16 + 32) + 2 * 2 * length * 32
     layer = attention + 2 * 32 * 8
     for top_k in (1, 2):
-        routing.set_top_k(model, top_k)
+        model_routers.set_top_k(model, top_k)
         experts = top_k * 3 * 2 * 32 * 16
         assert flops_per_token(model, length) == 4 * (layer + experts) + 2 * 32 * 96
 

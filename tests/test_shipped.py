@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_lab import checkpoint, saving, text
-from moe_lab.editing import apply_plan, part_widths
-from moe_lab.moe import moe_layers
-from moe_lab.tasks import tiny
+from moe_lab.data import standard_library
+from moe_lab.evaluate.tasks.tiny import tasks
+from moe_lab.models import checkpoint, saving
+from moe_lab.models.editing import apply_plan, part_widths
+from moe_lab.models.layers import moe_layers
 from moe_lab.types import Edit, Plan
 
 MODELS = {  # experts, per token, a dense layer 0, shared experts
@@ -41,7 +42,7 @@ def with_shared_experts(request) -> checkpoint.Checkpoint:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny.write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, seed=0)
+    return tasks.write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, seed=0)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def test_parameters_are_the_closed_form(
     model = shipped.load()
     dense = sum(parameter.numel() for parameter in model.parameters())
     apply_plan(model, Plan(tuple(edits)))
-    saving.save(model, tmp_path / "out", shipped.path)
+    saving.save_checkpoint(model, tmp_path / "out", shipped.path)
 
     hidden, experts, width = 128, infos[0].num_experts, 40
     router_and_gate = experts * hidden + hidden
@@ -113,11 +114,11 @@ def test_it_answers_and_uses_all_experts(
     assert not any(loading.values())
     counts = _count_chosen_experts(model)
     with torch.no_grad():
-        sample = text.mixture("validation", 16, seed=0)
+        sample = standard_library.mixture("validation", 16, seed=0)
         for passage in sample:
             model(**tokenizer(passage, return_tensors="pt"))
         least = min((count.min() / count.mean()).item() for count in counts)
-        accuracies = [_accuracy(model, tokenizer, _read(written[n])) for n in tiny.MULTIPLE_CHOICE]
+        accuracies = [_accuracy(model, tokenizer, _read(written[n])) for n in tasks.MULTIPLE_CHOICE]
     assert least >= LEAST_USE
     assert min(accuracies) >= LEAST_ACCURACY
     assert sum(accuracies) / len(accuracies) >= LEAST_AVERAGE

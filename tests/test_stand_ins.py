@@ -16,20 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lab.checkpoint import check_plan, load, resolve
 from moe_lab.compute import Compute
-from moe_lab.editing import apply_plan, constants_name, edited_block
-from moe_lab.finetune import Phase
+from moe_lab.evaluate.held_out import compare_held_out
 from moe_lab.finetune.expert_dropping import ExpertDropping
 from moe_lab.finetune.experts import Experts
-from moe_lab.held_out import compare
-from moe_lab.moe import MoELayer, check_kept, hidden_of, moe_layers, num_parameters
-from moe_lab.observing import OBSERVING
-from moe_lab.routing import set_top_k
-from moe_lab.saving import form_of, save
-from moe_lab.stages.measure import active_parameters, flops_per_token
-from moe_lab.stages.profile import collect as profile
-from moe_lab.statistics import collect
+from moe_lab.finetune.recipe import Phase
+from moe_lab.measure import active_parameters, flops_per_token
+from moe_lab.models.checkpoint import check_plan, load, resolve
+from moe_lab.models.editing import apply_plan, constants_name, edited_block
+from moe_lab.models.forms import form_of
+from moe_lab.models.layers import MoELayer, check_kept, hidden_of, moe_layers, num_parameters
+from moe_lab.models.observing import OBSERVING
+from moe_lab.models.routers import set_top_k
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.stages.profile import collect_profile as profile
 from moe_lab.types import Edit, Plan, UserError
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -231,7 +232,7 @@ def saved(family: str, folder: Path) -> tuple[nn.Module, Plan, str]:
     apply_plan(model, plan)
     batch = tiny_batch()
     save_file(batch | {"logits": logits_of(model, batch)}, folder / "expected.safetensors")
-    form = save(model, folder / "model", folder / "source")
+    form = save_checkpoint(model, folder / "model", folder / "source")
     assert not form.stock
     assert form.reason == foreseen.reason
     return model, plan, form.reason
@@ -265,7 +266,7 @@ def test_what_was_read_works_as_any_model(family: str, tmp_path: Path) -> None:
     assert not torch.equal(logits_of(model, batch), logits_of(made, batch))
     with pytest.raises(UserError, match="top_k=9"):
         set_top_k(model, 9)
-    assert not save(model, tmp_path / "again", tmp_path / "x" / "model").stock
+    assert not save_checkpoint(model, tmp_path / "again", tmp_path / "x" / "model").stock
     assert torch.equal(logits_of(load(tmp_path / "again"), batch), logits_of(model, batch))
 
 
@@ -311,7 +312,7 @@ def test_training_reaches_the_experts_that_stay(tmp_path: Path) -> None:
             parameter -= 0.1 * parameter.grad
     after = logits_of(model, tiny_batch())
     assert not torch.equal(before, after)
-    save(model, tmp_path / "tuned", tmp_path / "x" / "model")
+    save_checkpoint(model, tmp_path / "tuned", tmp_path / "x" / "model")
     model = load(tmp_path / "tuned")
     model.set_experts_implementation(OBSERVING)
     assert torch.equal(logits_of(model, tiny_batch()), after)
@@ -328,7 +329,7 @@ def test_statistics_count_every_row_as_an_expert(tmp_path: Path) -> None:
         )
         for layer in moe_layers(model)
     ]
-    found = collect(model, [batch])
+    found = collect_statistics(model, [batch])
     for handle in handles:
         handle.remove()
     for layer, one in zip(moe_layers(model), found, strict=True):
@@ -340,7 +341,7 @@ def test_statistics_count_every_row_as_an_expert(tmp_path: Path) -> None:
                 norm[row] += weight * slow_row(layer, row, x).norm()
         assert one["count"].tolist() == count.tolist()
         torch.testing.assert_close(one["gate_norm_sum"], norm, rtol=1e-5, atol=1e-5)
-    figures = compare(model, model, [batch]).figures
+    figures = compare_held_out(model, model, [batch]).figures
     gone = sum(
         (layer.experts.place_E[seen[layer.info.index][1]] >= layer.experts.num_experts).sum()
         for layer in moe_layers(model)

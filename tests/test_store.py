@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab import store as store_module
+from moe_lab import store
 from moe_lab.store import Store, canonical, check_writable, code_version, key_of
 from moe_lab.types import UserError
 
@@ -246,14 +246,14 @@ def test_code_version_sees_code_not_words(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_code_version_of_an_instance_is_its_class() -> None:
-    assert code_version(Store(Path("x"))) == code_version(Store) == code_version(store_module)
+    assert code_version(Store(Path("x"))) == code_version(Store) == code_version(store)
 
 
 def test_commit_is_unknown_outside_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "__file__", str(tmp_path / "moe_lab" / "store.py"))
-    assert store_module.commit.__wrapped__() == "unknown"
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "moe_lab" / "store.py"))
+    assert store.commit.__wrapped__() == "unknown"
 
 
 def test_unwritable_folder_is_refused(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import torch
 from families import FAMILIES, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 
-from moe_lab.checkpoint import Checkpoint, load
-from moe_lab.editing import apply_plan
-from moe_lab.layerwise import LayerwiseModel
-from moe_lab.moe import moe_layers
-from moe_lab.saving import save
-from moe_lab.stream import Activations, LayerStream
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.stream import LayerStream
 from moe_lab.types import Edit, Plan, UserError
 
 
@@ -48,7 +49,7 @@ def test_a_checkpoint_in_our_own_form_comes_from_disk_too(tmp_path: Path) -> Non
     layer = moe_layers(model)[1]
     edit = Edit(layer.info.index, layer.info.name, "condense", experts=(4,), gates=(0.3,))
     apply_plan(model, Plan((edit,)))
-    assert not save(model, tmp_path / "condensed", tmp_path / "source", padding=0).stock
+    assert not save_checkpoint(model, tmp_path / "condensed", tmp_path / "source", padding=0).stock
     source = LayerwiseModel(Checkpoint(tmp_path / "condensed"))
     with ExitStack() as stack, torch.no_grad():
         for index in range(len(source.layers)):

@@ -18,8 +18,10 @@ from filelock import FileLock
 from omegaconf import open_dict
 from wandb_files import read_back, read_one
 
-from moe_lab import job as job_module
-from moe_lab import jobs, report, sweep
+from moe_lab.files import LOCK
+from moe_lab.report.report import read_report
+from moe_lab.runs import sweep
+from moe_lab.runs.status import find_jobs
 
 OWN_METRIC = """
 from moe_lab.statistics import LayerStatistics
@@ -51,7 +53,7 @@ def write_metric(home: Path, name: str) -> None:
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
-    return [report.read(one) for one in sorted(folder.glob("[0-9]*"))]
+    return [read_report(one) for one in sorted(folder.glob("[0-9]*"))]
 
 
 def changed(folder: Path) -> list[int]:
@@ -98,7 +100,7 @@ def test_two_jobs_fail_and_only_they_are_run_again(
 
 def _check_tracked(folder: Path) -> None:
     """What the jobs and the sweep left for W&B, as its own reader finds it."""
-    one, said = read_one(folder / "0"), report.read(folder / "0")
+    one, said = read_one(folder / "0"), read_report(folder / "0")
     assert (one.run["display_name"], one.run["run_group"]) == (
         "metric=random ratio.ratio=0.25", "mine",
     )  # fmt: skip
@@ -138,12 +140,12 @@ def test_a_killed_job_says_so_and_is_run_again(tmp_path: Path, small: list[str])
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     folder = first.parents[1]
-    assert report.read(first.parent)["status"] == "running"
-    assert [one.status for one in jobs.find(folder)] == ["killed", "missing"]
-    assert report.read(first.parent)["ratio"] == 0.25, "it tells what was asked for"
+    assert read_report(first.parent)["status"] == "running"
+    assert [one.status for one in find_jobs(folder)] == ["killed", "missing"]
+    assert read_report(first.parent)["ratio"] == 0.25, "it tells what was asked for"
     again = run_python(tmp_path, "-m", "moe_lab.runs", str(folder), "--rerun")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [one.status for one in jobs.find(folder)] == ["ok", "ok"]
+    assert [one.status for one in find_jobs(folder)] == ["ok", "ok"]
 
 
 # --------------------------------------------------------------------------- in this process
@@ -162,24 +164,24 @@ def test_a_finished_job_is_left_out_only_where_the_same_is_asked(
         return (folder / "report.json").stat().st_mtime_ns != before
 
     assert job("ratio.ratio=0.25").code == 0
-    first = report.read(folder)
+    first = read_report(folder)
     assert not asked("ratio.ratio=0.25", "resume=true")
     assert not asked("ratio.ratio=0.25", "resume=true", "compute.batch_size=3"), "no other result"
     assert asked("ratio.ratio=0.25"), "resume=true was not said"
-    assert report.read(folder)["run_id"] == first["run_id"], "the tracker's run goes on"
+    assert read_report(folder)["run_id"] == first["run_id"], "the tracker's run goes on"
     assert asked("ratio.ratio=0.5", "resume=true"), "something else was asked for"
-    assert report.read(folder)["run_id"] != first["run_id"]
+    assert read_report(folder)["run_id"] != first["run_id"]
 
 
 def test_a_folder_in_use_is_refused(job: Callable[..., Outcome], tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "job" / job_module.LOCK)
+    lock = FileLock(tmp_path / "job" / LOCK)
     with lock:
         outcome = job()
     assert outcome.code == 2
     assert "is being written by another run: choose another run_dir" in outcome.text
     assert outcome.report == {}
     assert job().code == 0
-    assert not (tmp_path / "job" / job_module.LOCK).exists()
+    assert not (tmp_path / "job" / LOCK).exists()
 
 
 def test_what_another_request_left_in_the_folder_is_not_taken_for_ours(

@@ -15,9 +15,14 @@ from typing import Any
 import pytest
 from conftest import missing
 
-from moe_lab import report, reports, tables
-from moe_lab.layouts import Table, latex
-from moe_lab.pivot import Request
+from moe_lab.report.figures import MISSING
+from moe_lab.report.frame import read_reports
+from moe_lab.report.report import write_report
+from moe_lab.tables import outputs
+from moe_lab.tables.__main__ import main
+from moe_lab.tables.outputs import make_table, write_outputs
+from moe_lab.tables.pivot import Request
+from moe_lab.tables.table import Table, latex
 from moe_lab.types import UserError
 
 ACCURACY = {(2, 0): 0.80, (2, 1): 0.83, (2, 2): 0.79, (4, 0): 0.60, (4, 1): 0.71, (4, 2): 0.64}
@@ -28,7 +33,7 @@ def write(folder: Path, number: int, **given: Any) -> None:
     one |= {key.replace("__", "/"): value for key, value in given.items()}
     one |= {"commit": "abc", "sweep": "s", "job": f"job {number}"}
     (folder / str(number)).mkdir(parents=True)
-    report.write(folder / str(number), one)
+    write_report(folder / str(number), one)
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def made_of(folder: Path, **request: Any) -> Table:
-    return tables.make(reports.read(folder), Request(**request))
+    return make_table(read_reports(folder), Request(**request))
 
 
 def parsed(table: Table) -> list[dict[str, str]]:
@@ -85,7 +90,7 @@ def test_rows_are_what_differs_and_seeds_are_averaged(sweep: Path) -> None:
     ]  # fmt: skip
     assert body[0][head.index("compressed/prefill_speedup")] == "1.25×"
     assert body[0][head.index("compressed/kl")] == "0.2000"
-    assert body[2][head.index("compressed/kl")] == report.MISSING
+    assert body[2][head.index("compressed/kl")] == MISSING
 
 
 def test_a_failed_job_is_told_and_gives_no_number(sweep: Path) -> None:
@@ -125,7 +130,7 @@ def test_columns_spread_a_setting(sweep: Path) -> None:
     write(sweep, 11, condense__experts="frequency", condense__num_layers=2, condense__seed=0,
           compressed__eval__average=0.5)  # fmt: skip
     made = made_of(sweep, columns=["condense/num_layers"], values=["compressed/eval/average"])
-    assert cells(made.markdown())[-1] == ["frequency", "50.0 %", report.MISSING], "never asked for"
+    assert cells(made.markdown())[-1] == ["frequency", "50.0 %", MISSING], "never asked for"
 
 
 def test_filters(sweep: Path) -> None:
@@ -138,7 +143,7 @@ def test_filters(sweep: Path) -> None:
 def test_jobs_come_in_their_own_order(tmp_path: Path) -> None:
     for number in (10, 9, 1):
         write(tmp_path, number, condense__num_layers=number, compressed__kl=0.1)
-    assert list(reports.read(tmp_path)["condense/num_layers"]) == [1, 9, 10]
+    assert list(read_reports(tmp_path)["condense/num_layers"]) == [1, 9, 10]
 
 
 def test_settings_of_another_method(tmp_path: Path) -> None:
@@ -200,7 +205,7 @@ def test_a_wrong_request_is_explained(
     sweep: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        code = tables.main([str(sweep), *given])
+        code = main([str(sweep), *given])
     except SystemExit as left:  # argparse leaves by itself
         code = left.code
     printed = capsys.readouterr()
@@ -211,7 +216,7 @@ def test_a_wrong_request_is_explained(
 @pytest.mark.parametrize("name", ["empty", "missing"])
 def test_no_reports(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert tables.main([str(tmp_path / name)]) == 2
+    assert main([str(tmp_path / name)]) == 2
     assert f"{tmp_path / name} holds no report.json" in capsys.readouterr().err
 
 
@@ -220,7 +225,7 @@ def test_all_of_a_sweep_is_written_also_when_all_of_it_failed(
 ) -> None:
     for number in range(2):
         write(tmp_path, number, ratio=number, status="failed", error=f"reason {number}")
-    paths, (table,) = tables.write(tmp_path, Request())
+    paths, (table,) = write_outputs(tmp_path, Request())
     written = {path.name for path in paths}
     table.show()
     shown = capsys.readouterr().out
@@ -237,8 +242,8 @@ def test_a_part_that_cannot_be_made_costs_no_other(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(tables.pictures, "of_sweep", broken)
-    written, shown = tables.write(sweep, Request(values=["error"], expected="no/such.csv"))
+    monkeypatch.setattr(outputs, "draw_sweep", broken)
+    written, shown = write_outputs(sweep, Request(values=["error"], expected="no/such.csv"))
     assert ([path.name for path in written], shown) == (["index.html"], [])
     assert "no table: error is no number in any report" in caplog.text
     assert "no comparison: no/such.csv is not there" in caplog.text
@@ -253,13 +258,13 @@ def test_a_sweep_s_table_leaves_out_what_its_jobs_did_not_give(
         rows=["condense/experts", "merge/router"], values=["compressed/bytes", "compressed/kl"],
         baseline=["dense", "metric=random"],
     )  # fmt: skip
-    _, (table,) = tables.write(sweep, asked)
+    _, (table,) = write_outputs(sweep, asked)
     assert list(table.index) == ["condense/experts"]
     assert [column.key for column in table.columns] == ["compressed/kl"]
     assert "leaves out what no report has: merge/router, compressed/bytes, metric=random" in (
         caplog.text
     )
-    nothing, _ = tables.write(sweep, Request(values=["compressed/bytes"]))
+    nothing, _ = write_outputs(sweep, Request(values=["compressed/bytes"]))
     assert "table.md" in {path.name for path in nothing}, "the usual figures instead"
 
 
@@ -338,15 +343,15 @@ def test_latex_escapes_what_pdflatex_does_not_know() -> None:
 def test_a_sweep_s_end_can_be_made_again(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the table that the sweep was asked for, where the command does not ask for another."""
     (sweep / "multirun.yaml").write_text(
-        "table:\n  _target_: moe_lab.pivot.Request\n  rows: ['${key}']\n  values: null\n"
+        "table:\n  _target_: moe_lab.tables.pivot.Request\n  rows: ['${key}']\n  values: null\n"
         "key: condense/experts\n"
     )
-    assert tables.main([str(sweep), "--write"]) == 0
+    assert main([str(sweep), "--write"]) == 0
     assert str(sweep / "index.html") in capsys.readouterr().out.splitlines()
     assert cells((sweep / "table.md").read_text())[0][:2] == [
         "condense/experts", "dense/eval/average",
     ]  # fmt: skip
-    assert tables.main([str(sweep), "--write", "--values", "compressed/kl"]) == 0
+    assert main([str(sweep), "--write", "--values", "compressed/kl"]) == 0
     assert cells((sweep / "table.md").read_text())[0] == [
         "condense/experts", "condense/num_layers", "compressed/kl",
     ]  # fmt: skip
@@ -393,4 +398,4 @@ def test_values_with_commas_and_truths(tmp_path: Path) -> None:
 def test_a_report_that_is_none_is_named(tmp_path: Path) -> None:
     for content in ("{", "[]", "{}"):
         (tmp_path / "report.json").write_text(content)
-        assert tables.main([str(tmp_path)]) == 2
+        assert main([str(tmp_path)]) == 2

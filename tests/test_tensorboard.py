@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moe_lab.logbook import Item
-from moe_lab.tensorboard import TensorBoard
+from moe_lab.track.tensorboard import TensorBoardTracker
+from moe_lab.track.tracker import TrackedArtifact
 
 CONFIG = {"method": {"_target_": "x", "name": "prune"}, "ratio": {"ratio": 0.5}, "seed": 7}
 ROWS = [{"phase": "lm", "step": step, "tokens": 10 * step, "loss": 3.0 - step} for step in range(4)]
@@ -48,7 +48,7 @@ def texts(folder: Path) -> dict[str, str]:
     }
 
 
-def use(tracker: TensorBoard, folder: Path, rows: list[dict[str, Any]]) -> None:
+def use(tracker: TensorBoardTracker, folder: Path, rows: list[dict[str, Any]]) -> None:
     tracker.start(folder, CONFIG, "sweep", "job", ["tiny", "prune"], identity="sweep/0")
     for row in rows:
         tracker.log_curve(row)
@@ -56,7 +56,9 @@ def use(tracker: TensorBoard, folder: Path, rows: list[dict[str, Any]]) -> None:
     tracker.images([folder / "loss.png"])
     tracker.html("page", folder / "index.html")
     tracker.artifact(folder / "plan.json", "plan-1", "plan")
-    tracker.lineage([Item("plan-1", "plan", (folder / "plan.json",), made_from=("profile-1",))])
+    tracker.lineage(
+        [TrackedArtifact("plan-1", "plan", (folder / "plan.json",), made_from=("profile-1",))]
+    )
     tracker.summary({"status": "ok", "compressed/parameters": 123_456_789_012, "dense/acc": 0.75})
     tracker.finish(0)
 
@@ -69,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_files_hold_everything(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("tensorboardX")
-    tracker = TensorBoard()
+    tracker = TensorBoardTracker()
     use(tracker, folder, ROWS)
     files = folder / "tensorboard"
     found = scalars(files)
@@ -95,8 +97,8 @@ def test_files_hold_everything(folder: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_a_restarted_job_logs_no_point_twice(folder: Path) -> None:
     pytest.importorskip("tensorboardX")
-    use(TensorBoard(), folder, ROWS[:2])
-    tracker = TensorBoard()
+    use(TensorBoardTracker(), folder, ROWS[:2])
+    tracker = TensorBoardTracker()
     for rows in (ROWS[:3], ROWS, ROWS):
         use(tracker, folder, rows)
     found = scalars(folder / "tensorboard")
@@ -107,7 +109,7 @@ def test_a_missing_writer_fails_nothing(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    use(TensorBoard(), folder, ROWS)
+    use(TensorBoardTracker(), folder, ROWS)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "pip install 'moe_lab[tensorboard]'" in record.getMessage()
@@ -119,7 +121,7 @@ def test_a_missing_picture_costs_only_itself(
 ) -> None:
     pytest.importorskip("tensorboardX")
     (folder / "loss.png").unlink()
-    use(TensorBoard(), folder, ROWS)
+    use(TensorBoardTracker(), folder, ROWS)
     (record,) = caplog.records
     assert "loss.png" in record.getMessage()
     assert scalars(folder / "tensorboard" / "report")["dense/acc"]

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 
-from moe_lab import text
-from moe_lab.tasks import tiny
-from moe_lab.tasks.tiny import items
+from moe_lab.data import standard_library
+from moe_lab.evaluate.tasks.tiny import items, tasks
 
 NUM_ITEMS = 32
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny.write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, seed=0)
+    return tasks.write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, seed=0)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -28,23 +27,23 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_every_task_has_a_file_and_a_configuration(written: dict[str, Path]) -> None:
-    assert tuple(written) and set(written) == set(tiny.NAMES)
+    assert tuple(written) and set(written) == set(tasks.TINY_NAMES)
     folder = written["tiny_prose"].parent
-    for name, config in zip(tiny.NAMES, tiny.configs(folder), strict=True):
+    for name, config in zip(tasks.TINY_NAMES, tasks.configs(folder), strict=True):
         assert config["task"] == name
         assert config["dataset_path"] == "json"
         assert config["dataset_kwargs"]["data_files"]["test"] == str(written[name])
 
 
 def test_files_depend_on_the_seed_alone(written: dict[str, Path], tmp_path: Path) -> None:
-    again = tiny.write_items(tmp_path / "again", NUM_ITEMS, seed=0)
-    other = tiny.write_items(tmp_path / "other", NUM_ITEMS, seed=1)
-    for name in tiny.NAMES:
+    again = tasks.write_items(tmp_path / "again", NUM_ITEMS, seed=0)
+    other = tasks.write_items(tmp_path / "other", NUM_ITEMS, seed=1)
+    for name in tasks.TINY_NAMES:
         assert again[name].read_bytes() == written[name].read_bytes()
         assert other[name].read_bytes() != written[name].read_bytes()
 
 
-@pytest.mark.parametrize("name", tiny.MULTIPLE_CHOICE)
+@pytest.mark.parametrize("name", tasks.MULTIPLE_CHOICE)
 def test_choices_are_distinct_equally_long_and_balanced(
     name: str, written: dict[str, Path]
 ) -> None:
@@ -70,7 +69,7 @@ def test_choices_are_distinct_equally_long_and_balanced(
 
 @pytest.mark.parametrize("domain", ["prose", "code"])
 def test_choices_come_from_one_held_out_document(domain: str, written: dict[str, Path]) -> None:
-    documents = text.documents(domain, "test")
+    documents = standard_library.documents(domain, "test")
     for row in _read(written[f"tiny_{domain}"]):
         right = row["context"] + row["choices"][row["answer"]]
         homes = [document for document in documents if right in document]
@@ -78,7 +77,9 @@ def test_choices_come_from_one_held_out_document(domain: str, written: dict[str,
 
 
 def test_arithmetic_answers_are_right_and_unseen(written: dict[str, Path]) -> None:
-    train = {line for d in text.documents("arithmetic", "train") for line in d.splitlines()}
+    train = {
+        line for d in standard_library.documents("arithmetic", "train") for line in d.splitlines()
+    }
     for row in _read(written["tiny_arithmetic"]):
         problem = row["context"].splitlines()[-1].removesuffix("=")
         answer = row["choices"][row["answer"]]
@@ -90,18 +91,19 @@ def test_recall_answers_follow_from_the_list(written: dict[str, Path]) -> None:
     for row in _read(written["tiny_recall"]):
         *lines, question = row["context"].splitlines()
         pairs = dict(line.split(" ") for line in lines)
-        value = pairs[question.removeprefix(text.PARTNER_SIGN)]
-        assert row["choices"][row["answer"]].strip() == text.partner(value)
+        value = pairs[question.removeprefix(standard_library.PARTNER_SIGN)]
+        assert row["choices"][row["answer"]].strip() == standard_library.partner(value)
 
 
 def test_impossible_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        tiny.write_items(tmp_path, 0)
+        tasks.write_items(tmp_path, 0)
     with pytest.raises(ValueError, match="unknown domain 'poetry'"):
         items.multiple_choice("poetry", 1, 0)
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, moe_lab.text, moe_lab.tasks.tiny; print('torch' in sys.modules)"
+    ours = "moe_lab.data.standard_library, moe_lab.evaluate.tasks.tiny.tasks"
+    code = f"import sys, {ours}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -15,8 +15,8 @@ import pytest
 import wandb
 from wandb_files import as_user_of, isolate, read_one, use
 
-from moe_lab import track
-from moe_lab.track import Tracker
+from moe_lab.track import wandb as track_wandb
+from moe_lab.track.wandb import WandbTracker
 from moe_lab.types import UserError
 
 
@@ -32,7 +32,7 @@ def test_offline_makes_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         as_user_of(address, monkeypatch)
-        use(Tracker("offline"), tmp_path / "run")
+        use(WandbTracker("offline"), tmp_path / "run")
         server.settimeout(1.0)
         with pytest.raises(TimeoutError):
             server.accept()
@@ -40,10 +40,10 @@ def test_offline_makes_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_several_runs_in_one_process(tmp_path: Path) -> None:
     before = dict(os.environ)
-    again = Tracker("offline")
+    again = WandbTracker("offline")
     use(again, tmp_path / "a", "a")
     use(again, tmp_path / "b", "b")
-    use(Tracker("offline"), tmp_path / "c", "c")
+    use(WandbTracker("offline"), tmp_path / "c", "c")
     names = [read_one(tmp_path / name).run["display_name"] for name in "abc"]
     assert names == ["a", "b", "c"]
     changed = {key for key, value in os.environ.items() if before.get(key) != value}
@@ -51,7 +51,7 @@ def test_several_runs_in_one_process(tmp_path: Path) -> None:
 
 
 def test_failed_job_is_marked(tmp_path: Path) -> None:
-    tracker = Tracker("offline")
+    tracker = WandbTracker("offline")
     tracker.start(tmp_path, {}, "sweep", "job", [])
     tracker.finish(1)
     assert read_one(tmp_path).exit_code == 1
@@ -64,7 +64,7 @@ def test_online_without_a_key_asks_nothing_and_goes_offline(
         raise AssertionError(f"asked: {prompt}")
 
     monkeypatch.setattr(builtins, "input", refuse)
-    use(Tracker("online"), tmp_path)
+    use(WandbTracker("online"), tmp_path)
     assert "no API key" in caplog.text
     assert "goes on offline" in caplog.text
     assert read_one(tmp_path).summary["dense/eval/average"] == 0.75
@@ -74,9 +74,9 @@ def test_online_without_a_key_asks_nothing_and_goes_offline(
 def test_unreachable_server_goes_offline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(track, "CONNECT_SECONDS", 2.0)
+    monkeypatch.setattr(track_wandb, "CONNECT_SECONDS", 2.0)
     as_user_of("http://127.0.0.1:9", monkeypatch)  # the discard port: refused
-    use(Tracker("online"), tmp_path)
+    use(WandbTracker("online"), tmp_path)
     assert "failed at connecting" in caplog.text
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert path.stat().st_size > 0
@@ -86,7 +86,7 @@ def test_missing_wandb_fails_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    use(Tracker("offline"), tmp_path)
+    use(WandbTracker("offline"), tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be imported" in caplog.text
 
@@ -110,7 +110,7 @@ def test_broken_wandb_warns_once_and_fails_nothing(
         wandb, "init", lambda **settings: opened.append(real_init(**settings)) or opened[-1]
     )
     monkeypatch.setattr(holder, broken, Broken)
-    use(Tracker("offline"), tmp_path)
+    use(WandbTracker("offline"), tmp_path)
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
     assert "OSError: the moon is full" in warnings[0].getMessage()
@@ -120,10 +120,10 @@ def test_broken_wandb_warns_once_and_fails_nothing(
 
 def test_off_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    use(Tracker("off"), tmp_path)
+    use(WandbTracker("off"), tmp_path)
     assert not (tmp_path / "wandb").exists()
 
 
 def test_unknown_mode_lists_what_exists() -> None:
     with pytest.raises(UserError, match=r"'ofline' is unknown; track=online\|offline\|off"):
-        Tracker("ofline")
+        WandbTracker("ofline")

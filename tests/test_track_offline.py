@@ -20,8 +20,8 @@ from wandb_files import (
     use,
 )
 
-from moe_lab.logbook import stable_hash
-from moe_lab.track import Tracker
+from moe_lab.track.tracker import stable_hash
+from moe_lab.track.wandb import WandbTracker
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         made = tmp_path_factory.mktemp("tracked")
         isolate(patch, made)
-        use(Tracker("offline"), made)
+        use(WandbTracker("offline"), made)
         yield made
 
 
@@ -51,7 +51,7 @@ def found(folder: Path) -> Offline:
 def test_nothing_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = Tracker("offline")
+    tracker = WandbTracker("offline")
     use(tracker, tmp_path, identity="sweep/0")
     assert tracker.url is None
     assert not warnings(caplog)
@@ -123,7 +123,7 @@ def test_lineage(folder: Path, found: Offline) -> None:
 
 
 def test_weights_are_uploaded_on_request(tmp_path: Path) -> None:
-    use(Tracker("offline", upload_checkpoints=True), tmp_path)
+    use(WandbTracker("offline", upload_checkpoints=True), tmp_path)
     found = read_one(tmp_path).artifacts["checkpoint-ef56"]["contents"]
     assert set(found) == {"config.json", "model.safetensors"}
     weights = tmp_path / "checkpoint" / "model.safetensors"
@@ -131,19 +131,19 @@ def test_weights_are_uploaded_on_request(tmp_path: Path) -> None:
 
 
 def test_identical_artifacts_of_several_jobs_are_one(tmp_path: Path, found: Offline) -> None:
-    use(Tracker("offline"), tmp_path)
+    use(WandbTracker("offline"), tmp_path)
     other = read_one(tmp_path).artifacts
     shared = ("model-ab12", "profile-cd34", "plan-of-job-1")
     assert all(other[name]["digest"] == found.artifacts[name]["digest"] for name in shared)
 
 
 def test_a_restarted_job_goes_on_with_its_run(tmp_path: Path) -> None:
-    tracker = Tracker("offline")
+    tracker = WandbTracker("offline")
     prepare(tmp_path)
     tracker.start(tmp_path, CONFIG, "sweep", "job", [], identity="sweep/0")
     tracker.log_curve(ROWS[1])
     tracker.finish(1)
-    use(Tracker("offline"), tmp_path, identity="sweep/0")
+    use(WandbTracker("offline"), tmp_path, identity="sweep/0")
     first, second = read_back(tmp_path)
     assert first.run["run_id"] == second.run["run_id"] == stable_hash("sweep/0")
     assert first.run["resume"]
@@ -155,14 +155,14 @@ def test_a_restarted_job_goes_on_with_its_run(tmp_path: Path) -> None:
 
 def test_other_identities_are_other_runs(tmp_path: Path) -> None:
     for name in ("0", "1"):
-        use(Tracker("offline"), tmp_path, identity=f"sweep/{name}")
+        use(WandbTracker("offline"), tmp_path, identity=f"sweep/{name}")
     first, second = read_back(tmp_path)
     assert first.run["run_id"] != second.run["run_id"]
     assert first.curve == second.curve
 
 
 def test_long_names_are_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker("offline")
+    tracker = WandbTracker("offline")
     tracker.start(tmp_path, {}, "g" * 300, "n" * 300, ["t" * 65], job_type="sweep")
     tracker.artifact(Path(__file__), "a" * 300, "plan")
     tracker.finish(0)
@@ -176,7 +176,7 @@ def test_long_names_are_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 def test_what_is_missing_costs_only_itself(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = Tracker("offline")
+    tracker = WandbTracker("offline")
     tracker.start(tmp_path, {}, "sweep", "job", [])
     tracker.images([tmp_path / "none.png"])
     tracker.artifact(tmp_path / "none.json", "none", "plan")

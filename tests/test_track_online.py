@@ -14,9 +14,9 @@ import wandb
 from wandb_files import CONFIG, ROWS, as_user_of, isolate, prepare, use
 from wandb_server import Server, serving
 
-from moe_lab import track
-from moe_lab.logbook import stable_hash
-from moe_lab.track import Tracker
+from moe_lab.track import wandb as track_wandb
+from moe_lab.track.tracker import stable_hash
+from moe_lab.track.wandb import WandbTracker
 
 pytestmark = pytest.mark.slow
 RUN = stable_hash("sweep/0")
@@ -33,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     wandb.teardown()
 
 
-def interrupted(tracker: Tracker, folder: Path) -> None:
+def interrupted(tracker: WandbTracker, folder: Path) -> None:
     """A job that stopped at its second row."""
     prepare(folder)
     tracker.start(folder, CONFIG, "sweep", "job", ["tiny"], **JOB)
@@ -61,9 +61,9 @@ def assert_whole(server: Server) -> None:
 
 
 def test_online_resumes(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    interrupted(Tracker("online"), tmp_path / "run")
+    interrupted(WandbTracker("online"), tmp_path / "run")
     assert losses(server) == [2.5]
-    tracker = Tracker("online")
+    tracker = WandbTracker("online")
     use(tracker, tmp_path / "run", **JOB)
     assert_whole(server)
     sent = server.runs[RUN]
@@ -72,14 +72,14 @@ def test_online_resumes(server: Server, tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_server_without_the_run_gets_all_points(server: Server, tmp_path: Path) -> None:
-    interrupted(Tracker("offline"), tmp_path / "run")
-    use(Tracker("online"), tmp_path / "run", **JOB)
+    interrupted(WandbTracker("offline"), tmp_path / "run")
+    use(WandbTracker("online"), tmp_path / "run", **JOB)
     assert losses(server) == [2.5, 1.25]
 
 
 def test_sync_uploads_a_restarted_job_as_one_run(server: Server, tmp_path: Path) -> None:
-    interrupted(Tracker("offline"), tmp_path / "run")
-    use(Tracker("offline"), tmp_path / "run", **JOB)
+    interrupted(WandbTracker("offline"), tmp_path / "run")
+    use(WandbTracker("offline"), tmp_path / "run", **JOB)
     assert not server.operations
     command = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "run" / "wandb")]
     subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=tmp_path)
@@ -89,10 +89,10 @@ def test_sync_uploads_a_restarted_job_as_one_run(server: Server, tmp_path: Path)
 def test_a_lost_server_costs_one_wait(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(track, "UPLOAD_SECONDS", 2.0)
+    monkeypatch.setattr(track_wandb, "UPLOAD_SECONDS", 2.0)
     isolate(monkeypatch, tmp_path)
     prepare(tmp_path)
-    tracker = Tracker("online")
+    tracker = WandbTracker("online")
     with serving() as server:
         as_user_of(server.address, monkeypatch)
         tracker.start(tmp_path, CONFIG, "sweep", "job", [])

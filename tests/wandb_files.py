@@ -18,8 +18,8 @@ import pytest
 import wandb
 from PIL import Image
 
-from moe_lab.logbook import Item
-from moe_lab.track import Tracker
+from moe_lab.track.tracker import TrackedArtifact
+from moe_lab.track.wandb import WandbTracker
 
 CONFIG = {
     "seed": 7,
@@ -60,17 +60,18 @@ def as_user_of(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
 
 
-def items(folder: Path) -> list[Item]:
+def items(folder: Path) -> list[TrackedArtifact]:
     """A job that found its profile, and made a plan and a checkpoint."""
     place = folder / "checkpoint"
     return [
-        Item("model-ab12", "model", place="https://host/model", metadata={"fingerprint": "ab12"},
-             found=True),
-        Item("profile-cd34", "profile", (folder / "plan.json",), made_from=("model-ab12",),
-             found=True),
-        Item("plan of job=1", "plan", (folder / "plan.json",), made_from=("profile-cd34",)),
-        Item("checkpoint-ef56", "checkpoint", (place / "config.json",), place=place,
-             made_from=("plan of job=1",)),
+        TrackedArtifact("model-ab12", "model", place="https://host/model",
+                        metadata={"fingerprint": "ab12"}, found=True),
+        TrackedArtifact("profile-cd34", "profile", (folder / "plan.json",),
+                        made_from=("model-ab12",), found=True),
+        TrackedArtifact("plan of job=1", "plan", (folder / "plan.json",),
+                        made_from=("profile-cd34",)),
+        TrackedArtifact("checkpoint-ef56", "checkpoint", (place / "config.json",), place=place,
+                        made_from=("plan of job=1",)),
     ]  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def prepare(folder: Path) -> None:
     Image.new("RGB", (8, 4), "red").save(folder / "loss.png")
 
 
-def use(tracker: Tracker, folder: Path, name: str = "job", **identity: str) -> None:
+def use(tracker: WandbTracker, folder: Path, name: str = "job", **identity: str) -> None:
     prepare(folder)
     tracker.start(folder, CONFIG, "sweep", name, ["tiny", "prune", "tiny", ""], **identity)
     for row in [*ROWS, *ROWS]:  # live, and once more from the file

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab import checkpoint
-from moe_lab.editing import condensed
-from moe_lab.moe import moe_layers
+from moe_lab.models import checkpoint
+from moe_lab.models.editing import condensed
+from moe_lab.models.layers import moe_layers
 
 LIMIT = 1.0
 LENGTHS = [2**power for power in range(12)]

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from moe_lab import checkpoint
 from moe_lab.compute import Compute
-from moe_lab.finetune import Phase
+from moe_lab.data.tokens import Tokens
+from moe_lab.finetune.recipe import Phase
 from moe_lab.finetune.seer import Seer
-from moe_lab.stages.finetune import Training
-from moe_lab.tokens import Tokens
+from moe_lab.finetune.training import Training
+from moe_lab.models import checkpoint
 from moe_lab.types import Plan
 
 LIMIT, ROUNDS = 1.1, 7

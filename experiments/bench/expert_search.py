@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab.evidence import Evidence
-from moe_lab.methods.condense import Condense
-from moe_lab.statistics import LayerStatistics, collect
-from moe_lab.stream import LayerStream
+from moe_lab.methods.condense.method import Condense
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
 
 LEAST_RATIO, MOST_FORWARDS = 100.0, 20.0
 NUM_EXPERTS, NUM_ROUTED, BATCH_SIZE = 64, 6, 8
@@ -155,7 +156,7 @@ def ours(
     """The experts of every MoE layer by the library's search."""
     layers = [one.info.index for one in statistics]
     method = Condense(1, NUM_ROUTED, "greedy_js", layers)
-    plan = method.plan(Evidence(statistics, lambda: LayerStream(model, batches)))
+    plan = method.plan(Profile(statistics, lambda: LayerStream(model, batches)))
     return {edit.index: edit.experts for edit in plan.edited()}
 
 
@@ -163,7 +164,7 @@ def same_choices(num_layers: int, hidden_size: int) -> bool:
     """Whether both choose the same experts for every layer."""
     model = random_model(num_layers, hidden_size)
     batches = calibration(model, length=48)
-    statistics = collect(model, batches)
+    statistics = collect_statistics(model, batches)
     found = ours(model, batches, statistics)
     expected = {one.info.index: brute_force(model, batches, one) for one in statistics}
     print(
@@ -179,7 +180,7 @@ def fast_enough(num_layers: int, hidden_size: int, full: bool) -> bool:
     """Whether the search is so many times faster, and chooses the same where both ran."""
     model = random_model(num_layers, hidden_size)
     batches = calibration(model, length=64)
-    statistics = collect(model, batches)
+    statistics = collect_statistics(model, batches)
     ours(model, batches, statistics)
     started = time.thread_time()
     found = ours(model, batches, statistics)
@@ -213,9 +214,9 @@ def little_work(num_layers: int, hidden_size: int) -> bool:
     model = random_model(num_layers, hidden_size)
     model.set_experts_implementation("eager")  # whose products the counter sees one by one
     batches = calibration(model, length=24, padding=False)
-    statistics = collect(model, batches)
+    statistics = collect_statistics(model, batches)
     forward = operations(lambda: [model(**batch, use_cache=False) for batch in batches])
-    gates = operations(lambda: collect(model, batches)) / forward
+    gates = operations(lambda: collect_statistics(model, batches)) / forward
     search = operations(lambda: ours(model, batches, statistics)) / forward
     candidates = sum(NUM_EXPERTS - step for step in range(NUM_ROUTED)) * len(statistics)
     # Divergences are no matrix products: their operations are counted, at the reference's size.

@@ -18,10 +18,11 @@ from expert_search import Sum, calibration, condensed, js, states_after
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab.evidence import Evidence
-from moe_lab.methods.condense import Condense
-from moe_lab.statistics import LayerStatistics, collect
-from moe_lab.stream import LayerStream
+from moe_lab.methods.condense.method import Condense
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
 
 MOST_EVALUATIONS = 0.6
 EXPERTS = [0, 1]  # of every condensed layer
@@ -87,7 +88,7 @@ def ours(
 ) -> tuple[int, ...]:
     """The same by the library's search."""
     method = Condense(num_layers, len(EXPERTS), EXPERTS, "greedy_js")
-    return method.plan(Evidence(statistics, lambda: LayerStream(model, batches))).layer_order
+    return method.plan(Profile(statistics, lambda: LayerStream(model, batches))).layer_order
 
 
 def counted(model: PreTrainedModel, work: Callable[[], tuple]) -> tuple[tuple, int, float]:
@@ -114,7 +115,7 @@ def main() -> int:
     torch.set_num_threads(1)
     model = random_model(options.layers)
     batches = calibration(model, length=32)
-    statistics = collect(model, batches)
+    statistics = collect_statistics(model, batches)
     with torch.inference_mode():
         ours(model, batches, statistics, 1)
         found, runs, seconds = counted(

@@ -89,11 +89,11 @@ def profile(folder: Path, kind: str) -> None:
     """In a process of its own: print the peak, what a layer takes, and how many were counted."""
     import torch
 
-    from moe_lab.checkpoint import Checkpoint
     from moe_lab.compute import Compute
-    from moe_lab.layerwise import LayerwiseModel
-    from moe_lab.stages.profile import collect
-    from moe_lab.tokens import Tokens
+    from moe_lab.data.tokens import Tokens
+    from moe_lab.models.checkpoint import Checkpoint
+    from moe_lab.models.layerwise import LayerwiseModel
+    from moe_lab.stages.profile import collect_profile
 
     ids = torch.randint(3, VOCABULARY, (NUM_DOCUMENTS, LENGTH))
     tokens = Tokens(tuple(map(tuple, ids.tolist())), pad_id=0)
@@ -101,7 +101,7 @@ def profile(folder: Path, kind: str) -> None:
     before, started = peak_bytes(), time.perf_counter()
     compute = Compute("cpu", layerwise=True)
     batches = [(0, batch) for batch in tokens.batches(NUM_DOCUMENTS)]
-    found = collect(checkpoint, batches, kind == "routers", compute, folder).of_group()
+    found = collect_profile(checkpoint, batches, kind == "routers", compute, folder).of_group()
     assert all(layer["count"].sum() == 2 * ids.numel() for layer in found)
     peak, seconds = peak_bytes(), time.perf_counter() - started
     layer = LayerwiseModel(checkpoint).layer_bytes()

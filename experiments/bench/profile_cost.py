@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moe_lab import checkpoint
-from moe_lab.statistics import collect
+from moe_lab.models import checkpoint
+from moe_lab.profile.collect import collect_statistics
 
 LIMITS = {"routers": 1.1, "all": 2.0}
 ROUNDS = 7
@@ -74,8 +74,8 @@ def costs(model: PreTrainedModel) -> dict[str, float]:
 
     passes = {
         "plain": plain,
-        "routers": lambda: collect(model, batches, only_routers=True),
-        "all": lambda: collect(model, batches),
+        "routers": lambda: collect_statistics(model, batches, only_routers=True),
+        "all": lambda: collect_statistics(model, batches),
     }
     for work in passes.values():
         work()

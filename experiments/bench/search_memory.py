@@ -47,12 +47,13 @@ def search(folder: Path) -> None:
     """In a process of its own: print bytes of a layer, of activations, and of memory used."""
     import torch
 
-    from moe_lab.checkpoint import Checkpoint
-    from moe_lab.evidence import Evidence
-    from moe_lab.layerwise import LayerwiseModel
-    from moe_lab.methods.condense import Condense
-    from moe_lab.statistics import LayerStatistics
-    from moe_lab.stream import Activations, LayerStream
+    from moe_lab.methods.condense.method import Condense
+    from moe_lab.models.activations import Activations
+    from moe_lab.models.checkpoint import Checkpoint
+    from moe_lab.models.layerwise import LayerwiseModel
+    from moe_lab.models.stream import LayerStream
+    from moe_lab.profile.layer import LayerStatistics
+    from moe_lab.profile.profile import Profile
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 512, (8, NUM_TOKENS // 8), generator=generator)
@@ -68,7 +69,7 @@ def search(folder: Path) -> None:
     cache = Activations(limit=0, folder=folder.parent)
     stream = LayerStream(source, batches, cache)
     before = resident_bytes("VmRSS")
-    Condense(num_layers=2, num_routed=2).plan(Evidence(statistics, lambda: stream))
+    Condense(num_layers=2, num_routed=2).plan(Profile(statistics, lambda: stream))
     print(json.dumps([source.layer_bytes(), cache.spilled, resident_bytes("VmHWM") - before]))
 
 

@@ -15,8 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from moe_lab import page, report, reports, tables
-from moe_lab.pivot import Request
+from moe_lab.report.frame import read_reports
+from moe_lab.report.page.page import write_page
+from moe_lab.report.report import write_report
+from moe_lab.tables.outputs import make_table
+from moe_lab.tables.pivot import Request
 
 NUM_TASKS = 60  # as many as MMLU has subjects
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -42,7 +45,7 @@ def write(folder: Path, number: int) -> None:
         one |= {f"{variant}/eval/average": sum(scores) / NUM_TASKS, f"{variant}/kl": loss}
         one |= {f"{variant}/parameter_ratio": 1 - loss, f"{variant}/prefill_speedup": 1 + loss}
     (folder / str(number)).mkdir()
-    report.write(folder / str(number), one | {"sweep": "bench", "job": f"job {number}"})
+    write_report(folder / str(number), one | {"sweep": "bench", "job": f"job {number}"})
 
 
 def look(file: Path) -> str:
@@ -69,12 +72,12 @@ def main(number: int) -> None:
         for one in range(number):
             write(folder, one)
         started = time.perf_counter()
-        frame = reports.read(folder)
+        frame = read_reports(folder)
         read = time.perf_counter()
-        made = tables.make(frame, Request(baseline=["dense", "metric=metric_0"]))
+        made = make_table(frame, Request(baseline=["dense", "metric=metric_0"]))
         texts = made.markdown(), made.csv(), made.latex()
         pivoted = time.perf_counter()
-        file = page.write(folder)
+        file = write_page(folder)
         done = time.perf_counter()
         rows = len(made.index)
         print(f"{number} reports of {frame.shape[1]} keys, {rows} rows, {len(texts)} formats")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trigram import Trigram
 
-from moe_lab import text
-from moe_lab.moe import moe_layers
-from moe_lab.routing import restricted
-from moe_lab.tasks import tiny
+from moe_lab.data import standard_library
+from moe_lab.evaluate.tasks.tiny import tasks
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.routers import restricted
 
 ROW_LENGTH = 256
 VALIDATION_ROWS = 48  # per domain
@@ -66,7 +66,7 @@ def losses(model: PreTrainedModel, rows: dict[str, Tensor]) -> dict[str, float]:
 
 def overall(by_domain: dict[str, float]) -> float:
     """Mean over domains weighted by their share in training."""
-    return sum(share * by_domain[domain] for domain, share in text.MIXTURE.items())
+    return sum(share * by_domain[domain] for domain, share in standard_library.MIXTURE.items())
 
 
 @torch.no_grad()
@@ -98,17 +98,17 @@ def task_scores(model: PreTrainedModel, tokenizer: Any, num_items: int) -> dict[
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny.write_items(Path(folder), num_items)
+        tasks.write_items(Path(folder), num_items)
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),
-            tasks=tiny.configs(Path(folder)),
+            tasks=tasks.configs(Path(folder)),
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
             log_samples=False,
         )["results"]
-    scores = {name: 100 * results[name]["acc,none"] for name in tiny.MULTIPLE_CHOICE}
+    scores = {name: 100 * results[name]["acc,none"] for name in tasks.MULTIPLE_CHOICE}
     scores["average"] = sum(scores.values()) / len(scores)
-    bits = {name: results[name]["bits_per_byte,none"] for name in tiny.PERPLEXITY}
+    bits = {name: results[name]["bits_per_byte,none"] for name in tasks.PERPLEXITY_TASKS}
     return {**scores, **bits}
 
 
@@ -116,7 +116,7 @@ def trigram_losses(tokenizer: Any, rows: dict[str, Tensor], vocabulary: int) -> 
     """Losses of an interpolated trigram model of the training split, its weights tuned on rows."""
     trigram = Trigram(vocabulary)
     for domain, stream in rows_of(tokenizer, "train", ROW_LENGTH, seed=0).items():
-        trigram.add(stream.epoch(), text.MIXTURE[domain])
+        trigram.add(stream.epoch(), standard_library.MIXTURE[domain])
     found = trigram.losses(rows)
     found["overall"] = overall(found)
     return found

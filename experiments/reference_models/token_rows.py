@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from moe_lab import text
+from moe_lab.data import standard_library
 
 # Generated documents only make sense from their start; long texts may be cut anywhere.
 ALIGNED_DOMAINS = ("arithmetic", "recall")
@@ -19,7 +19,7 @@ TOKENIZED_AT_ONCE = 2_000
 def tokenize(tokenizer: PreTrainedTokenizerFast, domain: str, split: str) -> list[list[int]]:
     """Token numbers of every document, without special tokens."""
     found: list[list[int]] = []
-    documents = text.documents(domain, split)
+    documents = standard_library.documents(domain, split)
     for start in range(0, len(documents), TOKENIZED_AT_ONCE):
         batch = documents[start : start + TOKENIZED_AT_ONCE]
         found.extend(tokenizer(batch, add_special_tokens=False)["input_ids"])
@@ -90,11 +90,13 @@ def rows_of(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return {
         domain: Rows(tokenize(tokenizer, domain, split), domain, row_length, bos, eos, seed)
-        for domain in text.DOMAINS
+        for domain in standard_library.DOMAINS
     }
 
 
 def mixed_batch(streams: dict[str, Rows], count: int, generator: random.Random) -> Tensor:
     """`count` rows whose domains are drawn by `text.MIXTURE`, shape [count, row_length]."""
-    names = generator.choices(list(text.MIXTURE), list(text.MIXTURE.values()), k=count)
+    names = generator.choices(
+        list(standard_library.MIXTURE), list(standard_library.MIXTURE.values()), k=count
+    )
     return torch.cat([streams[name].take(names.count(name)) for name in sorted(set(names))])

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moe_lab import text
+from moe_lab.data import standard_library
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -73,7 +73,7 @@ def _tokenizer_texts(characters: dict[str, int]) -> list[str]:
     """Passages of every domain, drawn until their number of characters is reached."""
     chosen = []
     for domain, limit in characters.items():
-        passages = text.passages(domain, "train")
+        passages = standard_library.passages(domain, "train")
         random.Random(f"tokenizer/{domain}").shuffle(passages)
         taken = 0
         for passage in passages:

@@ -19,32 +19,34 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from moe_lab import checkpoint, text
-from moe_lab.data import StandardLibrary
-from moe_lab.evidence import Evidence
-from moe_lab.finetune import next_token_loss
-from moe_lab.metrics.aimer import aimer
-from moe_lab.metrics.ean import ean
-from moe_lab.metrics.ean_mean import ean_mean
-from moe_lab.metrics.easy_ep import easy_ep
-from moe_lab.metrics.frequency import frequency
-from moe_lab.metrics.gate_sum import gate_sum
-from moe_lab.metrics.l1 import l1
-from moe_lab.metrics.leave_one_out import LeaveOneOut
-from moe_lab.metrics.max_activation import max_activation
-from moe_lab.metrics.mone import mone
-from moe_lab.metrics.msan import msan
-from moe_lab.metrics.random import random
-from moe_lab.metrics.reap import reap
-from moe_lab.metrics.router_norm import router_norm
-from moe_lab.metrics.soft_count import soft_count
-from moe_lab.metrics.weighted_ean import weighted_ean
-from moe_lab.moe import moe_layers
+from moe_lab.data import standard_library
+from moe_lab.data.embedded import StandardLibrary
+from moe_lab.data.tokens import Tokens
+from moe_lab.finetune.tuning import next_token_loss
+from moe_lab.methods.metrics.aimer import aimer
+from moe_lab.methods.metrics.ean import ean
+from moe_lab.methods.metrics.ean_mean import ean_mean
+from moe_lab.methods.metrics.easy_ep import easy_ep
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.gate_sum import gate_sum
+from moe_lab.methods.metrics.l1 import l1
+from moe_lab.methods.metrics.leave_one_out import LeaveOneOut
+from moe_lab.methods.metrics.max_activation import max_activation
+from moe_lab.methods.metrics.mone import mone
+from moe_lab.methods.metrics.msan import msan
+from moe_lab.methods.metrics.random import random
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.metrics.router_norm import router_norm
+from moe_lab.methods.metrics.soft_count import soft_count
+from moe_lab.methods.metrics.weighted_ean import weighted_ean
+from moe_lab.models import checkpoint
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.routers import restricted
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
 from moe_lab.progress import progress
-from moe_lab.routing import restricted
-from moe_lab.statistics import LayerStatistics, collect
-from moe_lab.stream import LayerStream
-from moe_lab.tokens import Tokens
 
 FORMULAS = {
     metric.__name__: metric
@@ -54,7 +56,7 @@ FORMULAS = {
     )
 } | {"random": functools.partial(random, seed=0)}  # fmt: skip
 METRICS = [*FORMULAS, "leave_one_out"]
-RISES = ("mixture", "mean", *text.DOMAINS)
+RISES = ("mixture", "mean", *standard_library.DOMAINS)
 BATCH_SIZE = 32
 
 
@@ -73,8 +75,8 @@ def scored(
     model: torch.nn.Module, statistics: list[LayerStatistics], batches: Sequence[dict[str, Tensor]]
 ) -> dict[int, dict[str, Tensor]]:
     """Every criterion's scores [E], by layer index."""
-    evidence = Evidence(statistics, lambda num_samples: LayerStream(model, batches))
-    left_out = LeaveOneOut(num_samples=None).scores(evidence)
+    profile = Profile(statistics, lambda num_samples: LayerStream(model, batches))
+    left_out = LeaveOneOut(num_samples=None).scores(profile)
     return {
         one.info.index: {name: metric(one) for name, metric in FORMULAS.items()}
         | {"leave_one_out": exact}
@@ -89,10 +91,10 @@ def measure(name: str) -> pd.DataFrame:
     calibration = StandardLibrary(64, 128).tokens(tokenizer)
     held_out = {
         domain: StandardLibrary(16, 128, split="validation", domains=(domain,)).tokens(tokenizer)
-        for domain in text.DOMAINS
+        for domain in standard_library.DOMAINS
     }
     batches = calibration.batches(BATCH_SIZE)
-    scores = scored(model, collect(model, batches), batches)
+    scores = scored(model, collect_statistics(model, batches), batches)
     intact = losses(model, held_out)
     rows = []
     places = [(layer.info, e) for layer in moe_layers(model) for e in range(layer.info.num_experts)]
@@ -101,9 +103,10 @@ def measure(name: str) -> pd.DataFrame:
         with restricted(model, {info.index: kept}):
             rise = losses(model, held_out) - intact
         row = {metric: score[expert].item() for metric, score in scores[info.index].items()}
-        rises = {"mixture": (rise * pd.Series(text.MIXTURE)).sum(), "mean": rise.mean()} | dict(
-            rise
-        )
+        rises = {
+            "mixture": (rise * pd.Series(standard_library.MIXTURE)).sum(),
+            "mean": rise.mean(),
+        } | dict(rise)
         rows.append({"layer": info.index, "expert": expert} | row | rises)
     return pd.DataFrame(rows)
 

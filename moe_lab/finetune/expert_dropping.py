@@ -12,18 +12,12 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from moe_lab.checkpoint import meta_model
-from moe_lab.editing import prune_layer
-from moe_lab.finetune import (
-    Recipe,
-    Tuning,
-    check_moe_left,
-    check_trains,
-    next_token_loss,
-    trained,
-)
-from moe_lab.moe import MoELayer, moe_layers
-from moe_lab.routing import restricted, set_top_k
+from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
+from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
+from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.layers import MoELayer, moe_layers
+from moe_lab.models.routers import restricted, set_top_k
 from moe_lab.types import LayerInfo, Plan, UserError
 
 logger = logging.getLogger(__name__)

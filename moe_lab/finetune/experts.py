@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_lab.finetune import Distilling, DistillingTuning, Tuning
-from moe_lab.moe import SHARED_NAMES
+from moe_lab.finetune.recipe import Distilling
+from moe_lab.finetune.tuning import DistillingTuning, Tuning
+from moe_lab.models.layers import SHARED_NAMES
 from moe_lab.types import Edit, Plan, UserError
 
 TRAINED_EDITS = ("prune", "merge", "condense")

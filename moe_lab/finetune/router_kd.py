@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from moe_lab import routing
-from moe_lab.checkpoint import meta_model
-from moe_lab.finetune import Distilling, DistillingTuning, Tuning, check_moe_left, trained
-from moe_lab.moe import moe_layers
+from moe_lab.finetune.recipe import Distilling, check_moe_left
+from moe_lab.finetune.tuning import DistillingTuning, Tuning, trained
+from moe_lab.models import routers as model_routers
+from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.layers import moe_layers
 from moe_lab.types import LayerInfo, Plan, UserError
 
 
@@ -39,7 +40,9 @@ class RouterKD(Distilling):
 
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse routers that no gradient reaches."""
-        if layers[0].top_k == 1 and not routing.learns_with_one(moe_layers(meta_model(config))[0]):
+        if layers[0].top_k == 1 and not model_routers.learns_with_one(
+            moe_layers(meta_model(config))[0]
+        ):
             raise UserError(
                 "finetune=router_kd: with one expert for each token this family's router weights "
                 "are always 1, so that no loss has a gradient for its routers: finetune=experts "

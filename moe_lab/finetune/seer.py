@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lab import routing
-from moe_lab.checkpoint import meta_model
-from moe_lab.finetune import (
-    Recipe,
-    Tuning,
-    check_moe_left,
-    check_trains,
-    next_token_loss,
-    trained,
-)
-from moe_lab.moe import MoELayer, moe_layers
+from moe_lab.finetune.gate_entropy import GateEntropy
+from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
+from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
+from moe_lab.models import routers
+from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.layers import moe_layers
 from moe_lab.types import LayerInfo, Plan, UserError
 
 
@@ -40,7 +35,7 @@ def at_once(progress: float, first: int, last: int) -> float:
     return last
 
 
-SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+ANNEALING: dict[str, Callable[[float, int, int], float]] = {
     "linear": linear,
     "staircase": staircase,
     "at_once": at_once,
@@ -86,9 +81,9 @@ class Seer(Recipe):
                 f"finetune.entropy={self.entropy}: it must be at least 0; below, routers would be "
                 "rewarded for being undecided"
             )
-        if self.annealing not in SCHEDULES:
+        if self.annealing not in ANNEALING:
             raise UserError(
-                f"finetune.annealing={self.annealing}: there are {', '.join(SCHEDULES)}"
+                f"finetune.annealing={self.annealing}: there are {', '.join(ANNEALING)}"
             )
         if not 0 <= self.annealed_at <= 1:
             raise UserError(f"finetune.annealed_at={self.annealed_at}: it must be from 0 to 1")
@@ -112,10 +107,10 @@ class Seer(Recipe):
                 f"annealing goes down: ask for 1 to {most}"
             )
         model = meta_model(config)
-        routing.set_top_k(model, self.top_k)
+        routers.set_top_k(model, self.top_k)
         router_alone = self.trains == "routers" and self.entropy == 0
         always_one = self.top_k == 1 and (self.annealing == "at_once" or self.annealed_at == 0)
-        if router_alone and always_one and not routing.learns_with_one(moe_layers(model)[0]):
+        if router_alone and always_one and not routers.learns_with_one(moe_layers(model)[0]):
             raise UserError(
                 "with one expert for each token this family's router weights are always 1, so that "
                 "the task's loss has no gradient for routers, and nothing else trains: "
@@ -134,13 +129,17 @@ class Seer(Recipe):
         def wanted(number: int) -> float:
             done = number >= annealed
             return float(
-                last if done else SCHEDULES[self.annealing](number / annealed, first, last)
+                last if done else ANNEALING[self.annealing](number / annealed, first, last)
             )
 
         if wanted(step).is_integer():
             return int(wanted(step))
         before = sum(wanted(number) % 1 for number in range(step))
         return math.floor(wanted(step)) + int(before + wanted(step) % 1) - int(before)
+
+    def code(self) -> list[Any]:
+        """The modules that decide the result beside this one."""
+        return [GateEntropy]
 
     def prepare(self, model: nn.Module, plan: Plan) -> SeerTuning:
         """The recipe at work on a loaded model."""
@@ -198,75 +197,5 @@ class SeerTuning(Tuning):
 
     def _set(self, top_k: int) -> None:
         if top_k != self.top_k:
-            routing.set_top_k(self.model, top_k)
+            routers.set_top_k(self.model, top_k)
             self.top_k = top_k
-
-
-class GateEntropy:
-    """Sums the entropy of the routers' distributions, layer by layer, in forward passes.
-
-    Hooks stay on the routers until `close`, and what they hear inside `of` counts. In the backward
-    pass, gradient checkpointing runs the layers again and must find the same operations in them:
-    hooks go on computing behind `of`, for nobody.
-    """
-
-    def __init__(self, layers: Sequence[MoELayer]):
-        self.valid: Tensor | None = None
-        self.differentiable = True
-        self.sums: list[Tensor] = []
-        self.heard: list[Tensor] = []
-        self.scoring = {layer.router: _scoring(layer) for layer in layers}
-        self.handles = [layer.router.register_forward_hook(self._hear) for layer in layers]
-
-    def of(self, valid: Tensor, differentiable: bool) -> GateEntropy:
-        """Listen, as a context manager, to the tokens of one batch where `valid` [T] is true."""
-        self.valid, self.differentiable, self.sums = valid, differentiable, []
-        return self
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        self.heard, self.sums = self.sums, []
-
-    def _hear(self, router: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
-        if self.valid is None:
-            return
-        logits_TE = output[0].reshape(len(self.valid), -1)[self.valid]
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            self.sums.append(entropy(logits_TE, self.scoring[router]).sum())
-
-    def mean(self) -> Tensor:
-        """The mean over layers of the summed entropy, in nats."""
-        return torch.stack(self.heard).mean()
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-
-
-def _scoring(layer: MoELayer) -> str:
-    name = routing.scoring(layer)
-    if name is None:
-        raise UserError(
-            f"the router of layer {layer.info.index} gives weights that follow none of the known "
-            f"scorings ({', '.join(routing.SCORINGS)}), so that its entropy is not defined: "
-            "finetune=experts does without it"
-        )
-    return name
-
-
-def entropy(logits_TE: Tensor, scoring: str) -> Tensor:
-    """H(p) = -sum_i p_i log p_i [T] in nats of each token's distribution over all experts.
-
-    p is the softmax of the logits, or another scoring's scores divided by their sum; computed in
-    at least float32.
-    """
-    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    if scoring == "softmax":
-        log_p = logits_TE.log_softmax(dim=-1)
-    else:
-        scores = routing.SCORINGS[scoring](logits_TE)
-        log_p = (scores / scores.sum(dim=-1, keepdim=True)).clamp(min=1e-30).log()
-    return -(log_p.exp() * log_p).sum(dim=-1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_lab.evidence import Evidence
-from moe_lab.layer_choice import check_layers, choose_layers, example_layers
+from moe_lab.methods.layer_choice import check_layers, choose_layers, example_layers
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, LayerInfo, Plan, UserError
 
 
@@ -38,9 +38,9 @@ class DropLayers:
             for info in example_layers(self.layers, self.num_layers, layers)
         )
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, profile: Profile) -> Plan:
         """One edit per MoE layer, its score the mean similarity."""
-        order = choose_layers(self.layers, self.num_layers, evidence.statistics, "layer")
+        order = choose_layers(self.layers, self.num_layers, profile.statistics, "layer")
         edits = tuple(
             Edit(
                 one.info.index,
@@ -48,7 +48,7 @@ class DropLayers:
                 "drop_layer" if one.info.index in order else "keep",
                 scores=(one.mean_cosine("layer"),),
             )
-            for one in evidence.statistics
+            for one in profile.statistics
         )
         notes = {
             "statistics": "intact model",

@@ -10,29 +10,26 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from moe_lab import (
-    alignment,
-    editing,
-    grouping,
-    merging,
-    moe,
-    propagation,
-    ratios,
-    reconstruction,
-    routing,
-    stand_ins,
-    statistics,
-    stream,
+from moe_lab.methods.grouping import alignment, base
+from moe_lab.methods.grouping.alignment import permutation
+from moe_lab.methods.grouping.base import (
+    Grouping,
+    Groups,
+    MergeCandidates,
+    grouping_named,
+    grouping_names,
 )
-from moe_lab.alignment import permutation
-from moe_lab.evidence import Evidence
-from moe_lab.grouping import Candidates, Grouping, Groups
-from moe_lab.layer_choice import check_layers, choose_layers
-from moe_lab.merging import permutation_name
-from moe_lab.moe import check_kept, check_own_rows
-from moe_lab.propagation import propagated
-from moe_lab.reconstruction import OpenExperts
-from moe_lab.statistics import LayerStatistics
+from moe_lab.methods.layer_choice import check_layers, choose_layers
+from moe_lab.methods.ratios import budget
+from moe_lab.models import activations, editing, merging, remapped, routers, stream
+from moe_lab.models import layers as model_layers
+from moe_lab.models.layers import check_kept, check_own_rows
+from moe_lab.models.merging import permutation_name
+from moe_lab.profile import all_experts, collect, propagate
+from moe_lab.profile.all_experts import AllExperts
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
+from moe_lab.profile.propagate import propagated
 from moe_lab.types import AlignName, Edit, LayerInfo, Plan, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
@@ -43,7 +40,7 @@ FROM_ACTIVATIONS = ("activations", "both")
 class Merge:
     """Merge the experts of some layers, each into as many as `ratio` or `num_experts` leave.
 
-    grouping: which experts become one, and with which weights (moe_lab/grouping/: m_smoe, hc_smoe,
+    grouping: which experts become one, and with which weights (files of grouping/: m_smoe, hc_smoe,
     ream). What follows is the paper's own where an option is null:
 
     align: how hidden units are matched before they are averaged. none; weights, by the largest sum
@@ -78,7 +75,7 @@ class Merge:
 
     @property
     def _grouping(self) -> Grouping:
-        return grouping.option(self.grouping)
+        return grouping_named(self.grouping)
 
     def _own(self, name: str) -> Any:
         """An option, or what the grouping's paper does where it is null."""
@@ -93,7 +90,7 @@ class Merge:
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse layers and options that do not exist, and a router left with too few experts."""
         possible = {
-            "grouping": grouping.names(),
+            "grouping": grouping_names(),
             "align": (None, *get_args(AlignName)),
             "router": (None, *get_args(RouterName)),
         }
@@ -171,35 +168,39 @@ class Merge:
 
     def code(self) -> list[Any]:
         """What decides the plan beside this class."""
-        modules = [alignment, editing, grouping, merging, moe, propagation, reconstruction, routing]
-        modules += [stand_ins, statistics, stream, inspect.getmodule(self._grouping.choose)]
+        modules = [alignment, editing, base, merging, model_layers, propagate, all_experts, routers]
+        modules += [
+            remapped,
+            collect,
+            stream,
+            activations,
+            inspect.getmodule(self._grouping.choose),
+        ]
         if self.num_experts is None:
             more = self.ratio.code() if hasattr(self.ratio, "code") else ()
             modules += [self.ratio, *more]
-        return [*modules, ratios, self._grouping.scores]
+        return [*modules, budget, self._grouping.scores]
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, profile: Profile) -> Plan:
         """One edit per MoE layer: merge, or keep where as many stay as there are."""
-        order = choose_layers(self.layers, self.num_layers, evidence.statistics, "layer", self.seed)
+        order = choose_layers(self.layers, self.num_layers, profile.statistics, "layer", self.seed)
         scores = [
             (one.info, self._grouping.scores(one))
-            for one in evidence.statistics
+            for one in profile.statistics
             if one.info.index in order
         ]
-        numbers = self._numbers(scores, evidence)
+        numbers = self._numbers(scores, profile)
         for info, _ in scores:
             self._grouping.check(info, numbers[info.index], vars(self))
         tensors: dict[str, Tensor] = {}
         if self._own("propagate"):
-            edits = self._propagated(evidence, numbers, tensors)
+            edits = self._propagated(profile, numbers, tensors)
         else:
-            edits = self._intact(evidence, numbers, tensors)
-        unseen = {
-            str(one.info.index): int((one["count"] == 0).sum()) for one in evidence.statistics
-        }
+            edits = self._intact(profile, numbers, tensors)
+        unseen = {str(one.info.index): int((one["count"] == 0).sum()) for one in profile.statistics}
         again = self._own("propagate")
         notes = {
-            "statistics": propagation.MEASURED[again],
+            "statistics": propagate.MEASURED[again],
             "scores": self._grouping.scores.__name__,
             "grouping": self.grouping,
             "experts_without_tokens": unseen,
@@ -208,25 +209,25 @@ class Merge:
             notes |= self.ratio.notes(scores, numbers)
         return Plan(tuple(edits), layer_order=order, notes=notes, tensors=tensors)
 
-    def _numbers(self, scores: ratios.Scores, evidence: Evidence) -> Mapping[int, int]:
+    def _numbers(self, scores: budget.Scores, profile: Profile) -> Mapping[int, int]:
         if self.num_experts is None:
-            return self.ratio.numbers(scores, evidence)
+            return self.ratio.numbers(scores, profile)
         return {info.index: self.num_experts for info, _ in scores}
 
     def _intact(
-        self, evidence: Evidence, numbers: Mapping[int, int], tensors: dict[str, Tensor]
+        self, profile: Profile, numbers: Mapping[int, int], tensors: dict[str, Tensor]
     ) -> list[Edit]:
         """All layers decided on the intact model; what all experts' outputs say is remembered."""
         merged = {
             one.info.index: one
-            for one in evidence.statistics
+            for one in profile.statistics
             if numbers.get(one.info.index, one.info.num_experts) < one.info.num_experts
         }
         chosen = self._grouping
         found: dict[int, Any] = dict.fromkeys(merged)
         if chosen.outputs is not None:
             found = self._ask(
-                evidence,
+                profile,
                 {index: {"question": f"grouping/{self.grouping}"} for index in merged},
                 lambda experts: chosen.outputs(experts).tolist(),
                 [chosen.outputs],
@@ -240,26 +241,26 @@ class Merge:
                 for index, one in groups.items()
             }
             answers = self._ask(
-                evidence,
+                profile,
                 questions,
                 lambda experts: self._permutation(experts, groups[experts.info.index]).tolist(),
                 [alignment, merging],
             )
             for index, rows in answers.items():
                 tensors[permutation_name(index)] = torch.tensor(rows)
-        return [self._edit(one, groups.get(one.info.index)) for one in evidence.statistics]
+        return [self._edit(one, groups.get(one.info.index)) for one in profile.statistics]
 
     def _ask(
-        self, evidence: Evidence, questions: Any, ask: Any, code: Sequence[Any]
+        self, profile: Profile, questions: Any, ask: Any, code: Sequence[Any]
     ) -> dict[int, Any]:
-        return reconstruction.answers(evidence, self.num_samples, questions, ask, code)
+        return all_experts.answers(profile, self.num_samples, questions, ask, code)
 
     def _propagated(
-        self, evidence: Evidence, numbers: Mapping[int, int], tensors: dict[str, Tensor]
+        self, profile: Profile, numbers: Mapping[int, int], tensors: dict[str, Tensor]
     ) -> list[Edit]:
         """Each layer decided behind those that are merged already."""
 
-        def edit_of(one: LayerStatistics, experts: OpenExperts | None = None) -> Edit:
+        def edit_of(one: LayerStatistics, experts: AllExperts | None = None) -> Edit:
             index, num_experts = one.info.index, one.info.num_experts
             if numbers.get(index, num_experts) == num_experts:
                 return self._edit(one, None)
@@ -270,16 +271,16 @@ class Merge:
             return self._edit(one, groups)
 
         if self._needs_experts:
-            return propagated(evidence, edit_of, tensors, experts_on=self.num_samples)
-        return propagated(evidence, edit_of, tensors)
+            return propagated(profile, edit_of, tensors, experts_on=self.num_samples)
+        return propagated(profile, edit_of, tensors)
 
     def _choose(self, one: LayerStatistics, number: int, outputs: Any) -> Groups:
         if outputs is not None:
             outputs = torch.as_tensor(outputs, dtype=torch.float64)
         options = self.linkage, self.group_size
-        return self._grouping.choose(Candidates(one, number, outputs, *options))
+        return self._grouping.choose(MergeCandidates(one, number, outputs, *options))
 
-    def _permutation(self, experts: OpenExperts, groups: Groups) -> Tensor:
+    def _permutation(self, experts: AllExperts, groups: Groups) -> Tensor:
         return permutation(experts, groups.groups, with_weights=self._own("align") == "both")
 
     def _edit(self, one: LayerStatistics, groups: Groups | None) -> Edit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_lab.evidence import Evidence
+from moe_lab.profile.profile import Profile
 from moe_lab.types import Edit, LayerInfo, Plan
 
 
@@ -18,7 +18,7 @@ class Nothing:
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Everything is possible."""
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, profile: Profile) -> Plan:
         """Each layer is kept."""
-        infos = [layer.info for layer in evidence.statistics]
+        infos = [layer.info for layer in profile.statistics]
         return Plan(tuple(Edit(info.index, info.name, "keep") for info in infos))

@@ -11,13 +11,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from moe_lab import editing, moe, propagation, ratios, statistics, stream
-from moe_lab.editing import constants_name
-from moe_lab.evidence import Evidence
-from moe_lab.moe import check_own_rows
-from moe_lab.propagation import propagated
-from moe_lab.ratios import Scores
-from moe_lab.statistics import LayerStatistics, super_experts
+from moe_lab.methods.ratios import budget
+from moe_lab.methods.ratios.budget import Scores
+from moe_lab.models import activations, editing, stream
+from moe_lab.models import layers as model_layers
+from moe_lab.models.editing import constants_name
+from moe_lab.models.layers import check_own_rows
+from moe_lab.profile import collect, propagate
+from moe_lab.profile.collect import super_experts
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
+from moe_lab.profile.propagate import propagated
 from moe_lab.types import Edit, LayerInfo, Plan, ReplacementName, UserError
 
 PROTECTIONS = ("super_experts", "outliers")
@@ -109,12 +113,12 @@ class Prune:
         named = {key: value for key, value in options["metric"].items() if key != "reference"}
         return options | {"metric": named | {"fingerprint": fingerprint}}
 
-    def plan(self, evidence: Evidence) -> Plan:
+    def plan(self, profile: Profile) -> Plan:
         """One pruning edit per MoE layer."""
-        found = self._scores(evidence)
-        protected = self._protected(evidence.statistics)
+        found = self._scores(profile)
+        protected = self._protected(profile.statistics)
         scores = lifted(found, protected)
-        numbers = self.ratio.numbers(scores, evidence)
+        numbers = self.ratio.numbers(scores, profile)
         _check_protected([info for info, _ in scores], protected, numbers)
         tensors: dict[str, Tensor] = {}
         unseen: dict[str, int] = {}
@@ -123,24 +127,24 @@ class Prune:
             index, name = layer.info.index, layer.info.name
             unseen[str(index)] = int((layer["count"] == 0).sum())
             if self.replacement == "constant" and len(kept) < layer.info.num_experts:
-                tensors[constants_name(index)] = constants(layer, kept)
+                tensors[constants_name(index)] = mean_outputs(layer, kept)
             scores = tuple(score_E.tolist())
             return Edit(index, name, "prune", kept, scores, replacement=self.replacement)
 
         def edit_again(layer: LayerStatistics) -> Edit:
             score = self.metric(layer)
             [(info, above)] = lifted([(layer.info, score)], protected)
-            return edit(layer, score, ratios.best(info, above, numbers[info.index]))
+            return edit(layer, score, budget.best(info, above, numbers[info.index]))
 
         if self.propagate:
-            edits = propagated(evidence, edit_again, tensors)
+            edits = propagated(profile, edit_again, tensors)
         else:
-            kept = ratios.kept(scores, numbers)
+            kept = budget.kept(scores, numbers)
             if hasattr(self._metric, "choose"):
-                kept = self._metric.choose(evidence, numbers)
+                kept = self._metric.choose(profile, numbers)
             edits = [
                 edit(layer, score, kept[info.index])
-                for layer, (info, score) in zip(evidence.statistics, found, strict=True)
+                for layer, (info, score) in zip(profile.statistics, found, strict=True)
             ]
         notes = {"experts_without_tokens": unseen} | self._notes(scores, numbers, protected)
         return Plan(tuple(edits), notes=notes, tensors=tensors)
@@ -155,7 +159,7 @@ class Prune:
         self, scores: Scores, numbers: Mapping[int, int], protected: Mapping[int, Sequence[int]]
     ) -> dict[str, Any]:
         """What the plan says of its decision."""
-        notes: dict[str, Any] = {"statistics": propagation.MEASURED[self.propagate]}
+        notes: dict[str, Any] = {"statistics": propagate.MEASURED[self.propagate]}
         if self.protect:
             notes["protected"] = {str(i): list(some) for i, some in protected.items() if some}
         if hasattr(self.ratio, "notes"):
@@ -164,10 +168,10 @@ class Prune:
             notes |= self._metric.notes([info for info, _ in scores], numbers)
         return notes
 
-    def _scores(self, evidence: Evidence) -> Scores:
-        layers = evidence.statistics
+    def _scores(self, profile: Profile) -> Scores:
+        layers = profile.statistics
         if hasattr(self._metric, "scores"):
-            found = self._metric.scores(evidence)
+            found = self._metric.scores(profile)
         else:
             found = [self.metric(layer) for layer in layers]
         return list(zip((layer.info for layer in layers), found, strict=True))
@@ -176,9 +180,9 @@ class Prune:
         """What decides the plan beside this class."""
         parts = [self._metric, self.ratio]
         further = [part.code() for part in parts if hasattr(part, "code")]
-        again = [propagation, editing, moe, stream] if self.propagate else []
+        again = [propagate, editing, model_layers, stream, activations] if self.propagate else []
         return [
-            self.metric, self.ratio, ratios, statistics, *again,
+            self.metric, self.ratio, budget, collect, *again,
             *itertools.chain.from_iterable(further),
         ]  # fmt: skip
 
@@ -216,7 +220,7 @@ def _check_protected(
             )
 
 
-def constants(layer: LayerStatistics, kept: Sequence[int]) -> Tensor:
+def mean_outputs(layer: LayerStatistics, kept: Sequence[int]) -> Tensor:
     """The mean output [R, D] of each of the R experts that go, over the tokens sent to it."""
     gone = sorted(set(range(layer.info.num_experts)) - set(kept))
     count = layer["count"][gone].clamp(min=1)

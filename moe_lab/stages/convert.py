@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_lab import families
-from moe_lab.checkpoint import Original, size_in_bytes
+from moe_lab.files import CHECKPOINT
+from moe_lab.models.checkpoint import Original, size_in_bytes
+from moe_lab.models.families import base
 from moe_lab.store import Artifact, Store, check_writable, code_version
 
 
@@ -14,11 +15,11 @@ def convert(store: Store, original: Original) -> Artifact:
 
     def make(folder: Path) -> None:
         check_writable(store.root, size_in_bytes(original.path))
-        original.convert(folder / "checkpoint")
+        original.convert(folder / CHECKPOINT)
 
     identity = {
         "model": original.fingerprint,
         "texts": original.texts_fingerprint,
-        "code": code_version(original.family, families),
+        "code": code_version(original.family, base),
     }
     return store.get("convert", identity, make)

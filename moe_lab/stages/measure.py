@@ -1,56 +1,20 @@
-"""What a model costs: parameters, peak memory of a forward, prefill and decode speed.
-
-All models are in one process and take turns, so that a busy machine slows them alike.
-"""
+"""Measure: what each variant costs, side by side in one process (`moe_lab.measure`)."""
 
 from __future__ import annotations
 
-import gc
 import json
-import statistics
-import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
-
-from moe_lab import stand_ins
-from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.moe import moe_layers, num_parameters
-from moe_lab.progress import progress
-from moe_lab.routing import at_top_k
-from moe_lab.stand_ins import Placed, all_to_experts
+from moe_lab.measure import REFERENCE, Measurement, bytes_on_disk, counted, measure
+from moe_lab.models import remapped
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.routers import at_top_k
 from moe_lab.store import Artifact, Store, code_version, write_whole
-from moe_lab.types import UserError
 
-REFERENCE = "dense"
-FIGURES = "figures.json"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How to measure: batch_size prompts of prompt_length tokens, decode_tokens steps, repeats."""
-
-    prompt_length: int = 512
-    batch_size: int = 1
-    decode_tokens: int = 16
-    repeats: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_length", "batch_size", "decode_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"measure.{name} must be at least 1, got {getattr(self, name)}")
+MEASURED_FILE = "figures.json"
 
 
 def measure_stage(
@@ -71,231 +35,23 @@ def measure_stage(
         model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
         for name in variants.keys() - whole.keys():
             with at_top_k(model := model_of[variants[name].path], variants[name].top_k):
-                figures |= _counted(name, model, how.prompt_length)
+                figures |= counted(name, model, how.prompt_length)
         for name, checkpoint in whole.items():
             figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
             dense_bytes = bytes_on_disk(variants[REFERENCE].path)
             figures[f"{name}/bytes_ratio"] = figures[f"{name}/bytes"] / dense_bytes
-        write_whole(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+        write_whole(folder / MEASURED_FILE, json.dumps(figures, indent=1) + "\n")
 
     identity = {
         "checkpoints": {name: checkpoint.fingerprint for name, checkpoint in variants.items()},
         "dtypes": {name: checkpoint.dtype for name, checkpoint in variants.items()},
         "how": asdict(how),
         "machine": compute.machine(),
-        "code": code_version(measure_stage, stand_ins),
+        "code": code_version(measure_stage, measure, remapped),
     }
     return store.get("measure", identity, make)
 
 
 def figures_of(artifact: Artifact) -> dict[str, float]:
     """What `measure_stage` found."""
-    return json.loads((artifact.folder / FIGURES).read_text())
-
-
-@torch.inference_mode()
-def measure(
-    models: Mapping[str, PreTrainedModel],
-    prompt_length: int,
-    batch_size: int,
-    decode_tokens: int,
-    repeats: int,
-    vocabulary_size: int,
-    seed: int,
-) -> dict[str, float]:
-    """Flat figures `<variant>/<figure>` of every model; ratios are to the one named "dense".
-
-    Prefill is one forward over batch_size x prompt_length random token ids which fills the KV
-    cache and computes the last position's logits; decode is greedy, `decode_tokens` steps through
-    the cache, and its seconds are per step (one token for each sequence of the batch). Times are
-    medians over `repeats` rounds in which each model takes its turn, the order alternating.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    prompt_BL = torch.randint(vocabulary_size, (batch_size, prompt_length), generator=generator)
-    peaks = _peaks(models, prompt_BL)
-    times = _times(models, prompt_BL, decode_tokens, repeats)
-    figures: dict[str, float] = {}
-    for name, model in models.items():
-        prefill, decode = times[name]
-        dense_prefill, dense_decode = times[REFERENCE]
-        figures |= {
-            f"{name}/parameters": num_parameters(model),
-            f"{name}/parameter_ratio": num_parameters(model) / num_parameters(models[REFERENCE]),
-            **_counted(name, model, prompt_length),
-            f"{name}/peak_memory_bytes": peaks[name],
-            f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],
-            f"{name}/prefill_seconds": prefill,
-            f"{name}/prefill_speedup": dense_prefill / prefill,
-            f"{name}/decode_seconds_per_token": decode,
-            f"{name}/decode_speedup": dense_decode / decode,
-        }
-    return figures
-
-
-def _counted(name: str, model: PreTrainedModel, length: int) -> dict[str, float]:
-    return {
-        f"{name}/active_parameters": active_parameters(model),
-        f"{name}/flops_per_token": flops_per_token(model, length),
-    }
-
-
-def active_parameters(model: torch.nn.Module) -> int:
-    """Parameters that one token uses: all but the routed experts, and top_k of those.
-
-    Where router rows lead to stand-ins, it is a token that was sent to none of them.
-    """
-    active = num_parameters(model)
-    for layer in moe_layers(model):
-        experts, info = layer.experts, layer.info
-        constants = experts.constants if isinstance(experts, Placed) else None
-        replaced = 0 if constants is None else constants.numel()
-        routed, number = num_parameters(experts) - replaced, info.real_experts or info.num_experts
-        active -= replaced + routed - routed * min(info.top_k, number) // number
-    return active
-
-
-@torch.inference_mode()
-def flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Floating-point operations of a forward over `length` tokens, the head's too, per token.
-
-    Counted by torch from the shapes of all matrix products (a multiply-add is two), with attention
-    and experts computed in their plain forms, so that every product is seen. Attention is counted
-    over all pairs of positions, as it is computed without a kernel that leaves out the masked ones.
-    Where router rows lead to stand-ins, tokens that are sent to none of them are counted: how many
-    are depends on the text (`routing/stand_ins` tells it for the held-out one).
-    """
-    experts, attention = model.config._experts_implementation, model.config._attn_implementation
-    model.set_experts_implementation("eager")
-    model.set_attn_implementation("eager")
-    try:
-        with all_to_experts(model), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, length, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        model.set_experts_implementation(experts)
-        model.set_attn_implementation(attention)
-    return counter.get_total_flops() / length
-
-
-def bytes_on_disk(folder: Path) -> int:
-    """Size of a checkpoint's weights: all its safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def peak_memory_bytes(model: PreTrainedModel, prompt_BL: Tensor) -> int:
-    """Most memory that tensors hold at once during a prefill, the weights among it.
-
-    On CUDA what its allocator saw (the model should be alone there). Elsewhere an exact count:
-    weights, buffers and inputs, and each storage that an operator returns, from then until it is
-    freed. Scratch memory inside an operator is not seen, nor is the interpreter's own; in return
-    the figure is the same on every machine and in every run.
-    """
-    prompt_BL = prompt_BL.to(model.device)
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-        torch.cuda.reset_peak_memory_stats(model.device)
-        _prefill(model, prompt_BL)
-        return torch.cuda.max_memory_allocated(model.device)
-    counter = _StorageCounter([*model.parameters(), *model.buffers(), prompt_BL])
-    with counter:
-        _prefill(model, prompt_BL)
-    return counter.peak
-
-
-class _StorageCounter(TorchDispatchMode):
-    """Counts the bytes of live storages: those given, and those that operators return."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}  # a storage's address in C++ -> its bytes
-        self.now = self.peak = 0
-        for tensor in tensors:
-            self._count(tensor)
-
-    def __torch_dispatch__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.live:
-            return
-        self.live[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        # The storage's Python object lives as long as the memory, so its end is the free.
-        weakref.finalize(storage, self._free, storage._cdata).atexit = False
-
-    def _free(self, address: int) -> None:
-        self.now -= self.live.pop(address)
-
-
-def _peaks(models: Mapping[str, PreTrainedModel], prompt_BL: Tensor) -> dict[str, int]:
-    peaks = {}
-    for name, model in models.items():
-        others = [other for other in models.values() if other is not model]
-        with _moved_off(others):
-            peaks[name] = peak_memory_bytes(model, prompt_BL)
-    return peaks
-
-
-@contextmanager
-def _moved_off(models: list[PreTrainedModel]) -> Iterator[None]:
-    """Take models off their CUDA device for a while; models in main memory stay."""
-    homes = [(model, model.device) for model in models if model.device.type == "cuda"]
-    for model, _ in homes:
-        model.to("cpu")
-    torch.cuda.empty_cache()
-    try:
-        yield
-    finally:
-        for model, device in homes:
-            model.to(device)
-
-
-def _times(
-    models: Mapping[str, PreTrainedModel], prompt_BL: Tensor, decode_tokens: int, repeats: int
-) -> dict[str, tuple[float, float]]:
-    """Median (prefill, decode step) seconds of each model."""
-    prompts = {name: prompt_BL.to(model.device) for name, model in models.items()}
-    for name, model in models.items():
-        _timed_turn(model, prompts[name], decode_tokens)  # warm-up
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for number in progress(range(repeats), "measure"):
-        order = list(models) if number % 2 == 0 else list(reversed(models))
-        for name in order:
-            turns[name].append(_timed_turn(models[name], prompts[name], decode_tokens))
-    return {
-        name: (
-            statistics.median(prefill for prefill, _ in measured),
-            statistics.median(decode for _, decode in measured),
-        )
-        for name, measured in turns.items()
-    }
-
-
-def _timed_turn(
-    model: PreTrainedModel, prompt_BL: Tensor, decode_tokens: int
-) -> tuple[float, float]:
-    started = _now(model)
-    output = _prefill(model, prompt_BL)
-    filled = _now(model)
-    for _ in range(decode_tokens):
-        next_B1 = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=next_B1, past_key_values=output.past_key_values, use_cache=True)
-    return filled - started, (_now(model) - filled) / decode_tokens
-
-
-def _prefill(model: PreTrainedModel, prompt_BL: Tensor) -> Any:
-    return model(input_ids=prompt_BL, use_cache=True, logits_to_keep=1)
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+    return json.loads((artifact.folder / MEASURED_FILE).read_text())

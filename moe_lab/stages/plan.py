@@ -11,16 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_lab import statistics
-from moe_lab.checkpoint import Checkpoint, check_plan
 from moe_lab.compute import Compute
-from moe_lab.evidence import Evidence
-from moe_lab.layerwise import LayerwiseModel
-from moe_lab.saving import form_of
-from moe_lab.statistics import LayerStatistics
+from moe_lab.data.tokens import Tokens
+from moe_lab.files import PLAN, PLANS
+from moe_lab.finetune.recipe import Recipe
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Checkpoint, check_plan
+from moe_lab.models.forms import form_of
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile import collect
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
 from moe_lab.store import Artifact, Store, code_version, write_whole
-from moe_lab.stream import Activations, LayerStream
-from moe_lab.tokens import Tokens
 from moe_lab.types import Edit, LayerInfo, Plan
 
 logger = logging.getLogger(__name__)
@@ -46,13 +49,13 @@ def plan(
     code = code_version(method, *(method.code() if hasattr(method, "code") else ()))
 
     def make(folder: Path) -> None:
-        common = statistics.load(profile.folder)
-        groups = statistics.load_groups(profile.folder)
+        common = collect.load_statistics(profile.folder)
+        groups = collect.load_groups(profile.folder)
         for number, layers in enumerate(groups.values()):
-            (folder / "plans").mkdir(exist_ok=True)
-            write(planned(layers), folder / "plans" / f"{number}.json")
+            (folder / PLANS).mkdir(exist_ok=True)
+            write(planned(layers), folder / PLANS / f"{number}.json")
         made = _keep_all(common, list(groups)) if groups else planned(common)
-        write(made, folder / "plan.json")
+        write(made, folder / PLAN)
 
     def write(made: Plan, path: Path) -> None:
         made.write_tensors(path)
@@ -65,7 +68,7 @@ def plan(
     def planned(layers: list[LayerStatistics]) -> Plan:
         for layer in layers:  # profiled as the model computes; sizes count as it is saved
             layer.info = stored()[layer.info.index]
-        made = method.plan(Evidence(layers, open_stream, open_model, remember))
+        made = method.plan(Profile(layers, open_stream, open_model, remember))
         check_plan([layer.info for layer in layers], made.edited())
         return made
 
@@ -102,28 +105,34 @@ def _keep_all(layers: list[LayerStatistics], groups: list[str]) -> Plan:
     return Plan(edits, notes={"groups": groups})
 
 
-def foresee(checkpoint: Checkpoint, method: Any, recipe: Any, layers: list[LayerInfo]) -> None:
-    """What can be known of a plan before any work, from the shape of its edits.
+def check_recipe(
+    checkpoint: Checkpoint, method: Any, recipe: Recipe | None, layers: list[LayerInfo]
+) -> None:
+    """Refuse a recipe that cannot work with the model, or that the plan leaves nothing to train.
 
-    Refuses a recipe that such a plan leaves nothing to train, and says where the result will not
-    load in stock transformers, or only with padding.
+    Known before any work from the shape of the plan's edits, where the method tells it.
     """
+    if not recipe:
+        return
+    recipe.check_model(checkpoint.config, layers)
+    if hasattr(method, "example"):
+        edits = method.example(layers)
+        indices = {edit.index for edit in edits}
+        others = (info for info in layers if info.index not in indices)
+        kept = tuple(Edit(info.index, info.name, "keep") for info in others)
+        recipe.check(Plan((*edits, *kept)))
+
+
+def announce_form(checkpoint: Checkpoint, method: Any, layers: list[LayerInfo]) -> None:
+    """Say beforehand where the result will not load in stock transformers, or only with padding."""
     if checkpoint.repeats_experts:
         logger.warning(
             "%s has layers filled up with copies of their experts, which statistics, pruning and "
             "more than one expert per token take for experts of their own; made with "
             "finetune.twins=0 it has none", checkpoint.path,
         )  # fmt: skip
-    if recipe:
-        recipe.check_model(checkpoint.config, layers)
-    if not hasattr(method, "example"):
-        return
-    edits = method.example(layers)
-    if recipe:
-        indices = {edit.index for edit in edits}
-        others = (info for info in layers if info.index not in indices)
-        kept = tuple(Edit(info.index, info.name, "keep") for info in others)
-        recipe.check(Plan((*edits, *kept)))
-    form = form_of(checkpoint.config, edits, getattr(method, "padding", None))
-    if not form.plain:
-        logger.info("the result will be saved %s", form.reason)
+    if hasattr(method, "example"):
+        padding = getattr(method, "padding", None)
+        form = form_of(checkpoint.config, method.example(layers), padding)
+        if not form.plain:
+            logger.info("the result will be saved %s", form.reason)

@@ -9,15 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lab import metrics, moe, observing, routing, stand_ins, statistics, sums, weights
-from moe_lab.checkpoint import Checkpoint, meta_model
 from moe_lab.compute import Compute
-from moe_lab.layerwise import LayerwiseModel, computing_dtype
+from moe_lab.data.tokens import Tokens
+from moe_lab.methods.metrics.base import names_from_routers
+from moe_lab.models import layers, observing, remapped, routers
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.layers import num_parameters
+from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile import collect, layer, weights
+from moe_lab.profile.collect import Collection
 from moe_lab.progress import progress
-from moe_lab.statistics import Collection
 from moe_lab.store import Artifact, Store, code_version, key_of
-from moe_lab.stream import Activations, LayerStream
-from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
 Batches = Sequence[tuple[int, dict[str, Tensor]]]
@@ -28,7 +32,7 @@ def check_profile(compute: Compute, method: Any) -> None:
     if compute.profile == "routers" and not getattr(method, "from_routers", False):
         raise UserError(
             "compute.profile=routers is enough for method=prune with metric="
-            f"{', '.join(metrics.names_from_routers())}, and for method=none; what was asked for "
+            f"{', '.join(names_from_routers())}, and for method=none; what was asked for "
             "needs the experts' outputs too: compute.profile=all"
         )
 
@@ -43,7 +47,7 @@ def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compu
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "data": tokens.fingerprint,
-        "code": code_version(statistics, sums, weights, observing, routing, moe, stand_ins),
+        "code": code_version(collect, layer, weights, observing, routers, layers, remapped),
     }
     only_routers = compute.profile == "routers" and store.find("profile", identity) is None
 
@@ -54,17 +58,17 @@ def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compu
             for number, part in enumerate(parts.values())
             for batch in part.batches(compute.batch_size, compute.device)
         ]
-        collection = collect(checkpoint, batches, only_routers, compute, store.root)
+        collection = collect_profile(checkpoint, batches, only_routers, compute, store.root)
         groups = [collection.of_group(number) for number in range(len(parts))]
-        statistics.save(statistics.added(groups), folder)
+        collect.save_statistics(collect.added(groups), folder)
         if tokens.groups:
-            statistics.save_groups(dict(zip(parts, groups, strict=True)), folder)
+            collect.save_groups(dict(zip(parts, groups, strict=True)), folder)
 
     collected = {"statistics": "routers"} if only_routers else {}
     return replace(store.get("profile", identity | collected, make), key=key_of(identity))
 
 
-def collect(
+def collect_profile(
     checkpoint: Checkpoint, batches: Batches, only_routers: bool, compute: Compute, folder: Path
 ) -> Collection:
     """The statistics of all batches, each with its group's number before it.
@@ -72,10 +76,10 @@ def collect(
     folder: for hidden states that outgrow compute.cache_gib, where it goes layer by layer.
     """
     dtype = computing_dtype(checkpoint)
-    size = moe.num_parameters(meta_model(checkpoint.config)) * dtype.itemsize
+    size = num_parameters(meta_model(checkpoint.config)) * dtype.itemsize
     if not compute.goes_layerwise(size):
         model = checkpoint.load(compute.device)
-        return statistics.collect_by_group(model, progress(batches, "profile"), only_routers)
+        return collect.collect_by_group(model, progress(batches, "profile"), only_routers)
     cache = Activations(int(compute.cache_gib * 2**30), folder, compute.device)
     model = LayerwiseModel(checkpoint, compute.device)
     stream = LayerStream(model, (batch for _, batch in batches), cache)
@@ -85,7 +89,7 @@ def collect(
 def _layer_by_layer(stream: LayerStream, groups: Sequence[int], only_routers: bool) -> Collection:
     """Decoder layer after decoder layer over all batches; the cached states advance with it."""
     stream.cache.announce({"hidden states": stream.state_bytes()})
-    with statistics.collecting(stream.model, only_routers) as collection:
+    with collect.collecting(stream.model, only_routers) as collection:
         for index in progress(range(max(stream.moe) + 1), "profile, layer by layer"):
             with stream.layer(index):
                 for number, group in enumerate(groups):

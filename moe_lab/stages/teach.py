@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_lab import layerwise, moe, stand_ins, stream, teacher
-from moe_lab.checkpoint import Checkpoint
 from moe_lab.compute import Compute
-from moe_lab.finetune import Distilling, sources
+from moe_lab.data.tokens import Tokens
+from moe_lab.finetune import teacher
+from moe_lab.finetune.recipe import Distilling, sources
+from moe_lab.models import activations, layers, layerwise, remapped, stream
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.store import Artifact, Store, check_writable, code_version
-from moe_lab.tokens import Tokens
 from moe_lab.types import UserError
 
 
@@ -21,7 +22,7 @@ def check_teacher(
     if store.find("teacher", _identity(dense, recipe, tokens)) is None:
         vocabulary = dense.config.get_text_config().vocab_size
         texts = _texts(recipe, tokens)
-        size = teacher.size_in_bytes(texts, vocabulary, recipe.teacher_top_k)
+        size = teacher.teacher_bytes(texts, vocabulary, recipe.teacher_top_k)
         try:
             check_writable(store.root, size)
         except UserError as error:
@@ -46,7 +47,7 @@ def teach(
 
     def make(folder: Path) -> None:
         texts, top_k = _texts(recipe, tokens), recipe.teacher_top_k
-        teacher.write(dense, texts, top_k, recipe.temperature, compute, folder)
+        teacher.write_teacher(dense, texts, top_k, recipe.temperature, compute, folder)
 
     return store.get("teacher", _identity(dense, recipe, tokens), make)
 
@@ -62,5 +63,5 @@ def _identity(dense: Checkpoint, recipe: Distilling, tokens: dict[str, Tokens]) 
         "data": sorted({text.fingerprint for text in _texts(recipe, tokens)}),
         "top_k": recipe.teacher_top_k,
         "temperature": recipe.temperature,
-        "code": code_version(teacher, layerwise, stream, moe, stand_ins),
+        "code": code_version(teacher, layerwise, stream, activations, layers, remapped),
     }

@@ -1,0 +1,67 @@
+"""Datasets of the Hugging Face hub, or local folders of the same layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_lab.data.rows import Rows
+from moe_lab.types import UserError
+
+
+@dataclass(frozen=True)
+class HubDataset(Rows):
+    """A dataset of the Hugging Face hub, or a local folder of the same layout, through `datasets`.
+
+    split: also a part of one, such as train[:90%], where it is not streamed.
+    """
+
+    path: str = ""
+    name: str | None = None
+    split: str = "train"
+    data_files: str | None = None
+    streaming: bool = False
+
+    def rows(self) -> Iterable[tuple[str, Any]]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(
+                self.path,
+                self.name,
+                split=self.split,
+                data_files=self.data_files,
+                streaming=self.streaming,
+                cache_dir=_cache_of(Path(self.path)),
+            )
+        except Exception as error:  # datasets raises many kinds; each means: not to be had
+            raise UserError(
+                f"the dataset {self.path!r} could not be loaded: {error}. Without a network give a "
+                "local folder of the same layout (calibration.path=<folder>), or calibration=files"
+            ) from error
+        for row in rows:
+            yield self.path, row
+
+    def describe(self) -> str:
+        parts = (self.path, self.name, self.data_files)
+        return f"{'/'.join(part for part in parts if part)} ({self.split})"
+
+
+def _cache_of(folder: Path) -> str | None:
+    """Where `datasets` keeps what it made of a local folder; None, its own place, for the hub's.
+
+    It knows a folder by its name and would give old rows for new files (datasets 5.2), so each
+    state of a folder has a place of its own.
+    """
+    if not folder.is_dir():
+        return None
+    import datasets
+
+    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder_{digest}")

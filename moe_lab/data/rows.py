@@ -1,0 +1,100 @@
+"""Sources of rows with fields, and how a row becomes a document."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moe_lab.data.source import Document, Pair, Texts
+from moe_lab.types import UserError
+
+
+@dataclass(frozen=True)
+class Rows(Texts):
+    """A source of rows with fields: subclasses say where `rows` come from.
+
+    A row becomes a document by one of: the text in its `field`; `template`, e.g. "{question}"; or
+    `prompt` and `answer`, templates of the two parts. `answers`: where rows only number their
+    answer, what `answer` gives is looked up here, which gives its template.
+    """
+
+    field: str = "text"
+    template: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    answers: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt is None) != (self.answer is None):
+            raise UserError(
+                f"prompt={self.prompt!r} and answer={self.answer!r} belong together: give both, as "
+                "templates of a row's fields such as '{question}'"
+            )
+
+    def rows(self) -> Iterable[tuple[str, Any]]:
+        """Where each row lies, for messages, and the row."""
+        raise NotImplementedError
+
+    def documents(self) -> Iterable[Document]:
+        return (self._document(place, row) for place, row in self.rows())
+
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
+        for place, row in self.rows():
+            if not isinstance(row, dict) or row.get(field) is None:
+                raise UserError(
+                    f"group_by={field}: {place} has a row without it; there is {_fields(row)}"
+                )
+            yield str(row[field]), self._document(place, row)
+
+    def _document(self, place: str, row: Any) -> Document:
+        if self.prompt is not None:
+            return self._pair(place, row)
+        if self.template is not None:
+            return _fill(self.template, place, row)
+        if isinstance(row, dict) and isinstance(row.get(self.field), str):
+            return row[self.field]
+        raise UserError(
+            f"{place} has rows without text in the field {self.field!r} (there is "
+            f"{_fields(row)}); name another with calibration.field=<name>"
+        )
+
+    def _pair(self, place: str, row: Any) -> Pair:
+        answer = _fill(self.answer, place, row)
+        if self.answers is not None:
+            templates = {str(key): template for key, template in self.answers.items()}
+            if answer not in templates:
+                raise UserError(
+                    f"{place} has a row whose answer is {answer!r}; answers= knows "
+                    f"{', '.join(templates)}"
+                )
+            answer = _fill(templates[answer], place, row)
+        if not answer.strip():
+            raise UserError(
+                f"{place} has a row without an answer: its fields are {_fields(row)}, and the "
+                f"template answer={self.answer!r} gives nothing"
+            )
+        return Pair(_fill(self.prompt, place, row), answer)
+
+
+class _Formatter(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            raise TypeError("a field is null")
+        return super().format_field(value, format_spec)
+
+
+def _fill(template: str, place: str, row: Any) -> str:
+    try:
+        return _Formatter().vformat(template, (), row)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{place} has fields {_fields(row)}, which do not fill the template {template!r}: "
+            f"{error!r}"
+        ) from error
+
+
+def _fields(row: Any) -> Any:
+    return sorted(row) if isinstance(row, dict) else type(row).__name__

@@ -1,0 +1,192 @@
+"""Calibration, tuning and held-out text: where documents come from, and how they become samples.
+
+One document is one sample, truncated to `max_length` tokens and never packed unless `pack` is set.
+A document may also be a prompt with its answer, of which only the answer is learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from moe_lab.data.tokens import Tokens, chunks
+from moe_lab.types import UserError
+
+logger = logging.getLogger(__name__)
+LOSS_ON = ("answer", "all")
+
+
+class Pair(NamedTuple):
+    """A document of two parts; the answer continues the prompt as it is, space included."""
+
+    prompt: str
+    answer: str
+
+
+Document = str | Pair
+
+
+class Sample(NamedTuple):
+    """ids, how many of them are the prompt's (all, where it is too long), and the group's name."""
+
+    ids: tuple[int, ...]
+    prompt: int = 0
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A source of documents: subclasses say where `documents` come from.
+
+    num_samples: how many samples; max_length: their tokens at most; pack: join documents and cut
+    them into full samples instead; seed: of the choice of documents, where there is one.
+    Of prompts with answers, loss_on: what is learned, "answer" or "all"; skip_long: leave out
+    those whose prompt alone fills max_length, where otherwise they are refused.
+    group_by: a field that gives each sample its group (num_samples counts all groups together);
+    group: take only the samples of this one.
+    """
+
+    num_samples: int
+    max_length: int
+    pack: bool = False
+    seed: int = 0
+    loss_on: str = "answer"
+    skip_long: bool = False
+    group_by: str | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.loss_on not in LOSS_ON:
+            raise UserError(f"loss_on={self.loss_on}: there are {', '.join(LOSS_ON)}")
+        if self.group is not None and self.group_by is None:
+            raise UserError(f"group={self.group} needs the field that says it: group_by=<field>")
+        if self.group_by is not None and self.pack:
+            raise UserError(
+                f"group_by={self.group_by} with pack=true: a packed sample can hold documents of "
+                "several groups; set pack=false"
+            )
+
+    def documents(self) -> Iterable[Document]:
+        """The documents, in order; may be endless."""
+        raise NotImplementedError
+
+    def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
+        """The documents, each after the name of its group by `field`; UserError without such."""
+        raise UserError(f"group_by={field}: {self.describe()} has no fields")
+
+    def _wanted(self) -> Iterator[tuple[str, Document]]:
+        """The documents with text, of the group that was asked for, each after its group."""
+        if self.group_by is None:
+            rows = (("", document) for document in self.documents())
+        else:
+            rows = self.grouped(self.group_by)
+        others = set()
+        none = True
+        for group, document in rows:
+            if self.group is not None and group != self.group:
+                others.add(group)
+            elif whole_text(document).strip():
+                none = False
+                yield group, document
+        if self.group is not None and none:
+            raise UserError(
+                f"group={self.group}: {self.describe()} has no text of it; by {self.group_by} "
+                f"there are {', '.join(sorted(others))}"
+            )
+
+    def tokens(self, tokenizer: Any) -> Tokens:
+        """The samples; UserError where the source holds too few documents or tokens."""
+        samples = (self._packed if self.pack else self._each)(self._wanted(), tokenizer)
+        found: list[Sample] = []
+        skipped = 0
+        while len(found) < self.num_samples and (sample := next(samples, None)):
+            if sample.prompt < len(sample.ids):
+                found.append(sample)
+            else:
+                skipped += 1
+        if skipped:
+            logger.info("%s: %d prompts were too long and left out", self.describe(), skipped)
+        if len(found) < self.num_samples:
+            unit = (
+                f"full samples of {self.max_length} tokens" if self.pack else "documents with text"
+            )
+            raise UserError(
+                f"{self.num_samples} samples were asked for, but {self.describe()} holds only "
+                f"{len(found)} {unit}; "
+                + (f"ask for fewer (num_samples={len(found)}) or " if found else "")
+                + "give more text"
+            )
+        pad_id = tokenizer.pad_token_id
+        prompts = tuple(sample.prompt for sample in found)
+        has_groups = self.group_by is not None and self.group is None
+        return Tokens(
+            tuple(sample.ids for sample in found),
+            tokenizer.eos_token_id or 0 if pad_id is None else pad_id,
+            prompts if any(prompts) and self.loss_on == "answer" else (),
+            tuple(sample.group for sample in found) if has_groups else (),
+        )
+
+    def describe(self) -> str:
+        """The source in words, for messages."""
+        return type(self).__name__
+
+    def sources(self) -> tuple[str, ...]:
+        """Each source with its split, in words: what a model has seen after training on it."""
+        return (self.describe(),)
+
+    def _each(self, rows: Iterable[tuple[str, Document]], tokenizer: Any) -> Iterator[Sample]:
+        """A sample of each document."""
+        for chunk in chunks(rows, 64):
+            limits = dict(truncation=True, max_length=self.max_length)
+            encoded = tokenizer([whole_text(document) for _, document in chunk], **limits)[
+                "input_ids"
+            ]
+            for (group, document), ids in zip(chunk, encoded, strict=True):
+                prompt = _prompt_length(document, ids, tokenizer)
+                if isinstance(document, Pair) and prompt == len(ids) and not self.skip_long:
+                    self._refuse_long(document, tokenizer)
+                if len(ids) > 1:
+                    yield Sample(tuple(ids), prompt, group)
+
+    def _refuse_long(self, document: Pair, tokenizer: Any) -> None:
+        length = len(tokenizer(document.prompt)["input_ids"])
+        raise UserError(
+            f"a prompt of {self.describe()} has {length} tokens, so that max_length="
+            f"{self.max_length} leaves nothing of its answer to learn: ask for more "
+            f"(max_length={length + 1} or above), or leave such samples out (skip_long=true). "
+            f"It begins {document.prompt[:60]!r}"
+        )
+
+    def _packed(self, rows: Iterable[tuple[str, Document]], tokenizer: Any) -> Iterator[Sample]:
+        rest: list[int] = []
+        for chunk in chunks((document for _, document in rows), 64):
+            if any(isinstance(document, Pair) for document in chunk):
+                raise UserError("pack=true would cut prompts from their answers: set pack=false")
+            for ids in tokenizer(chunk)["input_ids"]:
+                rest.extend(ids)
+                while len(rest) >= self.max_length:
+                    yield Sample(tuple(rest[: self.max_length]))
+                    rest = rest[self.max_length :]
+
+
+def whole_text(document: Document) -> str:
+    return document if isinstance(document, str) else document.prompt + document.answer
+
+
+def _prompt_length(document: Document, ids: list[int], tokenizer: Any) -> int:
+    """How many of a document's ids its prompt explains.
+
+    A token across the border belongs to the answer; so does everything after the first token that
+    the prompt alone would not give, such as the end that some tokenizers add.
+    """
+    if isinstance(document, str):
+        return 0
+    alone = tokenizer(document.prompt)["input_ids"]
+    same = (a == b for a, b in zip(alone, ids, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, same))

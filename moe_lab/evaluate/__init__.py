@@ -1,0 +1,1 @@
+"""How good a model is: tasks through lm-eval, and held-out text."""

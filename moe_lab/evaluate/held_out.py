@@ -1,0 +1,118 @@
+"""A model on held-out text: how far its predictions are from another's, and what its routers do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.models.layers import MoELayer, moe_layers
+from moe_lab.models.observing import observe_routers
+from moe_lab.models.remapped import RemappedExperts, stand_in_rows
+from moe_lab.models.routers import at_top_k, scoring
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.progress import progress
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the pass found.
+
+    figures, flat: kl, KL(dense || model) of the next-token distributions in nats, and
+    held_out/perplexity; both are means over the valid positions that have a next token
+    (perplexity: its exponential). Where there are MoE layers, means over them and all valid tokens:
+    routing/entropy, in nats, of the router's full distribution (a sigmoid's scores are divided by
+    their sum first; left out where a layer's weights follow no known scoring); routing/top_k, how
+    many experts a token got; routing/stand_ins, how many of these only stood in for removed ones
+    (where any do); routing/weight_<k>, the share that a token's k-th heaviest expert has of its
+    routed weight.
+    routed: "layers", their true indices, and "rank_count" [layer][k - 1][expert], the tokens whose
+    k-th heaviest expert each was.
+    """
+
+    figures: dict[str, float]
+    routed: dict[str, Any]
+
+
+@torch.inference_mode()
+def compare_held_out(
+    dense: nn.Module,
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    dense_top_k: int | None = None,
+) -> HeldOut:
+    """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same.
+
+    dense_top_k: experts per token of the dense model, None for as many as it has now.
+    """
+    divergence, loss, count = 0.0, 0.0, 0
+    routers = {
+        layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
+        for layer in moe_layers(model)
+    }
+
+    def add(layer: MoELayer, *routed: Tensor) -> None:
+        routers[layer.info.index].add_routed(*routed)
+
+    for batch in progress(batches, "evaluate: held-out text"):
+        valid = batch["attention_mask"][:, 1:].bool()
+        target = batch["input_ids"][:, 1:][valid]
+        with observe_routers(model, add, whole=True) as observation:
+            observation.valid = batch["attention_mask"].bool()
+            q = _log_probabilities(model, batch, valid)
+        p = q
+        if dense is not model or dense_top_k:
+            with at_top_k(dense, dense_top_k):
+                p = _log_probabilities(dense, batch, valid)
+        divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+        loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
+        count += len(target)
+    figures = {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
+    routed = {
+        "layers": list(routers),
+        "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
+    }
+    figures |= _routing_figures(list(routers.values())) | _stand_ins(moe_layers(model), routers)
+    return HeldOut(figures, routed)
+
+
+def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:
+    """The means of HeldOut's routing/..., each layer counting the same."""
+    figures: dict[str, float] = {}
+    if routers and all("entropy_sum" in router.sums for router in routers):
+        entropies = [router["entropy_sum"].item() / router["tokens"].item() for router in routers]
+        figures["routing/entropy"] = _mean(entropies)
+    if routers:
+        shares = [(router["rank_share_sum"] / router["tokens"]).tolist() for router in routers]
+        figures["routing/top_k"] = _mean([len(share_K) for share_K in shares])
+        for rank in range(max(len(share_K) for share_K in shares)):
+            share = [share_K[rank] if rank < len(share_K) else 0.0 for share_K in shares]
+            figures[f"routing/weight_{rank + 1}"] = _mean(share)
+    return figures
+
+
+def _stand_ins(
+    layers: Sequence[MoELayer], routers: Mapping[int, LayerStatistics]
+) -> dict[str, float]:
+    if not any(
+        isinstance(layer.experts, RemappedExperts) and layer.experts.stand_in for layer in layers
+    ):
+        return {}
+    numbers = []
+    for layer in layers:
+        router, stand_in_E = routers[layer.info.index], stand_in_rows(layer.experts)
+        numbers.append((router["count"][stand_in_E].sum() / router["tokens"]).item())
+    return {"routing/stand_ins": _mean(numbers)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _log_probabilities(model: nn.Module, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return logits[valid].float().log_softmax(dim=-1)

@@ -1,0 +1,82 @@
+"""Tasks on a model in this process, through lm-eval."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moe_lab.evaluate.suite import Suite, others_of
+from moe_lab.evaluate.tasks import harness
+from moe_lab.evaluate.tasks.tiny.tasks import configs, write_items
+
+
+def run_tasks(
+    model: nn.Module, tokenizer: Any, suite: Suite, folder: Path, batch_size: int
+) -> dict[str, float]:
+    """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average."""
+    others = others_of(suite.tasks)
+    embedded = [name for name in suite.tasks if name not in others]
+    local = not others or suite.mirror is not None
+    found: dict[str, dict[str, Any]] = {}
+    with harness.offline() if local else contextlib.nullcontext(), _quiet():
+        from lm_eval import evaluator, simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        evaluator.get_git_commit_hash = str  # it asks git of where we are, which may complain
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
+        if embedded:
+            write_items(folder, num_items=suite.num_items)
+            chosen = [config for config in configs(folder) if config["task"] in embedded]
+            manager = TaskManager(include_defaults=False)
+            found |= simple_evaluate(tasks=chosen, task_manager=manager, **common)["results"]
+        if others:
+            with harness.data_from(others, suite.mirror):
+                chosen = harness.load_tasks(others)
+            common |= {"limit": suite.limit, "task_manager": harness.manager_of(others)}
+            found |= simple_evaluate(tasks=chosen, **common)["results"]
+    return _flat(found, suite)
+
+
+def _flat(found: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:
+    results: dict[str, float] = {}
+    accuracies = []
+    asked = [name for name in suite.tasks if name in found]  # a tag has no results of its own
+    for task in [*asked, *(name for name in found if name not in asked)]:
+        metrics = {
+            key.removesuffix(",none"): value
+            for key, value in found[task].items()
+            if isinstance(value, float) and "stderr" not in key
+        }
+        results |= {f"{task}/{name}": value for name, value in metrics.items()}
+        wanted = (suite.metrics or {}).get(task, "acc")
+        if task in suite.tasks and wanted in metrics:
+            accuracies.append(metrics[wanted])
+    if accuracies:
+        results["average"] = sum(accuracies) / len(accuracies)
+    return results
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence lm-eval's and datasets' talk but not their errors; bars only show in a terminal."""
+    names = ("lm_eval", "lm-eval", "datasets")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+            if not sys.stderr.isatty():
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

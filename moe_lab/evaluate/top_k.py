@@ -1,0 +1,60 @@
+"""The numbers of experts per token at which every variant is evaluated beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.routers import set_top_k
+from moe_lab.types import LayerInfo, UserError
+
+
+def with_top_k(
+    variants: dict[str, Checkpoint], wanted: Sequence[int], suite: Any
+) -> dict[str, Checkpoint]:
+    """The variants, each followed by itself with other numbers of experts per token.
+
+    Those are named <variant>_top_<k>. A variant that has fewer experts, or no MoE layer any more,
+    has no such follower, nor has one with repeated experts, where a token's second would be its
+    first once more; one that has that k as its own only where the suite names it, so that all can
+    be compared.
+    """
+    named = getattr(suite, "top_k", None) or ()
+    if not wanted:
+        return variants
+    found = {}
+    for name, checkpoint in variants.items():
+        found[name] = checkpoint
+        layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
+        for top_k in wanted if layers else ():
+            own = top_k == layers[0].top_k
+            possible = top_k <= _most_top_k(layers) and not checkpoint.repeats_experts
+            if top_k in named if own else possible:
+                found[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
+    return found
+
+
+def other_top_k(suite: Any, recipe: Any, config: Any, layers: Sequence[LayerInfo]) -> list[int]:
+    """At which numbers of experts per token all variants are evaluated beside their own.
+
+    Those that the suite names, else the one that the recipe ends with. UserError for impossible
+    ones, and for a model of this config whose routers do not obey.
+    """
+    wanted = getattr(suite, "top_k", None)
+    if wanted is None:
+        wanted = [k] if (k := getattr(recipe, "top_k", None)) else []
+    most = _most_top_k(layers)
+    for top_k in wanted:
+        if not 1 <= top_k <= most:
+            raise UserError(f"eval.top_k={list(wanted)}: a token can get 1 to {most} experts")
+        if top_k != layers[0].top_k:
+            set_top_k(meta_model(config), top_k)
+    return list(dict.fromkeys(wanted))
+
+
+def _most_top_k(layers: Sequence[LayerInfo]) -> int:
+    """The most experts per token: no layer has more within the groups that a token may use."""
+    return min(info.num_experts // info.groups * info.groups_used for info in layers)

@@ -1,0 +1,296 @@
+"""The training loop: short, on accelerate, and resumed where it was stopped.
+
+Not the Hugging Face Trainer: in transformers 5.23 its resume restores attention but not fused
+experts, with no more than a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moe_lab.compute import Compute
+from moe_lab.data.tokens import Tokens
+from moe_lab.files import CURVE, TRAINABLE
+from moe_lab.finetune.recipe import Phase, Recipe, sources
+from moe_lab.finetune.teacher import Teacher
+from moe_lab.finetune.tuning import OVER_TARGETS
+from moe_lab.models import observing
+from moe_lab.models.layers import num_parameters
+from moe_lab.progress import progress
+from moe_lab.types import Plan, UserError
+
+logger = logging.getLogger(__name__)
+STATE = "training_state.safetensors"
+TUNING = "tuning:"  # before the names of a recipe's own state
+
+
+class Training:
+    """One fine-tuning of a loaded model, whose state lies in `folder` from time to time.
+
+    Steps are counted through all phases. A step's gradient is that of the mean loss over all its
+    targets, however they are spread over forwards and processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        recipe: Recipe,
+        tokens: dict[str, Tokens],
+        seed: int,
+        compute: Compute,
+        folder: Path,
+        teacher: Teacher | None = None,
+        log: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.teacher, self.log = teacher, log
+        self.recipe, self.tokens, self.seed, self.folder = recipe, tokens, seed, folder
+        self.processes = PartialState(cpu=compute.device == "cpu")
+        alone = self.processes.num_processes == 1
+        self.device = torch.device(compute.device) if alone else self.processes.device
+        self.eval_batch_size = compute.batch_size
+        self.model = model.to(self.device).requires_grad_(False)
+        self.tuning = recipe.prepare(model, plan)
+        self.trainable = self.tuning.trainable
+        for parameter in self.trainable.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        # Experts computed in a sorted loop: eager's backward pass is quadratic in their number.
+        model.set_experts_implementation(observing.OBSERVING)
+        if recipe.gradient_checkpointing:
+            checkpoint_trained_layers(model)
+        self.steps_of = {
+            name: phase.steps(len(tokens[f"{name}/data"].samples))
+            for name, phase in recipe.phases.items()
+        }
+        self.num_steps = sum(self.steps_of.values())
+        self.save_every = max(50, self.num_steps // 10)
+        self.done = self.num_tokens = self.num_rows = 0
+        self.epoch: tuple[tuple[str, int], Tokens] | None = None
+
+    def run(self) -> None:
+        """Train from the last saved state, or from the start, to the end."""
+        state = self._resume()
+        self._write_trainable()
+        first = 0
+        for name, num_steps in self.steps_of.items():
+            if self.done < first + num_steps:
+                self._run_phase(name, first, state)
+            first += num_steps
+        self.tuning.finish()
+        self.model.requires_grad_(False)
+
+    def _run_phase(self, name: str, first: int, state: dict[str, Tensor]) -> None:
+        phase = self.recipe.phases[name]
+        optimizer = self._optimizer(phase)
+        if self.done > first:
+            self._restore(optimizer, state)
+        else:
+            self._log({"phase": name, "step": first} | self._validation(name))
+        last = first + self.steps_of[name]
+        for step in progress(range(self.done, last), f"finetune {name}", last - self.done):
+            row = {"phase": name, "step": step + 1}
+            self.tuning.before_step(step, self.num_steps)
+            row |= self._step(name, step - first, optimizer)
+            row |= self.tuning.after_step(step, self.num_steps)
+            if (step + 1) % self.recipe.validate_every == 0 or step + 1 == last:
+                row |= self._validation(name)
+            self._log(row)
+            self.done = step + 1
+            if self.done % self.save_every == 0:
+                self._save(optimizer)
+
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        # Decay pulls towards 0: right for weights, wrong for vectors of factors around 1.
+        matrices = [p for p in self.trainable.values() if p.dim() > 1]
+        vectors = [p for p in self.trainable.values() if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": phase.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=phase.learning_rate)
+
+    def _step(self, name: str, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """One update at a step counted from the phase's start; what it was like."""
+        phase = self.recipe.phases[name]
+        rate = phase.learning_rate * phase.rate(step, self.steps_of[name])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = self._rows(name, step)
+        losses = self._backward(rows, phase.batch_size)
+        if not torch.isfinite(losses["loss"]):
+            raise UserError(
+                f"fine-tuning diverged: the loss is {losses['loss']} at step {step + 1} of phase "
+                f"{name}; try a lower finetune.phases.{name}.learning_rate than "
+                f"{phase.learning_rate}"
+            )
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.num_tokens += rows.num_tokens
+        return {
+            "tokens": self.num_tokens,
+            **{key: value.item() for key, value in losses.items()},
+            "learning_rate": rate,
+            "gradient_norm": norm.item(),
+        }
+
+    def _rows(self, name: str, step: int) -> Tokens:
+        """The samples of one step of a phase, over all processes."""
+        data, size = self.tokens[f"{name}/data"], self.recipe.phases[name].step_size
+        epoch, number = divmod(step, -(-len(data.samples) // size))
+        if self.epoch is None or self.epoch[0] != (name, epoch):
+            self.epoch = (name, epoch), data.shuffled(self.seed * 1000 + epoch)
+        return self.epoch[1].take(range(len(data.samples))[number * size : (number + 1) * size])
+
+    def _backward(self, rows: Tokens, batch_size: int) -> dict[str, Tensor]:
+        """Add up the gradients of the mean losses over `rows`, and give those means."""
+        mine = self._my_share(rows)
+        means: dict[str, Tensor] = {}
+        for start in range(0, len(mine.samples), batch_size):
+            positions = range(len(mine.samples))[start : start + batch_size]
+            parts = self._mean_losses(mine.take(positions), rows)
+            counts = {"loss": 1.0} | self.tuning.weights
+            total = sum(counts[key] * part for key, part in parts.items() if counts[key])
+            total.backward()
+            for key, part in parts.items():
+                means[key] = means.get(key, 0.0) + part.detach()
+        if self.processes.num_processes == 1:
+            return means
+        for parameter in self.trainable.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = reduce(gradient, "sum")
+        names = {"loss": 1.0} | self.tuning.weights  # also where this process had no row
+        zero = torch.zeros((), device=self.device)
+        return {name: reduce(means.get(name, zero), "sum") for name in names}
+
+    def _mean_losses(self, part: Tokens, whole: Tokens) -> dict[str, Tensor]:
+        """What `part` adds to the means of the losses over `whole`."""
+        batch = part.labelled() | (self.teacher.of(part) if self.teacher else {})
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        with self._computing():
+            sums = self.tuning.losses(batch)
+        number = dict.fromkeys(OVER_TARGETS, whole.num_targets)
+        return {key: value / number.get(key, whole.num_tokens) for key, value in sums.items()}
+
+    def _my_share(self, rows: Tokens) -> Tokens:
+        index, number = self.processes.process_index, self.processes.num_processes
+        return rows.take(range(index, len(rows.samples), number))
+
+    def _computing(self) -> contextlib.AbstractContextManager:
+        if self.recipe.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.recipe.dtype))
+
+    @torch.no_grad()
+    def _validation(self, name: str) -> dict[str, float]:
+        """The mean losses over the phase's validation text, where it has one."""
+        tokens = self.tokens.get(f"{name}/validation")
+        if tokens is None:
+            return {}
+        self.tuning.before_validation()
+        mine = self._my_share(tokens.by_length())
+        found = {
+            name: torch.zeros((), dtype=torch.float64, device=self.device)
+            for name in ("loss", *self.tuning.weights)
+        }
+        for start in range(0, len(mine.samples), self.eval_batch_size):
+            positions = range(len(mine.samples))[start : start + self.eval_batch_size]
+            for key, value in self._mean_losses(mine.take(positions), tokens).items():
+                found[key] += value
+        return {f"validation_{key}": reduce(value, "sum").item() for key, value in found.items()}
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.num_rows += 1
+        if self.processes.is_main_process:
+            with (self.folder / CURVE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.log:
+                self.log(row)
+
+    def _write_trainable(self) -> None:
+        shapes = {name: list(parameter.shape) for name, parameter in self.trainable.items()}
+        number = sum(parameter.numel() for parameter in self.trainable.values())
+        total = num_parameters(self.model)
+        texts = {
+            name: list(source.sources()) for name, source in sources(self.recipe.phases).items()
+        }
+        values = {"parameters": number, "share": number / total, "texts": texts, "tensors": shapes}
+        if self.processes.is_main_process:
+            logger.info(
+                "fine-tuning trains %s of %s parameters (%.2f %%)",
+                f"{number:,}", f"{total:,}", 100 * number / total,
+            )  # fmt: skip
+            (self.folder / TRAINABLE).write_text(json.dumps(values, indent=1) + "\n")
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.processes.is_main_process:
+            return
+        counts = {"done": self.done, "num_tokens": self.num_tokens, "num_rows": self.num_rows}
+        tensors = {name: torch.tensor(count) for name, count in counts.items()}
+        tensors |= {f"{TUNING}{name}": value for name, value in self.tuning.state().items()}
+        for name, parameter in self.trainable.items():
+            tensors[f"{name}/weight"] = parameter.detach()
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{name}/{key}"] = value
+        partial = self.folder / f"{STATE}.partial"
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        partial.replace(self.folder / STATE)
+
+    def _resume(self) -> dict[str, Tensor]:
+        """The last saved state, with its weights and counts restored and the curve cut to it."""
+        path, curve = self.folder / STATE, self.folder / CURVE
+        state = load_file(path) if path.is_file() else {}
+        for name in ("done", "num_tokens", "num_rows") if state else ():
+            setattr(self, name, int(state[name]))
+        for name, parameter in self.trainable.items() if state else ():
+            parameter.data.copy_(state[f"{name}/weight"])
+        if state:
+            mark = len(TUNING)
+            kept = {key[mark:]: value for key, value in state.items() if key.startswith(TUNING)}
+            self.tuning.restore(kept)
+        if self.processes.is_main_process:
+            rows = curve.read_text().splitlines()[: self.num_rows] if curve.is_file() else []
+            curve.write_text("".join(f"{row}\n" for row in rows))
+        return state
+
+    def _restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            keys = [key.rpartition("/")[2] for key in state if key.startswith(f"{name}/")]
+            optimizer.state[parameter] = {
+                key: state[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in keys
+                if key != "weight"
+            }
+
+
+def checkpoint_trained_layers(model: nn.Module) -> None:
+    """Compute activations again in the backward pass, from the first layer that trains on.
+
+    Layers below it are part of no graph. Only the layers themselves are told that they train:
+    dropout and the like stay as in evaluation.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot compute its activations again: set "
+            "finetune.gradient_checkpointing=false"
+        )
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # enabled by the line above, a graph through all layers
+    trains = False
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].isdigit() and hasattr(module, "_gradient_checkpointing_func"):
+            trains = trains or any(p.requires_grad for p in module.parameters())
+            module.training = trains

@@ -1,0 +1,92 @@
+"""CD-MoE (2412.00069): which layers become dense, with which experts and which gates.
+
+A condensed layer computes, for every token, w_s * shared(x) + sum_{i in S} w_i * E_i(x): no
+router. `gates/` holds the ways to set the constants w_i, `experts/` the ways to choose S, `layers/`
+the ways to choose the layers: one file each, with one function `choose`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_lab.methods.condense.expert_search import OpenLayer
+from moe_lab.methods.condense.layer_search import CondensedSets
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.types import Choice, UserError
+
+
+def choice_named(kind: str, name: str) -> Callable:
+    """The function `choose` of condense.<kind>=<name>; UserError lists what exists."""
+    package = importlib.import_module(f"moe_lab.methods.condense.base.{kind}")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    if name not in names:
+        or_list = "" if kind == "gates" else ", or an explicit list of numbers"
+        raise UserError(
+            f"condense.{kind}={name!r} does not exist; there are {', '.join(names)}{or_list}"
+        )
+    return importlib.import_module(f"moe_lab.methods.condense.base.{kind}.{name}").choose
+
+
+def shared_gate(statistics: LayerStatistics) -> float:
+    """The constant in place of a shared expert's sigmoid gate: its mean over all tokens, else 1."""
+    if "shared_gate_sum" not in statistics.sums:
+        return 1.0
+    return float(statistics["shared_gate_sum"] / statistics["tokens"])
+
+
+def ranked_experts(scores: Iterable[float], number: int) -> Choice:
+    """The positions of the highest scores, ties to the lower position."""
+    scores = [float(score) for score in scores]
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return Choice(tuple(order[:number]))
+
+
+@dataclass
+class ExpertCandidates:
+    """One MoE layer whose experts are to be chosen: what `experts/` may look at.
+
+    gates_E: the constant gates; seed: of what is drawn. `open` gives the layer's activations on
+    the calibration set and `experts` its experts module with weights: both cost a pass to there.
+    """
+
+    statistics: LayerStatistics
+    gates_E: Tensor
+    seed: int
+    open: Callable[[], OpenLayer]
+    experts: Callable[[], AbstractContextManager]
+
+    @property
+    def num_experts(self) -> int:
+        """How many routed experts the layer has."""
+        return self.statistics.info.num_experts
+
+
+@dataclass
+class LayerCandidates:
+    """The MoE layers to choose from: what `layers/` may look at.
+
+    statistics: by true index, in order; beam and seed: options. `condensed` gives the model with
+    any set of them condensed, for which the experts of every layer are chosen first.
+    """
+
+    statistics: dict[int, LayerStatistics]
+    condensed: Callable[[], CondensedSets]
+    beam: int
+    seed: int
+
+    @property
+    def indices(self) -> list[int]:
+        """True indices of the MoE layers, in order."""
+        return list(self.statistics)
+
+
+def ranked_layers(indices: Sequence[int], harm: Sequence[float], num_layers: int) -> Choice:
+    """The layers with the lowest harm, ties to the lower layer."""
+    order = sorted(zip(harm, indices, strict=True))[:num_layers]
+    return Choice(tuple(i for _, i in order), tuple(value for value, _ in order))

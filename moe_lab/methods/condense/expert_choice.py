@@ -1,0 +1,131 @@
+"""The experts of each condensed layer, chosen when they are first asked for and remembered."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from moe_lab.methods.condense.base import ExpertCandidates, choice_named, shared_gate
+from moe_lab.methods.condense.expert_search import IntactStates
+from moe_lab.models.editing import check_is_sum, part_widths
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
+from moe_lab.progress import progress
+from moe_lab.types import Choice, Edit
+
+
+class Asked(Protocol):
+    """What the choice of experts needs to know of the method's options (`method.Condense`)."""
+
+    experts: str | Sequence[int]
+    num_routed: int
+    gates: str
+    beam: int
+    seed: int
+
+    def searches(self) -> list[Any]:
+        """The modules that decide what a search finds."""
+        ...
+
+
+class ExpertChoices:
+    """The experts of each layer, chosen when they are first asked for and remembered."""
+
+    def __init__(self, method: Asked, profile: Profile):
+        self.method, self.profile = method, profile
+        self.statistics = {one.info.index: one for one in profile.statistics}
+        self.chosen: dict[int, Edit] = {}
+        self._states: IntactStates | None = None
+        by_name = isinstance(method.experts, str)
+        self._identity = {
+            "experts": method.experts if by_name else list(method.experts),
+            "num_routed": method.num_routed if by_name else None,
+            "gates": method.gates,
+            "seed": method.seed if method.experts == "random" else None,
+        }
+
+    @functools.cached_property
+    def stream(self) -> LayerStream:
+        """The model's decoder layers on the calibration set, opened when first needed."""
+        stream = self.profile.open_stream()
+        stream.cache.announce(
+            {
+                "every expert's output at one layer": self._expert_bytes(stream),
+                "states of the search over layers": self._layer_bytes(stream),
+            }
+        )
+        first = next(iter(stream.moe))
+        with stream.layer(first):
+            check_is_sum(stream.moe[first])
+        return stream
+
+    def _expert_bytes(self, stream: LayerStream) -> int:
+        most = max(one.info.num_experts for one in self.statistics.values())
+        return (most + 4) * stream.state_bytes()
+
+    def _layer_bytes(self, stream: LayerStream) -> int:
+        levels, sets = len(stream.layers) + 1, self.method.beam * len(self.statistics)
+        return (levels + 2 * sets) * stream.state_bytes()
+
+    def remember(self, identity: dict[str, Any], work: Any) -> Any:
+        """What was found before for the same question, options and data."""
+        return self.profile.remember(self._identity | identity, work, self.method.searches())
+
+    def edits(self, indices: Iterable[int]) -> dict[int, Edit]:
+        """Condensing edits of these layers, in order of the layers."""
+        indices = sorted(indices)
+        missing = [index for index in indices if index not in self.chosen]
+        if missing and min(missing) < max(self.chosen, default=-1):
+            self._states = None  # the pass over the layers begins again
+        for index in progress(missing, "condense: choosing experts") if missing else ():
+            self.chosen[index] = self._edit(self.statistics[index])
+        self.chosen = dict(sorted(self.chosen.items()))
+        return {index: self.chosen[index] for index in indices}
+
+    def _edit(self, statistics: LayerStatistics) -> Edit:
+        gates = choice_named("gates", self.method.gates)(statistics)
+        choice = self._choice(statistics, gates)
+        return Edit(
+            statistics.info.index,
+            statistics.info.name,
+            "condense",
+            experts=choice.chosen,
+            gates=tuple(float(gates[expert]) for expert in choice.chosen),
+            shared_gate=shared_gate(statistics),
+            divergence=choice.divergence,
+            widths=part_widths(statistics.info, choice.chosen),
+        )
+
+    def _choice(self, statistics: LayerStatistics, gates: torch.Tensor) -> Choice:
+        if not isinstance(self.method.experts, str):
+            return Choice(tuple(self.method.experts))
+        if self.method.num_routed == 0:
+            return Choice(())
+
+        def work() -> dict[str, Any]:
+            candidates = self._candidates(statistics, gates)
+            made = choice_named("experts", self.method.experts)(candidates, self.method.num_routed)
+            return {"chosen": made.chosen, "divergence": made.divergence}
+
+        found = self.remember({"question": "experts", "layer": statistics.info.index}, work)
+        return Choice(tuple(found["chosen"]), tuple(found["divergence"]))
+
+    def _candidates(self, statistics: LayerStatistics, gates: torch.Tensor) -> ExpertCandidates:
+        index = statistics.info.index
+
+        def open_layer() -> Any:
+            self._states = self._states or IntactStates(self.stream)
+            return self._states.open(index, gates, shared_gate(statistics))
+
+        @contextmanager
+        def weights() -> Iterator[nn.Module]:
+            with self.stream.layer(index):
+                yield self.stream.moe[index].experts
+
+        return ExpertCandidates(statistics, gates, self.method.seed, open_layer, weights)

@@ -1,0 +1,191 @@
+"""The search for the layers to condense: only what differs between two models is computed.
+
+CD-MoE (2412.00069) runs the whole model for every candidate; here candidates share the states of
+all decoder layers up to the first in which they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.methods.condense import divergence
+from moe_lab.methods.condense.divergence import Divergence
+from moe_lab.models.editing import condensed
+from moe_lab.models.stream import LayerStream, swapped
+from moe_lab.progress import progress
+from moe_lab.types import Choice, Edit
+
+Remember = Callable[[dict[str, Any], Callable[[], Any]], Any]
+
+
+class CondensedSets:
+    """The model with any set of its layers condensed, on the calibration set.
+
+    Sets that agree on the first layers share their states there, within a question and with the
+    set that was kept last: a decoder layer is computed once for each different way to reach it,
+    and its weights come into memory once a question.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[], LayerStream], edits: dict[int, Edit], remember: Remember
+    ):
+        self.edits, self._open_stream, self._remember = edits, open_stream, remember
+        self.evaluations = 0  # of decoder layers, over the whole calibration set
+        self._kept: list[frozenset[int]] = [frozenset()]
+        self._known: set[tuple[int, frozenset[int]]] = {(0, frozenset())}
+        self._has_target = False
+
+    @property
+    def stream(self) -> LayerStream:
+        """The model on the calibration set, opened only when something is not remembered."""
+        return self._open_stream()
+
+    def js(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """JS divergence of the last hidden state (after the final norm) for each set."""
+        return self._asked("js", sets, lambda: self._divergences(sets, divergence.js))
+
+    def kl(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """KL divergence of the last hidden state for each set."""
+        return self._asked("kl", sets, lambda: self._divergences(sets, divergence.kl))
+
+    def perplexity(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """Perplexity of the calibration text for each set."""
+
+        def work() -> list[float]:
+            found = self._at_end(sets, self.stream.next_token_loss)
+            return [
+                float(torch.tensor(sum(loss for loss, _ in one) / sum(n for _, n in one)).exp())
+                for one in found
+            ]
+
+        return self._asked("perplexity", sets, work)
+
+    def local_js(self) -> list[float]:
+        """For each layer in order: its own output's JS divergence when it alone is condensed."""
+        return self._asked("local_js", [[index] for index in self.edits], self._local_js)
+
+    def keep(self, sets: Sequence[Collection[int]]) -> None:
+        """Keep the states on the way to these sets: the next question begins there."""
+        self._kept = [frozenset(one) for one in sets]
+
+    def _asked(self, name: str, sets: Sequence[Collection[int]], work: Callable) -> list[float]:
+        identity = {"question": name, "sets": [sorted(one) for one in sets]}
+        return self._remember(identity, work)
+
+    def _divergences(self, sets: Sequence[Collection[int]], measure: Divergence) -> list[float]:
+        stream, cache = self.stream, self.stream.cache
+        if not self._has_target:
+            for batch, state in enumerate(self._last_states(frozenset())):
+                cache["intact last", batch] = divergence.probability(state)
+            self._has_target = True
+
+        def value(batch: int, hidden: Tensor) -> float:
+            state = stream.finish(hidden)[stream.valid[batch]]
+            value_T = measure(cache["intact last", batch], state)
+            return float(stream.token_weight[batch] @ value_T.double())
+
+        return [sum(one) for one in self._at_end(sets, value)]
+
+    def _last_states(self, one: frozenset[int]) -> list[Tensor]:
+        def state(batch: int, hidden: Tensor) -> Tensor:
+            return self.stream.finish(hidden)[self.stream.valid[batch]]
+
+        return self._at_end([one], state)[0]
+
+    @torch.no_grad()
+    def _at_end(self, sets: Sequence[Collection[int]], look: Callable) -> list[list[Any]]:
+        """For each set what `look(batch, last decoder layer's output)` gives for each batch."""
+        wanted = [frozenset(one) for one in sets]
+        end = len(self.stream.layers)
+        needed: list[set[frozenset[int]]] = [set() for _ in range(end + 1)]
+        needed[end] = set(wanted)
+        for level in range(end, 0, -1):
+            new = {one for one in needed[level] if (level, one) not in self._known}
+            needed[level - 1] |= {one - {level - 1} for one in new}
+            needed[level] = new
+        found: dict[frozenset[int], list[Any]] = {}
+        for level in range(end):
+            self._advance(level, sorted(needed[level + 1], key=sorted))
+            self._forget(level)
+        batches = range(self.stream.num_batches)
+        for one in wanted:
+            found[one] = [look(batch, self.stream.cache[end, one, batch]) for batch in batches]
+        self._forget(end)
+        return [found[one] for one in wanted]
+
+    def _advance(self, level: int, new: Sequence[frozenset[int]]) -> None:
+        """Compute the states after decoder layer `level` for each of the sets `new`."""
+        if not new:
+            return
+        with self.stream.layer(level):
+            block = self._block(level) if any(level in one for one in new) else None
+            for one in new:
+                self.evaluations += 1
+                with swapped(self.stream, level, block if level in one else None):
+                    for batch in range(self.stream.num_batches):
+                        hidden = self._state(level, one - {level}, batch)
+                        output = self.stream.replay(level, batch, hidden)
+                        self.stream.cache[level + 1, one, batch] = output
+                self._known.add((level + 1, one))
+
+    def _block(self, index: int) -> nn.Module:
+        edit = self.edits[index]
+        return condensed(self.stream.moe[index], edit.experts, edit.gates, edit.shared_gate)
+
+    def _state(self, level: int, one: frozenset[int], batch: int) -> Tensor:
+        key = (level, one, batch) if level else ("input", batch)
+        return self.stream.cache[key]
+
+    def _forget(self, level: int) -> None:
+        """Drop the states before decoder layer `level` that are on the way to no kept set."""
+        kept = {frozenset(i for i in one if i < level) for one in self._kept}
+        for known in [k for k in self._known if k[0] == level and level and k[1] not in kept]:
+            self._known.remove(known)
+            for batch in range(self.stream.num_batches):
+                self.stream.cache.pop((*known, batch))
+
+    @torch.no_grad()
+    def _local_js(self) -> list[float]:
+        self._last_states(frozenset())
+        stream, nothing, values = self.stream, frozenset(), []
+        for index in self.edits:
+            last = index == len(stream.layers) - 1
+            finish = stream.finish if last else lambda hidden: hidden
+            total = 0.0
+            with stream.layer(index), swapped(stream, index, self._block(index)):
+                self.evaluations += 1
+                for batch in range(stream.num_batches):
+                    valid = stream.valid[batch]
+                    output = stream.replay(index, batch, self._state(index, nothing, batch))
+                    intact = self._state(index + 1, nothing, batch)
+                    u = divergence.probability(finish(intact)[valid])
+                    value_T = divergence.js(u, finish(output)[valid])
+                    total += float(stream.token_weight[batch] @ value_T.double())
+            values.append(total)
+        return values
+
+
+def greedy_layers(
+    sets: CondensedSets, num_layers: int, beam: int, values: Callable[[Sequence], list[float]]
+) -> Choice:
+    """Condense, `num_layers` times, the layer that gives the lowest value; ties to lower layers.
+
+    beam: how many sets are carried on; 1 is the paper's forward selection.
+    """
+    paths: list[tuple[tuple[int, ...], tuple[float, ...]]] = [((), ())]
+    for _ in progress(range(num_layers), "condense: choosing layers"):
+        sets.keep([order for order, _ in paths])
+        grown: dict[frozenset[int], tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        for order, past in paths:
+            for index in sets.edits:
+                if index not in order:
+                    grown.setdefault(frozenset((*order, index)), ((*order, index), past))
+        found = values([order for order, _ in grown.values()])
+        steps = zip(found, grown.values(), strict=True)
+        ranking = sorted((value, order, past) for value, (order, past) in steps)
+        paths = [(order, (*past, value)) for value, order, past in ranking[:beam]]
+    return Choice(*paths[0])

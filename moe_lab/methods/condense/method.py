@@ -1,0 +1,169 @@
+"""CD-MoE: whole MoE layers become small dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_lab.methods.condense import base, divergence, expert_choice, expert_search, layer_search
+from moe_lab.methods.condense.base import LayerCandidates, choice_named
+from moe_lab.methods.condense.expert_choice import ExpertChoices
+from moe_lab.methods.condense.layer_search import CondensedSets
+from moe_lab.methods.layer_choice import example_layers
+from moe_lab.models import activations, editing, layerwise, stream
+from moe_lab.models import layers as model_layers
+from moe_lab.models.editing import part_widths
+from moe_lab.profile.profile import Profile
+from moe_lab.types import Choice, Edit, LayerInfo, Plan, UserError
+
+
+@dataclass
+class Condense:
+    """Condense `num_layers` layers to their shared experts and `num_routed` routed ones.
+
+    CD-MoE (2412.00069): num_routed=0 is CD-MoE-S, more is CD-MoE-SR. experts, layers: the name of a
+    search in this folder, or an explicit list (experts for every layer alike; true indices
+    of decoder layers). gates: the constants in the router's place. beam: of a greedy search over
+    layers. seed: of random choices. padding: the largest share of the compressed model's
+    parameters that zeros may take so that stock transformers can hold it.
+    """
+
+    num_layers: int
+    num_routed: int
+    experts: str | Sequence[int] = "greedy_js"
+    layers: str | Sequence[int] = "greedy_js"
+    gates: str = "mean_selected"
+    beam: int = 1
+    seed: int = 0
+    padding: float = 0.01
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse layers, experts, searches or numbers that do not exist."""
+        self._check_numbers()
+        choice_named("gates", self.gates)
+        indices = [info.index for info in layers]
+        if isinstance(self.layers, str):
+            choice_named("layers", self.layers)
+            if not 1 <= self.num_layers <= len(layers):
+                raise UserError(
+                    f"condense.num_layers={self.num_layers}: the model has {len(layers)} MoE layers"
+                )
+        elif not self.layers or len(set(self.layers)) < len(self.layers):
+            raise UserError(f"condense.layers={list(self.layers)}: name one or more, each once")
+        elif unknown := [index for index in self.layers if index not in indices]:
+            raise UserError(
+                f"condense.layers names {unknown}, but the model's MoE layers are {indices} "
+                "(true indices; dense layers count)"
+            )
+        for info in layers:
+            self._check_layer(info)
+
+    def _check_numbers(self) -> None:
+        if self.beam < 1:
+            raise UserError(f"condense.beam={self.beam}: it must be at least 1")
+        if self.beam > 1 and not str(self.layers).startswith("greedy_"):
+            raise UserError(
+                f"condense.beam={self.beam} is for greedy searches over layers, and "
+                f"condense.layers={self.layers} is none: leave condense.beam at 1"
+            )
+        if not 0 <= self.padding <= 1:
+            raise UserError(f"condense.padding={self.padding}: it must be from 0 to 1")
+
+    def _check_layer(self, info: LayerInfo) -> None:
+        if info.obstacle:
+            way = "compress the model that it comes from"
+            if not info.real_experts:
+                way = "method=prune works with this family"
+            raise UserError(
+                f"layer {info.index} cannot become one dense gated MLP: {info.obstacle}; {way}"
+            )
+        if isinstance(self.experts, str):
+            choice_named("experts", self.experts)
+            num_routed = self.num_routed
+        else:
+            num_routed = len(self.experts)
+            if len(set(self.experts)) < num_routed:
+                raise UserError(f"condense.experts={list(self.experts)}: name each only once")
+            if unknown := [e for e in self.experts if not 0 <= e < info.num_experts]:
+                raise UserError(
+                    f"condense.experts names {unknown}, but layer {info.index} has experts "
+                    f"0 to {info.num_experts - 1}"
+                )
+        if not 0 <= num_routed <= info.num_experts:
+            raise UserError(
+                f"condense.num_routed={num_routed}: layer {info.index} has {info.num_experts} "
+                "routed experts"
+            )
+        if num_routed == 0 and not info.shared:
+            raise UserError(
+                f"condense.num_routed=0 (CD-MoE-S) needs shared experts, and layer {info.index} "
+                "has none: ask for condense.num_routed of at least 1"
+            )
+
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+        """Edits of the shape that the plan will have; of its layers only the number is known."""
+        number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
+        parts = {"experts": tuple(range(number)), "gates": (1.0,) * number}
+        return tuple(
+            Edit(
+                info.index, info.name, "condense", widths=part_widths(info, range(number)), **parts
+            )
+            for info in example_layers(self.layers, self.num_layers, layers)
+        )
+
+    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that the plan depends on: the seed only where something is random."""
+        seeded = "random" in (self.experts, self.layers)
+        return {name: value for name, value in options.items() if seeded or name != "seed"}
+
+    def code(self) -> list[Any]:
+        """What decides the plan beside this class."""
+        return [*self.searches(), *self._plug_ins("layers")]
+
+    def searches(self) -> list[Any]:
+        """The modules that decide what a search finds.
+
+        Not the way in which layers are chosen by it: different ways share their answers.
+        """
+        modules = [
+            base, expert_choice, expert_search, layer_search, divergence,
+            editing, layerwise, model_layers, stream, activations,
+        ]  # fmt: skip
+        return [self, *modules, *self._plug_ins("experts", "gates")]
+
+    def _plug_ins(self, *kinds: str) -> list[Any]:
+        """What condense.<kind> names, where it is no explicit list."""
+        names = {kind: getattr(self, kind) for kind in kinds}
+        return [choice_named(kind, name) for kind, name in names.items() if isinstance(name, str)]
+
+    @torch.no_grad()
+    def plan(self, profile: Profile) -> Plan:
+        """Choose the layers, and experts for all that come into question; one edit per MoE layer.
+
+        A search over layers needs the experts of every layer; else only the chosen ones get some.
+        """
+        experts = ExpertChoices(self, profile)
+        order = self._choose_layers(experts)
+        edits = experts.edits(order.chosen)
+        kept = {i: Edit(i, s.info.name, "keep") for i, s in experts.statistics.items()}
+        return Plan(
+            tuple((kept | edits).values()),
+            layer_order=order.chosen,
+            layer_divergence=order.divergence,
+            searched=tuple(e for i, e in experts.chosen.items() if i not in order.chosen),
+            notes={"statistics": "intact model", "padding": self.padding},
+        )
+
+    def _choose_layers(self, experts: ExpertChoices) -> Choice:
+        if not isinstance(self.layers, str):
+            return Choice(tuple(self.layers))
+
+        def condensed() -> CondensedSets:
+            edits = experts.edits(experts.statistics)
+            return CondensedSets(lambda: experts.stream, edits, experts.remember)
+
+        layers = LayerCandidates(experts.statistics, condensed, self.beam, self.seed)
+        return choice_named("layers", self.layers)(layers, self.num_layers)

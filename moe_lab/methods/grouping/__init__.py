@@ -1,0 +1,1 @@
+"""Which experts of a layer become one, for method=merge: a file each."""

@@ -1,0 +1,30 @@
+"""M-SMoE: experts join the most used ones that are routed alike."""
+
+from __future__ import annotations
+
+from moe_lab.methods.grouping.base import Grouping, Groups, MergeCandidates, grouped, router_groups
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.ratios import budget
+
+
+def choose(candidates: MergeCandidates) -> Groups:
+    """M-SMoE (2310.01334): the most used experts are dominant; every other one joins the dominant
+    expert whose router logits over the calibration tokens have the highest cosine similarity to its
+    own; a group is weighted by its experts' frequencies. Ties go to the lower expert.
+
+    The paper ranks the experts of all layers together, by frequencies that are divided by their
+    layer's highest; here each layer's number is given.
+    """
+    statistics, info = candidates.statistics, candidates.statistics.info
+    count = frequency(statistics)
+    kept = budget.best(info, count, candidates.number)
+    similarity = statistics.logit_cosine()
+    groups = {target: [target] for target in kept}
+    for experts in router_groups(info):
+        near = [target for target in kept if target in experts]
+        for expert in (expert for expert in experts if expert not in kept):
+            groups[near[int(similarity[expert, near].argmax())]].append(expert)
+    return grouped(info, count, groups.values(), count)
+
+
+GROUPING = Grouping(choose, frequency, align="weights", router="all")

@@ -1,0 +1,1 @@
+"""Importance metrics: a file each, one score for each expert of a layer."""

@@ -1,0 +1,1 @@
+"""Pruning ratios: a file each, how many experts stay in each layer."""

@@ -1,0 +1,73 @@
+"""As few experts of each layer as carry most of its score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moe_lab.methods.ratios.budget import Scores, floor_of, kept, units
+from moe_lab.profile.profile import Profile
+from moe_lab.types import LayerInfo, UserError
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Keep in each layer the fewest experts whose scores sum to the share `coverage` of all.
+
+    Task-level extraction, after the task-level MoE of 2110.03742, which serves a task by the
+    sub-network of its experts: with the task's own text as calibration set and a counting metric,
+    what stays is what that task uses. floor: every layer keeps at least so many (null: as few as
+    its router can work with). Of group-limited routers each group keeps the same number.
+    """
+
+    coverage: float
+    floor: int | None = None
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse a share that is none, and an impossible floor."""
+        if not 0 < self.coverage <= 1:
+            raise UserError(
+                f"ratio.coverage={self.coverage}: the share of the scores that stays is above 0, "
+                "at most 1"
+            )
+        for info in layers:
+            floor_of(info, self.floor)
+
+    def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
+        """How many experts each layer keeps, by layer index; UserError for scores < 0."""
+        return {info.index: self._number(info, score) for info, score in scores}
+
+    def notes(self, scores: Scores, numbers: dict[int, int]) -> dict[str, Any]:
+        """How many experts each layer keeps, and the share of its score that they have."""
+        chosen = kept(scores, numbers)
+        return {
+            "kept_per_layer": {str(index): number for index, number in numbers.items()},
+            "covered": {
+                str(info.index): _share(score, chosen[info.index]) for info, score in scores
+            },
+        }
+
+    def _number(self, info: LayerInfo, score: Tensor) -> int:
+        if bool((score < 0).any()):
+            raise UserError(
+                f"ratio=coverage needs scores that are shares of something, and layer {info.index} "
+                "has some below 0: choose another metric, such as metric=frequency"
+            )
+        chosen: list[int] = []
+        for unit in units(info, score):
+            # A rounding's width below: all shares together need not make 1 exactly.
+            if len(chosen) >= floor_of(info, self.floor) and (
+                _share(score, chosen) >= self.coverage - 1e-12
+            ):
+                break
+            chosen.extend(unit)
+        return len(chosen)
+
+
+def _share(score: Tensor, experts: Sequence[int]) -> float:
+    """Of the layer's score; 1 where the layer has none."""
+    score = score.double()
+    return float(score[list(experts)].sum() / score.sum()) if score.sum() > 0 else 1.0

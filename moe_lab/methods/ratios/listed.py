@@ -1,0 +1,106 @@
+"""Numbers that somebody wrote down."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_lab.methods.ratios.budget import Scores, floor_of
+from moe_lab.models.layers import check_kept
+from moe_lab.profile.profile import Profile
+from moe_lab.types import LayerInfo, Plan, UserError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Keep as many experts as are listed.
+
+    kept: a number for each MoE layer in order, or a mapping {decoder layer: number} for some, in
+    which case the others keep all. plan: in its place, a plan.json, whose numbers are taken.
+    """
+
+    kept: Sequence[int] | Mapping[int, int] | None = None
+    plan: str | None = None
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse a list of the wrong length, unknown layers and impossible numbers."""
+        self._of(layers)
+
+    def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
+        """How many experts each layer keeps, by layer index."""
+        return self._of([info for info, _ in scores])
+
+    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The numbers, wherever they were written."""
+        numbers = self._listed
+        if isinstance(numbers, Mapping):
+            numbers = {str(index): number for index, number in sorted(numbers.items())}
+        return {name: options[name] for name in options if name != "plan"} | {"kept": numbers}
+
+    @functools.cached_property
+    def _listed(self) -> Sequence[int] | Mapping[int, int]:
+        if (self.kept is None) == (self.plan is None):
+            raise UserError(
+                "ratio=listed needs one of ratio.kept=[6,4,8] (the experts that each MoE layer "
+                "keeps), ratio.kept={3:4} (those of layer 3; the others keep all) or "
+                "ratio.plan=<a plan.json>"
+            )
+        return self.kept if self.plan is None else _numbers_of(self.plan)
+
+    def _of(self, layers: Sequence[LayerInfo]) -> dict[int, int]:
+        everything, listed = {info.index: info.num_experts for info in layers}, self._listed
+        source = f"ratio.plan={self.plan}" if self.plan else f"ratio.kept={_word(self.kept)}"
+        if isinstance(listed, Mapping):
+            if unknown := sorted(set(listed) - set(everything), key=str):
+                raise UserError(
+                    f"{source}: {unknown[0]} is no MoE layer; they are {sorted(everything)}"
+                )
+        elif len(listed) != len(layers):
+            raise UserError(
+                f"{source}: {len(listed)} numbers for {len(layers)} MoE layers, which are "
+                f"{sorted(everything)}; ratio.kept={{{layers[0].index}:4}} names some of them"
+            )
+        else:
+            listed = dict(zip(everything, listed, strict=True))
+        for info in layers:
+            _check_number(info, listed.get(info.index, info.num_experts), source)
+        return everything | dict(listed)
+
+
+def _check_number(info: LayerInfo, number: Any, source: str) -> None:
+    if type(number) is not int or number > info.num_experts:
+        raise UserError(
+            f"{source}: layer {info.index} has {info.num_experts} experts and can keep "
+            f"{floor_of(info, None)} to {info.num_experts} of them, not {number!r}"
+        )
+    try:
+        check_kept(info, number)
+    except UserError as error:
+        raise UserError(
+            f"{source}: {error}. It can keep {floor_of(info, None)} to {info.num_experts}"
+        ) from error
+
+
+def _numbers_of(path: str) -> dict[int, int]:
+    """The experts that the layers of a plan keep; layers that it does not change are left out."""
+    try:
+        edited = Plan.load(Path(path)).edited()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"ratio.plan={path} cannot be read as a plan: {error!r}") from error
+    for edit in edited:
+        if edit.edit not in ("prune", "merge"):
+            raise UserError(
+                f"ratio.plan={path}: its layer {edit.index} ends as {edit.edit!r}, which is no "
+                "number of experts; a plan of method=prune or method=merge has them"
+            )
+    return {edit.index: len(edit.kept) for edit in edited}
+
+
+def _word(kept: Any) -> str:
+    """As it was asked for."""
+    if isinstance(kept, Mapping):
+        return "{" + ",".join(f"{index}:{number}" for index, number in kept.items()) + "}"
+    return "[" + ",".join(map(str, kept)) + "]"

@@ -1,0 +1,175 @@
+"""Numbers that add up to the least error, each layer's being measured alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_lab.methods.ratios import budget
+from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, best, by_index
+from moe_lab.models import layers as model_layers
+from moe_lab.models import routers
+from moe_lab.profile import all_experts, intact_predictions
+from moe_lab.profile.all_experts import AllExperts
+from moe_lab.profile.intact_predictions import IntactPredictions
+from moe_lab.profile.profile import Profile
+from moe_lab.progress import progress
+from moe_lab.types import LayerInfo, UserError
+
+logger = logging.getLogger(__name__)
+ERRORS = ("kl", "output")
+POINTS = 8  # how many times a layer is measured, unless ratio.step says otherwise
+EVEN = 1e-13  # of the largest error: of allocations as good as each other the even one is taken
+
+
+@dataclass(frozen=True)
+class Sensitivity(Budget):
+    """Take the numbers whose errors have the least sum, found exactly.
+
+    Each layer's error at each number of experts is measured while all other layers are intact, its
+    best experts by the metric staying; their sum under the total is minimised by dynamic
+    programming. That errors of layers add up is an assumption; the notes have curves and sum.
+
+    error: kl, KL(intact || restricted model) of the next-token distributions, in nats, with one
+    forward for each number measured; output, the squared error of the layer's routed output over
+    the output's square, with every expert on every token. Both on the first `num_samples` samples.
+    step: measure where so many experts more are removed, and draw lines between (1: everywhere;
+    null: at about eight numbers of each layer).
+    """
+
+    error: str = "kl"
+    num_samples: int = 32
+    step: int | None = None
+
+    takes_groups = False
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse an impossible budget and unknown options; say what the measuring costs."""
+        self.total(layers)
+        if self.error not in ERRORS:
+            raise UserError(f"ratio.error={self.error!r} does not exist; there are kl and output")
+        for name in ("num_samples", "step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"ratio.{name}={value}: it must be at least 1")
+        if self.error == "kl":
+            multiple = self.multiple(layers)
+            forwards = sum(len(self._measured(info, multiple)) for info in layers)
+            logger.info(
+                "ratio=sensitivity: %d forwards over %d samples, and one of the intact model",
+                forwards, self.num_samples,
+            )  # fmt: skip
+
+    def numbers(self, scores: Scores, profile: Profile) -> Numbers:
+        """How many experts each layer keeps, by layer index."""
+        layers = [info for info, _ in scores]
+        multiple = self.multiple(layers)
+        sets = {
+            info.index: [list(best(info, score, n)) for n in self._measured(info, multiple)]
+            for info, score in scores
+        }
+        found = self._divergences(sets, profile) if self.error == "kl" else (
+            self._output_errors(sets, profile)
+        )  # fmt: skip
+        curves, choices = [], [self.choices(info, multiple)[::-1] for info in layers]
+        measured = {}
+        for info, some in zip(layers, choices, strict=True):
+            points = {len(kept): error for kept, error in
+                      zip(sets[info.index], found[info.index], strict=True)}  # fmt: skip
+            points |= {info.num_experts: 0.0} if some[0] == info.num_experts else {}
+            measured[info.index] = by_index(dict(sorted(points.items(), reverse=True)))
+            known = sorted(points)
+            curves.append(np.interp(some, known, [points[number] for number in known]))
+        removed = (sum(some[0] for some in choices) - self.total(layers)) // multiple
+        taken = least_sum(curves, removed)
+        pairs = zip(layers, choices, taken, strict=True)
+        numbers = {info.index: some[place] for info, some, place in pairs}
+        total = sum(float(curve[place]) for curve, place in zip(curves, taken, strict=True))
+        told = {"kept_per_layer": by_index(numbers), "predicted_error": total}
+        return Numbers(numbers, told | {"error": self.error, "errors": by_index(measured)})
+
+    def notes(self, scores: Scores, numbers: Numbers) -> dict[str, Any]:
+        """kept_per_layer; errors: by layer and number of experts; predicted_error, their sum."""
+        return numbers.found
+
+    def code(self) -> list[Any]:
+        """What decides the numbers beside this class."""
+        return [intact_predictions, routers, model_layers, all_experts, *all_experts.CODE]
+
+    def _measured(self, info: LayerInfo, multiple: int) -> list[int]:
+        """The numbers of experts at which a layer's error is measured, not where all stay."""
+        choices = self.choices(info, multiple)[::-1]
+        last = len(choices) - 1
+        stride = math.ceil(self.step / multiple if self.step else last / POINTS)
+        places = sorted({*range(0, last, max(1, stride)), last})
+        return [choices[place] for place in places if choices[place] < info.num_experts]
+
+    def _divergences(
+        self, sets: dict[int, list[list[int]]], profile: Profile
+    ) -> dict[int, list[float]]:
+        @functools.cache
+        def sample() -> IntactPredictions:
+            return IntactPredictions(*profile.open_model(self.num_samples))
+
+        def errors(index: int) -> list[float]:
+            question = {
+                "question": "divergence with one layer restricted",
+                "layer": index,
+                "sets": sets[index],
+                "num_samples": self.num_samples,
+            }
+            code = (intact_predictions, routers, model_layers)
+            return profile.remember(
+                question, lambda: [sample().divergence({index: kept}) for kept in sets[index]], code
+            )
+
+        return {index: errors(index) for index in progress(list(sets), "sensitivity of layers")}
+
+    def _output_errors(
+        self, sets: dict[int, list[list[int]]], profile: Profile
+    ) -> dict[int, list[float]]:
+        def errors(experts: AllExperts) -> list[float]:
+            return relative_errors(experts, sets[experts.info.index])
+
+        questions = {
+            index: {"question": "relative error of the output", "sets": some}
+            for index, some in sets.items()
+        }
+        return all_experts.answers(profile, self.num_samples, questions, errors, [self, budget])
+
+
+def relative_errors(experts: AllExperts, sets: Sequence[Sequence[int]]) -> list[float]:
+    """sum over tokens of ||F(x; set) - F(x)||^2 / sum of ||F(x)||^2, F the routed output."""
+    square = sum(float(chunk.routed_TD.double().square().sum()) for chunk in experts.chunks())
+    mean = square / experts.num_tokens
+    return [error.mse / mean if mean else 0.0 for error in experts.errors(sets)]
+
+
+def least_sum(curves: Sequence[np.ndarray], total: int) -> list[int]:
+    """A place in each curve, the places adding up to `total`, where the values have the least sum.
+
+    Dynamic programming over the curves and all sums of places up to `total`, which is exact.
+    """
+    largest = max(float(curve.max()) for curve in curves) or 1.0
+    best = np.full(total + 1, np.inf)
+    best[0] = 0.0
+    chosen = []
+    for curve in curves:
+        places = np.arange(min(len(curve), total + 1))
+        table = np.full((len(places), total + 1), np.inf)
+        for place in places:
+            value = curve[place] + EVEN * largest * place**2
+            table[place, place:] = best[: total + 1 - place] + value
+        chosen.append(table.argmin(axis=0))
+        best = table.min(axis=0)
+    found, rest = [], total
+    for column in reversed(chosen):
+        found.append(int(column[rest]))
+        rest -= found[-1]
+    return found[::-1]

@@ -1,0 +1,380 @@
+"""Checkpoints, ordinary Hugging Face folders: finding, fingerprinting and loading them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from moe_lab.files import PACKAGE
+from moe_lab.models.families.base import check_original, convert_weights, family_of
+from moe_lab.models.layers import check_kept, moe_layers, num_parameters
+from moe_lab.models.routers import set_top_k
+from moe_lab.types import LayerInfo, UserError
+
+SHIPPED = "shipped:"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, no foreign code
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    dtype: in which to compute ("auto" is the one it is stored in); known_fingerprint: what tells
+    its content where that is known without reading it, as of the store's own checkpoints. top_k:
+    experts for each token, None for as many as its config says.
+    """
+
+    path: Path
+    dtype: str = "auto"
+    known_fingerprint: str | None = None
+    top_k: int | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """12 hex over the config and every byte of the weights, and top_k where it is another."""
+        if self.top_k is not None and self.top_k != self.layers()[0].top_k:
+            whole = replace(self, top_k=None).fingerprint
+            return hashlib.sha256(f"{whole} top_k {self.top_k}".encode()).hexdigest()[:12]
+        if self.known_fingerprint:
+            return self.known_fingerprint
+        # Where it was loaded from and which version wrote it do not change what a model computes.
+        ignored = ("_name_or_path", "transformers_version")
+        config = json.loads((self.path / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in ignored}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for file in weight_files(self.path):
+            digest.update(_sha256(file).encode())
+        return digest.hexdigest()[:12]
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """Its config, as transformers reads it."""
+        try:
+            return AutoConfig.from_pretrained(self.path, **LOCAL)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}/config.json cannot be read: {error}") from error
+
+    @property
+    def repeats_experts(self) -> bool:
+        """Whether layers were filled up with copies of their experts (`saving.save`)."""
+        return hasattr(self.config, "distinct_experts")
+
+    def layers(self) -> list[LayerInfo]:
+        """Its MoE layers, found on a model without weights; UserError where it has none.
+
+        Their bytes are those that its weights take when saved again, with the headers of its files.
+        """
+        model = meta_model(self.config)
+        _set_saved_dtypes(model, self.dtype)
+        layers = [layer.info for layer in moe_layers(model)]
+        if not layers:
+            raise UserError(
+                f"{self.path} is not a Mixture-of-Experts model that moe_lab can read: its family "
+                f"{self.config.model_type!r} has no experts modules of the common contract"
+            )
+        headers = sum(map(_header_bytes, weight_files(self.path)))
+        return [replace(info, model_bytes=info.model_bytes + headers) for info in layers]
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        """The model with its weights, in evaluation mode."""
+        model = load(self.path, dtype=self.dtype, device=device)
+        if self.top_k is not None:
+            set_top_k(model, self.top_k)
+        return model
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer; UserError where it has none."""
+        # Without any of these transformers makes an empty tokenizer, and says nothing.
+        if not any(file for pattern in VOCABULARIES for file in self.path.glob(pattern)):
+            raise UserError(f"{self.path} has no tokenizer: none of {', '.join(VOCABULARIES)}")
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **LOCAL)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer can be read from {self.path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Original(Checkpoint):
+    """A checkpoint of a family that transformers does not read (`families/`), to be converted.
+
+    Its config, layers and tokenizer are those of the native form, so that a request can be refused
+    before anything is converted.
+    """
+
+    @property
+    def family(self) -> ModuleType:
+        """The family's file in `families/`."""
+        return family_of(_read_config(self.path)["model_type"])
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The native form's config."""
+        return AutoConfig.for_model(**self.family.native_config(_read_config(self.path)))
+
+    @property
+    def texts_fingerprint(self) -> str:
+        """12 hex over the tokenizer and generation files, which come along."""
+        digest = hashlib.sha256()
+        for file in text_files(self.path):
+            digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
+        return digest.hexdigest()[:12]
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        """Refused: it is loaded once it is converted."""
+        return load(self.path)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer as the converted checkpoint will have it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_texts(Path(folder))
+            return Checkpoint(Path(folder)).tokenizer()
+
+    def convert(self, target: Path) -> None:
+        """Write the native form, which stock transformers loads, into the folder `target`.
+
+        Memory: one weight file. Raises UserError, before it writes, for tensors that are missing,
+        unknown or of another shape.
+        """
+        values, files = _read_config(self.path), weight_files(self.path)
+        check_original(self.family, values, files)
+        expected = num_parameters(meta_model(self.config))
+        target.mkdir(parents=True, exist_ok=True)
+        self._write_texts(target)
+        written = convert_weights(self.family, files, target)
+        if written != expected:
+            raise RuntimeError(
+                f"{self.path}: {written} weights were written, its native form has {expected}"
+            )
+
+    def _write_texts(self, target: Path) -> None:
+        for file in text_files(self.path):
+            shutil.copyfile(file, target / file.name)
+        self.family.adapt_texts(target)
+        config = self.family.native_config(_read_config(self.path))
+        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{folder}/config.json cannot be read: it holds no object")
+    return values
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Tokenizer and generation files: all text beside the config and the weights' index."""
+    found = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
+    return sorted(
+        file
+        for file in found
+        if file.name != "config.json" and not file.name.endswith(".index.json")
+    )
+
+
+def resolve(
+    path: str | os.PathLike, revision: str | None = None, dtype: str = "auto"
+) -> Checkpoint:
+    """The checkpoint of a local folder, of a hub id (which is then downloaded), or "shipped:name".
+
+    An `Original` where its family must be converted first. Raises UserError where there is none,
+    files are missing, the weights are not safetensors or not those that such a family has.
+    """
+    folder = Path(path).expanduser()
+    if str(path).startswith(SHIPPED):
+        home = PACKAGE / "checkpoints"
+        folder = home / str(path).removeprefix(SHIPPED)
+        if not folder.is_dir():
+            there = ", ".join(sorted(file.parent.name for file in home.glob("*/config.json")))
+            raise UserError(f"model.path={path}: no such model is shipped; there are {there}")
+    if not folder.is_dir():
+        folder = _download(str(path), revision)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no checkpoint: config.json is missing")
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype={dtype} does not exist; there are {', '.join(DTYPES)}")
+    for file in weight_files(folder):
+        _check_readable(file)
+    family = family_of(_read_config(folder).get("model_type"))
+    if family is None:
+        return Checkpoint(folder.resolve(), dtype)
+    check_original(family, _read_config(folder), weight_files(folder))
+    return Original(folder.resolve(), dtype)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"model.path={name!r} is neither a folder here nor a hub id of the form owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [*WEIGHT_PATTERNS, *TEXT_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds; each means: not to be had
+        raise UserError(
+            f"{name} is not a folder here, and the hub did not give it: {error}. Give a local "
+            "folder with model.path=<folder>, or check the name, the network and HF_TOKEN"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; UserError where one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index} cannot be read: {error!r}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight files that its index names: "
+                f"{', '.join(missing[:4])}"
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        other = sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern))
+        hint = f" (only {', '.join(other[:3])}: convert it to safetensors first)" if other else ""
+        raise UserError(f"{folder} holds no *.safetensors weights{hint}")
+    return files
+
+
+def _check_readable(file: Path) -> None:
+    """Refuse a corrupt or truncated file by its header, without reading its tensors."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} is damaged or incomplete ({file.stat().st_size} bytes): {error}. Copy or "
+            "download it again"
+        ) from error
+
+
+def _header_bytes(file: Path) -> int:
+    """Bytes of a safetensors file before its tensors: the header's length, and the header."""
+    with file.open("rb") as handle:
+        return 8 + int.from_bytes(handle.read(8), "little")
+
+
+def size_in_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def _sha256(file: Path) -> str:
+    # A hub cache names its blobs by their sha256: then nothing needs to be read.
+    target = Path(os.path.realpath(file)).name
+    if len(target) == 64 and set(target) <= set("0123456789abcdef"):
+        return target
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def meta_model(config: Any) -> PreTrainedModel:
+    """A model of this config without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
+    """Give a model without weights the dtypes in which `saving.save` writes its tensors.
+
+    Parameters are written in the config's dtype. Those that the family keeps in float32, and all
+    buffers, are written as they were loaded to be computed with.
+    """
+    stored = getattr(model.config, "dtype", None)
+    loaded = (stored or torch.float32) if computing == "auto" else getattr(torch, computing)
+    in_float32 = model._get_dtype_plan(loaded)
+    kept = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    buffers = {id(buffer) for buffer in model.buffers()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        as_loaded = torch.float32 if any(part in name for part in in_float32) else loaded
+        unchanged = id(tensor) in buffers or any(part in name for part in kept) or stored is None
+        tensor.data = tensor.data.to(as_loaded if unchanged else stored)
+
+
+def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load a checkpoint that moe_lab or transformers wrote, in evaluation mode.
+
+    Raises UserError where weights are missing or do not fit the config, and where its family must
+    be converted first.
+    """
+    _refuse_original(Path(path))
+    try:
+        with no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, **LOCAL
+            )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserError(
+            f"{path} lacks {len(names)} tensors that its config asks for, such as {names[0]}"
+        )
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default one knows no float64
+    return model.to(device).eval()
+
+
+def _refuse_original(path: Path) -> None:
+    if (path / "config.json").is_file():
+        model_type = _read_config(path).get("model_type")
+        if family_of(model_type):
+            raise UserError(
+                f"{path} is a {model_type!r} checkpoint in its original layout, which transformers "
+                f"does not read. `python run.py model=checkpoint model.path={path}` converts it "
+                "once and works with the copy; "
+                f'moe_lab.models.checkpoint.resolve("{path}").convert(<a pathlib.Path>) '
+                "writes a copy wherever you like"
+            )
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Silence transformers' own bars, which finish before anyone reads them."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Any]) -> None:
+    """Refuse a plan that names layers which are not there or keeps too few experts."""
+    known = {info.index: info for info in layers}
+    for edit in edits:
+        if edit.index not in known:
+            raise UserError(f"layer {edit.index} is no MoE layer; they are {sorted(known)}")
+        if edit.edit in ("prune", "merge"):
+            check_kept(known[edit.index], len(edit.kept), edit.keeps_rows)

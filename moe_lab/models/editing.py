@@ -1,0 +1,302 @@
+"""Editing the MoE layers of a loaded model: removing, merging, condensing and dropping.
+
+What an edit leaves computes the edited function at once; `saving.py` finds the form in which stock
+transformers can hold it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.models.depth import drop_decoders
+from moe_lab.models.layers import (
+    MoELayer,
+    by_expert,
+    check_own_rows,
+    decoders_path,
+    expert_forward,
+    expert_parameters,
+    hidden_of,
+    moe_layers,
+    routed_modules,
+)
+from moe_lab.models.merging import merge_experts, permutation_name
+from moe_lab.models.remapped import places_of, remap, shared_places
+from moe_lab.types import Edit, LayerInfo, Plan, UserError
+
+
+class DenseMLP(nn.Module):
+    """A gated dense MLP, down(act(gate(x)) * up(x)), of any width per layer."""
+
+    def __init__(self, hidden_size: int, width: int, activation: nn.Module, **factory: object):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False, **factory)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False, **factory)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False, **factory)
+        self.act_fn = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NoMLP(nn.Module):
+    """A block that adds nothing: zeros. `pair`: its decoder layer expects (output, None)."""
+
+    def __init__(self, pair: bool):
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+        zeros = torch.zeros_like(x)
+        return (zeros, None) if self.pair else zeros
+
+
+@torch.no_grad()
+def no_mlp(layer: MoELayer) -> NoMLP:
+    """What stands in for a dropped MoE block; what the block returns is found by one token."""
+    reference = layer.experts.down_proj
+    x_BLD = torch.zeros(
+        1, 1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device
+    )
+    layer.experts.forward = lambda hidden, *routed, **named: torch.zeros_like(hidden)
+    try:
+        return NoMLP(pair=isinstance(layer.block(x_BLD), tuple))
+    finally:
+        del layer.experts.forward
+
+
+def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None:
+    """Keep only the `kept` experts of a layer, in that order, in place.
+
+    rows: whether the router loses the other rows; where not, `stand_ins.place` must say at once
+    where they lead.
+    """
+    old, kept = layer.info.num_experts, list(kept)
+    modules = routed_modules(layer) if rows else list(layer.experts.modules())
+    for module, key, tensor, dimension in list(by_expert(layer)):
+        if module not in modules:
+            continue
+        index = torch.tensor(kept, device=tensor.device)
+        cut = tensor.detach().index_select(dimension, index)
+        if isinstance(tensor, nn.Parameter):
+            cut = nn.Parameter(cut, tensor.requires_grad)
+        setattr(module, key, cut)
+    for module in modules:
+        for key, value in vars(module).items():
+            if "expert" in key and type(value) is int and value == old:
+                setattr(module, key, len(kept))
+
+
+@torch.no_grad()
+def keep_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    """The structure of a prune or merge edit: the kept experts stay, with or without all rows."""
+    num_rows, kept = layer.info.num_experts, edit.kept
+    if not edit.keeps_rows or len(kept) == num_rows:
+        prune_layer(layer, kept)
+        return
+    prune_layer(layer, kept, rows=False)
+    if edit.router == "all":
+        remap(layer.experts, shared_places(edit.groups, num_rows))
+        return
+    constants = _constants(layer, edit, tensors) if edit.replacement == "constant" else None
+    remap(layer.experts, places_of(kept, num_rows), edit.replacement, constants)
+
+
+def _constants(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The constants [R, D] of an edit, in ascending order of the experts that they stand for."""
+    reference, name = layer.experts.down_proj, constants_name(edit.index)
+    shape = layer.info.num_experts - len(edit.kept), layer.info.hidden_size
+    if reference.is_meta:
+        return reference.new_empty(shape)
+    found = tuple(tensors[name].shape) if name in tensors else None
+    if found != shape:
+        raise UserError(
+            f"the plan replaces experts of layer {edit.index} by constants: its tensor {name} must "
+            f"have the shape {shape}, and "
+            + (f"has {found}" if found else "is missing (plan.safetensors lies beside plan.json)")
+        )
+    return tensors[name].to(reference)
+
+
+def constants_name(index: int) -> str:
+    """What a plan calls the constants of decoder layer `index` among its tensors."""
+    return f"layers.{index}.constants"
+
+
+@torch.no_grad()
+def merge_layer(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    """Carry out a merge edit: average each group into the expert that stays; the others go.
+
+    tensors: has the permutation [E, I] of `merge_experts` where the edit's alignment was found
+    from activations. M-SMoE (2310.01334) and HC-SMoE (2410.08589) let all router rows live on and
+    lead to the merged experts (`router` all). A stock model cannot send two rows to one expert:
+    there a group keeps one, that of the expert that stays (dominant), or the weighted mean (mean)
+    or plain sum (sum) of the group's rows, with its entries of the router's biases alike.
+    """
+    permutation_EI = tensors.get(permutation_name(edit.index))
+    merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align, permutation_EI)
+    for module, _, tensor, dimension in by_expert(layer) if edit.router in ("mean", "sum") else ():
+        if module is layer.experts:
+            continue
+        rows = tensor.movedim(dimension, 0)
+        found = []
+        for members, shares in zip(edit.groups, edit.weights, strict=True):
+            factor = rows.new_tensor(shares, dtype=torch.float64)
+            factor = torch.ones_like(factor) if edit.router == "sum" else factor
+            found.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
+        rows[list(edit.kept)] = torch.stack(found).to(rows.dtype)
+    keep_experts(layer, edit, tensors)
+
+
+@torch.no_grad()
+def check_is_sum(layer: MoELayer) -> None:
+    """Refuse a block that is not shared(x) + sum_k weight_k * E_k(x), by trying it on 8 tokens.
+
+    Some families scale or average the sum afterwards; condensing would forget that.
+    """
+    reference = layer.experts.down_proj
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(8, layer.info.hidden_size, generator=generator).to(reference)
+    _, weight_TK, index_TK = layer.router(x_TD)
+    parameters = expert_parameters(layer.experts)
+    expected = torch.zeros_like(x_TD)
+    for token, (weights, indices) in enumerate(zip(weight_TK, index_TK.tolist(), strict=True)):
+        for weight, expert in zip(weights, indices, strict=True):
+            y_D = expert_forward(layer.experts, parameters[expert], x_TD[token : token + 1])[0]
+            expected[token] += weight * y_D
+    if layer.shared is not None:
+        gate = 1.0 if layer.shared_gate is None else layer.shared_gate(x_TD).sigmoid()
+        expected += gate * layer.shared(x_TD)
+    found = hidden_of(layer.block(x_TD[None]))[0]
+    scale = expected.abs().max()
+    if (found - expected).abs().max() > 0.02 * scale:
+        raise UserError(
+            f"{type(layer.block).__name__} does more than add its shared and routed experts: this "
+            "family cannot be condensed yet"
+        )
+
+
+def part_widths(info: LayerInfo, experts: Sequence[int]) -> tuple[int, ...]:
+    """Hidden units of each part of the layer condensed to `experts`, in `condensed`'s order."""
+    return ((info.shared_width,) if info.shared else ()) + (info.expert_width,) * len(experts)
+
+
+def condensed(
+    layer: MoELayer, experts: Sequence[int], gates: Sequence[float], shared_gate: float
+) -> DenseMLP:
+    """The layer as one dense MLP: shared_gate * shared(x) + sum_i gates[i] * E_experts[i](x).
+
+    CD-MoE (2412.00069 section 3): rows of the shared and the chosen experts are concatenated and
+    each constant gate is folded into its columns of the down projection.
+    """
+    gate, up, down = [], [], []
+    if layer.shared is not None:
+        gate.append(layer.shared.gate_proj.weight)
+        up.append(layer.shared.up_proj.weight)
+        down.append(layer.shared.down_proj.weight * shared_gate)
+    for expert, weight in zip(experts, gates, strict=True):
+        gate_part, up_part = layer.experts.gate_up_proj[expert].chunk(2)
+        gate.append(gate_part)
+        up.append(up_part)
+        down.append(layer.experts.down_proj[expert] * weight)
+    if not gate:
+        raise UserError(
+            f"{layer.info.name} has no shared expert: a condensed layer without routed experts "
+            "would be empty; ask for condense.num_routed of at least 1"
+        )
+    width = sum(part.shape[0] for part in gate)
+    reference = gate[0]
+    dense = DenseMLP(
+        layer.info.hidden_size, width, layer.experts.act_fn, device="meta", dtype=reference.dtype
+    )
+    weights = (torch.cat(gate), torch.cat(up), torch.cat(down, dim=1))
+    for linear, weight in zip(
+        (dense.gate_proj, dense.up_proj, dense.down_proj), weights, strict=True
+    ):
+        linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return dense
+
+
+def edited_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that edits put in the place of MoE blocks, by their path in the model."""
+    return {n: m for n, m in model.named_modules() if type(m) in (DenseMLP, NoMLP)}
+
+
+def width_of(block: nn.Module) -> int:
+    """Hidden units of a dense MLP; 0 of a block that adds nothing."""
+    return 0 if type(block) is NoMLP else block.gate_proj.out_features
+
+
+def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
+    """Put `block` at the path `name` of a model; returns what stood there."""
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    previous = getattr(holder, child)
+    setattr(holder, child, block)
+    return previous
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
+
+    The model computes the edited function at once; `saving.save` finds the form in which
+    stock transformers can hold it. Decoder layers behind a dropped one get new numbers.
+    """
+    layers = {layer.info.index: layer for layer in moe_layers(model)}
+    for edit in plan.edited():
+        if edit.index not in layers:
+            raise UserError(
+                f"the plan edits layer {edit.index}, which is no MoE layer of this model; its MoE "
+                f"layers are {sorted(layers)}"
+            )
+        _apply(model, layers[edit.index], edit, plan.tensors)
+    dropped = {edit.index: edit for edit in plan.edited() if edit.edit == "drop_block"}
+    if dropped:
+        name = next(iter(dropped.values())).name
+        drop_decoders(model, decoders_path(name), dropped)
+
+
+def _apply(model: nn.Module, layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    if edit.edit in ("prune", "merge"):
+        _edit_experts(layer, edit, tensors)
+    elif edit.edit == "condense":
+        dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
+        set_block(model, layer.info.name, dense)
+    elif edit.edit == "drop_layer":
+        set_block(model, layer.info.name, no_mlp(layer))
+
+
+def _edit_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    check_own_rows(layer.info)
+    if edit.edit == "prune":
+        keep_experts(layer, edit, tensors)
+    elif edit.edit == "merge":
+        merge_layer(layer, edit, tensors)
+    else:
+        raise ValueError(f"{edit.edit} does not edit the experts of a layer")
+
+
+@torch.no_grad()
+def edited_block(
+    layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of the layer's block with one prune or merge edit carried out; the layer stays.
+
+    tensors: the plan's own, by name, where the edit needs some (`Plan.tensors`). The copy shares
+    the model's config, so that it computes its experts as the model does, and has no hooks.
+    """
+    config = layer.experts.config
+    block = copy.deepcopy(layer.block, {id(config): config})
+    for module in block.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
+    parts = ("block", "router", "experts", "shared", "shared_gate")
+    found = {name: copied.get(getattr(layer, name)) for name in parts}
+    _edit_experts(replace(layer, **found), edit, tensors or {})
+    return block

@@ -1,0 +1,1 @@
+"""Families whose checkpoints transformers does not read, a file each, named as their model_type."""

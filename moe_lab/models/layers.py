@@ -1,0 +1,277 @@
+"""MoE layers of a transformers model: finding and computing them.
+
+With `routing.py`, `observing.py`, `stand_ins.py`, `checkpoint.py`, `layerwise.py` and `saving.py`
+all that knows transformers' insides. It relies on the contract that the v5 families share: inside a
+decoder layer stands a block with a router, which returns (logits, weights, indices), and an experts
+module decorated with `use_experts_implementation`, which takes (hidden_states, top_k_index,
+top_k_weights).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.moe import _default_apply_gate
+
+from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
+from moe_lab.types import LayerInfo, UserError
+
+COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
+
+
+@dataclass
+class MoELayer:
+    """One MoE layer of a loaded model: what it is, and the modules that make it up."""
+
+    info: LayerInfo
+    decoder: nn.Module
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    shared: nn.Module | None
+    shared_gate: nn.Module | None
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model in order; empty where it has none."""
+    modules = dict(model.named_modules())
+    found = []
+    for path, experts in modules.items():
+        if not hasattr(type(experts), "_apply_gate") or not hasattr(experts, "has_gate"):
+            continue
+        block_path = path.rpartition(".")[0]
+        match = _LAYER_PATH.match(path)
+        if match is None:
+            raise UserError(f"experts at {path!r} stand in no numbered decoder layer")
+        found.append(_moe_layer(model, modules, block_path, experts, match))
+    _set_sizes(model, found)
+    return found
+
+
+def _moe_layer(
+    model: nn.Module, modules: dict[str, nn.Module], name: str, experts: nn.Module, match: re.Match
+) -> MoELayer:
+    block = modules[name]
+    children = dict(block.named_children())
+    router = children.get("gate", children.get("router"))
+    if router is None:
+        raise UserError(
+            f"{type(block).__name__} at {name!r} has no child named 'gate' or 'router': this "
+            "family does not keep the common contract of transformers' MoE layers"
+        )
+    shared = next((m for n, m in children.items() if n in SHARED_NAMES), None)
+    num_rows, num_experts, hidden_size = _experts_shape(experts)
+    groups, groups_used = _groups(router, model.config)
+    info = LayerInfo(
+        index=int(match["index"]),
+        name=name,
+        num_experts=num_rows,
+        top_k=_top_k(router, model.config),
+        hidden_size=hidden_size,
+        shared=shared is not None,
+        groups=groups,
+        groups_used=groups_used,
+        obstacle=_obstacle(experts, shared),
+        shared_width=_width(shared),
+        expert_width=_expert_width(experts),
+        num_decoders=len(modules[decoders_path(name)]),
+        family=getattr(model.config, "model_type", ""),
+        real_experts=num_experts if isinstance(experts, RemappedExperts) else 0,
+    )
+    decoder = modules[match["decoder"]]
+    gate = children.get("shared_expert_gate")
+    return MoELayer(info, decoder, block, router, experts, shared, gate)
+
+
+def _set_sizes(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Fill in what one expert of each layer and the whole model take, parameters and bytes."""
+    parameters = list(model.parameters())
+    buffers = [
+        buffer
+        for module in (model.modules() if layers else ())
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    ]
+    model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
+    for layer in layers:
+        rows = [
+            (tensor.numel() // tensor.shape[dimension], tensor)
+            for module, key, tensor, dimension in by_expert(layer)
+            if key not in module._non_persistent_buffers_set
+        ]
+        layer.info = replace(
+            layer.info,
+            expert_parameters=sum(size for size, row in rows if isinstance(row, nn.Parameter)),
+            expert_bytes=sum(size * row.element_size() for size, row in rows),
+            model_parameters=sum(parameter.numel() for parameter in parameters),
+            model_bytes=model_bytes,
+        )
+
+
+SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
+
+
+def layer_index(name: str) -> int:
+    """The decoder layer in the path of one of its modules."""
+    return int(next(part for part in reversed(name.split(".")) if part.isdigit()))
+
+
+def decoders_path(name: str) -> str:
+    """Where the list of decoder layers is in a model, from the path of a module in one of them."""
+    return _LAYER_PATH.match(name)["decoder"].rpartition(".")[0]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """What a block or decoder layer computed; some families return a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a module, tied ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _experts_shape(experts: nn.Module) -> tuple[int, int, int]:
+    """Rows of its router, experts that exist, hidden size."""
+    down = experts.down_proj  # [E, D, I], or [E, I, D] where transposed
+    num_rows = len(experts.place_E) if isinstance(experts, RemappedExperts) else down.shape[0]
+    return num_rows, down.shape[0], down.shape[2 if experts.is_transposed else 1]
+
+
+def _expert_width(experts: nn.Module) -> int:
+    return experts.down_proj.shape[1 if experts.is_transposed else 2]
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    names = {"gate_proj", "up_proj", "down_proj"}
+    return {name for name, _ in module.named_children() if name.endswith("proj")} == names
+
+
+def _width(shared: nn.Module | None) -> int:
+    return shared.up_proj.weight.shape[0] if shared is not None and is_gated_mlp(shared) else 0
+
+
+def _top_k(router: nn.Module, config: object) -> int:
+    for holder in (router, config):
+        for field in TOP_K_FIELDS:
+            if isinstance(getattr(holder, field, None), int):
+                return getattr(holder, field)
+    raise UserError(f"{type(router).__name__} does not say how many experts a token gets")
+
+
+def _groups(router: nn.Module, config: object) -> tuple[int, int]:
+    if getattr(router, "topk_method", "grouped") == "greedy":
+        return 1, 1
+    groups = getattr(router, "num_group", getattr(router, "n_group", 1)) or 1
+    used = getattr(router, "topk_group", 1) or 1
+    return (groups, used) if groups > 1 else (1, 1)
+
+
+def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:
+    """Each existing expert's own weights: a dictionary of slices per expert, without copying."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = {"up": up, "down": "down_proj"}
+    if experts.has_bias:
+        names |= {"up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+    slices = {key: getattr(experts, name).unbind(0) for key, name in names.items()}
+    return [dict(zip(slices, row, strict=True)) for row in zip(*slices.values(), strict=True)]
+
+
+def expert_forward(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    """The output [T, D] of one expert, before any router weight."""
+    h = expert_hidden(experts, parameters, x_TD)
+    y = _linear(h, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
+    return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+
+
+def expert_hidden(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    """What the hidden units of one expert compute [T, I]: the input of its down projection."""
+    h = _linear(x_TD, parameters["up"], parameters.get("up_bias"), experts.is_transposed)
+    return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def routed_modules(layer: MoELayer) -> list[nn.Module]:
+    """The modules of a layer's block that are no part of its shared experts."""
+    shared = (*SHARED_NAMES, "shared_expert_gate")
+    return [m for name, m in layer.block.named_modules() if name.split(".")[0] not in shared]
+
+
+def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """Tensors that are indexed by expert: (module, name in it, tensor, dimension).
+
+    Those of the block outside the shared experts with a dimension of the size of the number of
+    experts; the first such dimension is the one. Where the router has more rows than there are
+    experts, the experts' own tensors have the latter; what places the rows is not among them.
+    """
+    inside = set(layer.experts.modules())
+    for module in routed_modules(layer):
+        size = layer.info.num_experts
+        if module in inside:
+            size = layer.info.real_experts or size
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and key not in OF_REMAPPING and size in tensor.shape:
+                yield module, key, tensor, tensor.shape.index(size)
+
+
+def _obstacle(experts: nn.Module, shared: nn.Module | None) -> str | None:
+    if isinstance(experts, RemappedExperts):
+        return "its router has more rows than there are experts"
+    if shared is not None and not is_gated_mlp(shared):
+        return "its shared expert is no gated MLP of the usual three projections"
+    if not experts.has_gate:
+        return "its experts have no gate projection"
+    if experts.has_bias:
+        return "its experts have biases"
+    if experts.is_transposed or not experts.is_concatenated:
+        return "its experts store their weights transposed or interleaved"
+    if experts.has_post_expert_norm:
+        return "its experts end in a norm"
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "its experts do not compute act(gate) * up"
+    return None
+
+
+def check_kept(info: LayerInfo, num_kept: int, keeps_rows: bool = False) -> None:
+    """Refuse a number of kept experts with which the layer's router cannot work.
+
+    keeps_rows: whether the router keeps all its rows, so that any number will do but none. Raises
+    UserError also for layers whose router has kept them before.
+    """
+    check_own_rows(info)
+    asked = f"layer {info.index}: {num_kept} of {info.num_experts} experts would stay"
+    if keeps_rows and num_kept:
+        return
+    if num_kept < info.top_k:
+        raise UserError(f"{asked}, but its router chooses {info.top_k} for each token (top-k)")
+    per_group = num_kept // info.groups
+    if info.groups > 1 and (
+        num_kept % info.groups or per_group < 2 or info.groups_used * per_group < info.top_k
+    ):
+        raise UserError(
+            f"{asked}, but its router works on {info.groups} groups and uses {info.groups_used}: "
+            f"each group must keep the same number, at least 2, and together at least {info.top_k}"
+        )
+
+
+def check_own_rows(info: LayerInfo) -> None:
+    """Refuse a layer in which not every router row has an expert of its own."""
+    if info.real_experts:
+        raise UserError(
+            f"layer {info.index}: its {info.num_experts} router rows lead to {info.real_experts} "
+            "experts, so that it cannot be pruned or merged once more: compress the model that it "
+            "comes from, or make it with method.replacement=nothing (a merge: with "
+            "method.router=dominant)"
+        )

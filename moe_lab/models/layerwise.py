@@ -1,0 +1,229 @@
+"""A checkpoint opened one decoder layer at a time: memory holds what is used, not the model.
+
+With `moe.py`, `observing.py`, `checkpoint.py` and `saving.py` this file knows transformers'
+insides: it fills parts of a model without weights by the very function with which
+`from_pretrained` fills all of it, so that every family's conversions apply.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moe_lab.models.checkpoint import Checkpoint, Original, no_bars, weight_files
+from moe_lab.models.layers import decoders_path, moe_layers
+from moe_lab.types import UserError
+
+
+class LayerwiseModel:
+    """A model whose decoder layers have weights only inside `layer(index)`.
+
+    model: the embedding, the final norm and the head are filled; the decoder layers are on the
+    meta device. keep_bytes: layers stay filled after their use as long as they take no more.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", keep_bytes: int = 0):
+        self.device = device
+        self.keep_bytes = keep_bytes
+        self.dtype = computing_dtype(checkpoint)
+        self.model = _empty_model(checkpoint, self.dtype)
+        path, self.layers = decoder_layers(self.model)
+        numbered = re.compile(rf"(?:^|\.){re.escape(path.split('.')[-1])}\.(\d+)\.")
+        self._keys: dict[int | None, list[tuple[Path, str]]] = {}
+        for file in weight_files(checkpoint.path):
+            with safe_open(file, "pt") as handle:
+                for key in list(handle.keys()):  # the handle itself cannot be iterated
+                    match = numbered.search(key)
+                    part = int(match[1]) if match else None
+                    self._keys.setdefault(part, []).append((file, key))
+        self._fill(None)
+        self.model.tie_weights()
+        self._make_buffers()
+        self._filled: set[int] = set()
+        self._kept = 0
+        names = [n for n, p in self.model.named_parameters() if p.is_meta]
+        if missing := [name for name in names if not numbered.search(name)]:
+            raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights; UserError where the checkpoint lacks some."""
+        decoder = self.layers[index]
+        if index in self._filled:
+            yield decoder
+            return
+        self._fill(index)
+        self._filled.add(index)
+        try:
+            if missing := [n for n, p in decoder.named_parameters() if p.is_meta]:
+                raise UserError(f"the checkpoint lacks tensors of layer {index}: {missing[:3]}")
+            yield decoder
+        finally:
+            size = sum(p.numel() * p.element_size() for p in decoder.parameters())
+            if self._kept + size <= self.keep_bytes:
+                self._kept += size
+            else:
+                self._empty(index)
+
+    def layer_bytes(self) -> int:
+        """Memory of the largest decoder layer."""
+        sizes = (
+            sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in self.layers
+        )
+        return max(sizes)
+
+    def _fill(self, part: int | None) -> None:
+        """Load the tensors of one decoder layer, or with None all others."""
+        with ExitStack() as stack:
+            wanted = self._keys.get(part, [])
+            opened = {file: stack.enter_context(safe_open(file, "pt")) for file, _ in wanted}
+            slices = {key: opened[file].get_slice(key) for file, key in wanted}
+            _load_into(self.model, slices, self.dtype, self.device)
+
+    def _empty(self, index: int) -> None:
+        decoder, buffers = self.layers[index], self._buffers[index]
+        decoder.to("meta")
+        _set_buffers(decoder, buffers)
+        self._filled.discard(index)
+        _return_memory()
+
+    def _make_buffers(self) -> None:
+        """Compute the buffers that no checkpoint holds, such as rotary frequencies."""
+        for module in self.model.modules():
+            names = [name for name in module._non_persistent_buffers_set if name in module._buffers]
+            if any(module._buffers[name].is_meta for name in names):
+                for name in names:
+                    empty = torch.empty_like(module._buffers[name], device=self.device)
+                    module._buffers[name] = empty
+                self.model._init_weights(module)
+        self._buffers = [dict(_non_persistent(layer)) for layer in self.layers]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers; UserError for a model without MoE layers."""
+    first = next(iter(moe_layers(model)), None)
+    if first is None:
+        raise UserError(f"{type(model).__name__} has no MoE layers")
+    path = decoders_path(first.info.name)
+    return path, model.get_submodule(path)
+
+
+def _non_persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for path, part in module.named_modules():
+        for name in part._non_persistent_buffers_set:
+            if part._buffers.get(name) is not None:
+                yield f"{path}.{name}".lstrip("."), part._buffers[name]
+
+
+def _set_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for path, buffer in buffers.items():
+        parent, _, name = path.rpartition(".")
+        module.get_submodule(parent)._buffers[name] = buffer
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system, where the C library has a call for it (glibc).
+
+    It keeps blocks of an expert's size for reuse, but too scattered for the next layer to fit in.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default one knows no float64
+    return model.eval()
+
+
+def computing_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    if checkpoint.dtype != "auto":
+        return getattr(torch, checkpoint.dtype)
+    stored = getattr(checkpoint.config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _load_into(
+    model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    """Fill parameters of a model from a checkpoint's tensors or slices, by their names on disk."""
+    with no_bars():
+        convert_and_load_state_dict_in_model(
+            model,
+            tensors,
+            LoadStateDictConfig(
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),
+                device_map={"": device},
+                weight_mapping=get_model_conversion_mapping(model),
+            ),
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def routers_only(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without weights, but for its MoE layers' routers: nothing else is read.
+
+    Raises UserError where the checkpoint lacks one of their tensors.
+    """
+    dtype = computing_dtype(checkpoint)
+    model = _empty_model(checkpoint, dtype)
+    routers = [layer.router for layer in moe_layers(model)]
+    wanted = {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if any(module is router for router in routers)
+        for key, tensor in module.named_parameters()
+    }
+    mapping, names = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def is_wanted(key: str) -> bool:
+        renamed = rename_source_key(key, renamings, converters, model.base_model_prefix, names)[0]
+        return renamed in wanted
+
+    with ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for file in weight_files(checkpoint.path):
+            opened = stack.enter_context(safe_open(file, "pt"))
+            for key in sorted(opened.keys()):
+                tensor = opened.get_slice(key)
+                if not isinstance(checkpoint, Original):
+                    found = {key: tensor}
+                elif tuple(tensor.get_shape()) in wanted.values():
+                    found = checkpoint.family.native_tensors(key, tensor[:])
+                else:
+                    continue
+                tensors |= {name: part for name, part in found.items() if is_wanted(name)}
+        _load_into(model, tensors, dtype, "cpu")
+    if missing := [name for name in wanted if _tensor(model, name).is_meta]:
+        raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key)

@@ -1,0 +1,273 @@
+"""Observing the MoE layers of a model: every routing of every batch, without changing a logit.
+
+The router's own weights and indices are taken, never recomputed: families differ in scoring,
+renormalisation, groups and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_lab.models.layers import MoELayer, expert_forward, expert_parameters, hidden_of, moe_layers
+from moe_lab.models.remapped import RemappedExperts
+from moe_lab.types import LayerInfo, Routing, UserError
+
+OBSERVING = "moe_lab_observing"
+
+
+class Observation:
+    """The open observation of one model: set `valid` before each forward pass.
+
+    valid: [B, L] bool, True where a token is data (no padding enters any statistic).
+    """
+
+    def __init__(self, observer: Callable[[LayerInfo, Routing], None], implementation: str):
+        self.observer = observer
+        self.implementation = implementation
+        self.valid: Tensor | None = None
+        self.layer_of: dict[nn.Module, MoELayer] = {}
+        self.logits: dict[nn.Module, Tensor] = {}
+        self.shared_gate: dict[nn.Module, Tensor] = {}
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.entering: dict[nn.Module, Tensor] = {}
+        self.norms: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self.residual: dict[nn.Module, Tensor | None] = {}
+        self.added: dict[nn.Module, Tensor] = {}
+
+
+_open: dict[nn.Module, Observation] = {}
+RoutersObserver = Callable[[MoELayer, Tensor, Tensor, Tensor], None]
+
+
+class AllRouted(Exception):
+    """Ends a forward pass at the last MoE layer's router: nothing behind it was asked for."""
+
+
+class RoutersObservation:
+    """The open observation of a model's routers alone: set `valid` as of an Observation."""
+
+    valid: Tensor | None = None
+
+
+@contextmanager
+def observe_routers(
+    model: nn.Module, observer: RoutersObserver, whole: bool = False
+) -> Iterator[RoutersObservation]:
+    """Call `observer(layer, logits_TE, index_TK, weight_TK)` at every router, valid tokens only.
+
+    Unless the `whole` forward pass is asked for, the last MoE layer's router ends it with
+    `AllRouted`, which the caller expects: its experts, the layers behind it and the head are never
+    computed. Raises UserError where a router does not return (logits, weights, indices).
+    """
+    layers = moe_layers(model)
+    observation = RoutersObservation()
+
+    def hook_of(layer: MoELayer) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            logits = _router_logits(output).reshape(-1, layer.info.num_experts)
+            weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
+            found = logits, index, weight
+            if observation.valid is not None and not bool(observation.valid.all()):
+                valid = observation.valid.reshape(-1).to(logits.device)
+                found = tuple(part[valid] for part in found)
+            observer(layer, *found)
+            if layer is layers[-1] and not whole:
+                raise AllRouted
+
+        return hook
+
+    handles = [layer.router.register_forward_hook(hook_of(layer)) for layer in layers]
+    try:
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def observe(
+    model: nn.Module, observer: Callable[[LayerInfo, Routing], None]
+) -> Iterator[Observation]:
+    """Call `observer` with the routing of every batch at every MoE layer, without changing logits.
+
+    Raises UserError where a router does not return (logits, weights, indices).
+    """
+    layers = moe_layers(model)
+    handles = []
+    previous = model.config._experts_implementation
+    observation = Observation(observer, previous)
+    model.set_experts_implementation(OBSERVING)
+    try:
+        for layer in layers:
+            observation.layer_of[layer.experts] = layer
+            _open[layer.experts] = observation
+            handles += _hooks(observation, layer)
+        yield observation
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            _open.pop(layer.experts, None)
+        model.set_experts_implementation(previous)
+
+
+def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
+    """All hooks of one layer; its routing is emitted when its decoder layer ends."""
+    key = layer.experts
+    keep = _keeper(observation.logits, key, _router_logits)
+    handles = [layer.router.register_forward_hook(keep)]
+    if layer.shared_gate is not None:
+        keep = _keeper(observation.shared_gate, key, lambda gate: gate)
+        handles.append(layer.shared_gate.register_forward_hook(keep))
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        observation.entering[key] = _input(args, kwargs)
+        observation.norms[key] = []
+
+    def normed(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        observation.norms[key].append((_input(args, kwargs), output))
+
+    def added(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        # The norm whose very output the block got: what went into it is the residual stream.
+        found = [x for x, out in observation.norms.pop(key) if out is _input(args, kwargs)]
+        observation.residual[key] = found[-1] if found else None
+        observation.added[key] = hidden_of(output)
+
+    handles.append(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True))
+    for name, child in layer.decoder.named_children():
+        if "norm" in name:
+            handles.append(child.register_forward_hook(normed, with_kwargs=True))
+    handles.append(layer.block.register_forward_hook(added, with_kwargs=True))
+    handles.append(layer.decoder.register_forward_hook(_emitter(observation, layer)))
+    return handles
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _router_logits(output: object) -> Tensor:
+    if not isinstance(output, tuple) or len(output) < 3:
+        raise UserError("this family's router does not return (logits, weights, indices)")
+    return output[0]
+
+
+def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        store[key] = pick(output)
+
+    return hook
+
+
+def _emitter(observation: Observation, layer: MoELayer) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        key = layer.experts
+        *routed, out = observation.inputs.pop(key)
+        logits = observation.logits.pop(key).reshape(-1, layer.info.num_experts)
+        gate = observation.shared_gate.pop(key, None)
+        gate = None if gate is None else gate.reshape(-1).sigmoid()
+        valid = None if observation.valid is None else observation.valid.reshape(-1)
+        leaving, added = hidden_of(output), observation.added.pop(key)
+        residual = observation.residual.pop(key)
+        if residual is None:  # no norm before the block: what it added is taken off again
+            residual = leaving.double() - added.reshape(leaving.shape).double()
+        around = observation.entering.pop(key), residual, leaving, out
+        around = tuple(state.reshape(-1, state.shape[-1]) for state in around)
+        routing = _routing(routed, logits, gate, valid, around)
+        observation.observer(layer.info, routing)
+
+    return hook
+
+
+def _routing(
+    routed: list[Tensor],
+    logits: Tensor,
+    gate: Tensor | None,
+    valid: Tensor | None,
+    around: tuple[Tensor, ...],
+) -> Routing:
+    x, index, weight, y, expert, token, weight_s = routed
+    if valid is None or bool(valid.all()):
+        return Routing(x, logits, index, weight, y, expert, token, weight_s, gate, *around)
+    valid = valid.to(x.device)
+    pairs = valid[token]
+    row = valid.cumsum(0) - 1  # a valid token's row after padding is gone
+    gate = None if gate is None else gate[valid]
+    return Routing(
+        x[valid], logits[valid], index[valid], weight[valid],
+        y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
+        *(state[valid] for state in around),
+    )  # fmt: skip
+
+
+def _observing_experts(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The experts, one product per expert over the token-expert pairs sorted by expert.
+
+    Products have the shapes, and sums the order, of the implementation that was set before: on
+    CPU the logits are equal to the bit. `unbind` keeps the backward pass linear in the number of
+    experts.
+    """
+    num_tokens, num_chosen = top_k_index.shape
+    expert_S, order_S = top_k_index.t().reshape(-1).sort(stable=True)
+    token_S = order_S % num_tokens
+    weight_S = top_k_weights[token_S, order_S // num_tokens]
+    x_SD = hidden_states[token_S]
+    counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
+    if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins
+        parts = (part[:number] for part in (expert_S, order_S, token_S, weight_S, x_SD))
+        expert_S, order_S, token_S, weight_S, x_SD = parts
+    outputs = [
+        expert_forward(self, parameters, x)
+        for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True)
+        if len(x)
+    ]
+    y_SD = torch.cat(outputs or [x_SD])
+    observation = _open.get(self)
+    weighted_SD = y_SD * weight_S[:, None]
+    if observation is not None and observation.implementation == "eager":
+        out = torch.zeros_like(hidden_states)
+        out.index_add_(0, token_S, weighted_SD.to(out.dtype))
+    else:
+        slots = weighted_SD.new_zeros(top_k_index.numel(), weighted_SD.shape[1])
+        slots[token_S * num_chosen + order_S // num_tokens] = weighted_SD
+        out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
+    if observation is not None:
+        pairs = y_SD, expert_S, token_S, weight_S
+        routed = hidden_states, top_k_index, top_k_weights, *pairs, out
+        if isinstance(self, RemappedExperts):
+            routed = _by_row(self, routed, order_S)
+        observation.inputs[self] = routed
+    return out
+
+
+def _by_row(
+    experts: RemappedExperts, routed: tuple[Tensor, ...], order_S: Tensor
+) -> tuple[Tensor, ...]:
+    """What is observed of experts that several router rows lead to, or none: all of it by row.
+
+    Each row counts as an expert of its own; the pairs that went to stand-ins join the others.
+    """
+    x_TD, _, weight_TK, y_SD, _, token_S, _, out_TD = routed
+    row_TK = experts.routed_to
+    num_tokens, num_chosen = row_TK.shape
+    place_TK = experts.place_E[row_TK]
+    y_TKD = y_SD.new_empty(num_tokens, num_chosen, y_SD.shape[1])
+    y_TKD[token_S, order_S // num_tokens] = y_SD
+    token_G, rank_G = torch.where(place_TK >= experts.num_experts)
+    y_TKD[token_G, rank_G] = experts.stand_in_outputs(x_TD[token_G], place_TK[token_G, rank_G])
+    row_S, order_S = row_TK.t().reshape(-1).sort(stable=True)
+    token_S, rank_S = order_S % num_tokens, order_S // num_tokens
+    out_TD = experts.with_stand_ins(out_TD, x_TD, place_TK, weight_TK)
+    pairs = y_TKD[token_S, rank_S], row_S, token_S, weight_TK[token_S, rank_S]
+    return x_TD, row_TK, weight_TK, *pairs, out_TD
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVING, _observing_experts)

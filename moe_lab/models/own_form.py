@@ -1,0 +1,69 @@
+"""moe_lab's own form: layer structures that no family can say, in `config.json` under "moe_lab".
+
+Written by `own_config`, and replayed by `apply_structure` on the model before its weights come in.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block, width_of
+from moe_lab.models.layers import MoELayer, layer_index, moe_layers
+from moe_lab.models.remapped import remap
+
+
+def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
+    """Give a model without weights the layers that `config.moe_lab` lists; idempotent."""
+    layers = {str(layer.info.index): layer for layer in moe_layers(model)}
+    for index, wanted in structure["layers"].items():
+        layer = layers.get(index)
+        if layer is None:
+            continue
+        if "width" in wanted:
+            block = no_mlp(layer)
+            if wanted["width"]:
+                act = layer.experts.act_fn
+                block = DenseMLP(layer.info.hidden_size, wanted["width"], act)
+            set_block(model, layer.info.name, block)
+        elif not layer.info.real_experts:
+            _keep(layer, **wanted)
+
+
+def _keep(
+    layer: MoELayer, num_experts: int, rows: int | None = None, stand_in: str | None = None
+) -> None:
+    """Leave so many experts and router rows; where the rows lead comes in with the weights."""
+    rows = rows or num_experts
+    if rows < layer.info.num_experts:
+        prune_layer(layer, range(rows))
+        layer = replace(layer, info=replace(layer.info, num_experts=rows))
+    if rows > num_experts:
+        prune_layer(layer, range(num_experts), rows=False)
+        like = layer.experts.down_proj
+        constants = like.new_empty(rows - num_experts, layer.info.hidden_size)
+        is_constant = stand_in == "constant"
+        remap(layer.experts, range(rows), stand_in, constants if is_constant else None)
+
+
+def own_config(
+    model: PreTrainedModel, layers: list[MoELayer], edited: dict[str, nn.Module], padding: float
+) -> Any:
+    """A model's config that lists its layers' structures; edited: its dense blocks, by path."""
+    config = copy.deepcopy(model.config)
+    structure = {str(one.info.index): _experts_structure(one) for one in layers}
+    structure |= {str(layer_index(name)): {"width": width_of(b)} for name, b in edited.items()}
+    config.moe_lab = {"version": 1, "padding": padding, "layers": structure}
+    return config
+
+
+def _experts_structure(layer: MoELayer) -> dict[str, Any]:
+    if not layer.info.real_experts:
+        return {"num_experts": layer.info.num_experts}
+    found = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
+    stand_in = layer.experts.stand_in
+    return found | ({"stand_in": stand_in} if stand_in else {})

@@ -1,0 +1,295 @@
+"""What routers do, and changing it: how many experts a token gets, and among which they choose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from moe_lab.models.layers import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
+from moe_lab.types import UserError
+
+SCORINGS = {  # of logits [T, E]
+    # Over the first dimension, since over a short last one it takes several times as long.
+    "softmax": lambda logits: logits.T.contiguous().softmax(dim=0).T,
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+PROBES = 64
+
+
+@torch.no_grad()
+def scoring(layer: MoELayer) -> str | None:
+    """Which of SCORINGS makes a layer's router weights from its logits; None where none does.
+
+    Found by giving the router random tokens, since no config field says it in all families. With
+    one expert for each token a renormalised weight is always 1 and says nothing: then two are
+    asked for while looking.
+    """
+    if layer.info.num_experts == 1:
+        return "softmax"
+    before = [place for place in _top_k_places(layer.router.modules()) if place[2] == 1]
+    for module, field, _ in before:
+        setattr(module, field, 2)
+    try:
+        logits_TE, weight_TK, index_TK = layer.router.forward(_probe(layer))[:3]
+    finally:
+        for module, field, value in before:
+            setattr(module, field, value)
+    return matching_scoring(logits_TE.reshape(PROBES, -1), index_TK, weight_TK)
+
+
+def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str | None:
+    """Which of SCORINGS gives these weights, up to one factor per token.
+
+    The weights of the chosen experts are proportional to softmax(logits) also where they are
+    renormalised, scaled, or a softmax over the chosen logits alone.
+    """
+    weight = weight_TK.double()
+    for name, score in SCORINGS.items():
+        chosen = score(logits_TE.double()).gather(1, index_TK)
+        if weight.shape[1] == 1:  # one expert: the factor must be the same for all tokens
+            ratio = weight / chosen
+            spread = (ratio / ratio[:1] - 1).abs().amax()
+        else:
+            shares = chosen / chosen.sum(dim=1, keepdim=True)
+            spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
+        if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):
+            return name
+    return None
+
+
+def _top_k_places(holders: Iterable[Any]) -> list[tuple[Any, str, int]]:
+    """Where modules or a config say how many experts a token gets: (holder, field, number)."""
+    return [
+        (holder, field, getattr(holder, field))
+        for holder in holders
+        for field in TOP_K_FIELDS
+        if type(getattr(holder, field, None)) is int
+    ]
+
+
+def _probe(layer: MoELayer) -> Tensor:
+    reference = next(layer.router.parameters())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(PROBES, layer.info.hidden_size, generator=generator).to(reference)
+
+
+def with_twins(num_experts: int, size: int) -> list[int]:
+    """The experts of a layer and, behind them, enough of them a second time to be `size`."""
+    return [number % num_experts for number in range(size)]
+
+
+@torch.no_grad()
+def takes_twins(layer: MoELayer) -> bool:
+    """Whether repeating experts, router rows and all, leaves the layer's function as it is.
+
+    It does where a token gets one expert, whose weight does not depend on what the others score:
+    either twin computes the same. Tried on random tokens.
+    """
+    if layer.info.top_k != 1 or layer.info.groups > 1:
+        return False
+    _, weight, index = layer.router.forward(_probe(layer))[:3]
+    twins = with_twins(layer.info.num_experts, layer.info.num_experts + 1)
+    with restricted_layer(layer, twins):
+        _, other_weight, other_index = layer.router.forward(_probe(layer))[:3]
+    return torch.equal(index, other_index) and torch.allclose(weight, other_weight, rtol=1e-5)
+
+
+def set_top_k(model: nn.Module, top_k: int) -> None:
+    """Make every router of a model choose `top_k` experts per token, and its config say so.
+
+    The model may be on the meta device. Raises UserError, and changes nothing, where a layer has
+    fewer experts or the family's routers do not obey.
+    """
+    layers = moe_layers(model)
+    for layer in layers:
+        if not 1 <= top_k <= layer.info.num_experts:
+            raise UserError(
+                f"top_k={top_k}: layer {layer.info.index} has {layer.info.num_experts} experts, so "
+                f"that a token can get 1 to {layer.info.num_experts} of them"
+            )
+    config = model.config.get_text_config()
+    holders: list[Any] = [config, *(m for layer in layers for m in routed_modules(layer))]
+    before = _top_k_places(holders)
+    for holder, field, _ in before:
+        setattr(holder, field, top_k)
+    if any(chosen_by(layer) != top_k for layer in layers):
+        for holder, field, value in before:
+            setattr(holder, field, value)
+        raise UserError(
+            f"top_k={top_k}: routers of the family {config.model_type!r} choose "
+            f"{chosen_by(layers[0])} experts for each token whatever their config says"
+        )
+
+
+@contextmanager
+def at_top_k(model: nn.Module, top_k: int | None) -> Iterator[None]:
+    """While open, `set_top_k(model, top_k)`; None changes nothing."""
+    before = moe_layers(model)[0].info.top_k if top_k else None
+    if top_k:
+        set_top_k(model, top_k)
+    try:
+        yield
+    finally:
+        if before:
+            set_top_k(model, before)
+
+
+@torch.no_grad()
+def learns_with_one(layer: MoELayer) -> bool:
+    """Whether a router weight says anything where a token gets one expert.
+
+    Renormalised, it is always 1, and a task's loss has no gradient for the router. Tried on random
+    rows and tokens; the layer may be on the meta device, and is not changed.
+    """
+    router = copy.deepcopy(layer.router).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*router.parameters(), *router.buffers()]:
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for holder, field, _ in _top_k_places([router]):
+        setattr(holder, field, 1)
+    x_TD = torch.randn(PROBES, layer.info.hidden_size, generator=generator)
+    weight_TK = router.forward(x_TD)[1]
+    return not torch.allclose(weight_TK, weight_TK[:1].expand_as(weight_TK))
+
+
+@torch.no_grad()
+def chosen_by(layer: MoELayer) -> int:
+    """How many experts the layer's router gives a token, found by giving it one."""
+    reference = next(layer.router.parameters())
+    x_TD = torch.zeros(1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device)
+    return layer.router.forward(x_TD)[2].shape[-1]  # past any hooks
+
+
+@contextmanager
+def restricted(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """While open, the MoE layers `kept` names by true index have only these experts.
+
+    As `editing.prune_layer` would leave them, but no expert's weights are copied or changed: a
+    router works on its kept rows alone (gradients reach those), and its indices are mapped back.
+    """
+    layers = {layer.info.index: layer for layer in moe_layers(model)}
+    with ExitStack() as stack:
+        for index, experts in kept.items():
+            stack.enter_context(restricted_layer(layers[index], experts))
+        yield
+
+
+@contextmanager
+def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+    """The same for one layer; the number that stays has to fit its router (`moe.check_kept`)."""
+    router = layer.router
+    own = set(router.modules())
+    others = {module for module, *_ in by_expert(layer)} - {*own, *layer.experts.modules()}
+    if others:
+        raise UserError(
+            f"{type(layer.block).__name__} keeps tensors of its experts in "
+            f"{', '.join(type(module).__name__ for module in others)}, outside its router: this "
+            "family's experts cannot be left out for a while; prune them instead"
+        )
+    rows = [
+        (module._parameters if key in module._parameters else module._buffers, key, dimension)
+        for module, key, _, dimension in by_expert(layer)
+        if module in own
+    ]
+    counts = [
+        (module, key)
+        for module in own
+        for key, value in vars(module).items()
+        if "expert" in key and type(value) is int and value == layer.info.num_experts
+    ]
+    kept_E = torch.tensor(list(kept), device=layer.experts.down_proj.device)
+    inner = router.forward
+
+    def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        whole = [tensors[key] for tensors, key, _ in rows]
+        for (tensors, key, dimension), tensor in zip(rows, whole, strict=True):
+            tensors[key] = tensor.index_select(dimension, kept_E)
+        try:
+            logits, weights, index, *rest = inner(*arguments, **named)
+        finally:
+            for (tensors, key, _), tensor in zip(rows, whole, strict=True):
+                tensors[key] = tensor
+        return logits, weights, kept_E[index], *rest
+
+    for module, key in counts:
+        setattr(module, key, len(kept))
+    router.forward = forward
+    try:
+        yield
+    finally:
+        del router.forward
+        for module, key in counts:
+            setattr(module, key, layer.info.num_experts)
+
+
+@contextmanager
+def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
+    """While open, a layer's router gets logits and biases of -inf for all experts but `kept`.
+
+    What `restricted_layer` does, for sets with which a router that works on groups could not be
+    left: a group may keep fewer experts than another. One that keeps fewer than the router ranks
+    groups by is worth -inf, and comes last. Raises UserError where the router does not make its
+    logits by `torch.nn.functional.linear`.
+    """
+    num_experts = layer.info.num_experts
+    gone = sorted(set(range(num_experts)) - set(kept))
+    biases = [
+        (module._parameters if key in module._parameters else module._buffers, key)
+        for module, key, tensor, _ in by_expert(layer)
+        if module is not layer.experts and tensor.dim() == 1 and tensor.is_floating_point()
+    ]
+    inner = layer.router.forward
+
+    def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        whole = [tensors[key] for tensors, key in biases]
+        for (tensors, key), tensor in zip(biases, whole, strict=True):
+            tensors[key] = _minus_infinity(tensor, gone)
+        try:
+            with _MaskedLinear(num_experts, gone):
+                output = inner(*arguments, **named)
+        finally:
+            for (tensors, key), tensor in zip(biases, whole, strict=True):
+                tensors[key] = tensor
+        if gone and output[0].reshape(-1, num_experts)[:, gone].max() != -torch.inf:
+            raise UserError(
+                f"{type(layer.router).__name__} makes its logits in a way of its own: its experts "
+                "cannot be masked"
+            )
+        return output
+
+    layer.router.forward = forward
+    try:
+        yield
+    finally:
+        del layer.router.forward
+
+
+class _MaskedLinear(TorchFunctionMode):
+    """While open, products with a row for each expert are -inf for those that are `gone`."""
+
+    def __init__(self, num_experts: int, gone: Sequence[int]):
+        super().__init__()
+        self.num_experts, self.gone = num_experts, gone
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+    ) -> Any:
+        result = function(*arguments, **(named or {}))
+        if function is F.linear and result.shape[-1] == self.num_experts:
+            return _minus_infinity(result, self.gone)
+        return result
+
+
+def _minus_infinity(tensor: Tensor, gone: Sequence[int]) -> Tensor:
+    changed = tensor.detach().clone()
+    changed[..., gone] = -torch.inf
+    return changed

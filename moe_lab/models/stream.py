@@ -1,0 +1,229 @@
+"""A model's decoder layers, one at a time, over a calibration set.
+
+Each decoder layer is replayed alone on cached hidden states with the keyword arguments that the
+model itself would give it (masks may differ from layer to layer, as in gpt_oss): what a search
+changes in one layer costs that layer, not a pass through the whole model. Weights may come layer
+by layer from disk, and cached states go to disk where they outgrow the memory given to them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.models.activations import Activations
+from moe_lab.models.editing import NoMLP, set_block
+from moe_lab.models.layers import MoELayer, hidden_of, moe_layers
+from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
+from moe_lab.types import UserError
+
+
+class LayerStream:
+    """The decoder layers of a model over fixed batches.
+
+    source: a model in memory, or one whose decoder layers come from disk when they are used.
+    cache: where hidden states are kept; ("input", batch) holds what the first decoder layer gets,
+    [B, L, D]. valid: per batch [B, L] bool. token_weight: per batch [tokens]; each valid token's
+    share in a mean over tokens of a document and then over documents, so that long documents count
+    as much as short ones. input_ids: per batch [B, L].
+    """
+
+    def __init__(
+        self,
+        source: nn.Module | LayerwiseModel,
+        batches: Iterable[Mapping[str, Tensor]],
+        cache: Activations | None = None,
+    ):
+        layerwise = isinstance(source, LayerwiseModel)
+        self.model = source.model if layerwise else source
+        self._opener = source.layer if layerwise else None
+        self.cache = cache or Activations(limit=2**63)
+        self.moe: dict[int, MoELayer] = {
+            layer.info.index: layer for layer in moe_layers(self.model)
+        }
+        _, self.layers = decoder_layers(self.model)
+        self.arguments: list[list[dict]] = []
+        self.valid: list[Tensor] = []
+        self.input_ids: list[Tensor] = []
+        self.token_weight: list[Tensor] = []
+        for batch in batches:
+            self._catch(batch)
+        num_documents = sum(len(valid) for valid in self.valid)
+        for valid in self.valid:
+            lengths = valid.sum(dim=1, keepdim=True).clamp(min=1)
+            share = (valid / lengths / num_documents)[valid]
+            self.token_weight.append(share.double())
+
+    def state_bytes(self) -> int:
+        """Size of one hidden state of every token of the calibration set, padding included."""
+        hidden = self.cache["input", 0]
+        tokens = sum(valid.numel() for valid in self.valid)
+        return tokens * hidden.shape[-1] * max(4, hidden.element_size())
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the calibration set has."""
+        return len(self.valid)
+
+    def layer(self, index: int) -> AbstractContextManager:
+        """Keeps the weights of decoder layer `index` in memory while it is open."""
+        return self._opener(index) if self._opener else nullcontext()
+
+    def _catch(self, batch: Mapping[str, Tensor]) -> None:
+        """Run the model with every decoder layer replaced by one that notes what it is given."""
+        caught: list[dict] = []
+
+        def note(hidden: Tensor, **arguments: object) -> Tensor:
+            if not caught:
+                self.cache["input", len(self.valid)] = hidden
+            arguments |= {"past_key_values": None, "use_cache": False}
+            caught.append(arguments)
+            return hidden
+
+        with torch.no_grad(), _forwards(self.layers, note):
+            self.model.base_model(**batch, use_cache=False)
+        self.arguments.append(caught)
+        self.input_ids.append(batch["input_ids"])
+        self.valid.append(batch["attention_mask"].bool())
+
+    def replay(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """The output [B, L, D] of decoder layer `index` (which is open) on `hidden`."""
+        output = self.layers[index](hidden, **self.arguments[batch][index])
+        return hidden_of(output)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The last hidden state: what follows the last decoder layer, before the head."""
+        return _final_norm(self.model)(hidden)
+
+    def next_token_loss(self, batch: int, hidden: Tensor) -> tuple[float, int]:
+        """Sum of the cross entropy in nats over the targets of a batch, and their number.
+
+        hidden: the last decoder layer's output [B, L, D].
+        """
+        targets = self.valid[batch][:, 1:]
+        states = self.finish(hidden)[:, :-1][targets]
+        labels = self.input_ids[batch][:, 1:][targets]
+        logits = self.model.get_output_embeddings()(states).float()
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return loss.sum(dtype=torch.float64).item(), len(labels)
+
+    def logits(self, batch: int, hidden: Tensor) -> Tensor:
+        """The model's logits [B, L, V]; hidden: the last decoder layer's output [B, L, D]."""
+        mask = self.valid[batch].long()
+        with _forwards(self.layers, lambda _, **arguments: hidden):
+            inputs = {"input_ids": self.input_ids[batch], "attention_mask": mask}
+            return self.model(**inputs, use_cache=False).logits
+
+    def replay_open(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Replay an MoE layer, opened: (output [B, L, D], rest [T, D], block input [T, D]).
+
+        rest is the layer's output with an empty MoE block, so that output = rest + block(input);
+        rest and input hold the valid tokens only. Raises UserError for families whose layers do
+        more than add the block's output.
+        """
+        layer, valid = self.moe[index], self.valid[batch]
+        caught: dict[str, Any] = {}
+
+        def keep(module: nn.Module, args: tuple, output: object) -> None:
+            caught["x"] = args[0]
+            caught["y"] = hidden_of(output)
+
+            caught["pair"] = isinstance(output, tuple)
+
+        with _hook(layer.block, keep):
+            output = self.replay(index, batch, hidden)
+        with swapped(self, index, NoMLP(pair=caught.pop("pair"))):
+            rest = self.replay(index, batch, hidden)
+        tolerance = 1e-2 if output.dtype != torch.float32 else 1e-4
+        if not torch.allclose(rest + caught["y"], output, rtol=tolerance, atol=tolerance):
+            raise UserError(
+                f"{type(layer.decoder).__name__} does more with its MoE block's output than add "
+                "it: greedy expert search is not available for this family; name the experts with "
+                "condense.experts=[...]"
+            )
+        return output, rest[valid], caught["x"].reshape(output.shape)[valid]
+
+
+class States:
+    """The hidden states before one decoder layer, moving forward through the layers once.
+
+    They begin as what the first decoder layer gets, and lie in the stream's cache; the stream's own
+    input stays.
+    """
+
+    def __init__(self, stream: LayerStream):
+        self.stream = stream
+        self._next = 0  # the decoder layer whose input is known
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """The states [B, L, D] of one batch."""
+        return self.stream.cache["moving" if self._next else "input", batch]
+
+    def move_to(self, index: int) -> None:
+        """Go by plain replay to what decoder layer `index` gets; there is no way back."""
+        if index < self._next:
+            raise ValueError(f"decoder layer {index} was passed already: {self._next} comes next")
+        for before in range(self._next, index):
+            self._pass(before, functools.partial(self.stream.replay, before))
+
+    def pass_through(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        """Go to decoder layer `index`, and behind it with what `compute` gives.
+
+        compute(batch, hidden): the output [B, L, D] of layer `index`, whose weights are in memory.
+        """
+        self.move_to(index)
+        self._pass(index, compute)
+
+    @torch.no_grad()
+    def _pass(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        with self.stream.layer(index):
+            for batch in range(self.stream.num_batches):
+                self.stream.cache["moving", batch] = compute(batch, self[batch])
+        self._next = index + 1
+
+
+@contextmanager
+def swapped(stream: LayerStream, index: int, block: nn.Module | None) -> Iterator[None]:
+    """Put another block in the place of a layer's MoE block for a while; None changes nothing."""
+    if block is None:
+        yield
+        return
+    name = stream.moe[index].info.name
+    previous = set_block(stream.model, name, block)
+    try:
+        yield
+    finally:
+        set_block(stream.model, name, previous)
+
+
+def _final_norm(model: nn.Module) -> nn.Module:
+    norms = [m for _, m in model.base_model.named_children() if "Norm" in type(m).__name__]
+    if len(norms) != 1:
+        raise UserError(f"{type(model).__name__} has {len(norms)} final norms, expected one")
+    return norms[0]
+
+
+@contextmanager
+def _forwards(layers: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _hook(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

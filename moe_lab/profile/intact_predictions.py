@@ -1,0 +1,71 @@
+"""How far a model without some of its experts agrees with the intact one, on a sample of text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.models.routers import restricted
+
+logger = logging.getLogger(__name__)
+POSITIONS_AT_ONCE = 1024
+
+
+class IntactPredictions:
+    """The intact model's next-token distributions, and others next to them.
+
+    model: intact, and left so. batches: input_ids, attention_mask [B, L]. Its logits at every valid
+    position are computed once and kept on the CPU in the model's dtype: positions x vocabulary
+    values, exact. Teacher-forced: both models read the same text.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]):
+        self.model, self.batches = model, batches
+        self.num_positions = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        size = self.num_positions * model.config.get_text_config().vocab_size
+        logger.info(
+            "the intact model's predictions at %d positions take %.2f GiB of memory",
+            self.num_positions, size * model.dtype.itemsize / 2**30,
+        )  # fmt: skip
+        self._logits = [self._valid_logits(batch).cpu() for batch in batches]
+
+    def acceptance(self, kept: Mapping[int, Sequence[int]]) -> float:
+        """ESAP (2603.06003): the mean over positions of sum_v min(p(v), q(v)), in [0, 1].
+
+        p: the intact model's next-token distribution, q: that of the model whose MoE layers have
+        only the `kept` experts, by layer index. It is the expected rate at which p accepts what q
+        proposes in speculative decoding.
+        """
+        return self._mean(kept, lambda p, q: torch.minimum(p.exp(), q.exp()).sum(dim=-1))
+
+    def divergence(self, kept: Mapping[int, Sequence[int]]) -> float:
+        """The mean over positions of KL(p || q), in nats."""
+        return self._mean(kept, lambda p, q: (p.exp() * (p - q)).sum(dim=-1))
+
+    @torch.inference_mode()
+    def _mean(
+        self, kept: Mapping[int, Sequence[int]], measure: Callable[[Tensor, Tensor], Tensor]
+    ) -> float:
+        """Of a measure of two distributions' logarithms [t, V], which gives a value a position."""
+        total = 0.0
+        with restricted(self.model, kept):
+            for batch, intact in zip(self.batches, self._logits, strict=True):
+                logits = self._valid_logits(batch)
+                parts = (logits.split(POSITIONS_AT_ONCE), intact.split(POSITIONS_AT_ONCE))
+                for ours, theirs in zip(*parts, strict=True):
+                    p, q = _logarithms(theirs.to(ours.device)), _logarithms(ours)
+                    total += float(measure(p, q).sum(dtype=torch.float64))
+        return total / self.num_positions
+
+    def _valid_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """[T, V]."""
+        return self.model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+def _logarithms(logits: Tensor) -> Tensor:
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return exact.log_softmax(dim=-1)

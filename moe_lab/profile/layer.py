@@ -1,0 +1,200 @@
+"""The sums of one MoE layer: what every criterion is a formula over.
+
+Sums are over valid tokens and in float64, so that those of batches, processes and restarts add up
+to the same values; nothing is divided before a metric needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lab.models.routers import SCORINGS, matching_scoring
+from moe_lab.types import LayerInfo, Routing, UserError
+
+# Known only where the router's scoring is.
+OF_PROBABILITY = ("probability_sum", "entropy_sum")
+# What is no sum: parts of the data combine by the larger one, or have the same.
+MAXIMA = ("max_activation",)
+CONSTANTS = ("router_norm", "weight_abs_sum", "weight_square_sum", "weight_count")
+# Over the tokens routed to an expert, of g^a ||f||^b: by (a, b), its weight g and its output f.
+POWERS = {
+    (0, 0): "count",
+    (1, 0): "gate_sum",
+    (2, 0): "gate_square_sum",
+    (0, 1): "norm_sum",
+    (1, 1): "gate_norm_sum",
+    (2, 1): "gate_square_norm_sum",
+    (0, 2): "norm_square_sum",
+    (1, 2): "gate_norm_square_sum",
+    (2, 2): "gate_square_norm_square_sum",
+}
+
+
+class LayerStatistics:
+    """The sums of one layer, float64.
+
+    Of the router alone. Per expert [E]: count, tokens that the router sent to it; gate_sum and
+    gate_square_sum, of its router weight over them; probability_sum, of the router's full
+    probability over all tokens (SEER-MoE 2404.05089, soft count). Per pair of experts [E, E]:
+    pair_count, tokens sent to both (on the diagonal count); logit_product_sum, of the products of
+    their router logits. Per place in a token's choice, heaviest first: rank_count [K, E], tokens
+    that gave each expert this place; rank_share_sum [K], of the share that the weight there has of
+    the token's. Scalars [1]: tokens; entropy_sum, of the entropy in nats of the full probability
+    (scores that do not add up to 1 are divided by their sum first).
+
+    Of the experts and what is around them. Per expert [E], over the tokens sent to it: the other
+    sums of POWERS; max_activation, no sum but the largest absolute component of its output;
+    gate_norm_change_sum, of weight times norm times 1 - cos(h, h + routed), h what the MoE sublayer
+    adds to and routed what its routed experts give together (EASY-EP 2504.06792). output_sum
+    [E, D], of its output before any weight. Scalars [1]: shared_gate_sum, of the shared expert's
+    sigmoid gate over all tokens; block_cosine_sum and layer_cosine_sum, of the cosine between what
+    enters and what leaves the decoder layer, or its MoE sublayer alone (x and x + MoE(norm(x)); He
+    et al. 2406.02500).
+
+    Of the weights, the same in every part of the data: CONSTANTS, see `weights.constants`.
+    """
+
+    def __init__(
+        self,
+        info: LayerInfo,
+        sums: dict[str, Tensor] | None = None,
+        scoring: str | None = None,
+    ):
+        self.info = info
+        self.sums = sums or {}
+        self.scoring = scoring  # None: found by looking at the first batch
+
+    def add(self, routing: Routing) -> None:
+        """Add one batch."""
+        self.add_routed(routing.logits_TE, routing.index_TK, routing.weight_TK)
+        norm_S = self._add_outputs(routing)
+        weight_S = routing.weight_S.double()
+        for (gate_power, norm_power), name in POWERS.items():
+            if norm_power:
+                values_S = weight_S**gate_power * norm_S**norm_power
+                self._add(name, self._per_expert(routing.expert_S, values_S))
+        # Half precision would overflow and round: at least float32 is used.
+        exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
+        if routing.routed_TD is not None:
+            change_T = _change(routing.residual_TD.to(exact), routing.routed_TD.to(exact))
+            values_S = weight_S * norm_S * change_T[routing.token_S]
+            self._add("gate_norm_change_sum", self._per_expert(routing.expert_S, values_S))
+        if routing.leaving_TD is not None:
+            leaving = routing.leaving_TD.to(exact)
+            for name, state in (("block", routing.entering_TD), ("layer", routing.residual_TD)):
+                cosine_T = F.cosine_similarity(state.to(exact), leaving, dim=-1)
+                self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
+        if routing.shared_gate_T is not None:
+            self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])
+
+    def _add_outputs(self, routing: Routing) -> Tensor:
+        """Add what is said of each expert's outputs alone; returns their norms [S].
+
+        They lie together, and go to float64 an expert at a time: no copy of all of them is made.
+        """
+        counts = torch.bincount(routing.expert_S, minlength=self.info.num_experts).tolist()
+        output_ED = torch.zeros(
+            len(counts), routing.y_SD.shape[1], dtype=torch.float64, device=routing.y_SD.device
+        )
+        largest_E = output_ED.new_zeros(len(counts))
+        norms = [largest_E[:0]]
+        for expert, part_TD in enumerate(routing.y_SD.split(counts)):
+            if len(part_TD):
+                y_TD = part_TD.double()
+                norms.append(torch.linalg.vector_norm(y_TD, dim=1))
+                output_ED[expert] = y_TD.sum(dim=0)
+                largest_E[expert] = torch.stack(part_TD.aminmax()).abs().amax()
+        self._add("output_sum", output_ED)
+        self._add("max_activation", largest_E)
+        return torch.cat(norms)
+
+    def add_routed(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
+        """Add what the router made of one batch: all that needs no more than this."""
+        tokens = len(index_TK)
+        if self.scoring is None and tokens:
+            self.scoring = matching_scoring(logits_TE, index_TK, weight_TK)
+        # Families differ in the order of the chosen experts: here the heaviest comes first.
+        weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
+        index_TK = index_TK.gather(1, order_TK)
+        ranks = [self._per_expert(index_T) for index_T in index_TK.unbind(1)]
+        logits_TE = logits_TE.double()
+        self._add("tokens", torch.tensor([float(tokens)], dtype=torch.float64))
+        self._add("count", torch.stack(ranks).sum(dim=0))
+        expert_S, weight_S = index_TK.flatten(), weight_TK.flatten()
+        self._add("gate_sum", self._per_expert(expert_S, weight_S))
+        self._add("gate_square_sum", self._per_expert(expert_S, weight_S.square()))
+        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, index_TK, 1.0)
+        self._add("pair_count", (chosen_TE.T @ chosen_TE).double())  # exact: whole numbers
+        self._add("logit_product_sum", logits_TE.T @ logits_TE)
+        self._add("rank_count", torch.stack(ranks))
+        share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
+        self._add("rank_share_sum", share_TK.sum(dim=0))
+        if self.scoring is not None:
+            probability_TE = SCORINGS[self.scoring](logits_TE)
+            share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
+            self._add("probability_sum", probability_TE.sum(dim=0))
+            # log of the smallest number where a share is 0: their product is 0 as it should be.
+            log_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny).log()
+            self._add("entropy_sum", -(share_TE * log_TE).sum()[None])
+
+    def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
+        return torch.bincount(expert_S, values_S, minlength=self.info.num_experts).double()
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.cpu()
+        self.sums[name] = combined(name, [self.sums[name], value]) if name in self.sums else value
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sums:
+            reason = (
+                "its router's weights follow none of the known scorings "
+                f"({', '.join(SCORINGS)}), so it has no full probability"
+                if name in OF_PROBABILITY
+                else f"it has {sorted(self.sums)}"
+            )
+            raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
+        return self.sums[name]
+
+    def mean_cosine(self, name: str) -> float:
+        """Mean over tokens of the `name` ("block" or "layer") cosine."""
+        return float(self[f"{name}_cosine_sum"] / self["tokens"])
+
+    def logit_cosine(self) -> Tensor:
+        """Cosine [E, E] of the experts' router logits over all tokens; 0 for logits always 0."""
+        product = self["logit_product_sum"]
+        norm = product.diagonal().sqrt()
+        scale = norm[:, None] * norm[None, :]
+        return torch.where(scale > 0, product / scale, torch.zeros_like(product))
+
+    def mean(self, name: str) -> Tensor:
+        """A sum over routed tokens divided by their count; 0 for experts that saw no token."""
+        count = self["count"]
+        return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
+
+
+def combined(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """What `name` is over all of the data, from what it is over parts of it."""
+    if name in CONSTANTS:
+        return parts[0]
+    return functools.reduce(torch.maximum if name in MAXIMA else torch.add, parts)
+
+
+def _change(state_TD: Tensor, added_TD: Tensor) -> Tensor:
+    """1 - cos(state, state + added) [T] in float64, also where it is far below rounding.
+
+    With a = state, m = added, b = a + m: sin^2 = (|a|^2 |m|^2 - (a m)^2) / (|a|^2 |b|^2), and
+    1 - cos = sin^2 / (1 + cos), which has no difference of two almost equal numbers.
+    """
+    aa_T, am_T, mm_T = (
+        torch.linalg.vecdot(one, other).double()
+        for one, other in ((state_TD, state_TD), (state_TD, added_TD), (added_TD, added_TD))
+    )
+    scale_T = aa_T * (aa_T + 2 * am_T + mm_T).clamp(min=0)
+    cosine_T = ((aa_T + am_T) / scale_T.sqrt()).nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)
+    sine_T = ((aa_T * mm_T - am_T.square()) / scale_T).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+    return torch.where(cosine_T > 0, sine_T / (1 + cosine_T), 1 - cosine_T)

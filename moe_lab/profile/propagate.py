@@ -1,0 +1,89 @@
+"""Statistics measured again behind the layers that are compressed already."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moe_lab.models.editing import edited_block
+from moe_lab.models.stream import LayerStream, States, swapped
+from moe_lab.profile import collect
+from moe_lab.profile.all_experts import AllExperts
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
+from moe_lab.progress import progress
+from moe_lab.types import Edit
+
+logger = logging.getLogger(__name__)
+# What a plan says of its statistics, by whether they were propagated.
+MEASURED = {False: "intact model", True: "re-measured behind compressed layers"}
+
+
+def propagated(
+    profile: Profile,
+    edit_of: Callable[..., Edit],
+    tensors: Mapping[str, Tensor] | None = None,
+    experts_on: int | None = 0,
+) -> list[Edit]:
+    """The edits that `edit_of` decides layer by layer, each behind those before it.
+
+    Walks over the whole calibration set: the statistics of a layer are those of the model in which
+    every earlier MoE layer is edited already. tensors: where `edit_of` puts what its edits need
+    beside their text (`Plan.tensors`). experts_on: with how many documents, the first ones (None:
+    all), `edit_of` gets a second argument, the layer's `OpenExperts` on them; 0: with none it gets
+    the statistics alone. Edits are prune, merge or keep.
+    """
+    stream = profile.open_stream()
+    logger.info("statistics are measured again behind each compressed layer: each layer is "
+                "computed twice on the whole calibration set")  # fmt: skip
+    stream.cache.announce({"hidden states": stream.state_bytes()})
+    states, edits = States(stream), []
+    for layer in progress(profile.statistics, "compressing layer by layer"):
+        index = layer.info.index
+        states.move_to(index)
+        with stream.layer(index):
+            found = _measured(stream, states, index)
+            found.info = layer.info
+            if experts_on == 0:
+                edit = edit_of(found)
+            else:
+                with _opened(stream, states, index, experts_on) as experts:
+                    edit = edit_of(found, experts)
+            changed = edit.edit != "keep"
+            block = edited_block(stream.moe[index], edit, tensors) if changed else None
+            with swapped(stream, index, block):
+                states.pass_through(index, functools.partial(stream.replay, index))
+        edits.append(edit)
+    return edits
+
+
+def _measured(stream: LayerStream, states: States, index: int) -> LayerStatistics:
+    """The statistics of one layer, whose weights are in memory, on the states before it."""
+    with collect.collecting(stream.model) as collection:
+        for batch in range(stream.num_batches):
+            with collection.batch(stream.valid[batch]):
+                stream.replay(index, batch, states[batch])
+    return collection.of(index)
+
+
+@contextmanager
+def _opened(
+    stream: LayerStream, states: States, index: int, num_documents: int | None
+) -> Iterator[AllExperts]:
+    """All experts of one layer, whose weights are in memory, on the states before it."""
+    opened, left = AllExperts(stream.moe[index], stream.cache), num_documents
+    for batch, valid in enumerate(stream.valid):
+        if left is not None:
+            valid = valid & (torch.arange(len(valid), device=valid.device) < left)[:, None]
+            left = max(0, left - len(valid))
+        if valid.any():
+            opened.add_batch(stream, batch, states[batch], valid)
+    try:
+        yield opened
+    finally:
+        opened.close()

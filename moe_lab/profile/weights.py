@@ -1,0 +1,50 @@
+"""What is read off an MoE layer's weights: no text enters it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_lab.models.layers import MoELayer
+from moe_lab.models.remapped import by_row
+from moe_lab.types import UserError
+
+FEW = 8  # experts at a time: no copy of all of them is made
+
+
+def weight_statistics(layer: MoELayer) -> dict[str, Tensor]:
+    """All of it by name, in float64; the layer's weights are in memory."""
+    return {"router_norm": router_row_norms(layer), **weight_sums(layer)}
+
+
+def router_row_norms(layer: MoELayer) -> Tensor:
+    """l2 norm [E] of each expert's row of the router's weight."""
+    num_experts = layer.info.num_experts
+    for weight in layer.router.parameters():
+        if weight.dim() == 2 and num_experts in weight.shape:
+            rows_ED = weight.detach().movedim(weight.shape.index(num_experts), 0)
+            return torch.linalg.vector_norm(rows_ED.double(), dim=1).cpu()
+    raise UserError(f"{type(layer.router).__name__} has no weight with a row for each expert")
+
+
+@torch.no_grad()
+def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
+    """Over all weights of an expert's projections, without biases; by name, in float64.
+
+    weight_abs_sum and weight_square_sum [E], of their absolute values and squares; weight_count
+    [1], how many one expert has. Rows of a matrix are added up in float32 at least.
+    """
+    absolute_E = square_E = count = 0
+    for matrices in (one for one in layer.experts.parameters() if one.dim() == 3):
+        exact = torch.promote_types(matrices.dtype, torch.float32)
+        parts = matrices.split(FEW)
+        rows = torch.cat([part.abs().sum(dim=2, dtype=exact) for part in parts])
+        absolute_E += rows.sum(dim=1, dtype=torch.float64)
+        rows = torch.cat([torch.linalg.vector_norm(part, dim=2, dtype=exact) for part in parts])
+        square_E += rows.double().square().sum(dim=1)
+        count += matrices[0].numel()
+    return {
+        "weight_abs_sum": by_row(layer.experts, absolute_E).cpu(),
+        "weight_square_sum": by_row(layer.experts, square_E).cpu(),
+        "weight_count": torch.tensor([float(count)], dtype=torch.float64),
+    }

@@ -1,0 +1,38 @@
+"""Pictures of one run, from what its folder holds: what is not there is not drawn.
+
+Returns the PNGs that it wrote, each with a PDF of the same name beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from moe_lab.files import CURVE, PLAN, PLOTS, REPORT, USAGE
+from moe_lab.report.plots import curve, plan, style
+from moe_lab.report.report import read_report
+from moe_lab.types import Plan
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draw into <folder>/plots what the files of one run tell, each of which may be missing.
+
+    usage.csv (layer, expert, tokens, usage): usage; plan.json: scores, kept, divergence;
+    curve.jsonl: curves. report.json names the metric and the ways to choose.
+    """
+    home, written = folder / PLOTS, []
+    told = read_report(folder) if (folder / REPORT).is_file() else {}
+    sizes: dict[int, int] = {}
+    if (folder / USAGE).is_file():
+        usage = pd.read_csv(folder / USAGE)
+        sizes = (usage.groupby("layer")["expert"].max() + 1).to_dict()
+        style.draw_by_expert(usage.assign(unused=usage["tokens"] == 0), "usage", home / "usage.png",
+                        "Usage of the experts (unused ones ringed)",
+                        "share of routed slots × experts (1 = even)", marked="unused")  # fmt: skip
+        written.append(home / "usage.png")
+    if (folder / PLAN).is_file():
+        written += plan.draw_plan(Plan.load(folder / PLAN), sizes, told, home)
+    if (folder / CURVE).is_file():
+        written.append(curve.draw_curve(curve.read_curve(folder / CURVE), home / "curves.png"))
+    return [path for path in written if path]

@@ -1,0 +1,121 @@
+"""What lies in a run's folder, read for its page: plan, usage, curve, log, commands."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_lab import store
+from moe_lab.files import DIAGNOSIS, HYDRA
+
+CONFIG_FOLDER = r"^    - path: (.+)\n +schema: file\n +provider: command-line$"
+LOG_LINES, LOG_BYTES = 300, 100_000
+LISTED = (HYDRA, DIAGNOSIS)  # the folders of a run whose files are ours
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """A plan to four digits, and its scores by layer: runs often differ in the plan alone."""
+    try:
+        found = json.loads(text, parse_float=_short, parse_constant=_nothing) if text else None
+    except ValueError:  # killed while it was written
+        return None, {}
+    if not isinstance(found, dict) or "layers" not in found:
+        return None, {}
+    scores = {edit["index"]: edit.pop("scores") for edit in found["layers"] if "scores" in edit}
+    return found, {index: values for index, values in scores.items() if len(values) > 1}
+
+
+def read_usage(text: str | None) -> dict[str, list[float | None]]:
+    """The experts' usage by layer."""
+    found: dict[str, list[float | None]] = {}
+    for row in csv.DictReader(io.StringIO(text or "")):
+        values, expert = found.setdefault(row["layer"], []), int(row["expert"])
+        values.extend([None] * (expert + 1 - len(values)))
+        values[expert] = _short(row["usage"]) if row["usage"] else None
+    return found
+
+
+def curve_rows(text: str | None) -> Iterator[dict[str, Any]]:
+    for line in (text or "").splitlines():
+        try:
+            yield json.loads(line, parse_constant=_nothing)
+        except ValueError:  # the last line of a killed run
+            return
+
+
+def commands_of(commit: str | None, overrides: list[str], hydra: str | None) -> list[str]:
+    """The shell lines that make this run again."""
+    lines = []
+    if commit and commit != "unknown":
+        name, _, dirty = commit.partition("+")
+        lines.append(f"git checkout {name}" + ("  # and changes not committed" if dirty else ""))
+    if not overrides and hydra is None:
+        return lines
+    asked = [override for override in overrides if not override.startswith("resume=")]
+    places = re.findall(
+        CONFIG_FOLDER, hydra or "", re.MULTILINE
+    )  # of one's own metrics and the like
+    # An experiment's file asks for a sweep by itself; this is one job of it.
+    of_experiment = any(override.startswith("+") for override in overrides)
+    sweeps = hydra is None or re.search(r"^  mode: MULTIRUN$", hydra, re.MULTILINE)
+    single = ["hydra.mode=RUN"] if of_experiment and sweeps else []
+    folders = [word for place in places for word in ("--config-dir", place)]
+    return [*lines, shlex.join(["python", "run.py", *folders, *asked, *single])]
+
+
+def versions_of(one: Mapping[str, Any], config: str | None, hydra: str | None) -> dict[str, str]:
+    """Those of the packages that made the run's first result, where its store still has it."""
+    names = [value for key, value in one.items() if key.startswith("artifact/") and value]
+    root = re.search(r"^store: (.+)$", config or "", re.MULTILINE)
+    working = re.search(r"^    cwd: (.+)$", hydra or "", re.MULTILINE)
+    if not names or not root:
+        return {}
+    path = Path(working[1] if working else ".") / root[1] / names[0] / store.DONE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def files_of(folder: Path) -> Iterator[str]:
+    """The files of a run; not those of runs below it, nor of other programs."""
+    for path in sorted(folder.iterdir()):
+        if path.name in LISTED:
+            yield from (f"{path.name}/{one.name}" for one in sorted(path.iterdir()))
+        elif path.is_file() and not path.name.endswith(".partial"):
+            yield path.name
+
+
+def read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def tail_of(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(lines[-LOG_LINES:])
+
+
+def _short(text: str) -> float | None:
+    value = float(f"{float(text):.4g}")
+    return value if math.isfinite(value) else None
+
+
+def _nothing(_: str) -> None:
+    """NaN and the infinities, which JSON does not have."""

@@ -1,0 +1,182 @@
+"""A job around the pipeline: its report, table, tracking and model cards, also when it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from moe_lab.files import CURVE, LOCK, LOG, PLAN, PLOTS, REPORT, USAGE
+from moe_lab.progress import duration
+from moe_lab.report.card import model_card
+from moe_lab.report.figures import VARIANTS
+from moe_lab.report.frame import REQUEST
+from moe_lab.report.plots.run import draw_run
+from moe_lab.report.report import read_report, write_report
+from moe_lab.report.summary import (
+    result_markdown,
+    result_rows,
+    result_table,
+    stage_rows,
+    stages_table,
+    summary_line,
+)
+from moe_lab.runs.settings import (
+    Description,
+    planned_layers,
+    report_head,
+    settings_of_report,
+    tags_of,
+)
+from moe_lab.track import artifacts
+from moe_lab.track.tracker import Tracker, flat
+from moe_lab.types import UserError
+
+logger = logging.getLogger(__name__)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], None]) -> int:
+    """Do the work and report it; 0 if it went well, 2 for a user's mistake, 1 for a failure.
+
+    While it runs, the job holds a lock in its folder: a report that says "running" beside a free
+    lock is that of a killed job.
+    """
+    logging.captureWarnings(True)
+    before = read_report(job.folder) if (job.folder / REPORT).is_file() else {}
+    found = report_head(job)
+    same = before.get(REQUEST) == found[REQUEST]
+    if job.config["resume"] and same and before["status"] == "ok":
+        logger.info("%s: done before", job.place or job.folder)
+        return 0
+    # A restarted job goes on with its tracker's run; the same folder asked for more begins another.
+    found["run_id"] = (same and before.get("run_id")) or uuid.uuid4().hex[:16]
+    lock = FileLock(job.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.error("%s is being written by another run: choose another run_dir", job.folder)
+        return 2
+    try:
+        return _tracked(job, tracker, work, found)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _tracked(
+    job: Description,
+    tracker: Tracker,
+    work: Callable[[dict[str, Any]], None],
+    found: dict[str, Any],
+) -> int:
+    started = time.perf_counter()
+    for copied in (CURVE, USAGE):  # of what was asked for here before: it would be taken for ours
+        (job.folder / copied).unlink(missing_ok=True)
+    write_report(job.folder, found)
+    if job.place:
+        logger.info("%s: %s", job.place, job.place.told)
+    config = flat(job.config) | settings_of_report(found)
+    tracker.start(job.folder, config, job.sweep, job.name, tags_of(job), identity=found["run_id"])
+    found |= {"url": tracker.url} if tracker.url else {}
+    code = 1
+    try:
+        code = _guarded(work, found)
+    except KeyboardInterrupt:
+        found["error"] = "stopped by Ctrl-C"
+        raise
+    finally:
+        # Also on Ctrl-C: what is known so far is not lost.
+        found["status"] = "ok" if code == 0 else "failed"
+        found["seconds/total"] = round(time.perf_counter() - started, 3)
+        found |= planned_layers(job.folder) if code == 0 else {}
+        write_report(job.folder, found)
+        if code == 0:
+            _write_cards(job, found)
+        _track(job, tracker, found)
+        tracker.finish(code)
+    _show(job, found)
+    return code
+
+
+def _guarded(work: Callable[[dict[str, Any]], None], found: dict[str, Any]) -> int:
+    try:
+        work(found)
+    except Exception as error:
+        mistake = _mistake(error)
+        found["error"] = str(mistake or f"{type(error).__name__}: {error}")
+        if mistake:
+            logger.error("%s", mistake)
+            return 2
+        logger.exception("the job failed: %s", found["error"])
+        return 1
+    return 0
+
+
+def _mistake(error: BaseException | None) -> UserError | None:
+    """The user's mistake in an error, also where a library wrapped it."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _track(job: Description, tracker: Tracker, found: dict[str, Any]) -> None:
+    """Log all of a job that was not logged while it ran; pictures are drawn before."""
+    drawn = _drawn(job.folder)
+    curve = job.folder / CURVE
+    for line in curve.read_text().splitlines() if curve.is_file() else ():
+        tracker.log_curve(json.loads(line))
+    tracker.summary(found)
+    head, *rows = result_rows(found)
+    if rows and len(head) > 1:
+        tracker.table("result", ["figure", *head[1:]], rows)
+    tracker.images(path for path in drawn if path.suffix == ".png")
+    tracker.lineage(artifacts.tracked_artifacts(found, job.store))
+
+
+def _drawn(folder: Path) -> list[Path]:
+    """The run's pictures; a failure to draw is told and costs nothing else."""
+    try:
+        return draw_run(folder)
+    except Exception:  # a picture is no result
+        logger.exception("the pictures of %s were not drawn", folder)
+        return []
+
+
+def _write_cards(job: Description, found: dict[str, Any]) -> None:
+    for variant in ("compressed", "finetuned"):
+        folder = found.get(f"{variant}/checkpoint")
+        if folder:
+            text = model_card(variant, found, job.config, result_markdown(found))
+            (Path(folder) / "README.md").write_text(text)
+
+
+def _show(job: Description, found: dict[str, Any]) -> None:
+    """One line for a job of a sweep, whose table follows; else the results in full."""
+    if job.place:  # the reason of a failure stands in the line before
+        took, told = duration(found["seconds/total"]), summary_line(found)
+        logger.info("%s: %s in %s%s", job.place, found["status"], took, told and f"; {told}")
+        return
+    console = Console()
+    if len(result_rows(found)) > 1:
+        console.print(result_table(found))
+    if len(stage_rows(found)) > 1:
+        console.print(stages_table(found))
+    for variant in VARIANTS:
+        if f"{variant}/checkpoint" in found:
+            console.print(f"{variant:>10}: {found[f'{variant}/checkpoint']}", soft_wrap=True)
+    names = (REPORT, PLAN, LOG, PLOTS)
+    files = [name for name in names if (job.folder / name).exists()]
+    console.print(f"{'run':>10}: {job.folder} ({', '.join(files)})", soft_wrap=True)

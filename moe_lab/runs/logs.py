@@ -1,0 +1,39 @@
+"""What of the log a terminal shows: ours, each warning once; run.log keeps everything."""
+
+from __future__ import annotations
+
+import logging
+
+OUR_LOGGERS, PYTHON = ("moe_lab", "run", "__main__"), "py.warnings"
+already_shown: set[str] = (
+    set()
+)  # over all jobs of this process: Hydra sets logging up anew for each
+
+
+class Console(logging.Filter):
+    """Passes what moe_lab says, and of libraries warnings and errors; no warning twice.
+
+    A warning of Python's (`warnings.warn`) is cut to its message, without the line of code.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        """Whether, or as what, a record is shown."""
+        ours = record.name.partition(".")[0] in OUR_LOGGERS
+        if record.levelno < logging.WARNING:
+            return ours
+        text = record.getMessage()
+        if record.name == PYTHON:
+            text = _message(text)
+        if record.levelno == logging.WARNING and text in already_shown:
+            return False
+        already_shown.add(text)
+        if record.name != PYTHON:
+            return True
+        return logging.makeLogRecord(record.__dict__ | {"msg": f"warning: {text}", "args": None})
+
+
+def _message(formatted: str) -> str:
+    """`path:line: Category: message` and a line of code, as warnings formats them: the message."""
+    first = formatted.strip().splitlines()[0] if formatted.strip() else ""
+    _, found, message = first.partition("Warning: ")
+    return message if found else first

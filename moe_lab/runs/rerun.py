@@ -1,0 +1,117 @@
+"""Running the unfinished jobs of sweeps and single runs again, with the commands that made them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_lab.files import CHECKOUT, HYDRA, SWEEP
+from moe_lab.runs.status import OK, RUNNING, Job, SweepRecord, read_yaml
+from moe_lab.types import UserError
+
+SCRIPT = CHECKOUT / "run.py"
+OLD_SWEEP = "multirun.yaml"  # which Hydra leaves in the folder of every sweep
+STOPPED = 130  # run.py's exit code after Ctrl-C
+PLAIN = re.compile(
+    r"[\w/.:+%@-]+", re.ASCII
+)  # what Hydra's grammar of overrides takes without quotes
+
+
+@dataclass(frozen=True)
+class Command:
+    """What runs the unfinished jobs of one sweep, or one run, again in its folder."""
+
+    folder: Path
+    jobs: tuple[Job, ...]
+    words: tuple[str, ...]
+    cwd: Path
+
+    def run(self) -> int:
+        """Run it to its end, its output going where ours goes; its exit code."""
+        with subprocess.Popen(self.words, cwd=self.cwd) as process:
+            while True:
+                try:
+                    code = process.wait()
+                except KeyboardInterrupt:  # it has been told too, and still writes its report
+                    continue
+                return 128 - code if code < 0 else code
+
+
+def commands(folder: Path, jobs: list[Job]) -> list[Command]:
+    """What runs the unfinished jobs below a folder again, a command for each sweep or single run.
+
+    Sweeps leave out their finished jobs by themselves (resume=true). UserError for a job whose
+    command nobody wrote down, for one of a sweep's jobs alone, and while a sweep is running.
+    """
+    homes: dict[Path, list[Job]] = {}
+    for job in jobs:
+        homes.setdefault(job.sweep.folder if job.sweep else job.folder, []).append(job)
+    made = []
+    for home, members in homes.items():
+        unfinished = tuple(job for job in members if job.status not in (OK, RUNNING))
+        if unfinished:
+            _check(home, folder.resolve(), members)
+            words, cwd = _of_sweep(members[0].sweep) if members[0].sweep else _of_run(members[0])
+            made.append(Command(home, unfinished, tuple(words), cwd))
+    return made
+
+
+def _check(home: Path, asked: Path, members: list[Job]) -> None:
+    sweep = members[0].sweep
+    if sweep and home in asked.parents:
+        raise UserError(
+            f"{asked} is one job of a sweep, which only runs as a whole, its finished jobs left "
+            f"out: python -m moe_lab.runs {home} --rerun"
+        )
+    if not sweep and (home.parent / OLD_SWEEP).is_file():
+        raise UserError(
+            f"{home} is a job of a sweep from before sweeps left {SWEEP}, so its command is not "
+            "known: give it again with "
+            f"{_override('hydra.sweep.dir', home.parent)} resume=true, or name another folder here"
+        )
+    if busy := [job.folder.name for job in members if job.status == RUNNING]:
+        raise UserError(
+            f"{home} is still running (job {', '.join(busy)}): wait for its end, or stop it; or "
+            "name another folder"
+        )
+
+
+def _of_sweep(sweep: SweepRecord) -> tuple[list[str], Path]:
+    for path in (sweep.python, sweep.script, sweep.cwd):
+        if not path.exists():
+            raise UserError(
+                f"{sweep.folder / SWEEP} was written where {path} existed, and it is not there "
+                "now: correct it in that file"
+            )
+    own = _without(sweep.argv, "hydra.sweep.dir", "resume")
+    where = _override("hydra.sweep.dir", sweep.folder)
+    return [str(sweep.python), str(sweep.script), *own, where, "resume=true"], sweep.cwd
+
+
+def _of_run(job: Job) -> tuple[list[str], Path]:
+    if job.overrides is None:
+        raise UserError(
+            f"{job.folder} has no {HYDRA}/overrides.yaml, so it is not known how it was started"
+        )
+    said = read_yaml(job.folder / HYDRA / "hydra.yaml") or {}
+    cwd = Path(said.get("hydra", {}).get("runtime", {}).get("cwd") or Path.cwd())
+    if not cwd.is_dir():
+        raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
+    own = _without(job.overrides, "run_dir")
+    return [sys.executable, str(SCRIPT), *own, _override("run_dir", job.folder)], cwd
+
+
+def _without(words: tuple[str, ...], *keys: str) -> list[str]:
+    """The command's words without overrides of these keys, also those written +key= or ++key=."""
+    return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
+
+
+def _override(key: str, folder: Path) -> str:
+    """key=<folder> as Hydra reads it, also where the folder's name has spaces or commas."""
+    text = str(folder)
+    if not PLAIN.fullmatch(text):
+        text = "'" + text.replace("'", "\\'") + "'"
+    return f"{key}={text}"

@@ -1,0 +1,145 @@
+"""A sweep around its jobs: what was asked for at its start, tables, pictures and a page at its end.
+
+Beside run.py the only file that knows Hydra, and as light: `--help` imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_lab.runs.settings import Place
+
+
+class Sweep(Callback):
+    """Hydra's callback around all jobs; run.py asks the one that started for its end.
+
+    A launcher may run the jobs in other processes, or on other machines; this is where they began.
+    """
+
+    started: Sweep | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Write sweep.json: how to run this again, and the overrides of each job."""
+        from moe_lab.files import SWEEP
+
+        importlib.import_module(
+            "moe_lab.tables.outputs"
+        )  # as it is now: a sweep may outlive an update
+        self.config = config
+        self.folder = Path(config.hydra.sweep.dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Sweep.started = self
+        asked = {
+            "argv": sys.argv[1:],
+            "cwd": os.getcwd(),
+            "script": str(Path(sys.argv[0]).resolve()),
+            "python": sys.executable,
+            "overrides": jobs(config),
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
+        (self.folder / SWEEP).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+
+    def _tell_of_earlier_jobs(self, number: int) -> None:
+        """Where the folder has jobs beyond this sweep's: nobody's results are deleted here."""
+        found = [one.parent.name for one in self.folder.glob("*/report.json")]
+        earlier = sum(name.isdecimal() and int(name) >= number for name in found) if number else 0
+        if earlier:
+            print(
+                f"{self.folder} has {earlier} more jobs, of an earlier sweep: its table will have "
+                "them too; for one without them choose another hydra.sweep.dir=<folder>"
+            )
+
+    def end(self) -> int:
+        """Tables, pictures and page into the sweep's folder, and what there is to say; exit code.
+
+        0 where all jobs went well, else 1. Nothing is made where no job came so far as a report.
+        """
+        from moe_lab.progress import duration
+        from moe_lab.report.frame import OK, STATUS, read_reports, report_folders
+        from moe_lab.tables.outputs import write_outputs
+
+        if not report_folders(self.folder):
+            return 1
+        written, shown = write_outputs(
+            self.folder, instantiate(self.config.table, _convert_="object")
+        )
+        for table in shown:
+            table.show()
+        frame = read_reports(self.folder)
+        self._track(frame, written)
+        ended = frame[STATUS].value_counts()
+        told = ", ".join(f"{number} {status}" for status, number in ended.items())
+        took = frame["seconds/total"].sum() if "seconds/total" in frame else 0.0
+        print(f"{len(frame)} jobs: {told}; {duration(took)} of work")
+        if good := set(ended.index) == {OK}:
+            print(f"look at it: {self.folder / 'index.html'}")
+        else:
+            print(self.how_to_go_on())
+        names = sorted({path.relative_to(self.folder).parts[0] for path in written})
+        print(f"sweep: {self.folder} ({', '.join(names)})")
+        return int(not good)
+
+    def how_to_go_on(self) -> str:
+        """The command that does what is not done."""
+        command = shlex.join(["python", "-m", "moe_lab.runs", str(self.folder), "--rerun"])
+        return f"once more, the others alone: {command}"
+
+    def _track(self, frame: pd.DataFrame, written: list[Path]) -> None:
+        """A run of its own in the sweep's group: the table, the pictures, the page."""
+        tracker = instantiate(self.config.track)
+        name = self.folder.name
+        same = {"jobs": len(frame), "argv": " ".join(sys.argv[1:])}
+        tags = sorted(set(frame["model"].dropna()) | {"sweep"})
+        identity = f"summary of {frame['run_id'].iloc[0]}"
+        tracker.start(self.folder, same, name, f"summary of {name}", tags, identity, "sweep")
+        tracker.table("reports", list(frame), frame.astype(object).to_numpy().tolist())
+        tracker.images(path for path in written if path.suffix == ".png")
+        for path in written:
+            if path.suffix == ".html":
+                tracker.html("page", path)
+            elif path.suffix in (".md", ".csv", ".tex"):
+                tracker.artifact(path, f"{path.stem}-{name}", "table")
+        tracker.finish(0)
+
+
+def jobs(config: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job, in order; None for another sweeper than Hydra's own."""
+    sweeper = config.hydra.sweeper
+    if not str(sweeper._target_).endswith("BasicSweeper"):
+        return None
+    lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    lines += OmegaConf.to_container(config.hydra.overrides.task)
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    (found,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
+    return found
+
+
+def place(folder: Path) -> Place | None:
+    """A job's place by its folder <sweep>/<number>; None where that is no sweep's."""
+    from moe_lab.runs.settings import Place
+    from moe_lab.runs.status import apart, read_sweep
+
+    asked = read_sweep(folder.parent)
+    if asked is None or not folder.name.isdecimal():
+        return None
+    number, every = int(folder.name), asked.overrides or ()
+    told = apart(every)[number] if number < len(every) else ""
+    return Place(number, len(every) or None, told or f"job {number}")

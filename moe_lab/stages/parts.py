@@ -1,0 +1,36 @@
+"""What the composed options of a run name, made: the objects that its stages work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moe_lab.compute import Compute
+from moe_lab.data.source import Texts
+from moe_lab.diagnose.diagnosis import Diagnosis
+from moe_lab.evaluate.suite import Suite
+from moe_lab.finetune.recipe import Recipe
+from moe_lab.measure import Measurement
+from moe_lab.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One object for each config group that names code; None for what is left out (eval=none).
+
+    Metrics, ratios and the like are inside their method, and data of a phase inside its recipe.
+    """
+
+    compute: Compute
+    calibration: Texts
+    method: Method
+    finetune: Recipe | None = None
+    eval: Suite | None = None
+    measure: Measurement | None = None
+    diagnose: Diagnosis | None = None
+
+    @classmethod
+    def made(cls, config: Mapping[str, Any], make: Callable[[Any], Any]) -> Parts:
+        """From a composed config; make(node): the object that a node's `_target_` names."""
+        return cls(**{field.name: make(config[field.name]) or None for field in fields(cls)})

@@ -1,0 +1,57 @@
+"""All text of a run, tokenized; what is impossible about it is refused before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_lab.data.tokens import Tokens
+from moe_lab.finetune.recipe import sources
+from moe_lab.stages.parts import Parts
+from moe_lab.types import UserError
+
+
+def tokenize(parts: Parts, tokenizer: Any) -> dict[str, Tokens]:
+    """All text of a run: calibration, and where they are asked for <phase>/data, held_out."""
+    _check_groups(parts)
+    texts = {"calibration": parts.calibration}
+    if parts.finetune:
+        texts |= sources(parts.finetune.phases)
+    if parts.eval and parts.eval.held_out:
+        texts["held_out"] = parts.eval.held_out
+    if parts.eval:
+        parts.eval.check()
+    found = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+    if parts.eval and found["calibration"].groups:
+        parts.eval.check_groups(list(found["calibration"].by_group()))
+    return found
+
+
+def _check_groups(parts: Parts) -> None:
+    """Refuse a plan for each group where the method makes one for all, or a tuning follows."""
+    source = parts.calibration
+    if source.group_by is None or source.group is not None:
+        return
+    asked = f"calibration.group_by={source.group_by} makes a plan for each group"
+    one = "; for a single group's checkpoint name it: calibration.group=<value>"
+    if not getattr(parts.method, "takes_groups", False):
+        raise UserError(
+            f"{asked}, which only method=prune can do, with statistics of the intact model alone "
+            f"and nothing in the place of the experts that go{one}"
+        )
+    if parts.finetune:
+        raise UserError(
+            f"{asked} and no checkpoint that could be fine-tuned: set finetune=none{one}"
+        )
+    if getattr(parts.eval, "top_k", None):
+        raise UserError(f"{asked}, evaluated with the model's own number of experts: leave out "
+                        f"eval.top_k{one}")  # fmt: skip
+
+
+def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
+    try:
+        return source.tokens(tokenizer)
+    except UserError as error:
+        if "/" not in name:
+            raise
+        where = name.replace("/", ".")
+        raise UserError(f"finetune.phases.{where}: {error}") from error

@@ -1,0 +1,1 @@
+"""One table from many reports: `python -m moe_lab.tables FOLDER`."""

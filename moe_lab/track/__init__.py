@@ -1,0 +1,1 @@
+"""Where runs are tracked: Weights & Biases, TensorBoard."""
