@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts, all_to_experts
 from moe_lab.progress import progress
@@ -48,7 +48,7 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, Model],
     prompt_length: int,
     batch_size: int,
     decode_tokens: int,
@@ -85,7 +85,7 @@ def measure(
     return figures
 
 
-def counted(name: str, model: PreTrainedModel, length: int) -> dict[str, float]:
+def counted(name: str, model: Model, length: int) -> dict[str, float]:
     return {
         f"{name}/active_parameters": active_parameters(model),
         f"{name}/flops_per_token": flops_per_token(model, length),
@@ -108,7 +108,7 @@ def active_parameters(model: torch.nn.Module) -> int:
 
 
 @torch.inference_mode()
-def flops_per_token(model: PreTrainedModel, length: int) -> float:
+def flops_per_token(model: Model, length: int) -> float:
     """Floating-point operations of a forward over `length` tokens, the head's too, per token.
 
     Counted by torch from the shapes of all matrix products (a multiply-add is two), with attention
@@ -134,7 +134,7 @@ def bytes_on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def peak_memory_bytes(model: PreTrainedModel, prompt_BL: Tensor) -> int:
+def peak_memory_bytes(model: Model, prompt_BL: Tensor) -> int:
     """Most memory that tensors hold at once during a prefill, the weights among it.
 
     On CUDA what its allocator saw (the model should be alone there). Elsewhere an exact count:
@@ -188,7 +188,7 @@ class _StorageCounter(TorchDispatchMode):
         self.now -= self.live.pop(address)
 
 
-def _peaks(models: Mapping[str, PreTrainedModel], prompt_BL: Tensor) -> dict[str, int]:
+def _peaks(models: Mapping[str, Model], prompt_BL: Tensor) -> dict[str, int]:
     peaks = {}
     for name, model in models.items():
         others = [other for other in models.values() if other is not model]
@@ -198,7 +198,7 @@ def _peaks(models: Mapping[str, PreTrainedModel], prompt_BL: Tensor) -> dict[str
 
 
 @contextmanager
-def _moved_off(models: list[PreTrainedModel]) -> Iterator[None]:
+def _moved_off(models: list[Model]) -> Iterator[None]:
     """Take models off their CUDA device for a while; models in main memory stay."""
     homes = [(model, model.device) for model in models if model.device.type == "cuda"]
     for model, _ in homes:
@@ -212,7 +212,7 @@ def _moved_off(models: list[PreTrainedModel]) -> Iterator[None]:
 
 
 def _times(
-    models: Mapping[str, PreTrainedModel], prompt_BL: Tensor, decode_tokens: int, repeats: int
+    models: Mapping[str, Model], prompt_BL: Tensor, decode_tokens: int, repeats: int
 ) -> dict[str, tuple[float, float]]:
     """Median (prefill, decode step) seconds of each model."""
     prompts = {name: prompt_BL.to(model.device) for name, model in models.items()}
@@ -232,9 +232,7 @@ def _times(
     }
 
 
-def _timed_turn(
-    model: PreTrainedModel, prompt_BL: Tensor, decode_tokens: int
-) -> tuple[float, float]:
+def _timed_turn(model: Model, prompt_BL: Tensor, decode_tokens: int) -> tuple[float, float]:
     started = _now(model)
     output = _prefill(model, prompt_BL)
     filled = _now(model)
@@ -244,11 +242,11 @@ def _timed_turn(
     return filled - started, (_now(model) - filled) / decode_tokens
 
 
-def _prefill(model: PreTrainedModel, prompt_BL: Tensor) -> Any:
+def _prefill(model: Model, prompt_BL: Tensor) -> Any:
     return model(input_ids=prompt_BL, use_cache=True, logits_to_keep=1)
 
 
-def _now(model: PreTrainedModel) -> float:
+def _now(model: Model) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

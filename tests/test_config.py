@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from test_rooms import rooms
 
 from moe_lab import types
 from moe_lab.models import checkpoint
@@ -21,8 +22,13 @@ CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 OPTIONS = [(str(path.parent), path.stem) for path in FILES if path.parent.name]
 GROUPS = sorted({group for group, _ in OPTIONS})
-# Folders of conf/ that name code, and the package where it lies; "none" needs no code there.
-MIRRORED = {"metric": "metrics", "ratio": "ratios", "method": "methods", "finetune": "finetune"}
+# Folders of conf/ of which each file names a file of code; "none" needs no code there.
+MIRRORED = {
+    "metric": "methods.metrics",
+    "ratio": "methods.ratios",
+    "method": "methods",
+    "finetune": "finetune",
+}
 KEYWORDS = {"all_layers": "global"}  # no module can be named by Python's own words
 EACH_OPTION = pytest.mark.parametrize(
     ("group", "option"), OPTIONS, ids=["=".join(one) for one in OPTIONS]
@@ -90,16 +96,18 @@ def test_models(name: str, composed: Compose) -> None:
 
 @pytest.mark.parametrize("group", MIRRORED)
 def test_conf_mirrors_code(group: str, composed: Compose) -> None:
-    package = ROOT / "moe_lab" / MIRRORED[group]
-    code = {path.stem for path in package.glob("*.py") if path.stem != "__init__"}
+    room = MIRRORED[group]
+    plugins = [module for module in rooms.FILES if rooms.is_plugin(module)]
+    code = {module.rpartition(".")[2] for module in plugins if module.rpartition(".")[0] == room}
     files = {path.stem for path in (CONF / group).glob("*.yaml")}
     names = {name: KEYWORDS.get(name, name) for name in sorted(code)}
     assert set(names.values()) - {"none"} <= files - {"none"}
     for name, option in names.items():
         target = composed(f"{group}={option}")[group]._target_
-        assert target.rpartition(".")[0] == f"moe_lab.{MIRRORED[group]}.{name}"
+        assert target.rpartition(".")[0] == f"moe_lab.{room}.{name}"
     for name in sorted(files - code - {"none"}):  # other options of the same code
-        assert composed(f"{group}={name}")[group]._target_.split(".")[2] in code
+        module = composed(f"{group}={name}")[group]._target_.rpartition(".")[0]
+        assert module.removeprefix("moe_lab.") in plugins
 
 
 @pytest.mark.parametrize("group", GROUPS)

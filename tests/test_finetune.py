@@ -451,7 +451,7 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
     assert run("here.jsonl", heldout=samples(6, 2)).key == first.key
     assert run("here.jsonl", lm_data=samples(7, 8)).key != first.key
     recorder = RunReport({}, tmp_path)
-    recorder.checkpoints(
+    recorder.add_checkpoints(
         {
             "dense": Checkpoint(tmp_path / "source"),
             "finetuned": Checkpoint(first.folder / "checkpoint"),

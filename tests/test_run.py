@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, Outcome, run_command
 
 import moe_lab
+from moe_lab.stages import pipeline
 
 DEFAULT = [
     "finetune.phases.lm.data.num_samples=16",
@@ -238,12 +239,12 @@ def test_help_is_light() -> None:
 
 
 def test_a_failure_of_ours_is_reported_with_its_traceback(
-    job: Callable[..., Outcome], main_module: Any, monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(main_module, "pipeline", broken)
+    monkeypatch.setattr(pipeline, "pipeline", broken)
     outcome = job()
     outcome_error = (outcome.report["status"], outcome.report["error"])
     assert outcome_error == ("failed", "ZeroDivisionError: ours")
@@ -251,12 +252,12 @@ def test_a_failure_of_ours_is_reported_with_its_traceback(
 
 
 def test_a_stopped_run_writes_its_report(
-    job: Callable[..., Outcome], main_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    job: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_module, "pipeline", stopped)
+    monkeypatch.setattr(pipeline, "pipeline", stopped)
     with pytest.raises(KeyboardInterrupt):
         job()
     report = json.loads((tmp_path / "job" / "report.json").read_text())

@@ -27,6 +27,7 @@ from moe_lab.models.layers import check_kept, moe_layers, num_parameters
 from moe_lab.models.routers import set_top_k
 from moe_lab.types import LayerInfo, UserError
 
+Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
 SHIPPED = "shipped:"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")

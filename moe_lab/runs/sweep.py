@@ -39,9 +39,7 @@ class Sweep(Callback):
         """Write sweep.json: how to run this again, and the overrides of each job."""
         from moe_lab.files import SWEEP
 
-        importlib.import_module(
-            "moe_lab.tables.outputs"
-        )  # as it is now: a sweep may outlive an update
+        importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)

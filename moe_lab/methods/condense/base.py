@@ -23,14 +23,14 @@ from moe_lab.types import Choice, UserError
 
 def choice_named(kind: str, name: str) -> Callable:
     """The function `choose` of condense.<kind>=<name>; UserError lists what exists."""
-    package = importlib.import_module(f"moe_lab.methods.condense.base.{kind}")
+    package = importlib.import_module(f"{__package__}.{kind}")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     if name not in names:
         or_list = "" if kind == "gates" else ", or an explicit list of numbers"
         raise UserError(
             f"condense.{kind}={name!r} does not exist; there are {', '.join(names)}{or_list}"
         )
-    return importlib.import_module(f"moe_lab.methods.condense.base.{kind}.{name}").choose
+    return importlib.import_module(f"{__package__}.{kind}.{name}").choose
 
 
 def shared_gate(statistics: LayerStatistics) -> float:

@@ -1,0 +1,201 @@
+"""The rooms of moe_lab: what each is for, who may import whom, and the picture of it.
+
+`python docs/rooms.py` draws docs/rooms.svg from the imports as they are, and writes the table into
+docs/architecture.md. tests/test_rooms.py holds the code to the table, and the picture to the code.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What every room may import.
+GROUND = {
+    "types": "the values that pass between stages: LayerInfo, Routing, Edit, Plan",
+    "files": "the names of the files that moe_lab writes",
+    "progress": "progress bars, and times in words",
+}
+# Each room: what it is for, and what else it may import; a dotted name is one part of a room.
+ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "store": ("results on disk, by what they depend on", ()),
+    "compute": ("device, threads, batch size, memory", ()),
+    "data": ("where text comes from, and how it becomes samples", ()),
+    "models": ("all knowledge of transformers", ()),
+    "measure": ("parameters, memory and speed of models side by side", ("models",)),
+    "profile": ("what is measured of an intact model", ("models",)),
+    "methods": ("from a profile to a plan", ("profile", "models")),
+    "finetune": ("recipes, and the loop", ("models", "data.tokens", "compute", "store")),
+    "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
+    "report": ("report.json; its tables, pictures, card, page", ("store",)),
+    "tables": ("many reports as one table", ("report",)),
+    "diagnose": ("what experts do", ("profile", "models", "report.plots")),
+    "track": ("W&B, TensorBoard", ("store",)),
+    "stages": (
+        "the pipeline, and each of its stages",
+        ("store", "compute", "data", "models", "measure", "profile", "methods", "finetune",
+         "evaluate", "report", "diagnose"),
+    ),
+    "runs": ("jobs and sweeps, from start to end", ("report", "tables", "track", "store")),
+    "run.py": ("Hydra's entry", ("stages", "runs")),
+}  # fmt: skip
+# The package's own face: lazy entry points, so that `import moe_lab` stays light.
+FACE = ("models.checkpoint", "models.hook")
+
+# Who alone may import what: the first match counts, so insides come before the whole.
+LIBRARIES = {
+    "transformers.integrations": ("models.layers", "models.observing"),
+    "transformers.core_model_loading": ("models.layerwise",),
+    "transformers.conversion_mapping": ("models.layerwise",),
+    "transformers.modeling_utils": ("models.layerwise",),
+    "transformers.models": ("models.layers",),
+    "transformers": ("models",),
+    "accelerate": ("finetune", "profile.collect"),
+    "datasets": ("data.hub", "evaluate.tasks.harness"),
+    "hydra": ("run.py", "runs.sweep"),
+    "huggingface_hub": ("models.checkpoint", "evaluate.tasks.harness", "report.card"),
+    "jinja2": ("report",),
+    "lm_eval": ("evaluate",),
+    "matplotlib": ("report.plots", "diagnose.pictures"),
+    "tensorboardX": ("track.tensorboard",),
+    "wandb": ("track.wandb",),
+}
+
+# Plug-ins: in these packages every file but the named ones, and some files by themselves.
+PLUGIN_PACKAGES = {
+    "methods.metrics": ("base",),
+    "methods.ratios": ("budget",),
+    "methods.grouping": ("base", "alignment"),
+    "methods.condense.experts": (),
+    "methods.condense.layers": (),
+    "methods.condense.gates": (),
+    "models.families": ("base",),
+}
+PLUGINS = {
+    "methods": ("prune", "merge", "drop_layers", "drop_blocks", "none", "condense.method"),
+    "finetune": ("experts", "seer", "router_kd", "expert_dropping"),
+    "data": ("embedded", "files", "hub", "mixture"),
+    "track": ("wandb", "tensorboard"),
+}
+# Kinds of plug-ins inside methods/, and which other kinds each may import.
+KINDS: dict[str, tuple[str, ...]] = {
+    "methods.metrics": (),
+    "methods.ratios": (),
+    "methods.grouping": ("methods.metrics", "methods.ratios"),
+    "methods.condense": (),
+    "methods.merge": ("methods.grouping", "methods.ratios"),
+    "methods.prune": ("methods.ratios",),
+}
+
+
+def module_of(path: Path) -> str:
+    """Dotted name below moe_lab: "stages.plan", "report" for its __init__, "" for our own."""
+    if path.name == "run.py":
+        return "run.py"
+    parts = path.relative_to(ROOT / "moe_lab").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    """All files of the package, and run.py, by name."""
+    paths = [*sorted((ROOT / "moe_lab").rglob("*.py")), ROOT / "run.py"]
+    return {module_of(path): path for path in paths}
+
+
+FILES = modules()
+
+
+def imports(source: str) -> Iterator[tuple[int, str]]:
+    """Each import, also those inside functions: its line and what it names, dots and all."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def own_module(name: str) -> str:
+    """The module of ours behind a full name: moe_lab.report.frame.OK is report.frame."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in FILES:
+        parts.pop()
+    return ".".join(parts)
+
+
+def inside(module: str, names: Iterable[str]) -> bool:
+    """Whether a module is one of these, or lies in one of them."""
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def room_of(module: str) -> str:
+    """The room of a module: its first part."""
+    return module if module == "run.py" else module.split(".")[0]
+
+
+def is_plugin(module: str) -> bool:
+    """Whether a module is one of several of its kind, chosen by an option."""
+    package, _, name = module.rpartition(".")
+    if package in PLUGIN_PACKAGES:
+        return FILES[module].stem != "__init__" and name not in PLUGIN_PACKAGES[package]
+    room, _, rest = module.partition(".")
+    return rest in PLUGINS.get(room, ())
+
+
+def _kind_of(module: str) -> str:
+    return next((kind for kind in KINDS if inside(module, [kind])), "")
+
+
+def why_not(module: str, name: str) -> str | None:
+    """Why `module` may not import `name`; None where it may."""
+    if name.startswith("."):
+        return "relative imports hide rooms: write moe_lab.…"
+    for library, allowed in LIBRARIES.items():
+        if inside(name, [library]):
+            return None if inside(module, allowed) else f"{library} is for {', '.join(allowed)}"
+    if name.split(".")[0] != "moe_lab":
+        return None
+    other = own_module(name)
+    room, other_room = room_of(module), room_of(other)
+    if module == "":
+        return None if other in FACE else f"the package's face offers only {', '.join(FACE)}"
+    if other == "":
+        return "nothing inside moe_lab imports the package's face"
+    if other_room in GROUND:
+        return None
+    if room in GROUND:
+        return f"{room} is the ground: it imports nothing of ours"
+    if room != other_room:
+        allowed = ROOMS[room][1]
+        return None if inside(other, allowed) else f"{room} may import {', '.join(allowed) or '–'}"
+    kind, other_kind = _kind_of(module), _kind_of(other)
+    if kind and other_kind and kind != other_kind:
+        return None if other_kind in KINDS[kind] else f"{kind} knows nothing of {other_kind}"
+    if is_plugin(module) and is_plugin(other) and kind == other_kind:
+        return f"{other} is a sibling plug-in"
+    if kind and not other_kind and is_plugin(other):
+        return f"{other} is a method by itself"
+    return None
+
+
+def arrows() -> dict[str, set[str]]:
+    """For each module the modules of ours that it imports."""
+    found: dict[str, set[str]] = {}
+    for module, path in FILES.items():
+        names = (name for _, name in imports(path.read_text(encoding="utf-8")))
+        others = {own_module(name) for name in names if name.split(".")[0] == "moe_lab"}
+        found[module] = others - {module}
+    return found
+
+
+def room_arrows() -> dict[str, set[str]]:
+    """For each room the rooms that it imports; the ground, which all import, left out."""
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module, others in arrows().items():
+        if (room := room_of(module)) in found:
+            found[room] |= {room_of(other) for other in others} & found.keys() - {room}
+    return found
