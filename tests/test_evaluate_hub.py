@@ -16,7 +16,6 @@ from conftest import Outcome
 from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM
 
-from moe_lab.compute import Compute
 from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite
 from moe_lab.evaluate.tasks import harness
@@ -203,7 +202,7 @@ def test_examples_come_from_the_training_split(
     one = reviews("train", 1)
     for path in sst5.glob("SetFit/sst5/train.jsonl"):
         path.write_text(json.dumps(one[0]) + "\n")
-    found = run_tasks(model, tokenizer, suite(sst5, num_fewshot=1), tmp_path, Compute("cpu", 4))
+    found = run_tasks(model, tokenizer, suite(sst5, num_fewshot=1), tmp_path, batch_size=4)
     example = f"Review: {one[0]['text']}\nSentiment: {one[0]['label_text']}\n\n"
     assert found["sst5/acc"] == sst5_accuracy(model, tokenizer, reviews("test", 9), example)
 
@@ -218,7 +217,7 @@ def test_new_files_give_new_results(sst5: Path, checkpoint: Path, tokenizer: Any
     for label, expected in ((choice, 1.0), ((choice + 1) % 5, 0.0)):
         file.write_text(json.dumps(row | {"label": label, "label_text": "same"}) + "\n")
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-        found = run_tasks(model, tokenizer, suite(sst5), sst5, Compute("cpu", 4))
+        found = run_tasks(model, tokenizer, suite(sst5), sst5, batch_size=4)
         assert found["sst5/acc"] == expected
         keys.add(harness.fingerprint(["sst5"], str(sst5)))
     assert len(keys) == 2
@@ -261,7 +260,7 @@ def test_generation_is_greedy(sst5: Path, checkpoint: Path, tokenizer: Any, tmp_
         rows.append(row | {"label_text": said if len(rows) % 2 else "nothing of the kind"})
     write_sst5(sst5, rows)
     wanted = suite(sst5, tasks=["sst5_generate"], metrics={"sst5_generate": "exact_match"})
-    found = run_tasks(model, tokenizer, wanted, tmp_path, Compute("cpu", 4))
+    found = run_tasks(model, tokenizer, wanted, tmp_path, batch_size=4)
     assert found == {"sst5_generate/exact_match": 0.5, "average": 0.5}
 
 

@@ -15,7 +15,7 @@ from moe_lab.types import Plan
 METRIC = '''
 from torch import Tensor
 
-from moe_lab.statistics import LayerStatistics
+from moe_lab.profile.layer import LayerStatistics
 
 
 def last_first(layer: LayerStatistics, twist: float) -> Tensor:

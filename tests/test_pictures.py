@@ -308,8 +308,8 @@ def test_same_input_same_bytes_in_any_process(tmp_path: Path) -> None:
         save_usage(tmp_path / name, UNEVEN)
         (tmp_path / name / "plan.json").write_text(PLANS["merge"][0].to_text())
     draw_run(tmp_path / "a")
-    script = "import sys, pathlib; from moe_lab import pictures; " \
-             "pictures.of_run(pathlib.Path(sys.argv[1]))"  # fmt: skip
+    script = "import sys, pathlib; from moe_lab.report.plots.run import draw_run; " \
+             "draw_run(pathlib.Path(sys.argv[1]))"  # fmt: skip
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", script, tmp_path / "b"], env=environment, check=True)
     one, other = (

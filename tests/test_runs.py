@@ -606,7 +606,7 @@ def test_a_single_run_runs_again(place: Path, command: Command, process: type[Pr
     tell(place / "one", "running")
     process.codes = [0]
     assert command("one", "--rerun")[0] == 0
-    script = Path(rerun.__file__).parents[1] / "run.py"
+    script = ROOT / "run.py"
     words = (sys.executable, str(script), "method=merge", "a='x y'", f"run_dir={place / 'one'}")
     assert process.asked == [(words, place)]
     assert script.is_file()

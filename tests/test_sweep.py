@@ -24,7 +24,7 @@ from moe_lab.runs import sweep
 from moe_lab.runs.status import find_jobs
 
 OWN_METRIC = """
-from moe_lab.statistics import LayerStatistics
+from moe_lab.profile.layer import LayerStatistics
 
 
 def certainty(layer: LayerStatistics):
@@ -198,14 +198,14 @@ def test_stages_are_told_as_they_end(
 ) -> None:
     """A report that is read while the plan is made has the profile, and where it lies."""
     seen = {}
-    from moe_lab.stages import plan
+    from moe_lab.stages import pipeline
 
     def look(*arguments: Any) -> Any:
         seen.update(json.loads((tmp_path / "job" / "report.json").read_text()))
         return real(*arguments)
 
-    real = plan.plan
-    monkeypatch.setattr(plan, "plan", look)
+    real = pipeline.plan
+    monkeypatch.setattr(pipeline, "plan", look)
     outcome = job()
     assert seen["status"] == "running" and "seconds/plan" not in seen
     assert (outcome.store / seen["artifact/profile"] / "artifact.json").is_file()

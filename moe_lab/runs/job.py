@@ -29,6 +29,7 @@ from moe_lab.report.summary import (
     stages_table,
     summary_line,
 )
+from moe_lab.runs.moved import refusal_of_import
 from moe_lab.runs.settings import (
     Description,
     planned_layers,
@@ -123,13 +124,14 @@ def _guarded(work: Callable[[dict[str, Any]], None], found: dict[str, Any]) -> i
 
 def _mistake(error: BaseException | None) -> UserError | None:
     """The user's mistake in an error, also where a library wrapped it."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
-        error = error.__cause__ or error.__context__
-    return None
+    cause = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            return UserError(f"{cause.filename or 'a file'} cannot be written: {cause.strerror}")
+        cause = cause.__cause__ or cause.__context__
+    return refusal_of_import(error)
 
 
 def _track(job: Description, tracker: Tracker, found: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from moe_lab.runs.moved import refusal_of_target
 from moe_lab.types import UserError
 
 TOP = {"seed": int, "store": str, "run_dir": str, "resume": bool}
@@ -121,7 +122,7 @@ def _hints(target: str) -> dict[str, Any]:
     """The parameters of what a `_target_` names, with their annotations."""
     found: Any = locate(target)
     if found is None:
-        raise UserError(f"_target_: {target} does not exist")
+        raise refusal_of_target(target)
     # A dataclass's fields may come from bases in other modules, whose names they are written in.
     plain_class = inspect.isclass(found) and not dataclasses.is_dataclass(found)
     hints = typing.get_type_hints(found.__init__ if plain_class else found)
