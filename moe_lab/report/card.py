@@ -4,62 +4,55 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-LOADED_BY_STOCK = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-model = AutoModelForCausalLM.from_pretrained("<this folder>")
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
-```
-
-Stock transformers loads it, with no custom code."""
-LOADED_BY_US = """```python
-import moe_lab
-
-model = moe_lab.load("<this folder>")
-```
-
-Its layers differ in a way that the model's own family cannot say, so stock transformers cannot
-load it; after `import moe_lab`, plain `AutoModelForCausalLM.from_pretrained` can."""
-ENGINES = """Serving engines: not run with this checkpoint. vLLM reads `mlp_only_layers` of
-Qwen2-MoE (read in its source). SGLang's Qwen2-MoE ignored `mlp_only_layers` without an error when
-its source was read: do not serve a condensed Qwen2-MoE with it before checking."""
+TEMPLATE = Path(__file__).parent / "card.md.jinja"
 
 
 def model_card(
     variant: str, report: Mapping[str, Any], config: Mapping[str, Any], table: str
 ) -> str:
     """The card of one variant: what it is, how to load it, figures, and the composed config."""
-    stock = bool(report[f"{variant}/stock"])
     recipe = {key: config[key] for key in ("model", "calibration", "method", "finetune", "seed")}
-    return f"""---
-library_name: transformers
-tags: [moe, moe_lab, {report["method"]}]
-base_model: {report["model"]}
----
-# {report["model"]}, {report["method"]}, {variant}
-
-Made by moe_lab (commit {report["commit"]}) from `{report["model"]}` (fingerprint
-{report["fingerprint/model"]}) with calibration data of fingerprint {report["fingerprint/data"]}.
-
-{_seen(report) if variant == "finetuned" else ""}{LOADED_BY_STOCK if stock else LOADED_BY_US}
-
-{ENGINES}
-
-## Figures
-
-{table}
-## Recipe
-
-```json
-{json.dumps(recipe, indent=1)}
-```
-"""
+    about = ModelCardData(
+        library_name="transformers",
+        tags=["moe", "moe_lab", report["method"]],
+        base_model=hub_id(config["model"]["path"]),
+    )
+    card = ModelCard.from_template(
+        about,
+        template_path=str(TEMPLATE),
+        variant=variant,
+        model=report["model"],
+        method=report["method"],
+        commit=report["commit"],
+        fingerprint=report["fingerprint/model"],
+        data=report["fingerprint/data"],
+        stock=bool(report[f"{variant}/stock"]),
+        seen=_seen(report) if variant == "finetuned" else {},
+        table=table,
+        recipe=json.dumps(recipe, indent=1),
+    )
+    return str(card)
 
 
-def _seen(report: Mapping[str, Any]) -> str:
+def hub_id(path: str) -> str | None:
+    """The path of a model where it is a hub id (owner/name); None for local and shipped ones."""
+    if "/" not in path or Path(path).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return None
+    return path
+
+
+def _seen(report: Mapping[str, Any]) -> dict[str, str]:
     """What fine-tuning has seen: a score on a task whose training split is here is no zero-shot."""
     keys = [key for key in report if key.startswith("finetune/") and key.endswith("/data")]
-    lines = [f"- {key.split('/')[1]}: {report[key]}" for key in keys]
-    return "\n".join(["Fine-tuned, phase after phase, on:", "", *lines, "", ""])
+    return {key.split("/")[1]: report[key] for key in keys}

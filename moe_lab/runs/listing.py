@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from moe_lab.progress import duration
@@ -24,6 +25,7 @@ from moe_lab.runs.status import (
 
 JOB_HEAD = ["job", "status", "stage", "time", "cached", "settings"]
 STORE_HEAD = ["kind", "results", "used here", "unfinished", "size", "took"]
+NO_LIMIT = 10_000  # columns of a line that is cut later, or never
 STYLES = {OK: "green", FAILED: "red", KILLED: "red", RUNNING: "yellow", NOT_STARTED: "dim"}
 
 
@@ -119,15 +121,18 @@ def show_store(root: Path, kinds: Mapping[str, Mapping[str, float]], others: Map
 
 
 def aligned(rows: list[list[str]], right: bool = False) -> list[str]:
-    """Rows as lines with columns below each other; right: all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if right and number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    """Rows as lines with columns below each other; right: all but the first to the right.
+
+    As lines, not as one table: headings and notes go between them.
+    """
+    made = Table.grid(padding=(0, 2, 0, 0))
+    for number in range(len(rows[0]) if rows else 0):
+        made.add_column(justify="right" if right and number else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    console = Console(width=NO_LIMIT, no_color=True)
+    lines = console.render_lines(made, pad=False)
+    return ["".join(part.text for part in line).rstrip() for line in lines]
 
 
 def took(seconds: float | None) -> str:
@@ -136,7 +141,7 @@ def took(seconds: float | None) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes as people say them: 1.3 MB."""
+    """Bytes as reports say them: 1.3 MB."""
     return figure_text("bytes", number)
 
 

@@ -30,6 +30,7 @@ WIDE = 200  # columns of a file or pipe, which has no width to fit to
 EQUAL = 1e-12  # as far apart as equal numbers are that were added up in another order
 # What says how much of a model is gone: the best is told among rows that are alike in these.
 SIZE_KEYS = ("model", "ratio", "ratio/target_gib", "condense/num_layers", "merge/num_experts")
+# Styler's own escape does not know signs beyond ASCII, nor brackets at the start of a line.
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
     "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -84,17 +85,19 @@ class Table:
 
     def latex(self) -> str:
         """A floating table, made smaller where it is too wide; its origin as comments above."""
-        keys = len(self.index.columns)
-        spec = "l" * keys + "r" * len(self.columns)
-        body = [" & ".join(row) + r" \\" for row in self._body(r"\textbf{{{}}}".format, latex)]
+        head, rules = self._latex_head()
+        cells = pd.DataFrame(self._body(r"\textbf{{{}}}".format, latex), columns=head)
+        spec = "l" * len(self.index.columns) + "r" * len(self.columns)
+        styled = cells.style.hide(axis="index")
+        lines = styled.to_latex(hrules=True, column_format=spec, multicol_align="c").splitlines()
+        lines[3:3] = [rules] if rules else []  # below the upper of two head rows
         notes = [rf"\par\smallskip\footnotesize {latex(note)}" for note in self.notes]
+        # Styler floats a table and captions it; only we fit it to the page.
         return "\n".join([
             r"% \usepackage{booktabs,graphicx}", *(f"% {remark}" for remark in self.origin),
             r"\begin{table}", r"\centering", r"\small",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{spec}}}", r"\toprule",
-            *self._latex_head(), r"\midrule", *body, r"\bottomrule", r"\end{tabular}}",
-            *notes, r"\end{table}", "",
+            *lines[:-1], rf"{lines[-1]}}}", *notes, r"\end{table}", "",
         ])  # fmt: skip
 
     def show(self, console: Console | None = None) -> None:
@@ -127,8 +130,11 @@ class Table:
                                   for cell, best in cells])  # fmt: skip
         return rows
 
-    def _latex_head(self) -> list[str]:
-        """Titles of the columns in two rows: above the variant, or the figure that is spread."""
+    def _latex_head(self) -> tuple[pd.Index, str]:
+        """Titles of the columns, and the rules between two rows of them.
+
+        Above the variant, or the figure that is spread; one row where there is nothing to say.
+        """
         above, below = [], []
         for column in self.columns:
             variant, name = titles_of(column.key)
@@ -140,14 +146,14 @@ class Table:
         spread = ", ".join(key for key, _ in self.columns[0].settings) if self.columns else ""
         if spread:
             keys[-1] += rf" \textbar{{}} {latex(spread)}"
-        cells, rules, start = [""] * len(keys), "", len(keys) + 1
+        if not any(above):
+            return pd.Index([*keys, *below]), ""
+        rules, start = "", len(keys) + 1
         for title, group in itertools.groupby(above):
-            number = len(list(group))
-            cells.append(rf"\multicolumn{{{number}}}{{c}}{{{title}}}")
-            rules += rf"\cmidrule(lr){{{start}-{start + number - 1}}}" if title else ""
-            start += number
-        first = [" & ".join(cells) + r" \\", rules] if any(above) else []
-        return [*first, " & ".join([*keys, *below]) + r" \\"]
+            end = start + len(list(group))
+            rules += rf"\cmidrule(lr){{{start}-{end - 1}}}" if title else ""
+            start = end
+        return pd.MultiIndex.from_arrays([[""] * len(keys) + above, [*keys, *below]]), rules
 
 
 def lay_out(

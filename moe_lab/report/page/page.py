@@ -10,15 +10,14 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import html
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moe_lab import store
 from moe_lab.files import CURVE, DIAGNOSIS, HYDRA, LOG, PAGE, PLAN, PLOTS, USAGE
@@ -144,17 +143,19 @@ def _page(sweep: Mapping[str, Any], parts: Parts, pictures: Pictures) -> str:
     style = (here / "page.css").read_text(encoding="utf-8")
     script = "\n".join((here / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     packed = [*_elements("part", parts.packed), *_elements("picture", pictures.packed)]
-    values = {
-        "title": html.escape(sweep["title"]),
-        "policy": f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+    made = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return made.get_template("page.html").render(
+        title=sweep["title"],
+        policy=f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"script-src {_hash(script)}; style-src {_hash(style)}",
-        "style": style,
-        "script": script,
-        "sweep": _json(sweep),
-        "parts": "\n".join(packed),
-    }
-    template = (here / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+        style=style,
+        script=script,
+        sweep=_json(sweep),
+        parts="\n".join(packed),
+    )
 
 
 def _elements(kind: str, packed: Mapping[str, str]) -> Iterable[str]:
