@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,3 +200,137 @@ def room_arrows() -> dict[str, set[str]]:
         if (room := room_of(module)) in found:
             found[room] |= {room_of(other) for other in others} & found.keys() - {room}
     return found
+
+
+def floors() -> list[list[str]]:
+    """The rooms by floor, the ground first: each stands above all that it imports."""
+    arrows, height = room_arrows(), {}
+
+    def floor_of(room: str) -> int:
+        if room not in height:
+            height[room] = 1 + max(map(floor_of, arrows[room]), default=-1)
+        return height[room]
+
+    highest = max(map(floor_of, ROOMS))
+    return [[room for room in ROOMS if height[room] == floor] for floor in range(highest + 1)]
+
+
+def _ordered(rows: list[list[str]], arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The rooms of each floor, moved towards those that they import and that import them."""
+    rows = [list(row) for row in rows]
+    near = {room: set(others) for room, others in arrows.items()}
+    for room, others in arrows.items():
+        for other in others:
+            near[other].add(room)
+    for _ in range(8):
+        place = {room: (at + 0.5) / len(row) for row in rows for at, room in enumerate(row)}
+        for row in rows:
+            row.sort(key=lambda one: (_mean([place[other] for other in near[one]]), one))
+    return rows
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / len(values), 6) if values else 0.5
+
+
+WIDTH, ROW, BOX_WIDTH, BOX_HEIGHT = 1080, 124, 172, 52
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+STYLE = """
+  text { font-family: sans-serif; text-anchor: middle; fill: #222 }
+  .name { font-size: 15px; font-weight: bold } .about { font-size: 10.5px }
+  rect { fill: #fff; stroke: #222; stroke-width: 1.2 } .ground { fill: #eee }
+  path { fill: none; stroke-width: 1.3; opacity: 0.75 }
+"""
+
+
+def drawing() -> str:
+    """An SVG of the rooms by floor and of who imports whom, the colour that of who imports."""
+    arrows = room_arrows()
+    rows = _ordered(floors(), arrows)
+    height = ROW * len(rows) + 70
+    at: dict[str, tuple[float, float]] = {}
+    for floor, row in enumerate(rows):
+        for place, room in enumerate(row):
+            x = WIDTH * (place + 0.5) / len(row)
+            at[room] = (x, height - 70 - ROW * floor - ROW / 2)
+    colour = {room: COLOURS[number % len(COLOURS)] for number, room in enumerate(at)}
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}">',
+        "<title>The rooms of moe_lab, and who imports whom</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect x="0" y="0" width="{WIDTH}" height="{height}" style="stroke: none"/>',
+    ]
+    for room, others in arrows.items():
+        for other in sorted(others, key=lambda one: at[one]):
+            lines.append(_arrow(at[room], at[other], colour[room]))
+    lines += [_box(room, at[room], ROOMS[room][0]) for room in at]
+    names = ", ".join(GROUND)
+    lines += [
+        f'<rect class="ground" x="10" y="{height - 58}" width="{WIDTH - 20}" height="46"/>',
+        f'<text class="name" x="{WIDTH / 2:g}" y="{height - 38}">{names}</text>',
+        f'<text class="about" x="{WIDTH / 2:g}" y="{height - 22}">the ground: every room may '
+        "import it</text>",
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _arrow(start: tuple[float, float], end: tuple[float, float], colour: str) -> str:
+    """From the foot of a room to the head of one below, ending in a dot."""
+    (x, y), (to_x, to_y) = start, end
+    shift = (to_x - x) * 0.08  # several arrows leave and reach a room side by side
+    x, to_x = x + max(-70, min(70, shift)), to_x - max(-70, min(70, shift))
+    y, to_y = y + BOX_HEIGHT / 2, to_y - BOX_HEIGHT / 2
+    bend = 0.45 * (to_y - y)
+    points = ((x, y), (x, y + bend), (to_x, to_y - bend), (to_x, to_y))
+    begin, *curve = (f"{one:.0f} {other:.0f}" for one, other in points)
+    path = f"M{begin} C{' '.join(curve)}"
+    dot = f'<circle cx="{to_x:.0f}" cy="{to_y - 2:.0f}" r="3.2" fill="{colour}"/>'
+    return f'<path d="{path}" stroke="{colour}"/>{dot}'
+
+
+def _box(room: str, centre: tuple[float, float], about: str) -> str:
+    x, y = centre
+    words = about.split()
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 26:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    height = BOX_HEIGHT if len(lines) < 3 else BOX_HEIGHT + 10
+    text = "".join(
+        f'<text class="about" x="{x:g}" y="{y + 6 + 12 * number:g}">{escape(line)}</text>'
+        for number, line in enumerate(lines)
+    )
+    return (
+        f'<rect x="{x - BOX_WIDTH / 2:g}" y="{y - BOX_HEIGHT / 2:g}" width="{BOX_WIDTH}" '
+        f'height="{height}" rx="5"/>'
+        f'<text class="name" x="{x:g}" y="{y - 9:g}">{room}</text>{text}'
+    )
+
+
+MARKS = "<!-- rooms: made by docs/rooms.py -->", "<!-- /rooms -->"
+
+
+def table() -> str:
+    """Who may import whom, as Markdown."""
+    rows = [
+        f"| {room} | {about} | {', '.join(may) or '–'} |" for room, (about, may) in ROOMS.items()
+    ]
+    ground = "; ".join(f"`{name}`: {about}" for name, about in GROUND.items())
+    head = ["| room | what it is for | may import, beside the ground |", "| --- | --- | --- |"]
+    return "\n".join([*head, *rows, "", f"The ground: {ground}."])
+
+
+def with_table(text: str) -> str:
+    """A page with the table between its marks made anew."""
+    start, rest = text.split(MARKS[0])
+    _, end = rest.split(MARKS[1])
+    return f"{start}{MARKS[0]}\n{table()}\n{MARKS[1]}{end}"
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    (here / "rooms.svg").write_text(drawing(), encoding="utf-8")
+    page = here / "architecture.md"
+    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -125,8 +125,10 @@ def aligned(rows: list[list[str]], right: bool = False) -> list[str]:
 
     As lines, not as one table: headings and notes go between them.
     """
+    if not rows:
+        return []
     made = Table.grid(padding=(0, 2, 0, 0))
-    for number in range(len(rows[0]) if rows else 0):
+    for number in range(len(rows[0])):
         made.add_column(justify="right" if right and number else "left", no_wrap=True)
     for row in rows:
         made.add_row(*map(Text, row))

@@ -33,7 +33,7 @@ def measure_stage(
         vocabulary = next(iter(models.values())).config.vocab_size
         figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
         model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
-        for name in variants.keys() - whole.keys():
+        for name in (name for name in variants if name not in whole):
             with at_top_k(model := model_of[variants[name].path], variants[name].top_k):
                 figures |= counted(name, model, how.prompt_length)
         for name, checkpoint in whole.items():
