@@ -56,7 +56,7 @@ def use(tracker: TensorBoardTracker, folder: Path, rows: list[dict[str, Any]]) -
     tracker.images([folder / "loss.png"])
     tracker.html("page", folder / "index.html")
     tracker.artifact(folder / "plan.json", "plan-1", "plan")
-    tracker.lineage(
+    tracker.artifacts(
         [TrackedArtifact("plan-1", "plan", (folder / "plan.json",), made_from=("profile-1",))]
     )
     tracker.summary({"status": "ok", "compressed/parameters": 123_456_789_012, "dense/acc": 0.75})
@@ -80,7 +80,7 @@ def test_files_hold_everything(folder: Path, caplog: pytest.LogCaptureFixture) -
     told = texts(files)
     assert told["run"].splitlines()[2] == "| name | job |"
     assert told["result"] == "| figure | dense |\n| --- | --- |\n| loss \\| a | 1 |\n| none |  |"
-    assert "| plan-1 | plan | profile-1 | made |" in told["lineage"]
+    assert "| plan-1 | plan | profile-1 | made |" in told["artifacts"]
     assert "index.html" in told["page"]
     assert "| status | ok |" in told["report"]
     (picture,) = [value.image for _, value in events(files) if value.tag == "plots/loss"]

@@ -93,7 +93,7 @@ def use(tracker: WandbTracker, folder: Path, name: str = "job", **identity: str)
     tracker.table("result", ["a", "b", "c"], rows)
     tracker.images([folder / "loss.png"])
     tracker.html("page", folder / "index.html")
-    tracker.lineage(items(folder))
+    tracker.artifacts(items(folder))
     tracker.summary({"status": "ok", "dense/eval/average": 0.75, "error": None})
     tracker.finish(0)
 

@@ -35,7 +35,7 @@ class Prune:
     router stays whole, and a token sent there gets zero, a constant (MoNE's novice 2507.00390: the
     expert's mean output over the tokens sent to it; zero for one that saw none), or a copy of its
     own state (the zero-computation experts of MoE++ 2410.07348), times the router's weight.
-    protect: super_experts, which stay whatever their score (`statistics.super_experts`, of the
+    protect: super_experts, which stay whatever their score (`collect.super_experts`, of the
     intact model), or outliers, those of the last quarter of the layers too.
     propagate: each layer's scores and constants are measured behind the layers that are pruned
     already; how many experts each keeps is still decided by the intact model.

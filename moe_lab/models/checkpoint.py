@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def repeats_experts(self) -> bool:
-        """Whether layers were filled up with copies of their experts (`saving.save`)."""
+        """Whether layers were filled up with copies of their experts (`saving.save_checkpoint`)."""
         return hasattr(self.config, "distinct_experts")
 
     def layers(self) -> list[LayerInfo]:
@@ -304,7 +304,7 @@ def meta_model(config: Any) -> PreTrainedModel:
 
 
 def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
-    """Give a model without weights the dtypes in which `saving.save` writes its tensors.
+    """Give a model without weights the dtypes in which `saving.save_checkpoint` writes its tensors.
 
     Parameters are written in the config's dtype. Those that the family keeps in float32, and all
     buffers, are written as they were loaded to be computed with.

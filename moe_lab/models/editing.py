@@ -1,6 +1,6 @@
 """Editing the MoE layers of a loaded model: removing, merging, condensing and dropping.
 
-What an edit leaves computes the edited function at once; `saving.py` finds the form in which stock
+What an edit leaves computes the edited function at once; `forms.py` finds the form in which stock
 transformers can hold it.
 """
 
@@ -73,7 +73,7 @@ def no_mlp(layer: MoELayer) -> NoMLP:
 def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None:
     """Keep only the `kept` experts of a layer, in that order, in place.
 
-    rows: whether the router loses the other rows; where not, `stand_ins.place` must say at once
+    rows: whether the router loses the other rows; where not, `remapped.remap` must say at once
     where they lead.
     """
     old, kept = layer.info.num_experts, list(kept)
@@ -244,7 +244,7 @@ def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
 def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
 
-    The model computes the edited function at once; `saving.save` finds the form in which
+    The model computes the edited function at once; `forms.py` finds the form in which
     stock transformers can hold it. Decoder layers behind a dropped one get new numbers.
     """
     layers = {layer.info.index: layer for layer in moe_layers(model)}

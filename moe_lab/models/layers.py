@@ -1,6 +1,6 @@
 """MoE layers of a transformers model: finding and computing them.
 
-With `routing.py`, `observing.py`, `stand_ins.py`, `checkpoint.py`, `layerwise.py` and `saving.py`
+With `routers.py`, `observing.py`, `remapped.py`, `checkpoint.py`, `layerwise.py` and `saving.py`
 all that knows transformers' insides. It relies on the contract that the v5 families share: inside a
 decoder layer stands a block with a router, which returns (logits, weights, indices), and an experts
 module decorated with `use_experts_implementation`, which takes (hidden_states, top_k_index,

@@ -1,6 +1,6 @@
 """A checkpoint opened one decoder layer at a time: memory holds what is used, not the model.
 
-With `moe.py`, `observing.py`, `checkpoint.py` and `saving.py` this file knows transformers'
+With `layers.py`, `observing.py`, `checkpoint.py` and `saving.py` this file knows transformers'
 insides: it fills parts of a model without weights by the very function with which
 `from_pretrained` fills all of it, so that every family's conversions apply.
 """

@@ -185,7 +185,7 @@ def restricted(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[
 
 @contextmanager
 def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
-    """The same for one layer; the number that stays has to fit its router (`moe.check_kept`)."""
+    """The same for one layer; the number that stays has to fit its router (`layers.check_kept`)."""
     router = layer.router
     own = set(router.modules())
     others = {module for module, *_ in by_expert(layer)} - {*own, *layer.experts.modules()}

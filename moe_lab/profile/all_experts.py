@@ -87,7 +87,7 @@ class AllExperts:
         Of a token's outputs their inner products G [E, E] are enough: with c the change of its
         weights [E], the squared error is c G c. Routers that work on groups may be asked for sets
         with which no pruned layer could be left: then the others' logits and biases are -inf
-        (`routing.masked_layer`).
+        (`routers.masked_layer`).
         """
         sums = torch.zeros(len(sets), 2, dtype=torch.float64)
         for chunk in range(self._num_chunks):

@@ -145,7 +145,7 @@ def _track(job: Description, tracker: Tracker, found: dict[str, Any]) -> None:
     if rows and len(head) > 1:
         tracker.table("result", ["figure", *head[1:]], rows)
     tracker.images(path for path in drawn if path.suffix == ".png")
-    tracker.lineage(artifacts.tracked_artifacts(found, job.store))
+    tracker.artifacts(artifacts.tracked_artifacts(found, job.store))
 
 
 def _drawn(folder: Path) -> list[Path]:

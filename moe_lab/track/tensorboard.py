@@ -17,12 +17,12 @@ INSTALL = ": pip install 'moe_lab[tensorboard]', or say track=offline|off"
 
 
 class TensorBoardTracker(Tracker):
-    """Event files under <run>/tensorboard, as `Logbook` says.
+    """Event files under <run>/tensorboard, as `Tracker` says.
 
     A curve's figure is there twice: finetune/<phase>/<figure> over steps, and
     finetune_over_tokens/<phase>/<figure>. The report's numbers and the config are one session of
     the HParams view, in tensorboard/report. What TensorBoard cannot show is told as text: where
-    a page or an artifact lies, and the lineage as a table.
+    a page or an artifact lies, and the artifacts as a table.
 
     A restarted job writes further files into the same folder, where TensorBoard joins them.
     """
@@ -107,13 +107,13 @@ class TensorBoardTracker(Tracker):
     def artifact(self, path: Path, name: str, type: str) -> None:
         self._in_run(f"adding {path}", lambda: self._writer.add_text(f"{type}/{name}", f"`{path}`"))
 
-    def lineage(self, items: Iterable[TrackedArtifact]) -> None:
+    def artifacts(self, items: Iterable[TrackedArtifact]) -> None:
         rows = [
             [item.name, item.type, ", ".join(item.made_from), "used" if item.found else "made",
              item.place or ", ".join(map(str, item.files))]
             for item in items
         ]  # fmt: skip
-        self.table("lineage", ["artifact", "type", "made from", "this run", "place"], rows)
+        self.table("artifacts", ["artifact", "type", "made from", "this run", "place"], rows)
 
     def finish(self, exit_code: int) -> None:
         def close() -> None:

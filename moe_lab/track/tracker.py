@@ -1,4 +1,4 @@
-"""What every tracker does alike: its interface, the flat config, points logged once, lineage.
+"""What every tracker does alike: its interface, the flat config, points logged once, artifacts.
 
 A tracker never fails the run: each call into the service behind it goes through one `Guard`.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrackedArtifact:
-    """One link of a lineage: a model, a profile, a plan or a checkpoint.
+    """One link of the chain that a run used and made: a model, a profile, a plan or a checkpoint.
 
     name: made from its content key, as profile-ab12cd34ef56, so that what several jobs share is
     one artifact. files: small files and folders, copied at once. place: where the rest of it lies
@@ -95,7 +95,7 @@ class Tracker(Protocol):
     def artifact(self, path: Path, name: str, type: str) -> None:
         """Attach a file or a folder of results."""
 
-    def lineage(self, items: Iterable[TrackedArtifact]) -> None:
+    def artifacts(self, items: Iterable[TrackedArtifact]) -> None:
         """Attach what the run used and made, in the order it was made."""
 
     def finish(self, exit_code: int) -> None:

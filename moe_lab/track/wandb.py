@@ -36,7 +36,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 
 
 class WandbTracker(Tracker):
-    """One W&B run at a time, as `Logbook` says.
+    """One W&B run at a time, as `Tracker` says.
 
     mode: "online" (falls back to offline without an API key or a server), "offline" (files under
     the run's folder and no network, for `wandb sync` later) or "off". upload_checkpoints: whether
@@ -145,9 +145,9 @@ class WandbTracker(Tracker):
         self._in_run(f"attaching {path}", attach)
 
     def artifact(self, path: Path, name: str, type: str) -> None:
-        self.lineage([TrackedArtifact(name, type, (path,))])
+        self.artifacts([TrackedArtifact(name, type, (path,))])
 
-    def lineage(self, items: Iterable[TrackedArtifact]) -> None:
+    def artifacts(self, items: Iterable[TrackedArtifact]) -> None:
         """Attach what the run used and made, in the order it was made.
 
         W&B draws a run between what it used and what it made. A run that made all of them shows

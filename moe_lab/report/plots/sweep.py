@@ -68,7 +68,7 @@ SETTINGS = {
 
 
 def draw_sweep(folder: Path, frame: pd.DataFrame) -> list[Path]:
-    """Draw into <folder>/plots what `reports.read(folder)` tells of the jobs that went well.
+    """Draw into <folder>/plots what `read_reports(folder)` tells of the jobs that went well.
 
     pareto_<cost>: the quality left against each cost; by_<setting>: quality along each swept
     number; curves: fine-tuning.
