@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.runs import options, sweep
 
-USER_MISTAKE, STOPPED = 2, 130
+USER_MISTAKE = 2
 exit_codes: list[int] = []
 
 
@@ -65,6 +65,8 @@ if __name__ == "__main__":
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
     except KeyboardInterrupt:
+        from moe_lab.runs.rerun import STOPPED
+
         print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
         if sweep.Sweep.started:
             print(sweep.Sweep.started.how_to_go_on(), file=sys.stderr)

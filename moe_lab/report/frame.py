@@ -16,11 +16,11 @@ import pandas as pd
 
 from moe_lab.files import REPORT
 from moe_lab.report.figures import VARIANTS
-from moe_lab.report.report import job_order, read_report
+from moe_lab.report.report import OK, job_order, read_report
 from moe_lab.types import UserError
 
 REQUEST = "fingerprint/request"  # of everything that was asked for and decides a result
-STATUS, OK, NONE = "status", "ok", "none"
+STATUS, NONE = "status", "none"
 # Not settings: what a job gave, and what names it. The rest of a report's keys is its settings.
 RESULT_KEYS = re.compile(
     r"(status|error|sweep|job|run_id|url|fingerprint/request)$|"

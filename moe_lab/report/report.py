@@ -16,6 +16,7 @@ from moe_lab.files import REPORT
 from moe_lab.report.figures import finite
 from moe_lab.types import UserError
 
+OK = "ok"  # the status of a job that went well
 Report = dict[str, str | int | float | bool | None]
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lab.report.report import OK
 from moe_lab.runs import cleaning, listing, rerun
 from moe_lab.runs.cleaning import CHECKPOINTS, SEARCH, UNUSED, Contents, Result
 from moe_lab.runs.listing import many, size, took
-from moe_lab.runs.status import FAILED, KILLED, NOT_STARTED, OK, RUNNING, STATUSES, Job, find_jobs
+from moe_lab.runs.status import FAILED, KILLED, NOT_STARTED, RUNNING, STATUSES, Job, find_jobs
 from moe_lab.types import UserError
 
 AFTER = {

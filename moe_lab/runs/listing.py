@@ -12,16 +12,8 @@ from rich.text import Text
 
 from moe_lab.progress import duration
 from moe_lab.report.figures import MISSING, figure_text
-from moe_lab.runs.status import (
-    FAILED,
-    KILLED,
-    NOT_STARTED,
-    OK,
-    RUNNING,
-    STATUSES,
-    Job,
-    settings_apart,
-)
+from moe_lab.report.report import OK
+from moe_lab.runs.status import FAILED, KILLED, NOT_STARTED, RUNNING, STATUSES, Job, settings_apart
 
 JOB_HEAD = ["job", "status", "stage", "time", "cached", "settings"]
 STORE_HEAD = ["kind", "results", "used here", "unfinished", "size", "took"]

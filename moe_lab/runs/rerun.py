@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_lab.files import CHECKOUT, HYDRA, SWEEP
-from moe_lab.runs.status import OK, RUNNING, Job, SweepRecord, read_yaml
+from moe_lab.report.report import OK
+from moe_lab.runs.status import RUNNING, Job, SweepRecord, read_yaml
 from moe_lab.types import UserError
 
 SCRIPT = CHECKOUT / "run.py"

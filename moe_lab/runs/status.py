@@ -21,10 +21,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from moe_lab.files import HYDRA, LOCK, LOG, REPORT, SWEEP
-from moe_lab.report.report import Report, job_order, read_report
+from moe_lab.report.report import OK, Report, job_order, read_report
 from moe_lab.types import UserError
 
-STATUSES = OK, FAILED, KILLED, RUNNING, NOT_STARTED = "ok", "failed", "killed", "running", "missing"
+FAILED, KILLED, RUNNING, NOT_STARTED = "failed", "killed", "running", "missing"
+STATUSES = OK, FAILED, KILLED, RUNNING, NOT_STARTED
 STARTING = 60.0  # seconds from Hydra's first files to a job's first report, imports and all
 KEY = re.compile(r"\b[0-9a-f]{12}\b")  # as the store's keys and fingerprints are written
 INSIDE = re.compile(r"\.|(wandb|diagnosis|plans|checkpoint)$|[0-9a-f]{12}$")  # no jobs in these

@@ -71,7 +71,8 @@ class Sweep(Callback):
         0 where all jobs went well, else 1. Nothing is made where no job came so far as a report.
         """
         from moe_lab.progress import duration
-        from moe_lab.report.frame import OK, STATUS, read_reports, report_folders
+        from moe_lab.report.frame import STATUS, read_reports, report_folders
+        from moe_lab.report.report import OK
         from moe_lab.tables.outputs import write_outputs
 
         if not report_folders(self.folder):

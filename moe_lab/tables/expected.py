@@ -17,7 +17,8 @@ import pandas as pd
 
 from moe_lab.files import CHECKOUT
 from moe_lab.report.figures import MISSING, difference_text, figure_text
-from moe_lab.report.frame import NONE, OK, STATUS, deviation_of, label_of, mean_of
+from moe_lab.report.frame import NONE, STATUS, deviation_of, label_of, mean_of
+from moe_lab.report.report import OK
 from moe_lab.tables.pivot import Column
 from moe_lab.tables.table import Table
 from moe_lab.types import UserError

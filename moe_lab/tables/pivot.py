@@ -17,7 +17,6 @@ import pandas as pd
 from moe_lab.report.figures import DEFAULT_VALUES, MISSING
 from moe_lab.report.frame import (
     NONE,
-    OK,
     SEED_KEYS,
     STATUS,
     deviation_of,
@@ -31,6 +30,7 @@ from moe_lab.report.frame import (
     setting_keys,
     varying_keys,
 )
+from moe_lab.report.report import OK
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)

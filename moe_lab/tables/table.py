@@ -22,7 +22,8 @@ from moe_lab.report.figures import (
     is_truth,
     titles_of,
 )
-from moe_lab.report.frame import OK, STATUS
+from moe_lab.report.frame import STATUS
+from moe_lab.report.report import OK
 from moe_lab.tables.comparison import Comparison, stars
 from moe_lab.tables.pivot import Column, Pivot, remarks, state
 

@@ -21,8 +21,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from moe_lab import store
 from moe_lab.files import CURVE, DIAGNOSIS, HYDRA, LOG, PAGE, PLAN, PLOTS, USAGE
-from moe_lab.report.frame import OK, STATUS, read_reports, reason_of
+from moe_lab.report.frame import STATUS, read_reports, reason_of
 from moe_lab.report.page.columns import AXIS_TITLES, columns_of
+from moe_lab.report.report import OK
 from moe_lab.report.run_files import (
     LOADER,
     commands_of,
@@ -47,7 +48,7 @@ def write_page(folder: Path, title: str | None = None) -> Path:
     """
     frame = read_reports(folder)
     every = frame.to_dict("index")
-    parts, pictures = Parts(), Pictures(folder)
+    parts, pictures = PackedTexts(), Pictures(folder)
     sweep = {
         "title": title or folder.resolve().name,
         "runs": list(frame.index),
@@ -66,7 +67,7 @@ def write_page(folder: Path, title: str | None = None) -> Path:
     return path
 
 
-class Parts:
+class PackedTexts:
     """Texts for later, compressed; the same one is kept once."""
 
     def __init__(self) -> None:
@@ -104,7 +105,7 @@ class Pictures:
 
 
 def _details(
-    root: Path, name: str, one: Mapping[str, Any], parts: Parts, pictures: Pictures
+    root: Path, name: str, one: Mapping[str, Any], parts: PackedTexts, pictures: Pictures
 ) -> dict[str, Any]:
     """What a run's own view shows beside its report; what its folder lacks is None or empty."""
     folder = root / name
@@ -138,7 +139,7 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c")
 
 
-def _page(sweep: Mapping[str, Any], parts: Parts, pictures: Pictures) -> str:
+def _page(sweep: Mapping[str, Any], parts: PackedTexts, pictures: Pictures) -> str:
     here = Path(__file__).parent
     style = (here / "page.css").read_text(encoding="utf-8")
     script = "\n".join((here / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)

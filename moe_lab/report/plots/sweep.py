@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from moe_lab.files import CURVE, PLOTS
-from moe_lab.report.frame import NONE, OK, STATUS, free_keys, label_of
+from moe_lab.report.frame import NONE, STATUS, free_keys, label_of
 from moe_lab.report.plots import cloud, curve, style
+from moe_lab.report.report import OK
 
 LEVEL = {"color": "0.35", "marker": "", "linestyle": (0, (5, 3)), "linewidth": 1.0}
 VARIANT_LABELS = {"compressed": "compressed (hollow)", "finetuned": "fine-tuned (filled)"}
