@@ -1,7 +1,6 @@
-"""One table from many reports: `python -m moe_lab.tables FOLDER` pivots every report.json below it.
+"""What a sweep leaves in its folder at its end.
 
-Also what a sweep leaves in its folder at its end: the table in all formats, the comparison with
-published figures, pictures and a page.
+The table in all formats, the comparison with published figures, pictures and a page.
 """
 
 from __future__ import annotations

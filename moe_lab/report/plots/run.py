@@ -1,6 +1,6 @@
 """Pictures of one run, from what its folder holds: what is not there is not drawn.
 
-Returns the PNGs that it wrote, each with a PDF of the same name beside it.
+`draw_run` returns the PNGs that it wrote, each with a PDF of the same name beside it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Pictures of a run and of a sweep, from what their folders hold: what is not there is not drawn.
+"""Pictures of a sweep, from what its folder holds: what is not there is not drawn.
 
-Every function returns the PNGs that it wrote, each with a PDF of the same name beside it.
+`draw_sweep` returns the PNGs that it wrote, each with a PDF of the same name beside it.
 """
 
 from __future__ import annotations
