@@ -22,10 +22,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from moe_lab.files import PACKAGE
-from moe_lab.models.families.base import check_original, convert_weights, family_of
+from moe_lab.models.families.base import (
+    check_original,
+    convert_weights,
+    family_of,
+    known_family,
+)
 from moe_lab.models.layers import check_kept, moe_layers, num_parameters
 from moe_lab.models.routers import set_top_k
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.types import Edit, LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
 SHIPPED = "shipped:"
@@ -125,7 +130,7 @@ class Original(Checkpoint):
     @property
     def family(self) -> ModuleType:
         """The family's file in `families/`."""
-        return family_of(_read_config(self.path)["model_type"])
+        return known_family(_read_config(self.path)["model_type"])
 
     @functools.cached_property
     def config(self) -> Any:
@@ -196,7 +201,7 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def resolve(
-    path: str | os.PathLike, revision: str | None = None, dtype: str = "auto"
+    path: str | os.PathLike[str], revision: str | None = None, dtype: str = "auto"
 ) -> Checkpoint:
     """The checkpoint of a local folder, of a hub id (which is then downloaded), or "shipped:name".
 
@@ -300,7 +305,8 @@ def _sha256(file: Path) -> str:
 def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return model
 
 
 def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
@@ -312,7 +318,7 @@ def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
     stored = getattr(model.config, "dtype", None)
     loaded = (stored or torch.float32) if computing == "auto" else getattr(torch, computing)
     in_float32 = model._get_dtype_plan(loaded)
-    kept = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     buffers = {id(buffer) for buffer in model.buffers()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -322,7 +328,7 @@ def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
         tensor.data = tensor.data.to(as_loaded if unchanged else stored)
 
 
-def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint that moe_lab or transformers wrote, in evaluation mode.
 
     Raises UserError where weights are missing or do not fit the config, and where its family must
@@ -331,11 +337,12 @@ def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> P
     _refuse_original(Path(path))
     try:
         with no_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **LOCAL
             )
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
+    model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
@@ -343,7 +350,8 @@ def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> P
         )
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
-    return model.to(device).eval()
+    ready: PreTrainedModel = model.to(device).eval()
+    return ready
 
 
 def _refuse_original(path: Path) -> None:
@@ -371,7 +379,7 @@ def no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Any]) -> None:
+def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Edit]) -> None:
     """Refuse a plan that names layers which are not there or keeps too few experts."""
     known = {info.index: info for info in layers}
     for edit in edits:
