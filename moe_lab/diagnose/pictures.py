@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from moe_lab.diagnose.tables import Tables
 from moe_lab.report.plots import style
 
 PER_PAGE = 12  # layers on a page of small pictures
@@ -110,7 +110,7 @@ def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
 
 
 def draw_experts(
-    tables: Any,
+    tables: Tables,
     lifts: LayerMatrices,
     similar: Mapping[str, LayerMatrices],
     folder: Path,

@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from moe_lab.files import PACKAGE
@@ -108,7 +114,7 @@ class Checkpoint:
             set_top_k(model, self.top_k)
         return model
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer; UserError where it has none."""
         # Without any of these transformers makes an empty tokenizer, and says nothing.
         if not any(file for pattern in VOCABULARIES for file in self.path.glob(pattern)):
@@ -149,7 +155,7 @@ class Original(Checkpoint):
         """Refused: it is loaded once it is converted."""
         return load(self.path)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as the converted checkpoint will have it."""
         with tempfile.TemporaryDirectory() as folder:
             self._write_texts(Path(folder))

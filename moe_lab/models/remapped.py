@@ -23,12 +23,14 @@ WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
 class Experts(nn.Module):
     """What the experts modules of all families have in common: for annotations, never made.
 
-    down_proj: [E, D, I], or [E, I, D] where transposed; gate_up_proj: where it has a gate.
+    down_proj: [E, D, I], or [E, I, D] where transposed; gate_up_proj where it has a gate, up_proj
+    where it has none.
     """
 
     config: Any  # differs by family
     num_experts: int
     gate_up_proj: nn.Parameter
+    up_proj: nn.Parameter
     down_proj: nn.Parameter
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
