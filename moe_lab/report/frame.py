@@ -51,9 +51,14 @@ def read_reports(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, index=index, dtype=object)
 
 
+def keys_of(frame: pd.DataFrame) -> list[str]:
+    """The keys of a frame's columns."""
+    return list(map(str, frame))
+
+
 def setting_keys(frame: pd.DataFrame) -> list[str]:
     """The keys that say what was asked for."""
-    return [key for key in frame if not RESULT_KEYS.match(key)]
+    return [key for key in keys_of(frame) if not RESULT_KEYS.match(key)]
 
 
 def varying_keys(frame: pd.DataFrame) -> list[str]:

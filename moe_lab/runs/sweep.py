@@ -124,7 +124,8 @@ def jobs(config: DictConfig) -> list[list[str]] | None:
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return None
     lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    lines += OmegaConf.to_container(config.hydra.overrides.task)
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task)
+    lines += given
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     (found,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
     return found

@@ -5,6 +5,7 @@ Look at a sweep with `tensorboard --logdir <its folder>`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ class TensorBoardTracker(Tracker):
             self._writer.add_image(f"plots/{path.stem}", pixels_HWC, dataformats="HWC")
 
         for path in paths:
-            self._in_run(f"adding {path}", lambda path=path: add(path))
+            self._in_run(f"adding {path}", functools.partial(add, path))
 
     def html(self, name: str, path: Path) -> None:
         self._in_run(f"adding {path}", lambda: self._writer.add_text(name, f"`{path}`"))

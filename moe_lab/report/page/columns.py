@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lab.report.figures import DEFAULT_VALUES, better, figure_text, is_truth
-from moe_lab.report.frame import ORIGIN_KEYS, label_of, setting_keys, varying_keys
+from moe_lab.report.frame import ORIGIN_KEYS, keys_of, label_of, setting_keys, varying_keys
 
 AXIS_TITLES = {
     "eval/average": "average accuracy",
@@ -43,7 +43,7 @@ def columns_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
             "format": _format(key),
             **_values(key, frame[key], key in settings),
         }
-        for key in frame
+        for key in keys_of(frame)
     ]
 
 
