@@ -80,7 +80,7 @@ class Rows(Texts):
 
 
 class _Formatter(string.Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
+    def format_field(self, value: object, format_spec: str) -> str:
         if value is None:
             raise TypeError("a field is null")
         text: str = super().format_field(value, format_spec)
@@ -97,5 +97,5 @@ def _fill(template: str, place: str, row: Any) -> str:
         ) from error
 
 
-def _fields(row: Any) -> list[str] | str:
+def _fields(row: object) -> list[str] | str:
     return sorted(row) if isinstance(row, dict) else type(row).__name__

@@ -52,7 +52,7 @@ class Tokens:
     @property
     def fingerprint(self) -> str:
         """12 hex over the token ids, what of them is no target, and the groups."""
-        values: Any = [self.samples, self.prompts] if self.prompts else self.samples
+        values: object = [self.samples, self.prompts] if self.prompts else self.samples
         if self.groups:
             values = {"samples": values, "groups": self.groups}
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

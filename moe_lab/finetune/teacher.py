@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -187,7 +186,7 @@ class Teacher:
         pairs = list(_pairs(distinct_samples(texts)))
         ends = list(accumulate(max(0, len(sample) - prompt) for sample, prompt in pairs))
         self.rows = dict(zip(pairs, zip([0, *ends], ends, strict=False), strict=True))
-        self._shards: dict[int, Any] = {}
+        self._shards: dict[int, safe_open] = {}
 
     def of(self, tokens: Tokens) -> dict[str, Tensor]:
         """The teacher's rows for the targets of some samples, one sample after the other.
@@ -213,7 +212,7 @@ class Teacher:
                 return
             first = end
 
-    def _opened(self, shard: int) -> Any:
+    def _opened(self, shard: int) -> safe_open:
         if shard not in self._shards:
             path = self.folder / f"{shard}.safetensors"
             self._shards[shard] = safe_open(path, "pt").__enter__()

@@ -281,7 +281,9 @@ class Merge:
             return propagated(profile, edit_of, tensors, experts_on=self.num_samples)
         return propagated(profile, edit_of, tensors)
 
-    def _choose(self, one: LayerStatistics, number: int, outputs: Any) -> Groups:
+    def _choose(
+        self, one: LayerStatistics, number: int, outputs: Tensor | Sequence[float] | None
+    ) -> Groups:
         if outputs is not None:
             outputs = torch.as_tensor(outputs, dtype=torch.float64)
         options = self.linkage, self.group_size

@@ -131,7 +131,7 @@ class LayerStream:
         layer, valid = self.moe[index], self.valid[batch]
         caught: dict[str, Any] = {}
 
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Output) -> None:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> None:
             caught["x"] = args[0]
             caught["y"] = hidden_of(output)
 

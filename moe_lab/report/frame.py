@@ -139,12 +139,12 @@ def deviation_of(figures: Sequence[float]) -> float:
     return statistics.stdev(figures) if len(figures) > 1 else math.nan
 
 
-def label_of(value: Any) -> str:
+def label_of(value: object) -> str:
     """A setting's value as text, in one line."""
     return NONE if value is None or value != value else " ".join(str(value).split())
 
 
-def labels_of(values: Iterable[Any]) -> str:
+def labels_of(values: Iterable[object]) -> str:
     """Different values as text, each once: a,b."""
     return ",".join(dict.fromkeys(map(label_of, values)))
 

@@ -174,7 +174,7 @@ def _rerun(folder: Path, found: list[Job]) -> int:
     return max(codes)
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 

@@ -273,7 +273,7 @@ def _result(kind: str, folder: Path, size: int) -> Result:
     return Result(kind, folder.name, folder, size, seconds, made, frozenset(names), made_from)
 
 
-def _references(value: Any) -> Iterator[str]:
+def _references(value: object) -> Iterator[str]:
     """What an identity may name: keys and fingerprints, and the keys of identities within it."""
     if isinstance(value, str):
         yield from KEY.findall(value)

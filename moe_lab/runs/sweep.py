@@ -35,7 +35,7 @@ class Sweep(Callback):
 
     started: Sweep | None = None
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
         from moe_lab.files import SWEEP
 

@@ -84,7 +84,7 @@ class TensorBoardTracker(Tracker):
 
         self._in_run("writing the summary", add)
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         self._in_run(
             f"adding the table {name}",
             lambda: self._writer.add_text(name, _markdown(columns, rows)),
@@ -124,12 +124,12 @@ class TensorBoardTracker(Tracker):
         self._in_run("closing its files", close)
         self._writer = None
 
-    def _in_run(self, doing: str, act: Callable[[], Any]) -> None:
+    def _in_run(self, doing: str, act: Callable[[], object]) -> None:
         if self._writer is not None:
             self._guard(doing, act)
 
 
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     cells = [["" if cell is None else str(cell).replace("|", r"\|") for cell in line]
              for line in lines]  # fmt: skip

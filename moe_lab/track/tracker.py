@@ -84,7 +84,7 @@ class Tracker(Protocol):
     def summary(self, report: Mapping[str, Any]) -> None:
         """Make the flat report the run's summary."""
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Add a table."""
 
     def images(self, paths: Iterable[Path]) -> None:
@@ -110,7 +110,7 @@ class Guard:
         self.service, self.remedy = service, remedy
         self._told: set[str] = set()
 
-    def __call__(self, doing: str, act: Callable[[], Any], goes_on: str = "without it") -> bool:
+    def __call__(self, doing: str, act: Callable[[], object], goes_on: str = "without it") -> bool:
         """Whether `act` went well; remedy: what to do where the service is not installed."""
         try:
             act()

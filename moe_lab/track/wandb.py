@@ -117,11 +117,11 @@ class WandbTracker(Tracker):
     def summary(self, report: Mapping[str, Any]) -> None:
         self._in_run("writing the summary", lambda: self._run.summary.update(dict(report)))
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         def attach() -> None:
             import wandb
 
-            data: list[Iterable[Any]] = [
+            data: list[Iterable[object]] = [
                 [None if _is_nan(value) else value for value in row] for row in rows
             ]
             mixed = any(_is_mixed(column) for column in zip(*data, strict=True))
@@ -245,11 +245,11 @@ def _artifact_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_.-]", "-", short(name, NAME_LENGTH))
 
 
-def _is_nan(value: Any) -> bool:
+def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _is_mixed(column: Iterable[Any]) -> bool:
+def _is_mixed(column: Iterable[object]) -> bool:
     """Whether W&B, which takes one kind of value per column, must be told to expect several."""
     kinds = {type(value) for value in column if value is not None}
     return len(kinds) > 1 and not kinds <= {int, float}

@@ -73,7 +73,7 @@ class Listed:
         return everything | dict(listed)
 
 
-def _check_number(info: LayerInfo, number: Any, source: str) -> None:
+def _check_number(info: LayerInfo, number: int, source: str) -> None:
     if type(number) is not int or number > info.num_experts:
         raise UserError(
             f"{source}: layer {info.index} has {info.num_experts} experts and can keep "
@@ -102,8 +102,8 @@ def _numbers_of(path: str) -> dict[int, int]:
     return {edit.index: len(edit.kept) for edit in edited}
 
 
-def _word(kept: Any) -> str:
+def _word(kept: Sequence[int] | Mapping[int, int] | None) -> str:
     """As it was asked for."""
     if isinstance(kept, Mapping):
         return "{" + ",".join(f"{index}:{number}" for index, number in kept.items()) + "}"
-    return "[" + ",".join(map(str, kept)) + "]"
+    return "[" + ",".join(map(str, kept or ())) + "]"

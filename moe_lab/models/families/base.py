@@ -29,7 +29,7 @@ from moe_lab.progress import progress
 from moe_lab.types import UserError
 
 
-def family_of(model_type: Any) -> ModuleType | None:
+def family_of(model_type: str | None) -> ModuleType | None:
     """The file of a family; None for those that transformers reads by itself."""
     package = importlib.import_module(__package__)
     families = {module.name for module in pkgutil.iter_modules(package.__path__)} - {"base"}

@@ -48,7 +48,7 @@ def columns_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _values(key: str, column: pd.Series, setting: bool) -> dict[str, Any]:
-    places: dict[Any, int] = {}
+    places: dict[tuple[type, Any], int] = {}
     codes = []
     for value in column:
         known = value is not None and value == value
@@ -62,7 +62,7 @@ def _values(key: str, column: pd.Series, setting: bool) -> dict[str, Any]:
     return {"values": values, "texts": texts, "codes": codes if any(codes) else 0}
 
 
-def _format(key: str) -> list[Any]:
+def _format(key: str) -> list[str | int]:
     """How report.shown writes this key, for numbers that only the page knows: kind, digits, unit.
 
     Read off an example, so that the two cannot disagree.
