@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
 
-.PHONY: help run test bench lint
+.PHONY: help run test bench lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,8 @@ help:
 	@echo "make test [ARGS='tests/test_store.py -x']   run the tests"
 	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
-	@echo "make lint                                   check style and formatting with ruff"
+	@echo "make lint                                   check style and formatting (ruff), types (mypy)"
+	@echo "make format                                 correct style and formatting with ruff"
 	@echo "PYTHON=python3.12 make ...                  choose the interpreter that .venv is made from"
 
 run: $(STAMP)
@@ -35,6 +36,11 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -35,18 +35,19 @@ def main(config: DictConfig) -> None:
     # A single job that is put into a sweep's folder is none of its own.
     place = sweep.place(folder) if hydra_config.mode == RunMode.MULTIRUN else None
     named = place.told if place else hydra_config.job.override_dirname
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     description = Description(
         folder=folder,
         sweep=folder.parent.name,
         name=named or config.model.name,
         choices=dict(hydra_config.runtime.choices),
-        config=OmegaConf.to_container(config, resolve=True),
+        config=plain,
         place=place,
     )
     tracker = instantiate(config.track)
 
     def work(report: dict[str, Any]) -> None:
-        raw = OmegaConf.to_container(config)
+        raw: Any = OmegaConf.to_container(config)
         options.check_request(description.config, raw, description.choices)
         from moe_lab.stages import pipeline
         from moe_lab.stages.parts import Parts

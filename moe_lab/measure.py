@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,7 +92,7 @@ def counted(name: str, model: Model, length: int) -> dict[str, float]:
     }
 
 
-def active_parameters(model: torch.nn.Module) -> int:
+def active_parameters(model: Model) -> int:
     """Parameters that one token uses: all but the routed experts, and top_k of those.
 
     Where router rows lead to stand-ins, it is a token that was sent to none of them.
@@ -126,7 +126,8 @@ def flops_per_token(model: Model, length: int) -> float:
     finally:
         model.set_experts_implementation(experts)
         model.set_attn_implementation(attention)
-    return counter.get_total_flops() / length
+    total: int = counter.get_total_flops()
+    return total / length
 
 
 def bytes_on_disk(folder: Path) -> int:
@@ -159,14 +160,18 @@ class _StorageCounter(TorchDispatchMode):
     """Counts the bytes of live storages: those given, and those that operators return."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.live: dict[int, int] = {}  # a storage's address in C++ -> its bytes
         self.now = self.peak = 0
         for tensor in tensors:
             self._count(tensor)
 
     def __torch_dispatch__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -200,7 +205,9 @@ def _peaks(models: Mapping[str, Model], prompt_BL: Tensor) -> dict[str, int]:
 @contextmanager
 def _moved_off(models: list[Model]) -> Iterator[None]:
     """Take models off their CUDA device for a while; models in main memory stay."""
-    homes = [(model, model.device) for model in models if model.device.type == "cuda"]
+    homes: list[tuple[nn.Module, torch.device]] = [
+        (model, model.device) for model in models if model.device.type == "cuda"
+    ]
     for model, _ in homes:
         model.to("cpu")
     torch.cuda.empty_cache()
@@ -220,7 +227,7 @@ def _times(
         _timed_turn(model, prompts[name], decode_tokens)  # warm-up
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for number in progress(range(repeats), "measure"):
-        order = list(models) if number % 2 == 0 else list(reversed(models))
+        order = list(models) if number % 2 == 0 else list(models)[::-1]
         for name in order:
             turns[name].append(_timed_turn(models[name], prompts[name], decode_tokens))
     return {

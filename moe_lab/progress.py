@@ -25,7 +25,7 @@ def progress(values: Iterable[Value], what: str, total: int | None = None) -> It
     for done, value in enumerate(values, start=1):
         yield value
         tenth = done * 10 // total if total else 0
-        if tenth > shown and (tenth == 10 or total >= 5):
+        if total and tenth > shown and (tenth == 10 or total >= 5):
             shown = tenth
             left = (time.monotonic() - started) * (total - done) / done
             told = f", {duration(left)} left" if tenth < 10 and left >= 1 else ""

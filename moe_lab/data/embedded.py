@@ -47,7 +47,7 @@ class StandardLibrary(Texts):
         source = self if self.group is None else replace(self, domains=(self.group,))
         domains = source.domains or standard_library.DOMAINS
         documents = source.documents()  # first: it refuses what does not exist
-        domain_of = {
+        domain_of: dict[Document, str] = {
             one: domain
             for domain in domains
             for one in standard_library.passages(domain, self.split)

@@ -5,18 +5,25 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 from moe_lab.data.source import Document, Texts
 from moe_lab.types import UserError
+
+
+class Part(TypedDict):
+    """A source of a mixture."""
+
+    weight: float
+    source: Texts
 
 
 @dataclass(frozen=True)
 class Mixture(Texts):
     """Several sources by weight: `parts` maps a name to {weight: ..., source: a Texts}."""
 
-    parts: dict[str, Any] = None  # type: ignore[assignment]
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def documents(self) -> Iterable[Document]:
         return (document for _, document in self.grouped("part"))

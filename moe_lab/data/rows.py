@@ -54,15 +54,15 @@ class Rows(Texts):
             return self._pair(place, row)
         if self.template is not None:
             return _fill(self.template, place, row)
-        if isinstance(row, dict) and isinstance(row.get(self.field), str):
-            return row[self.field]
+        if isinstance(row, dict) and isinstance(text := row.get(self.field), str):
+            return text
         raise UserError(
             f"{place} has rows without text in the field {self.field!r} (there is "
             f"{_fields(row)}); name another with calibration.field=<name>"
         )
 
     def _pair(self, place: str, row: Any) -> Pair:
-        answer = _fill(self.answer, place, row)
+        answer = _fill(self.answer or "", place, row)
         if self.answers is not None:
             templates = {str(key): template for key, template in self.answers.items()}
             if answer not in templates:
@@ -76,14 +76,15 @@ class Rows(Texts):
                 f"{place} has a row without an answer: its fields are {_fields(row)}, and the "
                 f"template answer={self.answer!r} gives nothing"
             )
-        return Pair(_fill(self.prompt, place, row), answer)
+        return Pair(_fill(self.prompt or "", place, row), answer)
 
 
 class _Formatter(string.Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
+    def format_field(self, value: object, format_spec: str) -> str:
         if value is None:
             raise TypeError("a field is null")
-        return super().format_field(value, format_spec)
+        text: str = super().format_field(value, format_spec)
+        return text
 
 
 def _fill(template: str, place: str, row: Any) -> str:
@@ -96,5 +97,5 @@ def _fill(template: str, place: str, row: Any) -> str:
         ) from error
 
 
-def _fields(row: Any) -> Any:
+def _fields(row: object) -> list[str] | str:
     return sorted(row) if isinstance(row, dict) else type(row).__name__

@@ -10,9 +10,9 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from moe_lab.data.tokens import Tokens, chunks
+from moe_lab.data.tokens import Tokenizer, Tokens, chunks
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Texts:
 
     def _wanted(self) -> Iterator[tuple[str, Document]]:
         """The documents with text, of the group that was asked for, each after its group."""
+        rows: Iterable[tuple[str, Document]]
         if self.group_by is None:
             rows = (("", document) for document in self.documents())
         else:
@@ -100,7 +101,7 @@ class Texts:
                 f"there are {', '.join(sorted(others))}"
             )
 
-    def tokens(self, tokenizer: Any) -> Tokens:
+    def tokens(self, tokenizer: Tokenizer) -> Tokens:
         """The samples; UserError where the source holds too few documents or tokens."""
         samples = (self._packed if self.pack else self._each)(self._wanted(), tokenizer)
         found: list[Sample] = []
@@ -140,7 +141,7 @@ class Texts:
         """Each source with its split, in words: what a model has seen after training on it."""
         return (self.describe(),)
 
-    def _each(self, rows: Iterable[tuple[str, Document]], tokenizer: Any) -> Iterator[Sample]:
+    def _each(self, rows: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[Sample]:
         """A sample of each document."""
         for chunk in chunks(rows, 64):
             limits = dict(truncation=True, max_length=self.max_length)
@@ -154,7 +155,7 @@ class Texts:
                 if len(ids) > 1:
                     yield Sample(tuple(ids), prompt, group)
 
-    def _refuse_long(self, document: Pair, tokenizer: Any) -> None:
+    def _refuse_long(self, document: Pair, tokenizer: Tokenizer) -> None:
         length = len(tokenizer(document.prompt)["input_ids"])
         raise UserError(
             f"a prompt of {self.describe()} has {length} tokens, so that max_length="
@@ -163,7 +164,9 @@ class Texts:
             f"It begins {document.prompt[:60]!r}"
         )
 
-    def _packed(self, rows: Iterable[tuple[str, Document]], tokenizer: Any) -> Iterator[Sample]:
+    def _packed(
+        self, rows: Iterable[tuple[str, Document]], tokenizer: Tokenizer
+    ) -> Iterator[Sample]:
         rest: list[int] = []
         for chunk in chunks((document for _, document in rows), 64):
             if any(isinstance(document, Pair) for document in chunk):
@@ -179,7 +182,7 @@ def whole_text(document: Document) -> str:
     return document if isinstance(document, str) else document.prompt + document.answer
 
 
-def _prompt_length(document: Document, ids: list[int], tokenizer: Any) -> int:
+def _prompt_length(document: Document, ids: list[int], tokenizer: Tokenizer) -> int:
     """How many of a document's ids its prompt explains.
 
     A token across the border belongs to the answer; so does everything after the first token that

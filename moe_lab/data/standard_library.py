@@ -156,7 +156,7 @@ def _cached_documents(domain: str, split: str) -> tuple[str, ...]:
 
 @cache
 def _cached_passages(domain: str, split: str) -> tuple[str, ...]:
-    found = []
+    found: list[str] = []
     for document in _cached_documents(domain, split):
         found.extend(_cut(document))
     return tuple(found)
@@ -239,11 +239,12 @@ def _separate(source: str) -> tuple[str, str]:
     lines = source.splitlines(keepends=True)
     docstrings = []
     for node in _statements(ast.parse(source)):
-        if not isinstance(node, holders) or ast.get_docstring(node) is None:
+        text = ast.get_docstring(node, clean=False) if isinstance(node, holders) else None
+        if not isinstance(node, holders) or text is None:
             continue
-        text = node.body[0]
-        docstrings.append((text.lineno, _without_examples(inspect.cleandoc(text.value.value))))
-        _blank(lines, text, "pass" if len(node.body) == 1 else "")
+        first = node.body[0]
+        docstrings.append((first.lineno, _without_examples(inspect.cleandoc(text))))
+        _blank(lines, first, "pass" if len(node.body) == 1 else "")
     prose = "\n\n".join(docstring for _, docstring in sorted(docstrings) if docstring)
     return prose, "".join(line for line in lines if line).strip("\n")
 
@@ -259,7 +260,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 def _blank(lines: list[str], node: ast.stmt, replacement: str) -> None:
     """Put `replacement` where `node` stands in `lines`, dropping lines that become empty."""
-    first, last = node.lineno - 1, node.end_lineno - 1
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     line = lines[first][: node.col_offset] + replacement + lines[last][node.end_col_offset :]
     for index in range(first, last + 1):
         lines[index] = ""

@@ -6,17 +6,30 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORED = -100  # the label of a token that is no target: padding, or part of a prompt
+Value = TypeVar("Value")
 
 
-def chunks(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer of transformers."""
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def __call__(self, text: Any, **limits: Any) -> Mapping[str, Any]: ...
+
+
+def chunks(values: Iterable[Value], size: int) -> Iterator[list[Value]]:
     """The values in lists of `size`, the last one shorter where they do not fit."""
     iterator = iter(values)
     while chunk := list(itertools.islice(iterator, size)):
@@ -39,7 +52,7 @@ class Tokens:
     @property
     def fingerprint(self) -> str:
         """12 hex over the token ids, what of them is no target, and the groups."""
-        values: Any = [self.samples, self.prompts] if self.prompts else self.samples
+        values: object = [self.samples, self.prompts] if self.prompts else self.samples
         if self.groups:
             values = {"samples": values, "groups": self.groups}
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from moe_lab.diagnose.tables import Tables
 from moe_lab.report.plots import style
 
 PER_PAGE = 12  # layers on a page of small pictures
@@ -31,14 +31,14 @@ def over_depth(
                 line = style.LINE_STYLES[number % len(style.LINE_STYLES)]
                 axes.plot(layers["layer"], layers[column], marker=marker, ms=4, c=colour,
                           ls=line, label=name)  # fmt: skip
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            style.whole_numbers(axes.xaxis)
             axes.set(xlabel="layer", ylabel=label)
             axes.grid(alpha=0.3)
             if len(lines) > 1:
                 axes.legend(fontsize="small", ncols=len(lines), columnspacing=1.0, frameon=False,
                             loc="lower center", bbox_to_anchor=(0.5, 0.98))  # fmt: skip
             if all(column.endswith("_experts") for column in lines):
-                axes.yaxis.get_major_locator().set_params(integer=True)
+                style.whole_numbers(axes.yaxis)
                 axes.set_ylim(-0.3, max(1.0, layers[list(lines)].to_numpy().max()) + 0.3)
 
 
@@ -110,7 +110,7 @@ def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
 
 
 def draw_experts(
-    tables: Any,
+    tables: Tables,
     lifts: LayerMatrices,
     similar: Mapping[str, LayerMatrices],
     folder: Path,

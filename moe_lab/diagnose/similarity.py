@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lab.models.layers import MoELayer, by_expert
+from moe_lab.models.remapped import Experts
 
 CHUNK = 2**24  # numbers of all experts together that are held in float32 at a time
 
@@ -21,8 +22,11 @@ CHUNK = 2**24  # numbers of all experts together that are held in float32 at a t
 class Outputs(Protocol):
     """Some tokens: index_TK, their experts; outputs_ETD, what every expert makes of them."""
 
-    index_TK: Tensor
-    outputs_ETD: Tensor
+    @property
+    def index_TK(self) -> Tensor: ...
+
+    @property
+    def outputs_ETD(self) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -67,7 +71,7 @@ def _in_parts(chunks: Iterable[Outputs]) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(*parts, strict=True)
 
 
-def projections(experts: nn.Module) -> dict[str, Tensor]:
+def projections(experts: Experts) -> dict[str, Tensor]:
     """Views [E, ...] of the experts' matrices: "gate" (where they have one), "up" and "down"."""
     if not experts.has_gate:
         return {"up": experts.up_proj, "down": experts.down_proj}

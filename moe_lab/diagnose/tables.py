@@ -62,7 +62,7 @@ def tables(
 
     super_experts: those of each layer that has some, by layer index.
     """
-    rows: dict[str, list] = {"layers": [], "experts": [], "ranks": [], "pairs": []}
+    rows: dict[str, list[pd.DataFrame]] = {"layers": [], "experts": [], "ranks": [], "pairs": []}
     for layer in layers:
         similar = similarities.get(layer.info.index, {})
         supers = super_experts.get(layer.info.index, ())

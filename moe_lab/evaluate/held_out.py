@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.observing import observe_routers
 from moe_lab.models.remapped import RemappedExperts, stand_in_rows
@@ -40,8 +41,8 @@ class HeldOut:
 
 @torch.inference_mode()
 def compare_held_out(
-    dense: nn.Module,
-    model: nn.Module,
+    dense: Model,
+    model: Model,
     batches: Sequence[dict[str, Tensor]],
     dense_top_k: int | None = None,
 ) -> HeldOut:
@@ -113,6 +114,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _log_probabilities(model: nn.Module, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
-    logits = model(**batch, use_cache=False).logits[:, :-1]
+def _log_probabilities(model: Model, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
+    logits: Tensor = model(**batch, use_cache=False).logits[:, :-1]
     return logits[valid].float().log_softmax(dim=-1)

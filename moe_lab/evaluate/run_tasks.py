@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from moe_lab.data.tokens import Tokenizer
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
 from moe_lab.evaluate.tasks.tiny.tasks import configs, write_items
+from moe_lab.models.checkpoint import Model
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, suite: Suite, folder: Path, batch_size: int
+    model: Model, tokenizer: Tokenizer, suite: Suite, folder: Path, batch_size: int
 ) -> dict[str, float]:
     """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average."""
     others = others_of(suite.tasks)

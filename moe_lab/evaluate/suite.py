@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from moe_lab.data.source import Texts
 from moe_lab.evaluate.tasks import harness
 from moe_lab.evaluate.tasks.tiny.tasks import TINY_NAMES
 from moe_lab.types import UserError
@@ -33,7 +33,7 @@ class Suite:
     mirror: str | None = None
     top_k: Sequence[int] | None = None
     group_task: str | Sequence[str] | None = None
-    held_out: Any = None
+    held_out: Texts | None = None
 
     def check(self) -> None:
         """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from moe_lab.evaluate.suite import Suite
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.routers import set_top_k
@@ -13,7 +14,7 @@ from moe_lab.types import LayerInfo, UserError
 
 
 def with_top_k(
-    variants: dict[str, Checkpoint], wanted: Sequence[int], suite: Any
+    variants: dict[str, Checkpoint], wanted: Sequence[int], suite: Suite | None
 ) -> dict[str, Checkpoint]:
     """The variants, each followed by itself with other numbers of experts per token.
 
@@ -37,7 +38,9 @@ def with_top_k(
     return found
 
 
-def other_top_k(suite: Any, recipe: Any, config: Any, layers: Sequence[LayerInfo]) -> list[int]:
+def other_top_k(
+    suite: Suite | None, recipe: object, config: Any, layers: Sequence[LayerInfo]
+) -> list[int]:
     """At which numbers of experts per token all variants are evaluated beside their own.
 
     Those that the suite names, else the one that the recipe ends with. UserError for impossible

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
-from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.routers import restricted, set_top_k
@@ -111,7 +111,7 @@ class ExpertDropping(Recipe):
         before, after = (self.windows * number // length for number in (step, step + 1))
         return step < length and after > before
 
-    def prepare(self, model: nn.Module, plan: Plan) -> ExpertDroppingTuning:
+    def prepare(self, model: Model, plan: Plan) -> ExpertDroppingTuning:
         """The recipe at work on a loaded model."""
         return ExpertDroppingTuning(self, model)
 
@@ -123,7 +123,7 @@ class ExpertDroppingTuning(Tuning):
     parameters nor the optimizer change in the middle of the training.
     """
 
-    def __init__(self, recipe: ExpertDropping, model: nn.Module):
+    def __init__(self, recipe: ExpertDropping, model: Model):
         self.layers = {layer.info.index: layer for layer in moe_layers(model)}
         super().__init__(model, trained(model, list(self.layers.values()), recipe.trains))
         self.recipe = recipe
@@ -153,10 +153,10 @@ class ExpertDroppingTuning(Tuning):
         finally:
             self.valid_T = None
 
-    def _hearing(self, layer: MoELayer) -> Any:
+    def _hearing(self, layer: MoELayer) -> Callable[..., None]:
         row = self.row[layer.info.index]
 
-        def hear(experts: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        def hear(experts: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             if self.valid_T is None:
                 return
             given = dict(zip(ROUTED, args, strict=False)) | named

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_lab.finetune.recipe import Distilling
 from moe_lab.finetune.tuning import DistillingTuning, Tuning
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import SHARED_NAMES
 from moe_lab.types import Edit, Plan, UserError
 
@@ -74,7 +75,7 @@ class Experts(Distilling):
                     "gates cannot be told apart: make the plan again, or finetune.gates=false"
                 )
 
-    def prepare(self, model: nn.Module, plan: Plan) -> Tuning:
+    def prepare(self, model: Model, plan: Plan) -> Tuning:
         """With `gates` their factors are put into the model, until it is finished."""
         self.check(plan)
         named = {}
@@ -106,9 +107,11 @@ class Gates(nn.Module):
     chosen experts in the plan's order, then zero padding, which has no gate.
     """
 
+    part_W: Tensor
+
     def __init__(self, block: nn.Module, edit: Edit):
         super().__init__()
-        weight = block.down_proj.weight
+        weight = block.get_parameter("down_proj.weight")
         padding = weight.shape[1] - sum(edit.widths)
         shared = len(edit.widths) - len(edit.experts)
         if padding < 0 or shared not in (0, 1):
@@ -122,7 +125,8 @@ class Gates(nn.Module):
         self.register_buffer("part_W", parts.to(weight.device), persistent=False)
         ones = torch.ones(len(edit.widths), dtype=torch.float32, device=weight.device)
         self.factor = nn.Parameter(ones)
-        self.hook = block.down_proj.register_forward_pre_hook(lambda _, args: self(args[0]))
+        down = block.get_submodule("down_proj")
+        self.hook = down.register_forward_pre_hook(lambda _, args: self(args[0]))
         block.gates = self
 
     def factors(self) -> Tensor:
@@ -136,7 +140,7 @@ class Gates(nn.Module):
     @torch.no_grad()
     def fold(self, block: nn.Module) -> None:
         """Scale the columns of the block's down projection, and leave it as it was before."""
-        weight = block.down_proj.weight
+        weight = block.get_parameter("down_proj.weight")
         weight.copy_(weight.float() * self.factors())
         self.hook.remove()
         del block.gates

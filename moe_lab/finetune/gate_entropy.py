@@ -39,7 +39,7 @@ class GateEntropy:
     def __exit__(self, *error: object) -> None:
         self.heard, self.sums = self.sums, []
 
-    def _hear(self, router: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
+    def _hear(self, router: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
         if self.valid is None:
             return
         logits_TE = output[0].reshape(len(self.valid), -1)[self.valid]

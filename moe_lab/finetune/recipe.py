@@ -12,16 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
-
+from moe_lab.data.tokens import Tokenizer, Tokens
 from moe_lab.finetune.tuning import Tuning
+from moe_lab.models.checkpoint import Model
 from moe_lab.types import LayerInfo, Plan, UserError
 
 SCHEDULES = ("linear", "cosine", "constant")
 COMPUTING_DTYPES = ("float32", "bfloat16")
 TRAINS = ("experts", "routers", "both", "all")
+
+
+class Source(Protocol):
+    """Where text comes from (`data/`)."""
+
+    def tokens(self, tokenizer: Tokenizer) -> Tokens:
+        """Its samples."""
+        ...
+
+    def sources(self) -> Sequence[str]:
+        """Each source with its split, in words."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,8 @@ class Phase:
     schedule: of the learning rate, after it has risen over `warmup_ratio` of the steps.
     """
 
-    data: Any
-    validation: Any = None
+    data: Source
+    validation: Source | None = None
     epochs: int = 1
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -81,7 +93,7 @@ class Phase:
         return rest if self.schedule == "linear" else 1.0
 
 
-def sources(phases: Mapping[str, Phase]) -> dict[str, Any]:
+def sources(phases: Mapping[str, Phase]) -> dict[str, Source]:
     """All text of the phases: "<name>/data", and "<name>/validation" where there is one."""
     found = {}
     for name, phase in phases.items():
@@ -100,14 +112,18 @@ class Recipe:
     pass. gradient_clip: largest norm of a step's gradient. validate_every: steps.
     """
 
-    phases: dict[str, Phase | None]
+    phases: dict[str, Phase]
     dtype: str = "float32"
     gradient_checkpointing: bool = False
     gradient_clip: float = 1.0
     validate_every: int = 100
 
     needs_edits = True
-    distils = False
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher."""
+        return False
 
     def __post_init__(self) -> None:
         given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}
@@ -133,11 +149,11 @@ class Recipe:
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse a model of this config with which the recipe cannot work."""
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """The modules that decide the result beside the recipe's own."""
         return []
 
-    def prepare(self, model: nn.Module, plan: Plan) -> Tuning:
+    def prepare(self, model: Model, plan: Plan) -> Tuning:
         """The recipe at work on a loaded model that the plan was carried out on."""
         raise NotImplementedError
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from moe_lab.finetune.recipe import Distilling, check_moe_left
 from moe_lab.finetune.tuning import DistillingTuning, Tuning, trained
 from moe_lab.models import routers as model_routers
-from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.layers import moe_layers
 from moe_lab.types import LayerInfo, Plan, UserError
 
@@ -49,7 +47,7 @@ class RouterKD(Distilling):
                 "with finetune.distillation=1 trains what stays of the edited layers instead"
             )
 
-    def prepare(self, model: nn.Module, plan: Plan) -> Tuning:
+    def prepare(self, model: Model, plan: Plan) -> Tuning:
         """The recipe at work on a loaded model."""
         routers = trained(model, moe_layers(model), "routers")
         return DistillingTuning(model, routers, 1.0, self.temperature)

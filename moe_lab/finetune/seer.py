@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lab.finetune.gate_entropy import GateEntropy
 from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
 from moe_lab.models import routers
-from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.layers import moe_layers
 from moe_lab.types import LayerInfo, Plan, UserError
 
@@ -137,11 +137,11 @@ class Seer(Recipe):
         before = sum(wanted(number) % 1 for number in range(step))
         return math.floor(wanted(step)) + int(before + wanted(step) % 1) - int(before)
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """The modules that decide the result beside this one."""
         return [GateEntropy]
 
-    def prepare(self, model: nn.Module, plan: Plan) -> SeerTuning:
+    def prepare(self, model: Model, plan: Plan) -> SeerTuning:
         """The recipe at work on a loaded model."""
         return SeerTuning(self, model)
 
@@ -149,7 +149,7 @@ class Seer(Recipe):
 class SeerTuning(Tuning):
     """Follows the schedule of k, and adds the routers' entropy to the loss."""
 
-    def __init__(self, recipe: Seer, model: nn.Module):
+    def __init__(self, recipe: Seer, model: Model):
         layers = moe_layers(model)
         super().__init__(model, trained(model, layers, recipe.trains))
         self.recipe = recipe
@@ -186,7 +186,7 @@ class SeerTuning(Tuning):
         """How many tokens had a first, second, … expert."""
         return {"tokens": self.tokens}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on counting."""
         self.tokens = state["tokens"].clone()
 

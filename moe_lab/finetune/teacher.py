@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -77,12 +76,14 @@ def _pairs(text: Tokens) -> Iterator[tuple[tuple[int, ...], int]]:
 
 def teacher_bytes(texts: Iterable[Tokens], vocabulary: int, top_k: int | None) -> int:
     """Bytes on disk of a teacher over these texts."""
-    row = 4 * vocabulary if _is_whole(top_k, vocabulary) else 8 * top_k + 4
+    kept = _kept(top_k, vocabulary)
+    row = 4 * vocabulary if kept is None else 8 * kept + 4
     return distinct_samples(texts).num_targets * row
 
 
-def _is_whole(top_k: int | None, vocabulary: int) -> bool:
-    return top_k is None or top_k >= vocabulary
+def _kept(top_k: int | None, vocabulary: int) -> int | None:
+    """How many tokens of each distribution are kept; None for all."""
+    return None if top_k is None or top_k >= vocabulary else top_k
 
 
 def write_teacher(
@@ -144,10 +145,10 @@ def _distributions(
             chosen = logits_LV[is_target.to(logits_LV.device)]
             for rows in chosen.split(max(1, CHUNK_VALUES // vocabulary)):
                 exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-                whole = _is_whole(top_k, vocabulary)
-                ids = None if whole else exact.topk(top_k, dim=-1).indices
+                kept = _kept(top_k, vocabulary)
+                ids = None if kept is None else exact.topk(kept, dim=-1).indices
                 found = {LOG_PROBABILITIES: coarsened(exact, ids, temperature).float().cpu()}
-                yield found if whole else found | {IDS: ids.int().cpu()}
+                yield found if ids is None else found | {IDS: ids.int().cpu()}
 
 
 def _logits(
@@ -185,7 +186,7 @@ class Teacher:
         pairs = list(_pairs(distinct_samples(texts)))
         ends = list(accumulate(max(0, len(sample) - prompt) for sample, prompt in pairs))
         self.rows = dict(zip(pairs, zip([0, *ends], ends, strict=False), strict=True))
-        self._shards: dict[int, Any] = {}
+        self._shards: dict[int, safe_open] = {}
 
     def of(self, tokens: Tokens) -> dict[str, Tensor]:
         """The teacher's rows for the targets of some samples, one sample after the other.
@@ -211,7 +212,7 @@ class Teacher:
                 return
             first = end
 
-    def _opened(self, shard: int) -> Any:
+    def _opened(self, shard: int) -> safe_open:
         if shard not in self._shards:
             path = self.folder / f"{shard}.safetensors"
             self._shards[shard] = safe_open(path, "pt").__enter__()

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -26,6 +26,7 @@ from moe_lab.finetune.recipe import Phase, Recipe, sources
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.models import observing
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import num_parameters
 from moe_lab.progress import progress
 from moe_lab.types import Plan, UserError
@@ -44,7 +45,7 @@ class Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         plan: Plan,
         recipe: Recipe,
         tokens: dict[str, Tokens],
@@ -60,7 +61,8 @@ class Training:
         alone = self.processes.num_processes == 1
         self.device = torch.device(compute.device) if alone else self.processes.device
         self.eval_batch_size = compute.batch_size
-        self.model = model.to(self.device).requires_grad_(False)
+        whole: Any = model  # transformers' `to` has types that it does not take
+        self.model: Model = whole.to(self.device).requires_grad_(False)
         self.tuning = recipe.prepare(model, plan)
         self.trainable = self.tuning.trainable
         for parameter in self.trainable.values():
@@ -164,7 +166,7 @@ class Training:
             parts = self._mean_losses(mine.take(positions), rows)
             counts = {"loss": 1.0} | self.tuning.weights
             total = sum(counts[key] * part for key, part in parts.items() if counts[key])
-            total.backward()
+            cast(Tensor, total).backward()  # some loss counts
             for key, part in parts.items():
                 means[key] = means.get(key, 0.0) + part.detach()
         if self.processes.num_processes == 1:
@@ -189,7 +191,7 @@ class Training:
         index, number = self.processes.process_index, self.processes.num_processes
         return rows.take(range(index, len(rows.samples), number))
 
-    def _computing(self) -> contextlib.AbstractContextManager:
+    def _computing(self) -> contextlib.AbstractContextManager[object]:
         if self.recipe.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.recipe.dtype))
@@ -276,7 +278,7 @@ class Training:
             }
 
 
-def checkpoint_trained_layers(model: nn.Module) -> None:
+def checkpoint_trained_layers(model: Model) -> None:
     """Compute activations again in the backward pass, from the first layer that trains on.
 
     Layers below it are part of no graph. Only the layers themselves are told that they train:

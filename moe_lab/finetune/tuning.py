@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moe_lab.data.tokens import IGNORED
 from moe_lab.finetune import teacher
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import SHARED_NAMES, MoELayer
 
 CHOOSING = "correction_bias"  # what routers add only to choose: no gradient reaches it
@@ -25,7 +26,7 @@ class Tuning:
     Steps are counted from 0 through all phases, and `num_steps` is their number.
     """
 
-    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]):
+    def __init__(self, model: Model, trainable: Mapping[str, nn.Parameter]):
         self.model = model
         self.trainable = dict(trainable)
         self.weights: dict[str, float] = {}
@@ -63,7 +64,7 @@ class DistillingTuning(Tuning):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         trainable: Mapping[str, nn.Parameter],
         share: float,
         temperature: float,

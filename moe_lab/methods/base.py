@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, Plan
 
@@ -24,4 +27,15 @@ class Method(Protocol):
 
     def plan(self, profile: Profile) -> Plan:
         """One edit for each MoE layer."""
+        ...
+
+
+class Metric(Protocol):
+    """How important a layer's routed experts are (`metrics/`), for methods that ask.
+
+    One that has `scores(profile)` is asked so, and never called.
+    """
+
+    def __call__(self, layer: LayerStatistics, /) -> Tensor:
+        """A score [E]; higher stays."""
         ...

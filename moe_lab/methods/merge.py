@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from moe_lab.methods.grouping.base import (
 )
 from moe_lab.methods.layer_choice import check_layers, choose_layers
 from moe_lab.methods.ratios import budget
+from moe_lab.methods.ratios.budget import Ratio
 from moe_lab.models import activations, editing, merging, remapped, routers, stream
 from moe_lab.models import layers as model_layers
 from moe_lab.models.layers import check_kept, check_own_rows
@@ -62,7 +63,7 @@ class Merge:
 
     num_layers: int
     num_experts: int | None = None
-    ratio: Any = None
+    ratio: Ratio | None = None
     grouping: str = "m_smoe"
     layers: str | Sequence[int] = "all"
     align: str | None = None
@@ -76,6 +77,11 @@ class Merge:
     @property
     def _grouping(self) -> Grouping:
         return grouping_named(self.grouping)
+
+    @property
+    def _ratio(self) -> Ratio:
+        """What says how many experts stay where `num_experts` does not."""
+        return cast(Ratio, self.ratio)
 
     def _own(self, name: str) -> Any:
         """An option, or what the grouping's paper does where it is null."""
@@ -110,11 +116,11 @@ class Merge:
         for info in infos:
             check_own_rows(info)
         if self.num_experts is None:
-            self.ratio.check(infos)
+            self._ratio.check(infos)
         for info in infos:
-            if self.num_experts is not None:
-                self._check_number(info)
             number = info.num_experts if self.num_experts is None else self.num_experts
+            if self.num_experts is not None:
+                self._check_number(info, number)
             self._grouping.check(info, number, vars(self))
 
     def _known(self, layers: Sequence[LayerInfo]) -> Sequence[LayerInfo]:
@@ -127,18 +133,18 @@ class Merge:
             info for info in layers if isinstance(self.layers, str) or info.index in self.layers
         ]
 
-    def _check_number(self, info: LayerInfo) -> None:
-        asked = f"method.num_experts={self.num_experts}"
-        if self.num_experts >= info.num_experts:
+    def _check_number(self, info: LayerInfo, number: int) -> None:
+        asked = f"method.num_experts={number}"
+        if number >= info.num_experts:
             raise UserError(
                 f"{asked}: layer {info.index} has {info.num_experts} experts, and fewer must stay "
                 "for any to be merged"
             )
         try:
-            check_kept(info, self.num_experts, keeps_rows=self._own("router") == "all")
+            check_kept(info, number, keeps_rows=self._own("router") == "all")
         except UserError as error:
             raise UserError(f"{asked} is too few: {error}") from error
-        if self.num_experts < 1 or self.num_experts % info.groups:
+        if number < 1 or number % info.groups:
             raise UserError(
                 f"{asked}: the router of layer {info.index} works on {info.groups} groups of "
                 "experts, and each must keep the same number, at least one"
@@ -162,23 +168,19 @@ class Merge:
         unused |= {"num_experts"} if self.num_experts is None else {"ratio"}
         in_order = isinstance(self.layers, str) and self.layers != "all"
         unused |= set() if in_order else {"num_layers"}
-        if "ratio" in options and hasattr(self.ratio, "identity"):
-            options = options | {"ratio": self.ratio.identity(options["ratio"])}
+        if "ratio" in options and hasattr(self._ratio, "identity"):
+            options = options | {"ratio": self._ratio.identity(options["ratio"])}
         return {name: value for name, value in (options | own).items() if name not in unused}
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """What decides the plan beside this class."""
-        modules = [alignment, editing, base, merging, model_layers, propagate, all_experts, routers]
-        modules += [
-            remapped,
-            collect,
-            stream,
-            activations,
-            inspect.getmodule(self._grouping.choose),
-        ]
+        modules: list[object] = [
+            alignment, editing, base, merging, model_layers, propagate, all_experts, routers,
+            remapped, collect, stream, activations, inspect.getmodule(self._grouping.choose),
+        ]  # fmt: skip
         if self.num_experts is None:
-            more = self.ratio.code() if hasattr(self.ratio, "code") else ()
-            modules += [self.ratio, *more]
+            ratio = self._ratio
+            modules += [ratio, *(ratio.code() if hasattr(ratio, "code") else ())]
         return [*modules, budget, self._grouping.scores]
 
     def plan(self, profile: Profile) -> Plan:
@@ -205,13 +207,13 @@ class Merge:
             "grouping": self.grouping,
             "experts_without_tokens": unseen,
         }
-        if self.num_experts is None and hasattr(self.ratio, "notes"):
-            notes |= self.ratio.notes(scores, numbers)
+        if self.num_experts is None and hasattr(self._ratio, "notes"):
+            notes |= self._ratio.notes(scores, numbers)
         return Plan(tuple(edits), layer_order=order, notes=notes, tensors=tensors)
 
     def _numbers(self, scores: budget.Scores, profile: Profile) -> Mapping[int, int]:
         if self.num_experts is None:
-            return self.ratio.numbers(scores, profile)
+            return self._ratio.numbers(scores, profile)
         return {info.index: self.num_experts for info, _ in scores}
 
     def _intact(
@@ -223,14 +225,14 @@ class Merge:
             for one in profile.statistics
             if numbers.get(one.info.index, one.info.num_experts) < one.info.num_experts
         }
-        chosen = self._grouping
+        outputs = self._grouping.outputs
         found: dict[int, Any] = dict.fromkeys(merged)
-        if chosen.outputs is not None:
+        if outputs is not None:
             found = self._ask(
                 profile,
                 {index: {"question": f"grouping/{self.grouping}"} for index in merged},
-                lambda experts: chosen.outputs(experts).tolist(),
-                [chosen.outputs],
+                lambda experts: outputs(experts).tolist(),
+                [outputs],
             )
         groups = {
             index: self._choose(one, numbers[index], found[index]) for index, one in merged.items()
@@ -251,7 +253,11 @@ class Merge:
         return [self._edit(one, groups.get(one.info.index)) for one in profile.statistics]
 
     def _ask(
-        self, profile: Profile, questions: Any, ask: Any, code: Sequence[Any]
+        self,
+        profile: Profile,
+        questions: Mapping[int, Mapping[str, Any]],
+        ask: Callable[[AllExperts], Any],
+        code: Sequence[object],
     ) -> dict[int, Any]:
         return all_experts.answers(profile, self.num_samples, questions, ask, code)
 
@@ -265,8 +271,9 @@ class Merge:
             if numbers.get(index, num_experts) == num_experts:
                 return self._edit(one, None)
             outputs = self._grouping.outputs
-            groups = self._choose(one, numbers[index], outputs and outputs(experts))
-            if self._own("align") in FROM_ACTIVATIONS:
+            found = outputs(experts) if outputs and experts else None
+            groups = self._choose(one, numbers[index], found)
+            if experts and self._own("align") in FROM_ACTIVATIONS:
                 tensors[permutation_name(index)] = self._permutation(experts, groups)
             return self._edit(one, groups)
 
@@ -274,7 +281,9 @@ class Merge:
             return propagated(profile, edit_of, tensors, experts_on=self.num_samples)
         return propagated(profile, edit_of, tensors)
 
-    def _choose(self, one: LayerStatistics, number: int, outputs: Any) -> Groups:
+    def _choose(
+        self, one: LayerStatistics, number: int, outputs: Tensor | Sequence[float] | None
+    ) -> Groups:
         if outputs is not None:
             outputs = torch.as_tensor(outputs, dtype=torch.float64)
         options = self.linkage, self.group_size

@@ -6,13 +6,14 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
+from moe_lab.methods.base import Metric
 from moe_lab.methods.ratios import budget
-from moe_lab.methods.ratios.budget import Scores
+from moe_lab.methods.ratios.budget import Ratio, Scores
 from moe_lab.models import activations, editing, stream
 from moe_lab.models import layers as model_layers
 from moe_lab.models.editing import constants_name
@@ -41,8 +42,8 @@ class Prune:
     already; how many experts each keeps is still decided by the intact model.
     """
 
-    metric: Any
-    ratio: Any
+    metric: Metric
+    ratio: Ratio
     replacement: str = "nothing"
     protect: str | None = None
     propagate: bool = False
@@ -79,7 +80,7 @@ class Prune:
         return tuple(
             Edit(
                 info.index, info.name, "prune", kept=tuple(range(info.num_experts)),
-                replacement=self.replacement,
+                replacement=self._replacement,
             )
             for info in layers
         )  # fmt: skip
@@ -99,9 +100,13 @@ class Prune:
         )
 
     @property
-    def _metric(self) -> Any:
+    def _metric(self) -> Metric:
         """The metric itself, where the config bound some of its arguments."""
         return self.metric.func if isinstance(self.metric, functools.partial) else self.metric
+
+    @property
+    def _replacement(self) -> ReplacementName:
+        return cast(ReplacementName, self.replacement)  # `check` has refused all others
 
     def identity(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with a reference checkpoint's content in the place of its path."""
@@ -129,7 +134,7 @@ class Prune:
             if self.replacement == "constant" and len(kept) < layer.info.num_experts:
                 tensors[constants_name(index)] = mean_outputs(layer, kept)
             scores = tuple(score_E.tolist())
-            return Edit(index, name, "prune", kept, scores, replacement=self.replacement)
+            return Edit(index, name, "prune", kept, scores, replacement=self._replacement)
 
         def edit_again(layer: LayerStatistics) -> Edit:
             score = self.metric(layer)
@@ -176,7 +181,7 @@ class Prune:
             found = [self.metric(layer) for layer in layers]
         return list(zip((layer.info for layer in layers), found, strict=True))
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """What decides the plan beside this class."""
         parts = [self._metric, self.ratio]
         further = [part.code() for part in parts if hasattr(part, "code")]

@@ -18,14 +18,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from moe_lab.files import PACKAGE
-from moe_lab.models.families.base import check_original, convert_weights, family_of
+from moe_lab.models.families.base import (
+    check_original,
+    convert_weights,
+    family_of,
+    known_family,
+)
 from moe_lab.models.layers import check_kept, moe_layers, num_parameters
 from moe_lab.models.routers import set_top_k
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.types import Edit, LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
 SHIPPED = "shipped:"
@@ -103,7 +114,7 @@ class Checkpoint:
             set_top_k(model, self.top_k)
         return model
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer; UserError where it has none."""
         # Without any of these transformers makes an empty tokenizer, and says nothing.
         if not any(file for pattern in VOCABULARIES for file in self.path.glob(pattern)):
@@ -125,7 +136,7 @@ class Original(Checkpoint):
     @property
     def family(self) -> ModuleType:
         """The family's file in `families/`."""
-        return family_of(_read_config(self.path)["model_type"])
+        return known_family(_read_config(self.path)["model_type"])
 
     @functools.cached_property
     def config(self) -> Any:
@@ -144,7 +155,7 @@ class Original(Checkpoint):
         """Refused: it is loaded once it is converted."""
         return load(self.path)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as the converted checkpoint will have it."""
         with tempfile.TemporaryDirectory() as folder:
             self._write_texts(Path(folder))
@@ -196,7 +207,7 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def resolve(
-    path: str | os.PathLike, revision: str | None = None, dtype: str = "auto"
+    path: str | os.PathLike[str], revision: str | None = None, dtype: str = "auto"
 ) -> Checkpoint:
     """The checkpoint of a local folder, of a hub id (which is then downloaded), or "shipped:name".
 
@@ -300,7 +311,8 @@ def _sha256(file: Path) -> str:
 def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return model
 
 
 def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
@@ -312,7 +324,7 @@ def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
     stored = getattr(model.config, "dtype", None)
     loaded = (stored or torch.float32) if computing == "auto" else getattr(torch, computing)
     in_float32 = model._get_dtype_plan(loaded)
-    kept = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     buffers = {id(buffer) for buffer in model.buffers()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -322,7 +334,7 @@ def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
         tensor.data = tensor.data.to(as_loaded if unchanged else stored)
 
 
-def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint that moe_lab or transformers wrote, in evaluation mode.
 
     Raises UserError where weights are missing or do not fit the config, and where its family must
@@ -331,11 +343,12 @@ def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> P
     _refuse_original(Path(path))
     try:
         with no_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **LOCAL
             )
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
+    model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
@@ -343,7 +356,8 @@ def load(path: str | os.PathLike, dtype: str = "auto", device: str = "cpu") -> P
         )
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
-    return model.to(device).eval()
+    ready: PreTrainedModel = model.to(device).eval()
+    return ready
 
 
 def _refuse_original(path: Path) -> None:
@@ -371,7 +385,7 @@ def no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Any]) -> None:
+def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Edit]) -> None:
     """Refuse a plan that names layers which are not there or keeps too few experts."""
     known = {info.index: info for info in layers}
     for edit in edits:

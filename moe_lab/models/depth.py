@@ -8,32 +8,35 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from moe_lab.models.layers import module_list
 from moe_lab.types import UserError
 
 INDEX_LISTS = ("mlp_only_layers", "moe_layers")
 PREFIX_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 
 
-def drop_decoders(model: nn.Module, path: str, dropped: Collection[int]) -> None:
+def drop_decoders(model: PreTrainedModel, path: str, dropped: Collection[int]) -> None:
     """Take the decoder layers `dropped` out of the list of them at `path`, in place.
 
     The others are renumbered, in the config, too, and where their attention keeps the number under
     which it finds its part of the KV cache. Raises UserError, before anything is changed, where
     the family's config cannot describe the rest.
     """
-    kept = [i for i in range(model.config.num_hidden_layers) if i not in dropped]
+    config: Any = model.config  # its fields differ by family
+    kept = [i for i in range(config.num_hidden_layers) if i not in dropped]
     if not kept:
         raise UserError("all decoder layers would be dropped: at least one must stay")
     _check(model, path, kept)
-    decoders = model.get_submodule(path)
+    decoders = module_list(model, path)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(decoders[i] for i in kept))
     for new, old in enumerate(kept):
         for module in decoders[old].modules():
             if "layer_idx" in vars(module):
-                module.layer_idx = new
-    cut_config(model.config, kept)
+                vars(module)["layer_idx"] = new
+    cut_config(config, kept)
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> None:
@@ -61,7 +64,7 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
         config.moe_lab = config.moe_lab | {"layers": cut}
 
 
-def _check(model: nn.Module, path: str, kept: Sequence[int]) -> None:
+def _check(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Build both models without weights: each layer must come out as it was."""
     with torch.device("meta"):
         before = type(model)(copy.deepcopy(model.config))
@@ -69,7 +72,7 @@ def _check(model: nn.Module, path: str, kept: Sequence[int]) -> None:
         cut_config(config, kept)
         after = type(model)(config)
     for new, old in enumerate(kept):
-        one, other = (m.get_submodule(path)[i] for m, i in ((before, old), (after, new)))
+        one, other = (module_list(m, path)[i] for m, i in ((before, old), (after, new)))
         if _nature(one) != _nature(other):
             raise UserError(
                 f"decoder layer {old} would be another layer as number {new}: the config of "

@@ -7,11 +7,13 @@ transformers can hold it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_lab.models.depth import drop_decoders
 from moe_lab.models.layers import (
@@ -33,7 +35,13 @@ from moe_lab.types import Edit, LayerInfo, Plan, UserError
 class DenseMLP(nn.Module):
     """A gated dense MLP, down(act(gate(x)) * up(x)), of any width per layer."""
 
-    def __init__(self, hidden_size: int, width: int, activation: nn.Module, **factory: object):
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        activation: Callable[[Tensor], Tensor],
+        **factory: object,
+    ):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, width, bias=False, **factory)
         self.up_proj = nn.Linear(hidden_size, width, bias=False, **factory)
@@ -41,7 +49,8 @@ class DenseMLP(nn.Module):
         self.act_fn = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class NoMLP(nn.Module):
@@ -194,11 +203,13 @@ def condensed(
     CD-MoE (2412.00069 section 3): rows of the shared and the chosen experts are concatenated and
     each constant gate is folded into its columns of the down projection.
     """
-    gate, up, down = [], [], []
+    gate: list[Tensor] = []
+    up: list[Tensor] = []
+    down: list[Tensor] = []
     if layer.shared is not None:
-        gate.append(layer.shared.gate_proj.weight)
-        up.append(layer.shared.up_proj.weight)
-        down.append(layer.shared.down_proj.weight * shared_gate)
+        gate.append(layer.shared.get_parameter("gate_proj.weight"))
+        up.append(layer.shared.get_parameter("up_proj.weight"))
+        down.append(layer.shared.get_parameter("down_proj.weight") * shared_gate)
     for expert, weight in zip(experts, gates, strict=True):
         gate_part, up_part = layer.experts.gate_up_proj[expert].chunk(2)
         gate.append(gate_part)
@@ -214,11 +225,9 @@ def condensed(
     dense = DenseMLP(
         layer.info.hidden_size, width, layer.experts.act_fn, device="meta", dtype=reference.dtype
     )
-    weights = (torch.cat(gate), torch.cat(up), torch.cat(down, dim=1))
-    for linear, weight in zip(
-        (dense.gate_proj, dense.up_proj, dense.down_proj), weights, strict=True
-    ):
-        linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    whole = (torch.cat(gate), torch.cat(up), torch.cat(down, dim=1))
+    for linear, part in zip((dense.gate_proj, dense.up_proj, dense.down_proj), whole, strict=True):
+        linear.weight = nn.Parameter(part.detach().clone(), requires_grad=False)
     return dense
 
 
@@ -229,19 +238,19 @@ def edited_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def width_of(block: nn.Module) -> int:
     """Hidden units of a dense MLP; 0 of a block that adds nothing."""
-    return 0 if type(block) is NoMLP else block.gate_proj.out_features
+    return 0 if type(block) is NoMLP else block.get_parameter("gate_proj.weight").shape[0]
 
 
 def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
     """Put `block` at the path `name` of a model; returns what stood there."""
     parent, _, child = name.rpartition(".")
     holder = model.get_submodule(parent)
-    previous = getattr(holder, child)
+    previous: nn.Module = getattr(holder, child)
     setattr(holder, child, block)
     return previous
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
     """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
 
     The model computes the edited function at once; `forms.py` finds the form in which
@@ -261,7 +270,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         drop_decoders(model, decoders_path(name), dropped)
 
 
-def _apply(model: nn.Module, layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+def _apply(
+    model: PreTrainedModel, layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]
+) -> None:
     if edit.edit in ("prune", "merge"):
         _edit_experts(layer, edit, tensors)
     elif edit.edit == "condense":
@@ -297,6 +308,6 @@ def edited_block(
             hooks.clear()
     copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
     parts = ("block", "router", "experts", "shared", "shared_gate")
-    found = {name: copied.get(getattr(layer, name)) for name in parts}
+    found: dict[str, Any] = {name: copied.get(getattr(layer, name)) for name in parts}
     _edit_experts(replace(layer, **found), edit, tensors or {})
     return block

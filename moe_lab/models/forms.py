@@ -25,6 +25,7 @@ from moe_lab.models.layers import (
     num_parameters,
 )
 from moe_lab.models.own_form import own_config
+from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
 from moe_lab.types import Edit, Plan
 
@@ -69,7 +70,8 @@ def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) ->
 def padding_limit(config: Any, padding: float | None) -> float:
     if padding is not None:
         return padding
-    return (getattr(config, "moe_lab", None) or {}).get("padding", PADDING)
+    asked: float = (getattr(config, "moe_lab", None) or {}).get("padding", PADDING)
+    return asked
 
 
 def choose_form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> Form:
@@ -128,9 +130,10 @@ def _native_config(
 
 def _remapped_obstacle(layers: list[MoELayer], family: str) -> str:
     indices = [layer.info.index for layer in layers]
-    stand_ins = {layer.experts.stand_in for layer in layers}
+    experts = [layer.experts for layer in layers]
+    stand_ins = {one.stand_in for one in experts if isinstance(one, RemappedExperts)}
     leads, options = [], []
-    if kinds := sorted(stand_ins - {None}):
+    if kinds := sorted(kind for kind in stand_ins if kind is not None):
         leads.append(f"to what stands in for removed experts ({', '.join(kinds)})")
         options.append("method.replacement=nothing removes these rows too")
     if None in stand_ins:
@@ -152,8 +155,8 @@ def _with_twins(
     edited: dict[str, nn.Module],
     limit: float,
     size: int,
-    obstacle: str,
-) -> tuple[Form | None, str]:
+    obstacle: str | None,
+) -> tuple[Form | None, str | None]:
     """The family's form with all layers filled up to `size` experts, or what is in the way."""
     if not limit or edited or not all(map(takes_twins, layers)):
         return None, obstacle

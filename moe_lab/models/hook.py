@@ -7,9 +7,10 @@ the standard library is imported here.
 from __future__ import annotations
 
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 _MODELING = "transformers.modeling_utils"
@@ -18,7 +19,7 @@ _MODELING = "transformers.modeling_utils"
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the module as others do, and changes it behind its own code."""
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
         if name != _MODELING:
             return None
         sys.meta_path.remove(self)
@@ -29,10 +30,10 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         spec.loader = self
         return spec
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module: Any) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         _teach(module)
 
@@ -45,7 +46,7 @@ def teach_when_imported() -> None:
         sys.meta_path.insert(0, _WhenImported())
 
 
-def _teach(modeling: Any) -> None:
+def _teach(modeling: ModuleType) -> None:
     original = modeling.PreTrainedModel.post_init
 
     def post_init(self: Any) -> None:

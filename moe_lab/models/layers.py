@@ -12,16 +12,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeGuard, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
 
-from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
+from moe_lab.models.remapped import OF_REMAPPING, Experts, RemappedExperts
 from moe_lab.types import LayerInfo, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+Output = Tensor | tuple[Tensor, ...]  # of a block or a decoder layer
 TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
 
@@ -34,29 +36,35 @@ class MoELayer:
     decoder: nn.Module
     block: nn.Module
     router: nn.Module
-    experts: nn.Module
+    experts: Experts
     shared: nn.Module | None
     shared_gate: nn.Module | None
 
 
-def moe_layers(model: nn.Module) -> list[MoELayer]:
+def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
     modules = dict(model.named_modules())
     found = []
     for path, experts in modules.items():
-        if not hasattr(type(experts), "_apply_gate") or not hasattr(experts, "has_gate"):
+        if not _are_experts(experts):
             continue
         block_path = path.rpartition(".")[0]
-        match = _LAYER_PATH.match(path)
-        if match is None:
-            raise UserError(f"experts at {path!r} stand in no numbered decoder layer")
-        found.append(_moe_layer(model, modules, block_path, experts, match))
+        decoder_path = _decoder_path(path)
+        found.append(_moe_layer(model, modules, block_path, experts, decoder_path))
     _set_sizes(model, found)
     return found
 
 
+def _are_experts(module: nn.Module) -> TypeGuard[Experts]:
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "has_gate")
+
+
 def _moe_layer(
-    model: nn.Module, modules: dict[str, nn.Module], name: str, experts: nn.Module, match: re.Match
+    model: PreTrainedModel,
+    modules: dict[str, nn.Module],
+    name: str,
+    experts: Experts,
+    decoder_path: str,
 ) -> MoELayer:
     block = modules[name]
     children = dict(block.named_children())
@@ -70,7 +78,7 @@ def _moe_layer(
     num_rows, num_experts, hidden_size = _experts_shape(experts)
     groups, groups_used = _groups(router, model.config)
     info = LayerInfo(
-        index=int(match["index"]),
+        index=layer_index(decoder_path),
         name=name,
         num_experts=num_rows,
         top_k=_top_k(router, model.config),
@@ -81,16 +89,16 @@ def _moe_layer(
         obstacle=_obstacle(experts, shared),
         shared_width=_width(shared),
         expert_width=_expert_width(experts),
-        num_decoders=len(modules[decoders_path(name)]),
+        num_decoders=len(module_list(model, decoders_path(name))),
         family=getattr(model.config, "model_type", ""),
         real_experts=num_experts if isinstance(experts, RemappedExperts) else 0,
     )
-    decoder = modules[match["decoder"]]
+    decoder = modules[decoder_path]
     gate = children.get("shared_expert_gate")
     return MoELayer(info, decoder, block, router, experts, shared, gate)
 
 
-def _set_sizes(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
     """Fill in what one expert of each layer and the whole model take, parameters and bytes."""
     parameters = list(model.parameters())
     buffers = [
@@ -125,10 +133,23 @@ def layer_index(name: str) -> int:
 
 def decoders_path(name: str) -> str:
     """Where the list of decoder layers is in a model, from the path of a module in one of them."""
-    return _LAYER_PATH.match(name)["decoder"].rpartition(".")[0]
+    return _decoder_path(name).rpartition(".")[0]
 
 
-def hidden_of(output: Any) -> Tensor:
+def _decoder_path(name: str) -> str:
+    """The path of the decoder layer in which a module is."""
+    match = _LAYER_PATH.match(name)
+    if match is None:
+        raise UserError(f"experts at {name!r} stand in no numbered decoder layer")
+    return match["decoder"]
+
+
+def module_list(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list of modules at a path in a model."""
+    return cast(nn.ModuleList, model.get_submodule(path))
+
+
+def hidden_of(output: Output) -> Tensor:
     """What a block or decoder layer computed; some families return a tuple that begins with it."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -138,14 +159,14 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _experts_shape(experts: nn.Module) -> tuple[int, int, int]:
+def _experts_shape(experts: Experts) -> tuple[int, int, int]:
     """Rows of its router, experts that exist, hidden size."""
     down = experts.down_proj  # [E, D, I], or [E, I, D] where transposed
     num_rows = len(experts.place_E) if isinstance(experts, RemappedExperts) else down.shape[0]
     return num_rows, down.shape[0], down.shape[2 if experts.is_transposed else 1]
 
 
-def _expert_width(experts: nn.Module) -> int:
+def _expert_width(experts: Experts) -> int:
     return experts.down_proj.shape[1 if experts.is_transposed else 2]
 
 
@@ -155,14 +176,16 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 def _width(shared: nn.Module | None) -> int:
-    return shared.up_proj.weight.shape[0] if shared is not None and is_gated_mlp(shared) else 0
+    if shared is None or not is_gated_mlp(shared):
+        return 0
+    return shared.get_parameter("up_proj.weight").shape[0]
 
 
 def _top_k(router: nn.Module, config: object) -> int:
     for holder in (router, config):
         for field in TOP_K_FIELDS:
-            if isinstance(getattr(holder, field, None), int):
-                return getattr(holder, field)
+            if isinstance(number := getattr(holder, field, None), int):
+                return number
     raise UserError(f"{type(router).__name__} does not say how many experts a token gets")
 
 
@@ -174,7 +197,7 @@ def _groups(router: nn.Module, config: object) -> tuple[int, int]:
     return (groups, used) if groups > 1 else (1, 1)
 
 
-def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:
+def expert_parameters(experts: Experts) -> list[dict[str, Tensor]]:
     """Each existing expert's own weights: a dictionary of slices per expert, without copying."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     names = {"up": up, "down": "down_proj"}
@@ -184,14 +207,14 @@ def expert_parameters(experts: nn.Module) -> list[dict[str, Tensor]]:
     return [dict(zip(slices, row, strict=True)) for row in zip(*slices.values(), strict=True)]
 
 
-def expert_forward(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+def expert_forward(experts: Experts, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
     """The output [T, D] of one expert, before any router weight."""
     h = expert_hidden(experts, parameters, x_TD)
     y = _linear(h, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
     return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
 
 
-def expert_hidden(experts: nn.Module, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+def expert_hidden(experts: Experts, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
     """What the hidden units of one expert compute [T, I]: the input of its down projection."""
     h = _linear(x_TD, parameters["up"], parameters.get("up_bias"), experts.is_transposed)
     return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
@@ -226,7 +249,7 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
                 yield module, key, tensor, tensor.shape.index(size)
 
 
-def _obstacle(experts: nn.Module, shared: nn.Module | None) -> str | None:
+def _obstacle(experts: Experts, shared: nn.Module | None) -> str | None:
     if isinstance(experts, RemappedExperts):
         return "its router has more rows than there are experts"
     if shared is not None and not is_gated_mlp(shared):

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original, no_bars, weight_files
-from moe_lab.models.layers import decoders_path, moe_layers
+from moe_lab.models.layers import decoders_path, module_list, moe_layers
 from moe_lab.types import UserError
 
 
@@ -108,29 +108,32 @@ class LayerwiseModel:
     def _make_buffers(self) -> None:
         """Compute the buffers that no checkpoint holds, such as rotary frequencies."""
         for module in self.model.modules():
-            names = [name for name in module._non_persistent_buffers_set if name in module._buffers]
-            if any(module._buffers[name].is_meta for name in names):
-                for name in names:
-                    empty = torch.empty_like(module._buffers[name], device=self.device)
-                    module._buffers[name] = empty
+            computed = {
+                name: buffer
+                for name, buffer in module._buffers.items()
+                if name in module._non_persistent_buffers_set and buffer is not None
+            }
+            if any(buffer.is_meta for buffer in computed.values()):
+                for name, buffer in computed.items():
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
                 self.model._init_weights(module)
         self._buffers = [dict(_non_persistent(layer)) for layer in self.layers]
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers; UserError for a model without MoE layers."""
     first = next(iter(moe_layers(model)), None)
     if first is None:
         raise UserError(f"{type(model).__name__} has no MoE layers")
     path = decoders_path(first.info.name)
-    return path, model.get_submodule(path)
+    return path, module_list(model, path)
 
 
 def _non_persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for path, part in module.named_modules():
         for name in part._non_persistent_buffers_set:
-            if part._buffers.get(name) is not None:
-                yield f"{path}.{name}".lstrip("."), part._buffers[name]
+            if (buffer := part._buffers.get(name)) is not None:
+                yield f"{path}.{name}".lstrip("."), buffer
 
 
 def _set_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
@@ -151,15 +154,17 @@ def _return_memory() -> None:
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
-    return model.eval()
+    model.eval()
+    return model
 
 
 def computing_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if checkpoint.dtype != "auto":
-        return getattr(torch, checkpoint.dtype)
+        asked: torch.dtype = getattr(torch, checkpoint.dtype)
+        return asked
     stored = getattr(checkpoint.config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
@@ -168,6 +173,7 @@ def _load_into(
     model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype, device: str
 ) -> None:
     """Fill parameters of a model from a checkpoint's tensors or slices, by their names on disk."""
+    mapping: Any = get_model_conversion_mapping(model)  # two types of transformers' own disagree
     with no_bars():
         convert_and_load_state_dict_in_model(
             model,
@@ -176,7 +182,7 @@ def _load_into(
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),
                 device_map={"": device},
-                weight_mapping=get_model_conversion_mapping(model),
+                weight_mapping=mapping,
             ),
         )
     for parameter in model.parameters():
@@ -226,4 +232,5 @@ def routers_only(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, key = name.rpartition(".")
-    return getattr(model.get_submodule(owner), key)
+    tensor: Tensor = getattr(model.get_submodule(owner), key)
+    return tensor

@@ -7,17 +7,19 @@ the same function with their hidden units in another order. Letters: E experts, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_lab.models.remapped import Experts
 from moe_lab.types import AlignName
 
 
 @torch.no_grad()
 def merge_experts(
-    experts: nn.Module,
+    experts: Experts,
     kept: Sequence[int],
     groups: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float]],
@@ -42,7 +44,7 @@ def merge_experts(
             if member != target and align == "weights":
                 order_I = matching(units.weights(target), units.weights(member))
             elif member != target and align != "none":
-                order_I = permutation_EI[member].to(experts.down_proj.device)
+                order_I = cast(Tensor, permutation_EI)[member].to(experts.down_proj.device)
             for name, part in units.expert(member, order_I).items():
                 total[name] += share * part.double()
         for name, tensor in units.tensors.items():
@@ -72,7 +74,7 @@ class HiddenUnits:
     holds both the gate and the up projection, one after the other or interleaved.
     """
 
-    def __init__(self, experts: nn.Module):
+    def __init__(self, experts: Experts):
         num_experts, row, column = len(experts.down_proj), 0, 1
         if experts.is_transposed:
             row, column = column, row

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lab.models.layers import MoELayer, expert_forward, expert_parameters, hidden_of, moe_layers
-from moe_lab.models.remapped import RemappedExperts
+from moe_lab.models.layers import (
+    MoELayer,
+    Output,
+    expert_forward,
+    expert_parameters,
+    hidden_of,
+    moe_layers,
+)
+from moe_lab.models.remapped import Experts, RemappedExperts
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
@@ -34,7 +43,7 @@ class Observation:
         self.layer_of: dict[nn.Module, MoELayer] = {}
         self.logits: dict[nn.Module, Tensor] = {}
         self.shared_gate: dict[nn.Module, Tensor] = {}
-        self.inputs: dict[nn.Module, Tensor] = {}
+        self.inputs: dict[nn.Module, tuple[Tensor, ...]] = {}
         self.entering: dict[nn.Module, Tensor] = {}
         self.norms: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.residual: dict[nn.Module, Tensor | None] = {}
@@ -43,6 +52,9 @@ class Observation:
 
 _open: dict[nn.Module, Observation] = {}
 RoutersObserver = Callable[[MoELayer, Tensor, Tensor, Tensor], None]
+Hook = Callable[..., None]
+Arguments = tuple[Any, ...]  # of a module, as torch hands them to its hooks
+Named = dict[str, Any]
 
 
 class AllRouted(Exception):
@@ -57,7 +69,7 @@ class RoutersObservation:
 
 @contextmanager
 def observe_routers(
-    model: nn.Module, observer: RoutersObserver, whole: bool = False
+    model: PreTrainedModel, observer: RoutersObserver, whole: bool = False
 ) -> Iterator[RoutersObservation]:
     """Call `observer(layer, logits_TE, index_TK, weight_TK)` at every router, valid tokens only.
 
@@ -68,11 +80,11 @@ def observe_routers(
     layers = moe_layers(model)
     observation = RoutersObservation()
 
-    def hook_of(layer: MoELayer) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
+    def hook_of(layer: MoELayer) -> Hook:
+        def hook(module: nn.Module, args: Arguments, output: Any) -> None:
             logits = _router_logits(output).reshape(-1, layer.info.num_experts)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
-            found = logits, index, weight
+            found: tuple[Tensor, ...] = logits, index, weight
             if observation.valid is not None and not bool(observation.valid.all()):
                 valid = observation.valid.reshape(-1).to(logits.device)
                 found = tuple(part[valid] for part in found)
@@ -92,7 +104,7 @@ def observe_routers(
 
 @contextmanager
 def observe(
-    model: nn.Module, observer: Callable[[LayerInfo, Routing], None]
+    model: PreTrainedModel, observer: Callable[[LayerInfo, Routing], None]
 ) -> Iterator[Observation]:
     """Call `observer` with the routing of every batch at every MoE layer, without changing logits.
 
@@ -126,14 +138,14 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
         keep = _keeper(observation.shared_gate, key, lambda gate: gate)
         handles.append(layer.shared_gate.register_forward_hook(keep))
 
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(module: nn.Module, args: Arguments, kwargs: Named) -> None:
         observation.entering[key] = _input(args, kwargs)
         observation.norms[key] = []
 
-    def normed(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def normed(module: nn.Module, args: Arguments, kwargs: Named, output: Tensor) -> None:
         observation.norms[key].append((_input(args, kwargs), output))
 
-    def added(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def added(module: nn.Module, args: Arguments, kwargs: Named, output: Output) -> None:
         # The norm whose very output the block got: what went into it is the residual stream.
         found = [x for x, out in observation.norms.pop(key) if out is _input(args, kwargs)]
         observation.residual[key] = found[-1] if found else None
@@ -148,25 +160,27 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
     return handles
 
 
-def _input(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def _input(args: Arguments, kwargs: Named) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 def _router_logits(output: object) -> Tensor:
     if not isinstance(output, tuple) or len(output) < 3:
         raise UserError("this family's router does not return (logits, weights, indices)")
-    return output[0]
+    logits: Tensor = output[0]
+    return logits
 
 
-def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
+def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable[[Any], Tensor]) -> Hook:
+    def hook(module: nn.Module, args: Arguments, output: object) -> None:
         store[key] = pick(output)
 
     return hook
 
 
-def _emitter(observation: Observation, layer: MoELayer) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
+def _emitter(observation: Observation, layer: MoELayer) -> Hook:
+    def hook(module: nn.Module, args: Arguments, output: Output) -> None:
         key = layer.experts
         *routed, out = observation.inputs.pop(key)
         logits = observation.logits.pop(key).reshape(-1, layer.info.num_experts)
@@ -177,8 +191,8 @@ def _emitter(observation: Observation, layer: MoELayer) -> Callable:
         residual = observation.residual.pop(key)
         if residual is None:  # no norm before the block: what it added is taken off again
             residual = leaving.double() - added.reshape(leaving.shape).double()
-        around = observation.entering.pop(key), residual, leaving, out
-        around = tuple(state.reshape(-1, state.shape[-1]) for state in around)
+        states = observation.entering.pop(key), residual, leaving, out
+        around = tuple(state.reshape(-1, state.shape[-1]) for state in states)
         routing = _routing(routed, logits, gate, valid, around)
         observation.observer(layer.info, routing)
 
@@ -207,7 +221,7 @@ def _routing(
 
 
 def _observing_experts(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The experts, one product per expert over the token-expert pairs sorted by expert.
 
@@ -241,22 +255,21 @@ def _observing_experts(
         out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
     if observation is not None:
         pairs = y_SD, expert_S, token_S, weight_S
-        routed = hidden_states, top_k_index, top_k_weights, *pairs, out
-        if isinstance(self, RemappedExperts):
-            routed = _by_row(self, routed, order_S)
+        routed: tuple[Tensor, ...] = hidden_states, top_k_index, top_k_weights, *pairs, out
+        if isinstance(self, RemappedExperts) and self.routed_to is not None:
+            routed = _by_row(self, self.routed_to, routed, order_S)
         observation.inputs[self] = routed
     return out
 
 
 def _by_row(
-    experts: RemappedExperts, routed: tuple[Tensor, ...], order_S: Tensor
+    experts: RemappedExperts, row_TK: Tensor, routed: tuple[Tensor, ...], order_S: Tensor
 ) -> tuple[Tensor, ...]:
     """What is observed of experts that several router rows lead to, or none: all of it by row.
 
     Each row counts as an expert of its own; the pairs that went to stand-ins join the others.
     """
     x_TD, _, weight_TK, y_SD, _, token_S, _, out_TD = routed
-    row_TK = experts.routed_to
     num_tokens, num_chosen = row_TK.shape
     place_TK = experts.place_E[row_TK]
     y_TKD = y_SD.new_empty(num_tokens, num_chosen, y_SD.shape[1])

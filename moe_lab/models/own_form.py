@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block, width_of
 from moe_lab.models.layers import MoELayer, layer_index, moe_layers
-from moe_lab.models.remapped import remap
+from moe_lab.models.remapped import RemappedExperts, remap
 
 
-def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
+def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
     """Give a model without weights the layers that `config.moe_lab` lists; idempotent."""
     layers = {str(layer.info.index): layer for layer in moe_layers(model)}
     for index, wanted in structure["layers"].items():
@@ -25,7 +25,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any]) -> None:
         if layer is None:
             continue
         if "width" in wanted:
-            block = no_mlp(layer)
+            block: nn.Module = no_mlp(layer)
             if wanted["width"]:
                 act = layer.experts.act_fn
                 block = DenseMLP(layer.info.hidden_size, wanted["width"], act)
@@ -62,7 +62,7 @@ def own_config(
 
 
 def _experts_structure(layer: MoELayer) -> dict[str, Any]:
-    if not layer.info.real_experts:
+    if not isinstance(layer.experts, RemappedExperts):
         return {"num_experts": layer.info.num_experts}
     found = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
     stand_in = layer.experts.stand_in

@@ -8,8 +8,9 @@ E counts the router's rows here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,31 @@ OF_REMAPPING = ("place_E", "constants")  # the names of the tensors that `place`
 WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
 
 
-class RemappedExperts(nn.Module):
+class Experts(nn.Module):
+    """What the experts modules of all families have in common: for annotations, never made.
+
+    down_proj: [E, D, I], or [E, I, D] where transposed; gate_up_proj where it has a gate, up_proj
+    where it has none.
+    """
+
+    config: Any  # differs by family
+    num_experts: int
+    gate_up_proj: nn.Parameter
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    is_concatenated: bool
+    forward: Callable[..., Tensor]
+    _apply_gate: Callable[..., Tensor]
+    _is_expert_parallel: bool
+
+
+class RemappedExperts(Experts):
     """Mixed into a family's experts module by `place`; what it is called with are router rows.
 
     place_E: for each row the position of its expert; num_experts + r for stand-in r. stand_in:
@@ -28,7 +53,6 @@ class RemappedExperts(nn.Module):
     """
 
     place_E: Tensor
-    num_experts: int
     stand_in: str | None
     constants: Tensor | None
     routed_to: Tensor | None = None
@@ -58,7 +82,7 @@ class RemappedExperts(nn.Module):
     ) -> Tensor:
         """The experts' weighted sum, and what the stand-ins add to it."""
         weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, x_TD.dtype))
-        if self.stand_in == "constant":
+        if self.constants is not None:
             number = self.num_experts + len(self.constants)
             weight_TE = weight_TK.new_zeros(len(weight_TK), number).scatter(1, place_TK, weight_TK)
             added_TD = weight_TE[:, self.num_experts :] @ self.constants.to(weight_TK.dtype)
@@ -71,13 +95,13 @@ class RemappedExperts(nn.Module):
 
     def stand_in_outputs(self, x_SD: Tensor, place_S: Tensor) -> Tensor:
         """What the stand-ins at `place_S` make of x_SD, before any weight: [S, D]."""
-        if self.stand_in == "constant":
+        if self.constants is not None:
             return self.constants.to(x_SD.dtype)[place_S - self.num_experts]
         return x_SD if self.stand_in == "copy" else torch.zeros_like(x_SD)
 
 
 def remap(
-    experts: nn.Module,
+    experts: Experts,
     places: Sequence[int],
     stand_in: str | None = None,
     constants_RD: Tensor | None = None,
@@ -86,19 +110,21 @@ def remap(
 
     places: for each row its expert's position, or num_experts + r for stand-in r.
     """
-    experts.__class__ = _placed(type(experts))
-    device = experts.down_proj.device
-    experts.register_buffer("place_E", torch.tensor(list(places), device=device))
-    experts.stand_in = stand_in
-    experts.constants = None
+    kind = type(experts)
+    experts.__class__ = _placed(kind)  # type: ignore[arg-type]  # mypy: a class cannot be hashed
+    placed = cast(RemappedExperts, experts)
+    device = placed.down_proj.device
+    placed.register_buffer("place_E", torch.tensor(list(places), device=device))
+    placed.stand_in = stand_in
+    placed.constants = None
     if constants_RD is not None:
-        experts.constants = nn.Parameter(constants_RD, experts.down_proj.requires_grad)
+        placed.constants = nn.Parameter(constants_RD, placed.down_proj.requires_grad)
     if stand_in is not None:
         # transformers' own switch: an index of num_experts is nobody's, and costs no product.
-        experts._is_expert_parallel = True
+        placed._is_expert_parallel = True
 
 
-def by_row(experts: nn.Module, values_E: Tensor) -> Tensor:
+def by_row(experts: Experts, values_E: Tensor) -> Tensor:
     """Values of the experts that exist as those of the router's rows; 0 for stand-ins."""
     if not isinstance(experts, RemappedExperts):
         return values_E
@@ -106,7 +132,7 @@ def by_row(experts: nn.Module, values_E: Tensor) -> Tensor:
     return values_E[experts.place_E.clamp(max=experts.num_experts)]
 
 
-def stand_in_rows(experts: nn.Module) -> Tensor:
+def stand_in_rows(experts: Experts) -> Tensor:
     """Which router rows [E] lead to stand-ins, bool on the CPU."""
     if isinstance(experts, RemappedExperts):
         return experts.place_E.cpu() >= experts.num_experts
@@ -133,7 +159,7 @@ def all_to_experts(model: nn.Module) -> Iterator[None]:
 
 
 @functools.cache
-def _placed(kind: type[nn.Module]) -> type[nn.Module]:
+def _placed(kind: type[Experts]) -> type[RemappedExperts]:
     return type(f"Placed{kind.__name__}", (RemappedExperts, kind), {"__module__": __name__})
 
 

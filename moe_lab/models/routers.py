@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from moe_lab.models.layers import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
 from moe_lab.types import UserError
 
-SCORINGS = {  # of logits [T, E]
+SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
     # Over the first dimension, since over a short last one it takes several times as long.
     "softmax": lambda logits: logits.T.contiguous().softmax(dim=0).T,
     "sigmoid": torch.sigmoid,
@@ -102,7 +103,7 @@ def takes_twins(layer: MoELayer) -> bool:
     return torch.equal(index, other_index) and torch.allclose(weight, other_weight, rtol=1e-5)
 
 
-def set_top_k(model: nn.Module, top_k: int) -> None:
+def set_top_k(model: PreTrainedModel, top_k: int) -> None:
     """Make every router of a model choose `top_k` experts per token, and its config say so.
 
     The model may be on the meta device. Raises UserError, and changes nothing, where a layer has
@@ -130,7 +131,7 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
 
 
 @contextmanager
-def at_top_k(model: nn.Module, top_k: int | None) -> Iterator[None]:
+def at_top_k(model: PreTrainedModel, top_k: int | None) -> Iterator[None]:
     """While open, `set_top_k(model, top_k)`; None changes nothing."""
     before = moe_layers(model)[0].info.top_k if top_k else None
     if top_k:
@@ -166,11 +167,12 @@ def chosen_by(layer: MoELayer) -> int:
     """How many experts the layer's router gives a token, found by giving it one."""
     reference = next(layer.router.parameters())
     x_TD = torch.zeros(1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device)
-    return layer.router.forward(x_TD)[2].shape[-1]  # past any hooks
+    index_TK: Tensor = layer.router.forward(x_TD)[2]  # past any hooks
+    return index_TK.shape[-1]
 
 
 @contextmanager
-def restricted(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
+def restricted(model: PreTrainedModel, kept: Mapping[int, Sequence[int]]) -> Iterator[None]:
     """While open, the MoE layers `kept` names by true index have only these experts.
 
     As `editing.prune_layer` would leave them, but no expert's weights are copied or changed: a
@@ -196,7 +198,7 @@ def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
             "family's experts cannot be left out for a while; prune them instead"
         )
     rows = [
-        (module._parameters if key in module._parameters else module._buffers, key, dimension)
+        (_holder(module, key), key, dimension)
         for module, key, _, dimension in by_expert(layer)
         if module in own
     ]
@@ -243,7 +245,7 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
     num_experts = layer.info.num_experts
     gone = sorted(set(range(num_experts)) - set(kept))
     biases = [
-        (module._parameters if key in module._parameters else module._buffers, key)
+        (_holder(module, key), key)
         for module, key, tensor, _ in by_expert(layer)
         if module is not layer.experts and tensor.dim() == 1 and tensor.is_floating_point()
     ]
@@ -255,7 +257,7 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
             tensors[key] = _minus_infinity(tensor, gone)
         try:
             with _MaskedLinear(num_experts, gone):
-                output = inner(*arguments, **named)
+                output: tuple[Tensor, ...] = inner(*arguments, **named)
         finally:
             for (tensors, key), tensor in zip(biases, whole, strict=True):
                 tensors[key] = tensor
@@ -273,6 +275,11 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         del layer.router.forward
 
 
+def _holder(module: nn.Module, key: str) -> dict[str, Any]:
+    """Where torch holds a module's tensor: any tensor may stand there for a while."""
+    return module._parameters if key in module._parameters else module._buffers
+
+
 class _MaskedLinear(TorchFunctionMode):
     """While open, products with a row for each expert are -inf for those that are `gone`."""
 
@@ -281,7 +288,11 @@ class _MaskedLinear(TorchFunctionMode):
         self.num_experts, self.gone = num_experts, gone
 
     def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        named: dict[str, Any] | None = None,
     ) -> Any:
         result = function(*arguments, **(named or {}))
         if function is F.linear and result.shape[-1] == self.num_experts:

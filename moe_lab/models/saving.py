@@ -49,14 +49,15 @@ def save_checkpoint(
     if not form.plain:
         logger.info("saving: %s", form.reason)
     edited = edited_blocks(model)
-    for layer in moe_layers(model) if form.num_experts else ():
-        prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
+    if form.num_experts:
+        for layer in moe_layers(model):
+            prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
     _to_stored_dtype(model, original.dtype)
     # A model that came from fused files would be written fused; engines want per-expert names.
-    model._weight_conversions = None
+    vars(model)["_weight_conversions"] = None
     with no_bars():
         model.save_pretrained(folder)
     _write_count_aliases(folder / "config.json", model.config)
@@ -68,7 +69,7 @@ def save_checkpoint(
 def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
     """Replace our dense MLPs by the family's, zero-padded to its one width for dense layers."""
     built = meta_model(model.config)
-    reference = model.get_input_embeddings().weight
+    reference = model.get_input_embeddings().get_parameter("weight")
     for name in dense_names(model) | set(edited):
         source, target = model.get_submodule(name), built.get_submodule(name)
         target.to_empty(device=reference.device).to(reference.dtype)
@@ -87,7 +88,7 @@ def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
 
 
 def _to_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    kept = (model._keep_in_fp32_modules or set()) | (model._keep_in_fp32_modules_strict or set())
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, parameter in model.named_parameters():
         if dtype and parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)

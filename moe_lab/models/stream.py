@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_lab.models.activations import Activations
 from moe_lab.models.editing import NoMLP, set_block
-from moe_lab.models.layers import MoELayer, hidden_of, moe_layers
+from moe_lab.models.layers import MoELayer, Output, hidden_of, moe_layers
 from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
 from moe_lab.types import UserError
 
@@ -35,19 +36,18 @@ class LayerStream:
 
     def __init__(
         self,
-        source: nn.Module | LayerwiseModel,
+        source: PreTrainedModel | LayerwiseModel,
         batches: Iterable[Mapping[str, Tensor]],
         cache: Activations | None = None,
     ):
-        layerwise = isinstance(source, LayerwiseModel)
-        self.model = source.model if layerwise else source
-        self._opener = source.layer if layerwise else None
+        self.model = source.model if isinstance(source, LayerwiseModel) else source
+        self._opener = source.layer if isinstance(source, LayerwiseModel) else None
         self.cache = cache or Activations(limit=2**63)
         self.moe: dict[int, MoELayer] = {
             layer.info.index: layer for layer in moe_layers(self.model)
         }
         _, self.layers = decoder_layers(self.model)
-        self.arguments: list[list[dict]] = []
+        self.arguments: list[list[dict[str, Any]]] = []
         self.valid: list[Tensor] = []
         self.input_ids: list[Tensor] = []
         self.token_weight: list[Tensor] = []
@@ -70,13 +70,13 @@ class LayerStream:
         """How many batches the calibration set has."""
         return len(self.valid)
 
-    def layer(self, index: int) -> AbstractContextManager:
+    def layer(self, index: int) -> AbstractContextManager[nn.Module | None]:
         """Keeps the weights of decoder layer `index` in memory while it is open."""
         return self._opener(index) if self._opener else nullcontext()
 
     def _catch(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model with every decoder layer replaced by one that notes what it is given."""
-        caught: list[dict] = []
+        caught: list[dict[str, Any]] = []
 
         def note(hidden: Tensor, **arguments: object) -> Tensor:
             if not caught:
@@ -93,12 +93,13 @@ class LayerStream:
 
     def replay(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output [B, L, D] of decoder layer `index` (which is open) on `hidden`."""
-        output = self.layers[index](hidden, **self.arguments[batch][index])
+        output: Output = self.layers[index](hidden, **self.arguments[batch][index])
         return hidden_of(output)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The last hidden state: what follows the last decoder layer, before the head."""
-        return _final_norm(self.model)(hidden)
+        state: Tensor = _final_norm(self.model)(hidden)
+        return state
 
     def next_token_loss(self, batch: int, hidden: Tensor) -> tuple[float, int]:
         """Sum of the cross entropy in nats over the targets of a batch, and their number.
@@ -117,7 +118,8 @@ class LayerStream:
         mask = self.valid[batch].long()
         with _forwards(self.layers, lambda _, **arguments: hidden):
             inputs = {"input_ids": self.input_ids[batch], "attention_mask": mask}
-            return self.model(**inputs, use_cache=False).logits
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits
 
     def replay_open(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replay an MoE layer, opened: (output [B, L, D], rest [T, D], block input [T, D]).
@@ -129,7 +131,7 @@ class LayerStream:
         layer, valid = self.moe[index], self.valid[batch]
         caught: dict[str, Any] = {}
 
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> None:
             caught["x"] = args[0]
             caught["y"] = hidden_of(output)
 
@@ -201,7 +203,7 @@ def swapped(stream: LayerStream, index: int, block: nn.Module | None) -> Iterato
         set_block(stream.model, name, previous)
 
 
-def _final_norm(model: nn.Module) -> nn.Module:
+def _final_norm(model: PreTrainedModel) -> nn.Module:
     norms = [m for _, m in model.base_model.named_children() if "Norm" in type(m).__name__]
     if len(norms) != 1:
         raise UserError(f"{type(model).__name__} has {len(norms)} final norms, expected one")
@@ -209,7 +211,7 @@ def _final_norm(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _forwards(layers: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+def _forwards(layers: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     layers = list(layers)
     for layer in layers:
         layer.forward = forward
@@ -221,7 +223,7 @@ def _forwards(layers: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _hook(module: nn.Module, hook: Callable) -> Iterator[None]:
+def _hook(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
     try:
         yield

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,7 +24,7 @@ from moe_lab.models.activations import Activations
 from moe_lab.models.layers import MoELayer, check_kept, expert_forward, expert_parameters
 from moe_lab.models.routers import masked_layer, restricted_layer
 from moe_lab.models.stream import LayerStream, States
-from moe_lab.profile.profile import Profile
+from moe_lab.profile.profile import Profile, Value
 from moe_lab.progress import progress
 from moe_lab.types import LayerInfo, UserError
 
@@ -124,7 +124,7 @@ class AllExperts:
         zeros = weight_TK.new_zeros(len(index_TK), self.info.num_experts)
         return zeros.scatter_add_(1, index_TK, weight_TK)
 
-    def _only(self, kept: Sequence[int]) -> Any:
+    def _only(self, kept: Sequence[int]) -> AbstractContextManager[None]:
         possible = can_keep(self.info, kept)
         return (restricted_layer if possible else masked_layer)(self.layer, sorted(kept))
 
@@ -246,10 +246,10 @@ def _caught(layer: MoELayer) -> Iterator[dict[str, Tensor]]:
     """What the router and the experts of a layer get and give while it is open."""
     caught: dict[str, Tensor] = {}
 
-    def router(module: torch.nn.Module, args: tuple, output: Any) -> None:
+    def router(module: torch.nn.Module, args: tuple[Tensor, ...], output: object) -> None:
         caught["routed"] = args[0]
 
-    def experts(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+    def experts(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         caught["x"], caught["index"], caught["weight"] = args
         caught["sum"] = output
 
@@ -288,10 +288,10 @@ def _input_of_experts(layer: MoELayer, caught: dict[str, Tensor]) -> Tensor:
 def answers(
     profile: Profile,
     num_samples: int | None,
-    questions: dict[int, dict[str, Any]],
-    ask: Callable[[AllExperts], Any],
-    code: Sequence[Any],
-) -> dict[int, Any]:
+    questions: Mapping[int, Mapping[str, Any]],
+    ask: Callable[[AllExperts], Value],
+    code: Sequence[object],
+) -> dict[int, Value]:
     """What `ask` (plain JSON values) says of each layer of `questions`, by layer index.
 
     questions: by layer index, what an answer is known by beside the layer and the sample, the first
@@ -303,12 +303,12 @@ def answers(
     def sample() -> ExpertSample:
         return ExpertSample(profile.open_stream(num_samples))
 
-    def answer(index: int) -> Any:
-        def work() -> Any:
+    def answer(index: int) -> Value:
+        def work() -> Value:
             with sample().open(index) as experts:
                 return ask(experts)
 
-        known_by = questions[index] | {"layer": index, "num_samples": num_samples}
+        known_by = {**questions[index], "layer": index, "num_samples": num_samples}
         return profile.remember(known_by, work, [Error, *CODE, *code])
 
     return {index: answer(index) for index in progress(sorted(questions), "sets of experts")}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab.files import LAYERS
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.observing import (
     AllRouted,
@@ -71,7 +72,7 @@ class Collection:
 
 
 @contextmanager
-def collecting(model: torch.nn.Module, only_routers: bool = False) -> Iterator[Collection]:
+def collecting(model: Model, only_routers: bool = False) -> Iterator[Collection]:
     """Collect while it is open: all statistics, or those of the routers alone.
 
     With `only_routers` a batch ends at the last MoE layer's router.
@@ -90,14 +91,14 @@ def collecting(model: torch.nn.Module, only_routers: bool = False) -> Iterator[C
 
 
 def collect_statistics(
-    model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], only_routers: bool = False
+    model: Model, batches: Iterable[dict[str, Tensor]], only_routers: bool = False
 ) -> list[LayerStatistics]:
     """The statistics of a model in one pass over `batches` (input_ids, attention_mask [B, L])."""
     return collect_by_group(model, ((0, batch) for batch in batches), only_routers).of_group()
 
 
 def collect_by_group(
-    model: torch.nn.Module,
+    model: Model,
     batches: Iterable[tuple[int, dict[str, Tensor]]],
     only_routers: bool = False,
 ) -> Collection:

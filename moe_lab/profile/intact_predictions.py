@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.routers import restricted
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class IntactPredictions:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]):
+    def __init__(self, model: Model, batches: Sequence[dict[str, Tensor]]):
         self.model, self.batches = model, batches
         self.num_positions = sum(int(batch["attention_mask"].sum()) for batch in batches)
         size = self.num_positions * model.config.get_text_config().vocab_size
@@ -63,7 +64,8 @@ class IntactPredictions:
 
     def _valid_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """[T, V]."""
-        return self.model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+        logits: Tensor = self.model(**batch, use_cache=False).logits
+        return logits[batch["attention_mask"].bool()]
 
 
 def _logarithms(logits: Tensor) -> Tensor:

@@ -80,15 +80,16 @@ class LayerStatistics:
                 self._add(name, self._per_expert(routing.expert_S, values_S))
         # Half precision would overflow and round: at least float32 is used.
         exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
-        if routing.routed_TD is not None:
+        if routing.residual_TD is not None and routing.routed_TD is not None:
             change_T = _change(routing.residual_TD.to(exact), routing.routed_TD.to(exact))
             values_S = weight_S * norm_S * change_T[routing.token_S]
             self._add("gate_norm_change_sum", self._per_expert(routing.expert_S, values_S))
         if routing.leaving_TD is not None:
             leaving = routing.leaving_TD.to(exact)
             for name, state in (("block", routing.entering_TD), ("layer", routing.residual_TD)):
-                cosine_T = F.cosine_similarity(state.to(exact), leaving, dim=-1)
-                self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
+                if state is not None:
+                    cosine_T = F.cosine_similarity(state.to(exact), leaving, dim=-1)
+                    self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
         if routing.shared_gate_T is not None:
             self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
 
+Value = TypeVar("Value")
 
-def _always_anew(identity: dict[str, Any], work: Callable[[], Any], code: Sequence[Any]) -> Any:
+
+class Remember(Protocol):
+    """Gives what `work` gave for this identity and code before, or now."""
+
+    def __call__(
+        self, identity: dict[str, Any], work: Callable[[], Value], code: Sequence[object]
+    ) -> Value: ...
+
+
+def _always_anew(
+    identity: dict[str, Any], work: Callable[[], Value], code: Sequence[object]
+) -> Value:
     return work()
 
 
-def _no_model(num_samples: int | None = None) -> Any:
+def _no_model(num_samples: int | None = None) -> NoReturn:
     raise RuntimeError("this profile has statistics alone")
 
 
@@ -33,5 +46,5 @@ class Profile:
 
     statistics: list[LayerStatistics]
     open_stream: Callable[..., LayerStream] = _no_model
-    open_model: Callable[..., tuple[nn.Module, list[dict[str, Tensor]]]] = _no_model
-    remember: Callable[[dict[str, Any], Callable[[], Any], Sequence[Any]], Any] = _always_anew
+    open_model: Callable[..., tuple[Model, list[dict[str, Tensor]]]] = _no_model
+    remember: Remember = _always_anew

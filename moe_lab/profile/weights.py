@@ -23,7 +23,8 @@ def router_row_norms(layer: MoELayer) -> Tensor:
     for weight in layer.router.parameters():
         if weight.dim() == 2 and num_experts in weight.shape:
             rows_ED = weight.detach().movedim(weight.shape.index(num_experts), 0)
-            return torch.linalg.vector_norm(rows_ED.double(), dim=1).cpu()
+            norm_E: Tensor = torch.linalg.vector_norm(rows_ED.double(), dim=1)
+            return norm_E.cpu()
     raise UserError(f"{type(layer.router).__name__} has no weight with a row for each expert")
 
 
@@ -34,14 +35,15 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
     weight_abs_sum and weight_square_sum [E], of their absolute values and squares; weight_count
     [1], how many one expert has. Rows of a matrix are added up in float32 at least.
     """
-    absolute_E = square_E = count = 0
+    absolute_E = square_E = torch.zeros((), dtype=torch.float64)
+    count = 0
     for matrices in (one for one in layer.experts.parameters() if one.dim() == 3):
         exact = torch.promote_types(matrices.dtype, torch.float32)
         parts = matrices.split(FEW)
         rows = torch.cat([part.abs().sum(dim=2, dtype=exact) for part in parts])
-        absolute_E += rows.sum(dim=1, dtype=torch.float64)
+        absolute_E = absolute_E + rows.sum(dim=1, dtype=torch.float64)
         rows = torch.cat([torch.linalg.vector_norm(part, dim=2, dtype=exact) for part in parts])
-        square_E += rows.double().square().sum(dim=1)
+        square_E = square_E + rows.double().square().sum(dim=1)
         count += matrices[0].numel()
     return {
         "weight_abs_sum": by_row(layer.experts, absolute_E).cpu(),

@@ -114,7 +114,8 @@ def _percent(value: float) -> str:
 
 def _yes_or_no(value: float) -> str:
     """Yes, no, or of several reports how many say yes."""
-    return {0: "no", 1: "yes"}.get(value) or f"{100 * value:.0f} % yes"
+    words: dict[float, str] = {0: "no", 1: "yes"}
+    return words.get(value) or f"{100 * value:.0f} % yes"
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {

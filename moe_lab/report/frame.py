@@ -51,9 +51,14 @@ def read_reports(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(columns, index=index, dtype=object)
 
 
+def keys_of(frame: pd.DataFrame) -> list[str]:
+    """The keys of a frame's columns."""
+    return list(map(str, frame))
+
+
 def setting_keys(frame: pd.DataFrame) -> list[str]:
     """The keys that say what was asked for."""
-    return [key for key in frame if not RESULT_KEYS.match(key)]
+    return [key for key in keys_of(frame) if not RESULT_KEYS.match(key)]
 
 
 def varying_keys(frame: pd.DataFrame) -> list[str]:
@@ -134,12 +139,12 @@ def deviation_of(figures: Sequence[float]) -> float:
     return statistics.stdev(figures) if len(figures) > 1 else math.nan
 
 
-def label_of(value: Any) -> str:
+def label_of(value: object) -> str:
     """A setting's value as text, in one line."""
     return NONE if value is None or value != value else " ".join(str(value).split())
 
 
-def labels_of(values: Iterable[Any]) -> str:
+def labels_of(values: Iterable[object]) -> str:
     """Different values as text, each once: a,b."""
     return ",".join(dict.fromkeys(map(label_of, values)))
 

@@ -82,7 +82,8 @@ def versions_of(one: Mapping[str, Any], config: str | None, hydra: str | None) -
         return {}
     path = Path(working[1] if working else ".") / root[1] / names[0] / store.DONE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["versions"]
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["versions"]
+        return found
     except (OSError, ValueError, KeyError):
         return {}
 

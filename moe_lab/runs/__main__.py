@@ -51,7 +51,7 @@ def main(given: Sequence[str] | None = None) -> int:
 def _list(asked: argparse.Namespace, stores: list[Contents], found: list[Job]) -> None:
     lines = listing.describe(found, asked.folder)
     lines = [line for line in lines if not asked.status or line["status"] in asked.status]
-    about = [
+    about: list[dict[str, Any]] = [
         {
             "root": held.root,
             "kinds": cleaning.by_kind(held, found),
@@ -146,9 +146,9 @@ def _warnings(
         )
     if not chosen:
         return
-    tuned = [one for one in chosen if one.kind == "finetune" and one.seconds is not None]
+    tuned = [one.seconds for one in chosen if one.kind == "finetune" and one.seconds is not None]
     if what == CHECKPOINTS and tuned:
-        training = took(sum(one.seconds for one in tuned))
+        training = took(sum(tuned))
         are = "is" if len(tuned) == 1 else "are"
         yield f"{len(tuned)} of these {are} fine-tuned weights: {training} of training"
     left = sum(job.status != OK for job in found)
@@ -175,7 +175,7 @@ def _rerun(folder: Path, found: list[Job]) -> int:
     return max(codes)
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 

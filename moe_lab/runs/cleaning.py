@@ -90,7 +90,8 @@ def stores(jobs: Iterable[Job]) -> list[Path]:
         if home not in places:
             said = read_yaml(job.folder / HYDRA / "hydra.yaml") or {}
             cwd = said.get("hydra", {}).get("runtime", {}).get("cwd")
-            places[home] = Path(cwd) if cwd else job.sweep and job.sweep.cwd
+            of_sweep = job.sweep.cwd if job.sweep else None
+            places[home] = Path(cwd) if cwd else of_sweep
         candidates = [place / text for place in (places[home], Path.cwd()) if place]
         found |= dict.fromkeys([one.resolve() for one in candidates if one.is_dir()][:1])
     return list(found)
@@ -117,7 +118,7 @@ def contents(root: Path) -> Contents:
     return Contents(root, tuple(results), tuple(orphans), others)
 
 
-def size_of(entry: os.DirEntry) -> int:
+def size_of(entry: os.DirEntry[str]) -> int:
     """Bytes of a file, or of all files in a folder; a link is as big as itself."""
     if not entry.is_dir(follow_symlinks=False):
         return entry.stat(follow_symlinks=False).st_size
@@ -199,7 +200,7 @@ def by_kind(store: Contents, jobs: list[Job]) -> dict[str, dict[str, float]]:
                 "used": sum(one.folder in kept for one in done),
                 "unfinished": len(results) - len(done),
                 "bytes": sum(one.bytes for one in results),
-                "seconds": sum(one.seconds for one in done),
+                "seconds": sum(one.seconds for one in done if one.seconds is not None),
             }
     return found
 
@@ -272,7 +273,7 @@ def _result(kind: str, folder: Path, size: int) -> Result:
     return Result(kind, folder.name, folder, size, seconds, made, frozenset(names), made_from)
 
 
-def _references(value: Any) -> Iterator[str]:
+def _references(value: object) -> Iterator[str]:
     """What an identity may name: keys and fingerprints, and the keys of identities within it."""
     if isinstance(value, str):
         yield from KEY.findall(value)

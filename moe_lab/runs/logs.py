@@ -16,7 +16,9 @@ class Console(logging.Filter):
     A warning of Python's (`warnings.warn`) is cut to its message, without the line of code.
     """
 
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+    def filter(  # type: ignore[override]  # a record in another's place: from Python 3.12 on
+        self, record: logging.LogRecord
+    ) -> bool | logging.LogRecord:
         """Whether, or as what, a record is shown."""
         ours = record.name.partition(".")[0] in OUR_LOGGERS
         if record.levelno < logging.WARNING:

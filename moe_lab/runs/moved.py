@@ -162,6 +162,7 @@ def refusal_of_import(error: BaseException | None) -> UserError | None:
     while error is not None:
         if isinstance(error, ErrorDuringImport):
             error = error.value
+            continue
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "moe_lab":
             frames = traceback.extract_tb(error.__traceback__)
             files = [file for frame in frames if (file := Path(frame.filename)).is_file()]
@@ -174,8 +175,9 @@ def refusal_of_import(error: BaseException | None) -> UserError | None:
 def _told(file: Path) -> UserError | None:
     """The imports of a file that have moved, as they were and as they are to be written."""
     lines = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    for node in (one for one in nodes if isinstance(one, ast.ImportFrom)):
+        for alias in node.names:
             now = new_path(f"{node.module}.{alias.name}")
             if now:
                 module, _, name = now.rpartition(".")

@@ -62,10 +62,10 @@ def refusal(error: BaseException | None) -> str | None:
     """What Hydra, OmegaConf or we refuse, in a few lines that say what exists; else None."""
     lines = []
     while error is not None:
-        unknown = isinstance(error, (ConfigKeyError, ConfigAttributeError))
-        if unknown and error.parent_node is not None:
+        unknown = (ConfigKeyError, ConfigAttributeError)
+        if isinstance(error, unknown) and error.parent_node is not None:
             there = [str(key) for key in error.parent_node if key not in ("hydra", "_target_")]
-            group = error.full_key.partition(".")[0]
+            group = str(error.full_key).partition(".")[0]
             names = ", ".join(there) or f"none yet: choose another {group}=<option> too"
             lines = [f"{error.full_key} is no option; there are {names}"]
         elif isinstance(error, UserError):

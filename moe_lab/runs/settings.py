@@ -110,5 +110,5 @@ def planned_layers(folder: Path) -> dict[str, str]:
     return {"plan/layers": json.dumps(plan.layer_order or [edit.index for edit in plan.edited()])}
 
 
-def _word(value: Any) -> Any:
+def _word(value: object) -> object:
     return value if isinstance(value, (str, int, float, type(None))) else json.dumps(value)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,16 +55,21 @@ class Job:
     report: Report | None
 
     @property
+    def _told(self) -> Mapping[str, Any]:
+        """Its report; empty where it left none."""
+        return self.report or {}
+
+    @property
     def stages(self) -> list[str]:
         """The stages that it finished, in their order."""
-        keys = [key for key in self.report or () if key.startswith("seconds/")]
+        keys = [key for key in self._told if key.startswith("seconds/")]
         return [key.removeprefix("seconds/") for key in keys if key != "seconds/total"]
 
     @property
     def artifacts(self) -> dict[str, str]:
         """The results it uses by stage, each as <kind>/<key>."""
-        keys = [key for key in self.report or () if key.startswith("artifact/")]
-        return {key.removeprefix("artifact/"): str(self.report[key]) for key in keys}
+        keys = [key for key in self._told if key.startswith("artifact/")]
+        return {key.removeprefix("artifact/"): str(self._told[key]) for key in keys}
 
     @property
     def tells_results(self) -> bool:
@@ -76,21 +81,22 @@ class Job:
 
     def seconds(self, cached: bool) -> float:
         """What its stages took that were found finished, or those that it made itself."""
-        return sum(
-            self.report[f"seconds/{stage}"]
+        found: float = sum(
+            self._told[f"seconds/{stage}"]
             for stage in self.stages
-            if bool(self.report.get(f"cached/{stage}")) == cached
+            if bool(self._told.get(f"cached/{stage}")) == cached
         )
+        return found
 
     @property
     def num_cached(self) -> int:
         """How many of its stages were found finished."""
-        return sum(bool(self.report.get(f"cached/{stage}")) for stage in self.stages)
+        return sum(bool(self._told.get(f"cached/{stage}")) for stage in self.stages)
 
     @property
     def elapsed(self) -> float | None:
         """Seconds it took; so far while it runs, to its last sign of life if it was killed."""
-        total = (self.report or {}).get("seconds/total")
+        total: float | None = self._told.get("seconds/total")
         start = _modified(self.folder / HYDRA / "config.yaml")
         if total is not None and self.status != RUNNING:
             return total
@@ -105,7 +111,7 @@ class Job:
         """Why it failed, or what it is doing, in one line; empty for others."""
         if self.status == RUNNING:
             return _last_line(self.folder / LOG)
-        error = (self.report or {}).get("error") if self.status == FAILED else None
+        error = self._told.get("error") if self.status == FAILED else None
         return " ".join(str(error or "").split())
 
     @cached_property
@@ -155,8 +161,8 @@ def read_sweep(folder: Path) -> SweepRecord | None:
         said = json.loads(path.read_text(encoding="utf-8"))
         jobs = said["overrides"]
         jobs = None if jobs is None else tuple(tuple(map(str, job)) for job in jobs)
-        places = (Path(said[name]) for name in ("cwd", "script", "python"))
-        return SweepRecord(folder, tuple(map(str, said["argv"])), *places, jobs)
+        cwd, script, python = (Path(said[name]) for name in ("cwd", "script", "python"))
+        return SweepRecord(folder, tuple(map(str, said["argv"])), cwd, script, python, jobs)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error!r}") from error
 
@@ -185,7 +191,7 @@ def settings_apart(jobs: Iterable[Job]) -> dict[Path, str]:
     for job in jobs:
         own = [one for one in job.overrides or () if not WHERE.match(one)]
         homes.setdefault(job.folder.parent, []).append((job.folder, own))
-    found = {}
+    found: dict[Path, str] = {}
     for members in homes.values():
         told = apart([own for _, own in members])
         found |= {job: told for (job, _), told in zip(members, told, strict=True)}
@@ -209,6 +215,7 @@ def _job(folder: Path, sweep: SweepRecord | None) -> Job:
     said = _report(folder)
     number = int(folder.name) if sweep and folder.name.isdecimal() else -1
     known = sweep.overrides if sweep else None
+    overrides: tuple[str, ...] | None
     if known and 0 <= number < len(known):
         overrides = known[number]
     else:

@@ -35,7 +35,7 @@ class Sweep(Callback):
 
     started: Sweep | None = None
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
         from moe_lab.files import SWEEP
 
@@ -125,7 +125,8 @@ def jobs(config: DictConfig) -> list[list[str]] | None:
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return None
     lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    lines += OmegaConf.to_container(config.hydra.overrides.task)
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task)
+    lines += given
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     (found,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
     return found

@@ -121,7 +121,7 @@ def evaluate_groups(
     return store.get("evaluate", identity | _asked(tasks, suite.mirror, options), make)
 
 
-def _code() -> list[Any]:
+def _code() -> list[object]:
     return [evaluate, run_tasks, Suite, layers, routers, remapped, tiny_tasks, items, harness]
 
 
@@ -141,4 +141,5 @@ def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) ->
 
 def results_of(artifact: Artifact) -> dict[str, float]:
     """What `evaluate` found."""
-    return json.loads((artifact.folder / RESULTS_FILE).read_text())
+    found: dict[str, float] = json.loads((artifact.folder / RESULTS_FILE).read_text())
+    return found

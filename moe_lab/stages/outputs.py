@@ -60,7 +60,8 @@ def checkpoint_of(artifact: Artifact, dense: Checkpoint) -> Checkpoint:
 def _form(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a checkpoint was saved; nothing more than that it is stock where no stage of ours did."""
     file = checkpoint.path.parent / FORM
-    return json.loads(file.read_text()) if file.is_file() else {"stock": True}
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stock": True}
+    return found
 
 
 TOLD_OF_TRAINING = ("used_expert_", "experts_alive")  # what recipes say of a whole training

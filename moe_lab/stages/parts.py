@@ -33,4 +33,7 @@ class Parts:
     @classmethod
     def made(cls, config: Mapping[str, Any], make: Callable[[Any], Any]) -> Parts:
         """From a composed config; make(node): the object that a node's `_target_` names."""
-        return cls(**{field.name: make(config[field.name]) or None for field in fields(cls)})
+        made: dict[str, Any] = {
+            field.name: make(config[field.name]) or None for field in fields(cls)
+        }
+        return cls(**made)

@@ -93,12 +93,13 @@ def pipeline(
         variants["finetuned"] = checkpoint_of(report.add_stage("finetune", tuned), dense)
     report.add_checkpoints(variants)
     variants = with_top_k(variants, further_top_k, suite)
-    for name, variant in variants.items() if suite else ():
-        evaluated = evaluate(
-            store, variant, dense, suite, config["eval"], texts.get("held_out"), compute
-        )
-        report.add_stage(f"evaluate_{name}", evaluated)
-        report.add_evaluation(name, results_of(evaluated))
+    if suite:
+        for name, variant in variants.items():
+            evaluated = evaluate(
+                store, variant, dense, suite, config["eval"], texts.get("held_out"), compute
+            )
+            report.add_stage(f"evaluate_{name}", evaluated)
+            report.add_evaluation(name, results_of(evaluated))
     if suite and texts["calibration"].groups:
         evaluated = evaluate_groups(store, dense, planned, suite, config["eval"], compute)
         report.add_groups(planned, dense)

@@ -9,20 +9,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.files import PLAN, PLANS
 from moe_lab.finetune.recipe import Recipe
+from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, check_plan
+from moe_lab.models.checkpoint import Checkpoint, Model, check_plan
 from moe_lab.models.forms import form_of
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.profile.profile import Profile
+from moe_lab.profile.profile import Profile, Value
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.types import Edit, LayerInfo, Plan
 
@@ -35,7 +36,7 @@ def plan(
     checkpoint: Checkpoint,
     profile: Artifact,
     tokens: Tokens,
-    method: Any,
+    method: Method,
     options: dict[str, Any],
     compute: Compute,
 ) -> Artifact:
@@ -76,7 +77,7 @@ def plan(
         sample = tokens.take(range(min(num_samples or len(tokens.samples), len(tokens.samples))))
         return sample.batches(compute.batch_size, compute.device)
 
-    def open_model(num_samples: int | None = None) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    def open_model(num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
         return checkpoint.load(compute.device), batches(num_samples)
 
     def open_stream(num_samples: int | None = None) -> LayerStream:
@@ -85,12 +86,16 @@ def plan(
         model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
         return LayerStream(model, batches(num_samples), cache)
 
-    def remember(identity: dict[str, Any], work: Callable[[], Any], code: Sequence[Any]) -> Any:
+    def remember(
+        identity: dict[str, Any], work: Callable[[], Value], code: Sequence[object]
+    ) -> Value:
         def answer(folder: Path) -> None:
             write_whole(folder / ANSWER, json.dumps(work()) + "\n")
 
         question = identity | {"profile": profile.key, "code": code_version(*code)}
-        return json.loads((store.get("search", question, answer).folder / ANSWER).read_text())
+        found = store.get("search", question, answer)
+        known: Value = json.loads((found.folder / ANSWER).read_text())
+        return known
 
     identity = {
         "profile": profile.key,
@@ -106,7 +111,7 @@ def _keep_all(layers: list[LayerStatistics], groups: list[str]) -> Plan:
 
 
 def check_recipe(
-    checkpoint: Checkpoint, method: Any, recipe: Recipe | None, layers: list[LayerInfo]
+    checkpoint: Checkpoint, method: Method, recipe: Recipe | None, layers: list[LayerInfo]
 ) -> None:
     """Refuse a recipe that cannot work with the model, or that the plan leaves nothing to train.
 
@@ -123,7 +128,7 @@ def check_recipe(
         recipe.check(Plan((*edits, *kept)))
 
 
-def announce_form(checkpoint: Checkpoint, method: Any, layers: list[LayerInfo]) -> None:
+def announce_form(checkpoint: Checkpoint, method: Method, layers: list[LayerInfo]) -> None:
     """Say beforehand where the result will not load in stock transformers, or only with padding."""
     if checkpoint.repeats_experts:
         logger.warning(

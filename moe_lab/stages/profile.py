@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models import layers, observing, remapped, routers
 from moe_lab.models.activations import Activations
@@ -27,7 +27,7 @@ from moe_lab.types import UserError
 Batches = Sequence[tuple[int, dict[str, Tensor]]]
 
 
-def check_profile(compute: Compute, method: Any) -> None:
+def check_profile(compute: Compute, method: Method) -> None:
     """Refuse a profile of the routers alone where the method needs more."""
     if compute.profile == "routers" and not getattr(method, "from_routers", False):
         raise UserError(
@@ -81,8 +81,8 @@ def collect_profile(
         model = checkpoint.load(compute.device)
         return collect.collect_by_group(model, progress(batches, "profile"), only_routers)
     cache = Activations(int(compute.cache_gib * 2**30), folder, compute.device)
-    model = LayerwiseModel(checkpoint, compute.device)
-    stream = LayerStream(model, (batch for _, batch in batches), cache)
+    layerwise = LayerwiseModel(checkpoint, compute.device)
+    stream = LayerStream(layerwise, (batch for _, batch in batches), cache)
     return _layer_by_layer(stream, [group for group, _ in batches], only_routers)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moe_lab.data.tokens import Tokens
-from moe_lab.finetune.recipe import sources
+from moe_lab.data.tokens import Tokenizer, Tokens
+from moe_lab.finetune.recipe import Source, sources
 from moe_lab.stages.parts import Parts
 from moe_lab.types import UserError
 
 
-def tokenize(parts: Parts, tokenizer: Any) -> dict[str, Tokens]:
+def tokenize(parts: Parts, tokenizer: Tokenizer) -> dict[str, Tokens]:
     """All text of a run: calibration, and where they are asked for <phase>/data, held_out."""
     _check_groups(parts)
-    texts = {"calibration": parts.calibration}
+    texts: dict[str, Source] = {"calibration": parts.calibration}
     if parts.finetune:
         texts |= sources(parts.finetune.phases)
     if parts.eval and parts.eval.held_out:
@@ -47,7 +45,7 @@ def _check_groups(parts: Parts) -> None:
                         f"eval.top_k{one}")  # fmt: skip
 
 
-def _tokens(name: str, source: Any, tokenizer: Any) -> Tokens:
+def _tokens(name: str, source: Source, tokenizer: Tokenizer) -> Tokens:
     try:
         return source.tokens(tokenizer)
     except UserError as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -51,7 +52,12 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="differences (and if they are more than chance) to the dense model, or to the cell "
         "with these settings; may be repeated",
     )  # fmt: skip
-    only = {"action": "append", "default": [], "metavar": "KEY=VALUE,VALUE", "type": _filter}
+    only: dict[str, Any] = {
+        "action": "append",
+        "default": [],
+        "metavar": "KEY=VALUE,VALUE",
+        "type": _filter,
+    }
     parser.add_argument("--filter", help="only reports with one of these; may be repeated", **only)
     parser.add_argument(
         "--expected", metavar="FILE",
@@ -90,8 +96,9 @@ def _request(asked: argparse.Namespace) -> Request:
 def _of_sweep(folder: Path) -> Request:
     """What a sweep itself was asked to show, where it has left that."""
     path = folder / "multirun.yaml"
-    node = OmegaConf.load(path).get("table") if path.is_file() else None
-    asked = OmegaConf.to_container(node, resolve=True) if node else {}
+    whole: Any = OmegaConf.load(path) if path.is_file() else {}
+    node = whole.get("table")
+    asked: Any = OmegaConf.to_container(node, resolve=True) if node else {}
     return Request(**{key: value for key, value in asked.items() if key != "_target_"})
 
 

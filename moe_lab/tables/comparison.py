@@ -20,6 +20,7 @@ from moe_lab.report.frame import (
     NONE,
     ORIGIN_KEYS,
     SEED_KEYS,
+    keys_of,
     label_of,
     labels_of,
     mean_of,
@@ -69,7 +70,8 @@ def compare_to_baseline(made: Pivot, baseline: str) -> Comparison:
     """
     wanted = None if baseline == DENSE else _settings(made, baseline)
     sample = _Sample(made)
-    difference, p, tests = {}, {}, {}
+    difference, p = {}, {}
+    tests: dict[str, None] = {}
     for column in made.columns:
         found = [sample.compare(row, column, wanted) for row in made.rows()]
         difference[column.name] = [value for value, _, _ in found]
@@ -180,7 +182,7 @@ class _Sample:
 
     def _replaced(self, row: Row, column: Column, wanted: dict[str, str]) -> tuple[Row, Column]:
         """The cell that has the wanted settings, and else those of this one."""
-        keys = list(self.made.index)
+        keys = keys_of(self.made.index)
         base = tuple(wanted.get(key, own) for key, own in zip(keys, row, strict=True))
         settings = tuple((key, wanted.get(key, own)) for key, own in column.settings)
         return base, Column(column.key, settings)
@@ -205,7 +207,7 @@ def _mean(figures: Sequence[float], places: Sequence[int]) -> float:
 def _tasks(frame: pd.DataFrame) -> list[str]:
     """<task>/<metric> of the tasks with an accuracy; not the parts of another (mmlu_anatomy)."""
     found: dict[str, list[str]] = {}
-    for key in frame:
+    for key in keys_of(frame):
         _, _, rest = key.partition("/eval/")
         task, _, metric = rest.rpartition("/")
         if task and metric in SHARES:
@@ -216,11 +218,10 @@ def _tasks(frame: pd.DataFrame) -> list[str]:
 
 def _settings(made: Pivot, baseline: str) -> dict[str, str]:
     """The settings that a baseline names."""
-    wanted = settings_of(baseline, made.labels)
+    keys = keys_of(made.labels)
+    wanted = settings_of(baseline, keys)
     if not wanted:
-        raise UserError(
-            f"--baseline {baseline}: it is dense, or key=value of {', '.join(made.labels)}"
-        )
+        raise UserError(f"--baseline {baseline}: it is dense, or key=value of {', '.join(keys)}")
     for key, value in wanted.items():
         if value not in set(made.labels[key]):
             there = labels_of(made.labels[key])

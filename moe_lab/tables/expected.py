@@ -12,12 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from moe_lab.files import CHECKOUT
 from moe_lab.report.figures import MISSING, difference_text, figure_text
-from moe_lab.report.frame import NONE, STATUS, deviation_of, label_of, mean_of
+from moe_lab.report.frame import NONE, STATUS, deviation_of, keys_of, label_of, mean_of
 from moe_lab.report.report import OK
 from moe_lab.tables.pivot import Column
 from moe_lab.tables.table import Table
@@ -28,6 +29,7 @@ TOLD_COLUMNS = ("table", "variant", "provenance", "sure", "note")
 FIGURE_COLUMNS = ("figure", "value", "std", "tolerance")
 SHOWN = ("published", "ours", "difference", "tolerance", "within")
 WITHIN = {True: "yes", False: "NO", None: MISSING}
+Row = dict[str, Any]  # of the file, and ours beside it
 
 
 def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
@@ -38,10 +40,12 @@ def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
     is counted below. UserError for a file that cannot be read as described.
     """
     expected = _read(path)
-    asked = [key for key in expected if key not in (*TOLD_COLUMNS, *FIGURE_COLUMNS)]
+    asked = [key for key in keys_of(expected) if key not in (*TOLD_COLUMNS, *FIGURE_COLUMNS)]
     done = frame[frame[STATUS] == OK]
-    rows, lacking = [], Counter()
-    for one in expected.to_dict("records"):
+    rows: list[Row] = []
+    lacking: Counter[str] = Counter()
+    lines: Any = expected.to_dict("records")
+    for one in lines:
         matching = done
         for key in asked:
             if one[key]:
@@ -123,7 +127,7 @@ def _numbers(matching: pd.DataFrame, figure: str) -> list[float]:
     return pd.to_numeric(matching[figure], errors="coerce").dropna().astype(float).tolist()
 
 
-def _row(one: dict, ours: list[float]) -> dict:
+def _row(one: Row, ours: list[float]) -> Row:
     mean, std = mean_of(ours), deviation_of(ours)
     difference = mean - one["value"]
     within = None
@@ -132,7 +136,7 @@ def _row(one: dict, ours: list[float]) -> dict:
     return one | {"ours": mean, "ours (std)": std, "difference": difference, "within": within}
 
 
-def _text(row: dict) -> dict[str, str]:
+def _text(row: Row) -> dict[str, str]:
     """A row's cells; a tolerance of a percentage in points, as the difference is."""
     figure = row["figure"]
     published = _spread(figure, row["value"], row["std"])
@@ -149,7 +153,7 @@ def _spread(figure: str, value: float, std: float) -> str:
     return f"{shown} ± {figure_text(figure, std)}" if std > 0 else shown
 
 
-def _why(one: dict, frame: pd.DataFrame, matching: pd.DataFrame) -> str:
+def _why(one: Row, frame: pd.DataFrame, matching: pd.DataFrame) -> str:
     """Why an expected figure has none of ours beside it."""
     if "/" not in one["figure"]:
         return "are no figures of reports"
@@ -159,7 +163,7 @@ def _why(one: dict, frame: pd.DataFrame, matching: pd.DataFrame) -> str:
     return "were not run" if matching.empty else "were not evaluated or measured"
 
 
-def _notes(rows: list[dict], lacking: Counter, path: Path) -> Iterator[str]:
+def _notes(rows: list[Row], lacking: Counter[str], path: Path) -> Iterator[str]:
     judged = [row["within"] for row in rows if row["within"] is not None]
     yield (
         f"{len(rows)} figures of {path.name} beside ours: {sum(judged)} of the {len(judged)} with "

@@ -33,7 +33,7 @@ def make_table(frame: pd.DataFrame, request: Request) -> Table:
 
 def make_comparison(frame: pd.DataFrame, request: Request) -> Table:
     """Published figures beside those of the reports."""
-    return compare_to_published(filtered(frame, request.filters), Path(request.expected))
+    return compare_to_published(filtered(frame, request.filters), Path(request.expected or ""))
 
 
 def write_outputs(folder: Path, request: Request) -> tuple[list[Path], list[Table]]:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 
@@ -23,6 +24,7 @@ from moe_lab.report.frame import (
     differs,
     distinct_reports,
     free_keys,
+    keys_of,
     label_of,
     labels_of,
     mean_of,
@@ -35,6 +37,8 @@ from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 LONGEST = 300  # characters of a reason below a table; a report has all of it
+Row = tuple[str, ...]  # its labels
+At = tuple[tuple[str, str], ...]  # a column's settings
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Column:
     """A column of figures: a report's key, at these settings (label by key) where spread out."""
 
     key: str
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: At = ()
 
     @property
     def name(self) -> str:
@@ -92,7 +96,7 @@ class Pivot:
     labels: pd.DataFrame
     ended: list[str]
     numbers: dict[str, list[float]]
-    cells: Mapping[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], list[int]]
+    cells: Mapping[tuple[Row, At], list[int]]
     mean: pd.DataFrame
     deviation: pd.DataFrame
     repeated: list[str]
@@ -144,9 +148,9 @@ def pivot(frame: pd.DataFrame, request: Request = Request()) -> Pivot:
     _check_numbers(frame, values)
 
     labels = frame[[*rows, *columns]].map(label_of)
-    cells: dict[tuple, list[int]] = {}
-    at_columns: dict[tuple, None] = {}
-    at_rows: dict[tuple, None] = {}
+    cells: dict[tuple[Row, At], list[int]] = {}
+    at_columns: dict[At, None] = {}
+    at_rows: dict[Row, None] = {}
     for position, line in enumerate(labels.itertuples(index=False, name=None)):
         row, at = line[: len(rows)], tuple(zip(columns, line[len(rows) :], strict=True))
         cells.setdefault((row, at), []).append(position)
@@ -192,7 +196,9 @@ def possible(frame: pd.DataFrame, request: Request) -> Request:
     (measure=none leaves out what a paper's table has).
     """
     wanted = {name: getattr(request, name) for name in ("rows", "columns", "values", "best")}
-    there = {name: keys and [key for key in keys if key in frame] for name, keys in wanted.items()}
+    there: dict[str, Any] = {
+        name: keys and [key for key in keys if key in frame] for name, keys in wanted.items()
+    }
     missing = [key for keys in wanted.values() for key in keys or () if key not in frame]
     baselines = [one for one in request.baseline or () if _is_there(frame, one)]
     missing += [one for one in request.baseline or () if one not in baselines]
@@ -225,7 +231,8 @@ def remarks(made: Pivot) -> Iterator[str]:
     varying = varying_keys(frame)
     inside = [key for key in varying if key not in labels]
     ok = frame[frame[STATUS] == OK]
-    cells = ok.groupby([labels.loc[ok.index, key] for key in labels], sort=False)
+    of_cells = [labels.loc[ok.index, key] for key in keys_of(labels)]
+    cells = ok.groupby(of_cells, sort=False)
     mixed = [key for key in inside if cells[key].agg(differs).any()]
     seed = SEED_KEYS.search
     for title, keys in (
@@ -241,7 +248,7 @@ def remarks(made: Pivot) -> Iterator[str]:
     given = [key for key in same if frame[key].notna().any()]
     yield f"the same in all {len(frame)} reports that have it: {_told(frame, given)}"
     for name, one in frame[frame[STATUS] != OK].iterrows():
-        where = ", ".join(f"{key}={labels.at[name, key]}" for key in labels)
+        where = ", ".join(f"{key}={labels.at[name, key]!s}" for key in labels)
         yield f"{state([one[STATUS]])}: {where}: {_cut(reason_of(one))}"
 
 
@@ -266,7 +273,7 @@ def _check_keys(frame: pd.DataFrame, *several: Iterable[str]) -> None:
     for key in (key for keys in several for key in keys):
         if key not in frame:
             settings = setting_keys(frame)
-            results = [key for key in frame if key not in settings]
+            results = [key for key in keys_of(frame) if key not in settings]
             raise UserError(
                 f"no report has {key!r}; settings are {', '.join(settings)}; "
                 f"results are {', '.join(results)}"
@@ -297,7 +304,7 @@ def _sorted(made: Pivot, keys: Sequence[str]) -> Pivot:
     return replace(made, index=index, mean=mean, deviation=deviation)
 
 
-def _ordered(order: list[int], values: list, descending: bool) -> list[int]:
+def _ordered(order: list[int], values: list[Any], descending: bool) -> list[int]:
     """Stable: equal ones keep their order; numbers before words, and holes at the end."""
 
     def rank(position: int) -> tuple[int, float, str]:

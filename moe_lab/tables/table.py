@@ -106,8 +106,8 @@ class Table:
         made = RichTable()
         for position, name in enumerate(self._head()):
             shown = re.sub(r"(?<=[/_])|(?= \()", "\n", name)  # keys are long: let them fold
-            side = "right" if position >= len(self.index.columns) else "left"
-            made.add_column(escape(shown), justify=side, overflow="fold")
+            is_label = position < len(self.index.columns)
+            made.add_column(escape(shown), justify="left" if is_label else "right", overflow="fold")
         for row in self._body("[bold]{}[/bold]".format, escape):
             made.add_row(*row)
         console = console or Console()
@@ -253,8 +253,8 @@ def _best(made: Pivot, among: Sequence[str]) -> pd.DataFrame:
             figures = made.mean[column.name].iloc[rows].dropna()
             cells = figures.map(lambda value, key=column.key: figure_text(key, value))
             if cells.nunique() > 1:
-                first = (sign * figures).idxmax()
-                best.loc[cells.index[cells == cells[first]], column.name] = True
+                first = cells.iloc[int((sign * figures).to_numpy().argmax())]
+                best.loc[list(cells.index[cells == first]), column.name] = True
     return best
 
 

@@ -5,6 +5,7 @@ Look at a sweep with `tensorboard --logdir <its folder>`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class TensorBoardTracker(Tracker):
 
         self._in_run("writing the summary", add)
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         self._in_run(
             f"adding the table {name}",
             lambda: self._writer.add_text(name, _markdown(columns, rows)),
@@ -99,7 +100,7 @@ class TensorBoardTracker(Tracker):
             self._writer.add_image(f"plots/{path.stem}", pixels_HWC, dataformats="HWC")
 
         for path in paths:
-            self._in_run(f"adding {path}", lambda path=path: add(path))
+            self._in_run(f"adding {path}", functools.partial(add, path))
 
     def html(self, name: str, path: Path) -> None:
         self._in_run(f"adding {path}", lambda: self._writer.add_text(name, f"`{path}`"))
@@ -123,12 +124,12 @@ class TensorBoardTracker(Tracker):
         self._in_run("closing its files", close)
         self._writer = None
 
-    def _in_run(self, doing: str, act: Callable[[], Any]) -> None:
+    def _in_run(self, doing: str, act: Callable[[], object]) -> None:
         if self._writer is not None:
             self._guard(doing, act)
 
 
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     cells = [["" if cell is None else str(cell).replace("|", r"\|") for cell in line]
              for line in lines]  # fmt: skip

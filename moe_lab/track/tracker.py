@@ -43,7 +43,8 @@ class TrackedArtifact:
         """Its metadata as plain data, with its place and what it was made from."""
         extra = {"made_from": list(self.made_from), "place": self.place and str(self.place)}
         told = dict(self.metadata) | {key: value for key, value in extra.items() if value}
-        return json.loads(json.dumps(told, default=str))
+        plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
+        return plain
 
 
 class Tracker(Protocol):
@@ -83,7 +84,7 @@ class Tracker(Protocol):
     def summary(self, report: Mapping[str, Any]) -> None:
         """Make the flat report the run's summary."""
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Add a table."""
 
     def images(self, paths: Iterable[Path]) -> None:
@@ -109,7 +110,7 @@ class Guard:
         self.service, self.remedy = service, remedy
         self._told: set[str] = set()
 
-    def __call__(self, doing: str, act: Callable[[], Any], goes_on: str = "without it") -> bool:
+    def __call__(self, doing: str, act: Callable[[], object], goes_on: str = "without it") -> bool:
         """Whether `act` went well; remedy: what to do where the service is not installed."""
         try:
             act()
@@ -155,13 +156,13 @@ class Points:
 
     def add(self, row: Mapping[str, Any], log_step: int) -> None:
         """Remember a row's point, or with an empty row only that the log came that far."""
-        line = [row.get("phase"), row.get("step"), log_step]
-        self._remember(*line)
+        phase, step = row.get("phase"), row.get("step")
+        self._remember(phase, step, log_step)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # The newline first: it ends what an interrupted process left unfinished.
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(line)}")
+                file.write(f"\n{json.dumps([phase, step, log_step])}")
 
     def forget(self) -> None:
         """Start anew, as a service that has none of the points must be given them all."""

@@ -6,13 +6,14 @@ says why and the run goes on without it.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_lab.track.tracker import (
     Guard,
@@ -116,11 +117,13 @@ class WandbTracker(Tracker):
     def summary(self, report: Mapping[str, Any]) -> None:
         self._in_run("writing the summary", lambda: self._run.summary.update(dict(report)))
 
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         def attach() -> None:
             import wandb
 
-            data = [[None if _is_nan(value) else value for value in row] for row in rows]
+            data: list[Iterable[object]] = [
+                [None if _is_nan(value) else value for value in row] for row in rows
+            ]
             mixed = any(_is_mixed(column) for column in zip(*data, strict=True))
             made = wandb.Table(columns=list(columns), data=data, allow_mixed_types=mixed)
             self._log({name: made})
@@ -134,7 +137,7 @@ class WandbTracker(Tracker):
             self._log({f"plots/{path.stem}": wandb.Image(str(path))})
 
         for path in paths:
-            self._in_run(f"attaching {path}", lambda path=path: attach(path))
+            self._in_run(f"attaching {path}", functools.partial(attach, path))
 
     def html(self, name: str, path: Path) -> None:
         def attach() -> None:
@@ -156,7 +159,7 @@ class WandbTracker(Tracker):
         made_from.
         """
         for item in items:
-            self._in_run(f"attaching {item.name}", lambda item=item: self._attach(item))
+            self._in_run(f"attaching {item.name}", functools.partial(self._attach, item))
 
     def finish(self, exit_code: int) -> None:
         self._stalled = False
@@ -169,7 +172,9 @@ class WandbTracker(Tracker):
             "connecting", open_run, "offline"
         )
 
-    def _open(self, mode: str, what: dict[str, Any], points: Path | None) -> None:
+    def _open(
+        self, mode: Literal["online", "offline"], what: dict[str, Any], points: Path | None
+    ) -> None:
         import wandb
 
         wandb.setup(settings=wandb.Settings(silent=True))
@@ -203,8 +208,8 @@ class WandbTracker(Tracker):
             _add(made, path)
         if item.place and item.type == "checkpoint" and self.upload_checkpoints:
             _add(made, Path(item.place))
-        elif item.place:
-            made.add_reference(item.address(), name="place", checksum=False)
+        elif address := item.address():
+            made.add_reference(address, name="place", checksum=False)
         if item.found:
             # What W&B's use_artifact does online, which offline refuses to work: `wandb sync`
             # and the server take it from here. It also spares the wait for the upload.
@@ -221,13 +226,13 @@ class WandbTracker(Tracker):
 
     def _keep_files_under(self, folder: Path) -> None:
         """Point what W&B would put into the home folder here, where the user did not say where."""
-        wanted = {"WANDB_CACHE_DIR": folder / "cache", "WANDB_DATA_DIR": folder / "data"}
+        wanted = {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data")}
         if self.mode == "offline":
             wanted["WANDB_ERROR_REPORTING"] = "false"  # W&B's own crash reports use the network
         for name, value in wanted.items():
             if name not in os.environ:
                 self._environment.append(name)
-                os.environ[name] = str(value)
+                os.environ[name] = value
 
     def _restore_environment(self) -> None:
         for name in self._environment:
@@ -240,11 +245,11 @@ def _artifact_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_.-]", "-", short(name, NAME_LENGTH))
 
 
-def _is_nan(value: Any) -> bool:
+def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _is_mixed(column: Iterable[Any]) -> bool:
+def _is_mixed(column: Iterable[object]) -> bool:
     """Whether W&B, which takes one kind of value per column, must be told to expect several."""
     kinds = {type(value) for value in column if value is not None}
     return len(kinds) > 1 and not kinds <= {int, float}

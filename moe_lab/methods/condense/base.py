@@ -12,16 +12,18 @@ import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from moe_lab.methods.condense.expert_search import OpenLayer
 from moe_lab.methods.condense.layer_search import CondensedSets
+from moe_lab.models.remapped import Experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import Choice, UserError
 
 
-def choice_named(kind: str, name: str) -> Callable:
+def choice_named(kind: str, name: str) -> Callable[..., Any]:
     """The function `choose` of condense.<kind>=<name>; UserError lists what exists."""
     package = importlib.import_module(f"{__package__}.{kind}")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
@@ -30,7 +32,8 @@ def choice_named(kind: str, name: str) -> Callable:
         raise UserError(
             f"condense.{kind}={name!r} does not exist; there are {', '.join(names)}{or_list}"
         )
-    return importlib.import_module(f"{__package__}.{kind}.{name}").choose
+    choose: Callable[..., Any] = importlib.import_module(f"{__package__}.{kind}.{name}").choose
+    return choose
 
 
 def shared_gate(statistics: LayerStatistics) -> float:
@@ -59,7 +62,7 @@ class ExpertCandidates:
     gates_E: Tensor
     seed: int
     open: Callable[[], OpenLayer]
-    experts: Callable[[], AbstractContextManager]
+    experts: Callable[[], AbstractContextManager[Experts]]
 
     @property
     def num_experts(self) -> int:

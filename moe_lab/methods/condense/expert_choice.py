@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from moe_lab.methods.condense.base import ExpertCandidates, choice_named, shared_gate
-from moe_lab.methods.condense.expert_search import IntactStates
+from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer
 from moe_lab.models.editing import check_is_sum, part_widths
+from moe_lab.models.remapped import Experts
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.profile.profile import Profile
+from moe_lab.profile.profile import Profile, Value
 from moe_lab.progress import progress
 from moe_lab.types import Choice, Edit
 
@@ -29,7 +29,7 @@ class Asked(Protocol):
     beam: int
     seed: int
 
-    def searches(self) -> list[Any]:
+    def searches(self) -> list[object]:
         """The modules that decide what a search finds."""
         ...
 
@@ -73,7 +73,7 @@ class ExpertChoices:
         levels, sets = len(stream.layers) + 1, self.method.beam * len(self.statistics)
         return (levels + 2 * sets) * stream.state_bytes()
 
-    def remember(self, identity: dict[str, Any], work: Any) -> Any:
+    def remember(self, identity: dict[str, Any], work: Callable[[], Value]) -> Value:
         """What was found before for the same question, options and data."""
         return self.profile.remember(self._identity | identity, work, self.method.searches())
 
@@ -103,14 +103,15 @@ class ExpertChoices:
         )
 
     def _choice(self, statistics: LayerStatistics, gates: torch.Tensor) -> Choice:
-        if not isinstance(self.method.experts, str):
-            return Choice(tuple(self.method.experts))
+        name = self.method.experts
+        if not isinstance(name, str):
+            return Choice(tuple(name))
         if self.method.num_routed == 0:
             return Choice(())
 
         def work() -> dict[str, Any]:
             candidates = self._candidates(statistics, gates)
-            made = choice_named("experts", self.method.experts)(candidates, self.method.num_routed)
+            made = choice_named("experts", name)(candidates, self.method.num_routed)
             return {"chosen": made.chosen, "divergence": made.divergence}
 
         found = self.remember({"question": "experts", "layer": statistics.info.index}, work)
@@ -119,12 +120,12 @@ class ExpertChoices:
     def _candidates(self, statistics: LayerStatistics, gates: torch.Tensor) -> ExpertCandidates:
         index = statistics.info.index
 
-        def open_layer() -> Any:
+        def open_layer() -> OpenLayer:
             self._states = self._states or IntactStates(self.stream)
             return self._states.open(index, gates, shared_gate(statistics))
 
         @contextmanager
-        def weights() -> Iterator[nn.Module]:
+        def weights() -> Iterator[Experts]:
             with self.stream.layer(index):
                 yield self.stream.moe[index].experts
 

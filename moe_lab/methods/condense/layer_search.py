@@ -7,7 +7,7 @@ all decoder layers up to the first in which they differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,15 @@ from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence
 from moe_lab.models.editing import condensed
 from moe_lab.models.stream import LayerStream, swapped
+from moe_lab.profile.profile import Value
 from moe_lab.progress import progress
 from moe_lab.types import Choice, Edit
 
-Remember = Callable[[dict[str, Any], Callable[[], Any]], Any]
+
+class Remember(Protocol):
+    """Gives what `work` gave for this identity before, or now."""
+
+    def __call__(self, identity: dict[str, Any], work: Callable[[], Value], /) -> Value: ...
 
 
 class CondensedSets:
@@ -72,7 +77,9 @@ class CondensedSets:
         """Keep the states on the way to these sets: the next question begins there."""
         self._kept = [frozenset(one) for one in sets]
 
-    def _asked(self, name: str, sets: Sequence[Collection[int]], work: Callable) -> list[float]:
+    def _asked(
+        self, name: str, sets: Sequence[Collection[int]], work: Callable[[], list[float]]
+    ) -> list[float]:
         identity = {"question": name, "sets": [sorted(one) for one in sets]}
         return self._remember(identity, work)
 
@@ -97,7 +104,9 @@ class CondensedSets:
         return self._at_end([one], state)[0]
 
     @torch.no_grad()
-    def _at_end(self, sets: Sequence[Collection[int]], look: Callable) -> list[list[Any]]:
+    def _at_end(
+        self, sets: Sequence[Collection[int]], look: Callable[[int, Tensor], Value]
+    ) -> list[list[Value]]:
         """For each set what `look(batch, last decoder layer's output)` gives for each batch."""
         wanted = [frozenset(one) for one in sets]
         end = len(self.stream.layers)
@@ -107,7 +116,7 @@ class CondensedSets:
             new = {one for one in needed[level] if (level, one) not in self._known}
             needed[level - 1] |= {one - {level - 1} for one in new}
             needed[level] = new
-        found: dict[frozenset[int], list[Any]] = {}
+        found: dict[frozenset[int], list[Value]] = {}
         for level in range(end):
             self._advance(level, sorted(needed[level + 1], key=sorted))
             self._forget(level)
@@ -151,7 +160,8 @@ class CondensedSets:
     @torch.no_grad()
     def _local_js(self) -> list[float]:
         self._last_states(frozenset())
-        stream, nothing, values = self.stream, frozenset(), []
+        nothing: frozenset[int] = frozenset()
+        stream, values = self.stream, []
         for index in self.edits:
             last = index == len(stream.layers) - 1
             finish = stream.finish if last else lambda hidden: hidden
@@ -170,7 +180,10 @@ class CondensedSets:
 
 
 def greedy_layers(
-    sets: CondensedSets, num_layers: int, beam: int, values: Callable[[Sequence], list[float]]
+    sets: CondensedSets,
+    num_layers: int,
+    beam: int,
+    values: Callable[[Sequence[Collection[int]]], list[float]],
 ) -> Choice:
     """Condense, `num_layers` times, the layer that gives the lowest value; ties to lower layers.
 

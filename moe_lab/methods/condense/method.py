@@ -106,10 +106,14 @@ class Condense:
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
         number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
-        parts = {"experts": tuple(range(number)), "gates": (1.0,) * number}
         return tuple(
             Edit(
-                info.index, info.name, "condense", widths=part_widths(info, range(number)), **parts
+                info.index,
+                info.name,
+                "condense",
+                experts=tuple(range(number)),
+                gates=(1.0,) * number,
+                widths=part_widths(info, range(number)),
             )
             for info in example_layers(self.layers, self.num_layers, layers)
         )
@@ -119,11 +123,11 @@ class Condense:
         seeded = "random" in (self.experts, self.layers)
         return {name: value for name, value in options.items() if seeded or name != "seed"}
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """What decides the plan beside this class."""
         return [*self.searches(), *self._plug_ins("layers")]
 
-    def searches(self) -> list[Any]:
+    def searches(self) -> list[object]:
         """The modules that decide what a search finds.
 
         Not the way in which layers are chosen by it: different ways share their answers.
@@ -134,7 +138,7 @@ class Condense:
         ]  # fmt: skip
         return [self, *modules, *self._plug_ins("experts", "gates")]
 
-    def _plug_ins(self, *kinds: str) -> list[Any]:
+    def _plug_ins(self, *kinds: str) -> list[object]:
         """What condense.<kind> names, where it is no explicit list."""
         names = {kind: getattr(self, kind) for kind in kinds}
         return [choice_named(kind, name) for kind, name in names.items() if isinstance(name, str)]
@@ -166,4 +170,5 @@ class Condense:
             return CondensedSets(lambda: experts.stream, edits, experts.remember)
 
         layers = LayerCandidates(experts.statistics, condensed, self.beam, self.seed)
-        return choice_named("layers", self.layers)(layers, self.num_layers)
+        chosen: Choice = choice_named("layers", self.layers)(layers, self.num_layers)
+        return chosen

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lab.models.layers import expert_hidden, expert_parameters
 from moe_lab.models.merging import HiddenUnits
+from moe_lab.models.remapped import Experts
 from moe_lab.profile.all_experts import AllExperts
 
 
@@ -42,15 +43,16 @@ def permutation(experts: AllExperts, groups: Sequence[Sequence[int]], with_weigh
 
 
 def _activation_distances(
-    module: nn.Module,
+    module: Experts,
     parameters: Sequence[dict[str, Tensor]],
     x_TD: Sequence[Tensor],
     first: int,
     members: Sequence[int],
 ) -> list[Tensor]:
     """For each member the distances [I, I] of its units (columns) from those of `first` (rows)."""
-    squares = [0.0] * (1 + len(members))  # of each expert's units, [I]
-    products = [0.0] * len(members)  # [I, I]
+    zero = torch.zeros((), dtype=torch.float64)
+    squares = [zero] * (1 + len(members))  # of each expert's units, [I]
+    products = [zero] * len(members)  # [I, I]
     for x in x_TD:
         hidden = [expert_hidden(module, parameters[expert], x) for expert in (first, *members)]
         squares = [a + h.double().square().sum(dim=0) for a, h in zip(squares, hidden, strict=True)]

@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Grouping:
     router: RouterName
     propagate: bool = False
     outputs: Callable[[AllExperts], Tensor] | None = None
-    check: Callable[[LayerInfo, int, Mapping], None] = field(default=lambda *_: None)
+    check: Callable[[LayerInfo, int, Mapping[str, Any]], None] = field(default=lambda *_: None)
     options: tuple[str, ...] = ()
 
 
@@ -77,7 +78,8 @@ def grouping_names() -> list[str]:
 
 def grouping_named(name: str) -> Grouping:
     """The grouping of method.grouping=<name>, one of `grouping_names`."""
-    return importlib.import_module(f"{__package__}.{name}").GROUPING
+    found: Grouping = importlib.import_module(f"{__package__}.{name}").GROUPING
+    return found
 
 
 def grouped(

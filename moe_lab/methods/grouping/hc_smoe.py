@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scipy.cluster.hierarchy import linkage
@@ -52,9 +52,10 @@ def choose(candidates: MergeCandidates) -> Groups:
     The expert that gives its place (and with method.router=dominant its row) is the most used one.
     """
     info, count = candidates.statistics.info, frequency(candidates.statistics)
+    distance_EE = cast(Tensor, candidates.outputs_EE)  # given: GROUPING has `outputs`
     found = []
     for experts in router_groups(info):
-        part = candidates.outputs_EE[experts.start : experts.stop, experts.start : experts.stop]
+        part = distance_EE[experts.start : experts.stop, experts.start : experts.stop]
         for cluster in clusters(part, candidates.number // info.groups, candidates.linkage):
             found.append([experts.start + expert for expert in cluster])
     return grouped(info, count, found, count)

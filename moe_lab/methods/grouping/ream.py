@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ def assigned(
     centroids, left = order[:number], sorted(order[number:])
     groups = []
     for centroid in centroids:
-        nearest = sorted(left, key=lambda expert, c=centroid: -float(similarity[c, expert]))
+        distances = (-similarity[centroid]).tolist()
+        nearest = sorted(left, key=distances.__getitem__)
         taken = nearest[: group_size - 1]
         left = [expert for expert in left if expert not in taken]
         groups.append([centroid, *taken])
@@ -81,7 +82,8 @@ def choose(candidates: MergeCandidates) -> Groups:
     """
     statistics, info = candidates.statistics, candidates.statistics.info
     score = reap(statistics)
-    similarity = ((1 + candidates.outputs_EE) / 2 + logit_similarity(statistics)) / 2
+    cosine_EE = cast(Tensor, candidates.outputs_EE)  # given: GROUPING has `outputs`
+    similarity = ((1 + cosine_EE) / 2 + logit_similarity(statistics)) / 2
     order, number = experts_by_score(info, score), candidates.number // info.groups
     found = []
     for experts in router_groups(info):

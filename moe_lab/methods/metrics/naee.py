@@ -96,7 +96,8 @@ class Naee:
 
 def num_subsets(info: LayerInfo, number: int) -> int:
     """How many sets of `number` experts the layer's router could be left with."""
-    return math.comb(info.num_experts // info.groups, number // info.groups) ** info.groups
+    found: int = math.comb(info.num_experts // info.groups, number // info.groups) ** info.groups
+    return found
 
 
 def subsets(info: LayerInfo, number: int) -> Iterator[tuple[int, ...]]:

@@ -17,16 +17,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from moe_lab.models.layers import check_kept
+from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
 Scores = Sequence[tuple[LayerInfo, Tensor]]
 BUDGET_UNITS = ("experts", "parameters", "bytes")
 GIB = 2**30
+
+
+class Ratio(Protocol):
+    """How many experts stay; its options are its fields."""
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse an impossible request before any work, with a UserError."""
+
+    def numbers(self, scores: Scores, profile: Profile) -> Mapping[int, int]:
+        """How many experts each layer keeps, by layer index."""
+        ...
 
 
 class Numbers(dict[int, int]):

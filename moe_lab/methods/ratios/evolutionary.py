@@ -87,7 +87,7 @@ class Evolutionary(Budget):
         """kept_per_layer; acceptance: the best of each generation; forwards that this took."""
         return numbers.found
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """What decides the numbers beside this class."""
         return [intact_predictions, routers, model_layers]
 

@@ -35,20 +35,23 @@ class Listed:
 
     def identity(self, options: dict[str, Any]) -> dict[str, Any]:
         """The numbers, wherever they were written."""
-        numbers = self._listed
-        if isinstance(numbers, Mapping):
-            numbers = {str(index): number for index, number in sorted(numbers.items())}
-        return {name: options[name] for name in options if name != "plan"} | {"kept": numbers}
+        listed, numbers = self._listed, None
+        if isinstance(listed, Mapping):
+            numbers = {str(index): number for index, number in sorted(listed.items())}
+        others = {name: options[name] for name in options if name != "plan"}
+        return others | {"kept": listed if numbers is None else numbers}
 
     @functools.cached_property
     def _listed(self) -> Sequence[int] | Mapping[int, int]:
-        if (self.kept is None) == (self.plan is None):
-            raise UserError(
-                "ratio=listed needs one of ratio.kept=[6,4,8] (the experts that each MoE layer "
-                "keeps), ratio.kept={3:4} (those of layer 3; the others keep all) or "
-                "ratio.plan=<a plan.json>"
-            )
-        return self.kept if self.plan is None else _numbers_of(self.plan)
+        if self.kept is not None and self.plan is None:
+            return self.kept
+        if self.kept is None and self.plan is not None:
+            return _numbers_of(self.plan)
+        raise UserError(
+            "ratio=listed needs one of ratio.kept=[6,4,8] (the experts that each MoE layer "
+            "keeps), ratio.kept={3:4} (those of layer 3; the others keep all) or "
+            "ratio.plan=<a plan.json>"
+        )
 
     def _of(self, layers: Sequence[LayerInfo]) -> dict[int, int]:
         everything, listed = {info.index: info.num_experts for info in layers}, self._listed
@@ -70,7 +73,7 @@ class Listed:
         return everything | dict(listed)
 
 
-def _check_number(info: LayerInfo, number: Any, source: str) -> None:
+def _check_number(info: LayerInfo, number: int, source: str) -> None:
     if type(number) is not int or number > info.num_experts:
         raise UserError(
             f"{source}: layer {info.index} has {info.num_experts} experts and can keep "
@@ -99,8 +102,8 @@ def _numbers_of(path: str) -> dict[int, int]:
     return {edit.index: len(edit.kept) for edit in edited}
 
 
-def _word(kept: Any) -> str:
+def _word(kept: Sequence[int] | Mapping[int, int] | None) -> str:
     """As it was asked for."""
     if isinstance(kept, Mapping):
         return "{" + ",".join(f"{index}:{number}" for index, number in kept.items()) + "}"
-    return "[" + ",".join(map(str, kept)) + "]"
+    return "[" + ",".join(map(str, kept or ())) + "]"

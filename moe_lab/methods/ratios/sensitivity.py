@@ -98,7 +98,7 @@ class Sensitivity(Budget):
         """kept_per_layer; errors: by layer and number of experts; predicted_error, their sum."""
         return numbers.found
 
-    def code(self) -> list[Any]:
+    def code(self) -> list[object]:
         """What decides the numbers beside this class."""
         return [intact_predictions, routers, model_layers, all_experts, *all_experts.CODE]
 

@@ -23,18 +23,22 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from moe_lab.progress import progress
 from moe_lab.types import UserError
 
 
-def family_of(model_type: Any) -> ModuleType | None:
+def family_of(model_type: str | None) -> ModuleType | None:
     """The file of a family; None for those that transformers reads by itself."""
     package = importlib.import_module(__package__)
     families = {module.name for module in pkgutil.iter_modules(package.__path__)} - {"base"}
-    return (
-        importlib.import_module(f"{__package__}.{model_type}") if model_type in families else None
-    )
+    return known_family(model_type) if model_type in families else None
+
+
+def known_family(model_type: str) -> ModuleType:
+    """The file of one of these families."""
+    return importlib.import_module(f"{__package__}.{model_type}")
 
 
 def check_original(family: ModuleType, values: Mapping[str, Any], files: Sequence[Path]) -> None:
@@ -74,7 +78,7 @@ def convert_weights(family: ModuleType, files: Sequence[Path], target: Path) -> 
     size = elements = 0
     for number, file in enumerate(progress(files, "convert: weight files"), start=1):
         shard_name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        native = {}
+        native: dict[str, Tensor] = {}
         with safe_open(file, "pt") as shard:
             for name in shard.offset_keys():
                 if not family.is_buffer(name):

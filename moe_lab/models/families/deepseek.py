@@ -31,7 +31,7 @@ REQUIRED = (
     "num_hidden_layers",
     "vocab_size",
 )
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -59,7 +59,7 @@ def native_config(values: Mapping[str, Any]) -> dict[str, Any]:
     _check(values)
     layers = range(values["num_hidden_layers"])
     theta = float(values.get("rope_theta", 10000.0))
-    config = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": NATIVE}
+    config: dict[str, Any] = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": NATIVE}
     config |= {field: values[field] for field in REQUIRED}
     config |= {field: values.get(field, default) for field, default in DEFAULTS.items()}
     config |= {
@@ -106,11 +106,12 @@ def _check(values: Mapping[str, Any]) -> None:
 
 def _is_moe(values: Mapping[str, Any], layer: int) -> bool:
     first, step = values.get("first_k_dense_replace", 0), values.get("moe_layer_freq", 1)
-    return layer >= first and layer % step == 0
+    return bool(layer >= first and layer % step == 0)
 
 
 def _shared_width(values: Mapping[str, Any]) -> int:
-    return values["n_shared_experts"] * values["moe_intermediate_size"]
+    width: int = values["n_shared_experts"] * values["moe_intermediate_size"]
+    return width
 
 
 def original_shapes(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -189,7 +190,8 @@ def adapt_texts(folder: Path) -> None:
 
 
 def _content(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    content: str | None = token["content"] if isinstance(token, dict) else token
+    return content
 
 
 def _template(bos: str | None, eos: str | None, tokenizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lab.report.figures import DEFAULT_VALUES, better, figure_text, is_truth
-from moe_lab.report.frame import ORIGIN_KEYS, label_of, setting_keys, varying_keys
+from moe_lab.report.frame import ORIGIN_KEYS, keys_of, label_of, setting_keys, varying_keys
 
 AXIS_TITLES = {
     "eval/average": "average accuracy",
@@ -43,12 +43,12 @@ def columns_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
             "format": _format(key),
             **_values(key, frame[key], key in settings),
         }
-        for key in frame
+        for key in keys_of(frame)
     ]
 
 
 def _values(key: str, column: pd.Series, setting: bool) -> dict[str, Any]:
-    places: dict[Any, int] = {}
+    places: dict[tuple[type, Any], int] = {}
     codes = []
     for value in column:
         known = value is not None and value == value
@@ -62,7 +62,7 @@ def _values(key: str, column: pd.Series, setting: bool) -> dict[str, Any]:
     return {"values": values, "texts": texts, "codes": codes if any(codes) else 0}
 
 
-def _format(key: str) -> list[Any]:
+def _format(key: str) -> list[str | int]:
     """How report.shown writes this key, for numbers that only the page knows: kind, digits, unit.
 
     Read off an example, so that the two cannot disagree.

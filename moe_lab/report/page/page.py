@@ -47,20 +47,20 @@ def write_page(folder: Path, title: str | None = None) -> Path:
     title: default, the folder's name. UserError where there is no report.
     """
     frame = read_reports(folder)
-    every = frame.to_dict("index")
+    runs, every = [str(name) for name in frame.index], frame.to_dict("records")
     parts, pictures = PackedTexts(), Pictures(folder)
     sweep = {
         "title": title or folder.resolve().name,
-        "runs": list(frame.index),
+        "runs": runs,
         "why": [None if one.get(STATUS) == OK else reason_of(one)
-                for one in every.values()],
+                for one in every],
         "columns": columns_of(frame),
         "titles": AXIS_TITLES,
         "files": [name for name in ("table.md", "table.csv", "table.tex", "multirun.yaml")
                   if (folder / name).is_file()],
         "plots": pictures.of(folder / PLOTS),
         "details": [parts.put(_details(folder, name, one, parts, pictures))
-                    for name, one in every.items()],
+                    for name, one in zip(runs, every, strict=True)],
     }  # fmt: skip
     path = folder / PAGE
     store.write_whole(path, _page(sweep, parts, pictures))
@@ -105,7 +105,7 @@ class Pictures:
 
 
 def _details(
-    root: Path, name: str, one: Mapping[str, Any], parts: PackedTexts, pictures: Pictures
+    root: Path, name: str, one: Mapping[Any, Any], parts: PackedTexts, pictures: Pictures
 ) -> dict[str, Any]:
     """What a run's own view shows beside its report; what its folder lacks is None or empty."""
     folder = root / name

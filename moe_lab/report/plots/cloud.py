@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from moe_lab.report.plots import style
 
-DENSE_LOOK = {"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}
-FRONT = {"color": "0.45", "marker": "", "linestyle": "-", "linewidth": 1.2}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DENSE_LOOK: dict[str, Any] = {
+    "color": "black",
+    "marker": "*",
+    "markersize": 11,
+    "linestyle": "none",
+}
+FRONT: dict[str, Any] = {"color": "0.45", "marker": "", "linestyle": "-", "linewidth": 1.2}
 
 
 def front(x: np.ndarray, y: np.ndarray, x_lower: bool, y_lower: bool) -> np.ndarray:
@@ -27,7 +35,7 @@ def front(x: np.ndarray, y: np.ndarray, x_lower: bool, y_lower: bool) -> np.ndar
     return stays
 
 
-def draw_points(axes: Any, table: pd.DataFrame, names: Sequence[str]) -> None:
+def draw_points(axes: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     """Points with bars for the deviation over seeds; hollow ones before fine-tuning."""
     for (name, variant), rows in table.groupby(["name", "variant"], sort=False):
         look = style.look(names.index(name)) | {"linestyle": "none"}
@@ -39,7 +47,7 @@ def draw_points(axes: Any, table: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def steps(
-    axes: Any, table: pd.DataFrame, dense: tuple[float, float], x_lower: bool, y_lower: bool
+    axes: Axes, table: pd.DataFrame, dense: tuple[float, float], x_lower: bool, y_lower: bool
 ) -> None:
     """The dense model and the steps of what can be had for each cost."""
     if not math.isnan(sum(dense)):
@@ -48,12 +56,12 @@ def steps(
     x, y = x[~np.isnan(x + y)], y[~np.isnan(x + y)]
     best = front(x, y, x_lower, y_lower)
     order = np.argsort(x[best], kind="stable")
-    where = "post" if x_lower else "pre"
-    axes.step(x[best][order], y[best][order], where=where, zorder=1, **FRONT)
+    x, y = x[best][order], y[best][order]
+    axes.step(x, y, where="post" if x_lower else "pre", zorder=1, **FRONT)
     axes.grid(alpha=0.3)
 
 
-def lines(axes: Any, table: pd.DataFrame, key: str, names: Sequence[str]) -> None:
+def lines(axes: Axes, table: pd.DataFrame, key: str, names: Sequence[str]) -> None:
     """Means over what has the same name and place, with bands of a standard deviation."""
     for name, rows in table.groupby("name", sort=False):
         found = rows.dropna(subset=[key]).groupby("at")[key].agg(["mean", "std"])

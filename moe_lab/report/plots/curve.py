@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from moe_lab.report.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOSSES = {"loss": "training loss", "validation_loss": "validation loss"}
 SELDOM = ("validation_loss",)
@@ -61,7 +64,7 @@ def draw_curve(curve: pd.DataFrame, path: Path) -> Path | None:
     return path
 
 
-def scale(axes: Any) -> None:
+def scale(axes: Axes) -> None:
     """Steps or tokens in short: 200k."""
     from matplotlib.ticker import EngFormatter
 
@@ -69,7 +72,7 @@ def scale(axes: Any) -> None:
     axes.grid(alpha=0.3)
 
 
-def line(axes: Any, x: pd.Series, y: pd.Series, look: dict[str, Any], raw: bool = True) -> None:
+def line(axes: Axes, x: pd.Series, y: pd.Series, look: dict[str, Any], raw: bool = True) -> None:
     """One curve: where it is told at every step, its running mean over the raw values."""
     x, y = x[y.notna()], y[y.notna()]
     window = len(y) // 25

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from moe_lab.report.plots import style
 from moe_lab.types import Edit, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
 
 DROPPED = ("drop_layer", "drop_block")
 MOST_WORDS = 200  # numbers in the cells of a picture: more take seconds, and nobody reads them
@@ -69,7 +73,7 @@ def _layers(plan: Plan, path: Path) -> Path | None:
             some = [edit for edit in scored if (edit.edit in DROPPED) == goes]
             axes.plot([e.index for e in some], [e.scores[0] for e in some], ls="none", ms=8,
                       c=style.COLOURS[number], marker="X" if goes else "o", label=name)  # fmt: skip
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        style.whole_numbers(axes.xaxis)
         what = str(plan.notes.get("scores", "score")).partition(":")[0]
         axes.set(xlabel="layer", ylabel=textwrap.fill(what, 30))
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -85,7 +89,8 @@ def states(plan: Plan, sizes: Mapping[int, int]) -> pd.DataFrame:
     expert that a removed one was merged into, -1 elsewhere; whole: its whole layer goes. A layer
     of unknown size is as large as the largest known; where none is known there is no row.
     """
-    known = {edit.index: len(edit.scores) for edit in plan.edits if len(edit.scores) > 1} | sizes
+    known = {edit.index: len(edit.scores) for edit in plan.edits if len(edit.scores) > 1}
+    known |= sizes
     named = [e for edit in (*plan.edits, *plan.searched) for e in (*edit.experts, *edit.kept)]
     most = max([*known.values(), *(expert + 1 for expert in named)], default=0)
     rows = []
@@ -138,14 +143,14 @@ def _kept(plan: Plan, sizes: Mapping[int, int], path: Path) -> Path | None:
         style.legend_below(made, _legend(table, condensed, _says_into(table, cell)), width)
         if table["state"].eq(JOINED).any():
             bar = made.colorbar(shades, ax=axes, label=what)
-            bar.ax.yaxis.get_major_locator().set_params(integer=True)
+            style.whole_numbers(bar.ax.yaxis)
     return path
 
 
 FACES = {KEPT: (0.0, 0.447, 0.698, 1.0), REMOVED: (0.93, 0.93, 0.93, 1.0)}
 
 
-def _shades(table: pd.DataFrame) -> Any:
+def _shades(table: pd.DataFrame) -> ScalarMappable:
     """Colours of the joined by their number: orange, always lighter than the kept ones."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -162,10 +167,11 @@ def _says_into(table: pd.DataFrame, cell: float) -> bool:
     return 0 < (table["into"] >= 0).sum() <= MOST_WORDS and cell >= 11
 
 
-def _words(axes: Any, table: pd.DataFrame, cell: float) -> None:
+def _words(axes: Axes, table: pd.DataFrame, cell: float) -> None:
     """The numbers of the joined, and of removed ones where they went; where there is room."""
     joined, into = table[table["state"] == JOINED], table[table["into"] >= 0]
-    look = {"ha": "center", "va": "center", "fontsize": min(8.0, 0.6 * cell), "in_layout": False}
+    look: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
+    look["fontsize"] = min(8.0, 0.6 * cell)
     if cell >= 9 and len(joined) <= MOST_WORDS:
         for row, expert, number in joined[["row", "expert", "number"]].itertuples(index=False):
             axes.text(expert, row, number, **look)
@@ -206,7 +212,7 @@ def _divergence(plan: Plan, told: Mapping[str, Any], path: Path) -> Path | None:
     return path
 
 
-def _along_layers(axes: Any, plan: Plan, told: Mapping[str, Any]) -> None:
+def _along_layers(axes: Axes, plan: Plan, told: Mapping[str, Any]) -> None:
     values = plan.layer_divergence
     axes.plot(range(len(values)), values, ms=5, **style.look(0))
     style.thinned(axes.xaxis, plan.layer_order, most=28)
@@ -217,7 +223,7 @@ def _along_layers(axes: Any, plan: Plan, told: Mapping[str, Any]) -> None:
 
 
 def _along_experts(
-    axes: Any, chosen: list[Edit], others: list[Edit], told: Mapping[str, Any]
+    axes: Axes, chosen: list[Edit], others: list[Edit], told: Mapping[str, Any]
 ) -> None:
     for edit in others:
         axes.plot(range(len(edit.divergence)), edit.divergence, c="0.75", lw=0.8, zorder=1)
@@ -229,7 +235,7 @@ def _along_experts(
                   label=str(edit.index))  # fmt: skip
     if others:
         axes.plot([], [], c="0.75", lw=0.8, label="not\nchosen")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    style.whole_numbers(axes.xaxis)
     axes.set(xlabel="routed experts in the condensed layer", title="expert by expert",
              ylabel=SEARCHES.get(str(told.get("condense/experts")), "divergence"))  # fmt: skip
     axes.legend(title="layer", fontsize="small", frameon=False, loc="center left",
@@ -237,7 +243,7 @@ def _along_experts(
     _scale(axes, [value for edit in (*chosen, *others) for value in edit.divergence])
 
 
-def _scale(axes: Any, values: Any) -> None:
+def _scale(axes: Axes, values: Sequence[float]) -> None:
     """By orders of magnitude where there are some, else from 0."""
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")

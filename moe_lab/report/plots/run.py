@@ -21,12 +21,14 @@ def draw_run(folder: Path) -> list[Path]:
     usage.csv (layer, expert, tokens, usage): usage; plan.json: scores, kept, divergence;
     curve.jsonl: curves. report.json names the metric and the ways to choose.
     """
-    home, written = folder / PLOTS, []
+    home = folder / PLOTS
+    written: list[Path | None] = []
     told = read_report(folder) if (folder / REPORT).is_file() else {}
     sizes: dict[int, int] = {}
     if (folder / USAGE).is_file():
         usage = pd.read_csv(folder / USAGE)
-        sizes = (usage.groupby("layer")["expert"].max() + 1).to_dict()
+        most = usage.groupby("layer")["expert"].max() + 1
+        sizes = dict(zip(most.index.tolist(), most.tolist(), strict=True))
         style.draw_by_expert(usage.assign(unused=usage["tokens"] == 0), "usage", home / "usage.png",
                         "Usage of the experts (unused ones ringed)",
                         "share of routed slots × experts (1 = even)", marked="unused")  # fmt: skip

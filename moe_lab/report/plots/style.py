@@ -13,23 +13,32 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.typing import RcKeyType
+
 DPI = 150
+Aspect = Literal["auto", "equal"]
 AMOUNT, SIGNED = "viridis", "PuOr_r"
 NO_VALUE = {AMOUNT: "0.85", SIGNED: "0.55"}  # greys that the colour maps do not have
 # Okabe and Ito's colours without the yellow, which print loses. With each its own marker and line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, LINE_STYLES = "osD^vPX<", ("-", "--", "-.", ":")
 # Fonts as TrueType: what journals take, and text stays text; a $ in a name is a $.
-PRINTED = {"pdf.fonttype": 42, "text.parse_math": False}
+PRINTED: dict[RcKeyType, Any] = {"pdf.fonttype": 42, "text.parse_math": False}
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float, title: str) -> Iterator[Any]:
+def figure(path: Path, width: float, height: float, title: str) -> Iterator[Figure]:
     """A figure of so many inches, saved in the end as the PNG `path` and as a PDF beside it."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,7 +51,8 @@ def figure(path: Path, width: float, height: float, title: str) -> Iterator[Any]
         FigureCanvasAgg(made)
         made.suptitle(title, fontsize="large")
         yield made
-        made.get_layout_engine().execute(made)
+        if engine := made.get_layout_engine():
+            engine.execute(made)
         made.set_layout_engine(None)  # else each saving draws once more, to lay out again
         made.savefig(path, dpi=DPI, pil_kwargs={"compress_level": 3})
         made.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
@@ -57,7 +67,7 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
-def swatch(number: int, line: bool = False, **other: Any) -> Any:
+def swatch(number: int, line: bool = False, **other: Any) -> Line2D:
     """What a legend shows beside a name: the so-manieth look, as a point or with its line."""
     from matplotlib.lines import Line2D
 
@@ -72,7 +82,7 @@ def legend_rows(labels: Sequence[str], width: float) -> tuple[int, int]:
     return columns, math.ceil(len(labels) / columns)
 
 
-def legend_below(made: Any, handles: Mapping[str, Any], width: float) -> None:
+def legend_below(made: Figure, handles: Mapping[str, Any], width: float) -> None:
     """A legend below everything: {label: what is shown beside it}."""
     columns, _ = legend_rows(list(handles), width)
     made.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns,
@@ -136,7 +146,7 @@ def grid_size(num_layers: int, num_experts: int) -> tuple[float, float, float]:
 
 
 def mark(
-    axes: Any,
+    axes: Axes,
     where: np.ndarray,
     cell: float,
     cross: bool,
@@ -151,18 +161,20 @@ def mark(
     thickness = min(1.2, size / 5)
     for number, colour in enumerate(colours, start=1):
         width = thickness * (2.5 if number < len(colours) else 1)
-        shape = {"marker": "x", "c": colour} if cross else {"fc": "none", "ec": colour}
+        shape: dict[str, Any] = (
+            {"marker": "x", "c": colour} if cross else {"fc": "none", "ec": colour}
+        )
         axes.scatter(columns, rows, s=size**2, linewidths=width, **shape)
 
 
 def heat(
-    axes: Any,
+    axes: Axes,
     values: np.ndarray,
     limits: tuple[float, float],
     colours: str,
     logarithmic: bool,
-    aspect: str,
-) -> Any:
+    aspect: Aspect,
+) -> ScalarMappable:
     """A heat map; gives what its colour bar shows."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -174,7 +186,7 @@ def heat(
     return scale
 
 
-def cells(axes: Any, colours: np.ndarray, aspect: str = "auto") -> None:
+def cells(axes: Axes, colours: np.ndarray, aspect: Aspect = "auto") -> None:
     """Cells [rows, columns] of these colours [..., RGBA].
 
     A PDF takes the pixels as they are (interpolation none), and some viewers smooth between them:
@@ -203,12 +215,18 @@ def shades(number: int) -> np.ndarray:
     return colormaps["viridis"](np.linspace(0.0, 0.85, number))
 
 
-def ticks(axes: Any, columns: Sequence[int], rows: Sequence[int], most: int = 16) -> None:
+def ticks(axes: Axes, columns: Sequence[int], rows: Sequence[int], most: int = 16) -> None:
     thinned(axes.xaxis, columns, most)
     thinned(axes.yaxis, rows, most)
 
 
-def thinned(axis: Any, labels: Sequence[int], most: int = 16) -> None:
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    locator: Any = axis.get_major_locator()
+    locator.set_params(integer=True)
+
+
+def thinned(axis: Axis, labels: Sequence[int], most: int = 16) -> None:
     """Ticks for at most so many of the labels, evenly spread."""
     step = math.ceil(len(labels) / most)
     places = range(0, len(labels), step)

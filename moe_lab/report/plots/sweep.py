@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +20,7 @@ from moe_lab.report.frame import NONE, STATUS, free_keys, label_of
 from moe_lab.report.plots import cloud, curve, style
 from moe_lab.report.report import OK
 
-LEVEL = {"color": "0.35", "marker": "", "linestyle": (0, (5, 3)), "linewidth": 1.0}
+LEVEL: dict[str, Any] = {"color": "0.35", "marker": "", "linestyle": (0, (5, 3)), "linewidth": 1.0}
 VARIANT_LABELS = {"compressed": "compressed (hollow)", "finetuned": "fine-tuned (filled)"}
 
 
@@ -77,9 +78,10 @@ def draw_sweep(folder: Path, frame: pd.DataFrame) -> list[Path]:
     frame = frame[frame[STATUS] == OK] if STATUS in frame else frame[:0]
     home, quality = folder / PLOTS, _quality(frame)
     written = []
-    for cost in COSTS if quality else ():
-        name = f"pareto_{cost.key}"
-        written.append(_pareto(frame, cost, quality, home / f"{name}.png"))
+    if quality:
+        for cost in COSTS:
+            name = f"pareto_{cost.key}"
+            written.append(_pareto(frame, cost, quality, home / f"{name}.png"))
     for setting in free_keys(frame):
         if _is_number(frame[setting]):
             name = re.sub(r"\W+", "_", setting)
@@ -242,7 +244,7 @@ def _joined(frame: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
     def text(row: pd.Series) -> str:
         parts = [
             f"{key.rpartition('/')[2]}={value:g}" if _is_number(frame[key]) else str(value)
-            for key, value in row.items()
+            for key, value in zip(keys, row, strict=True)
             if label_of(value) != NONE
         ]
         return ", ".join(parts)

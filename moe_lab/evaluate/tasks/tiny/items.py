@@ -64,7 +64,7 @@ def _item(context: str, right: str, wrong: list[str], position: int) -> Item:
 def _arithmetic(split: str, generator: random.Random, num_items: int) -> list[Item]:
     problems = standard_library.problems(split)
     generator.shuffle(problems)
-    items = []
+    items: list[Item] = []
     for number in range(num_items):
         left, operator, right, result = problems[number % len(problems)]
         others = generator.sample(problems, ARITHMETIC_EXAMPLES)
@@ -82,7 +82,7 @@ def _recall(split: str, generator: random.Random, num_items: int) -> list[Item]:
 
     The wrong choices are the listed value itself and the partners of two other listed values.
     """
-    items = []
+    items: list[Item] = []
     while len(items) < num_items:
         pairs = standard_library.recall_pairs(generator, RECALL_PAIRS)
         partners = {key: standard_library.partner(value) for key, value in pairs.items()}
