@@ -76,14 +76,14 @@ class Store:
         Raises whatever `make` raises, TypeError for an identity that is not JSON, and UserError
         when the disk is full.
         """
-        if found := self.find(kind, identity):
-            return found
+        if artifact := self.find(kind, identity):
+            return artifact
         key = key_of(identity)
         folder = self.root / kind / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock"), f"{kind}/{key}"):
-            if found := self.find(kind, identity):  # another job may have made it meanwhile
-                return found
+            if artifact := self.find(kind, identity):  # another job may have made it meanwhile
+                return artifact
             folder.mkdir(exist_ok=True)
             started = time.perf_counter()
             with _disk_full_explained(folder):
@@ -132,13 +132,13 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, read from their metadata."""
-    found = {"python": platform.python_version()}
+    by_name = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_name[name] = "not installed"
+    return by_name
 
 
 def check_writable(root: Path, needed_bytes: int) -> None:

@@ -34,13 +34,15 @@ class StandardLibrary(Texts):
     def documents(self) -> Iterable[Document]:
         domains = self.domains or standard_library.DOMAINS
         try:
-            found = [p for domain in domains for p in standard_library.passages(domain, self.split)]
+            passages = [
+                p for domain in domains for p in standard_library.passages(domain, self.split)
+            ]
         except ValueError as error:
             raise UserError(str(error)) from error
-        if not self.domains and self.num_samples <= len(found):
+        if not self.domains and self.num_samples <= len(passages):
             return standard_library.mixture(self.split, self.num_samples, self.seed)
-        random.Random(self.seed).shuffle(found)
-        return found
+        random.Random(self.seed).shuffle(passages)
+        return passages
 
     def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
         _check_domain(field, self.group, self.domains or standard_library.DOMAINS)
@@ -75,7 +77,7 @@ class StandardQuestions(Texts):
         domains = self.domains or standard_library.QUESTION_DOMAINS
         _check_domain(field, self.group, domains)
         try:
-            found = [
+            by_domain = [
                 [
                     (domain, Pair(*question))
                     for question in standard_library.questions(domain, self.split)
@@ -84,9 +86,9 @@ class StandardQuestions(Texts):
             ]
         except ValueError as error:
             raise UserError(str(error)) from error
-        for questions in found:
+        for questions in by_domain:
             random.Random(self.seed).shuffle(questions)
-        return (question for turn in zip(*found, strict=False) for question in turn)
+        return (question for turn in zip(*by_domain, strict=False) for question in turn)
 
     def describe(self) -> str:
         return f"the standard questions' {self.split} split"

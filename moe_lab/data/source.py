@@ -104,33 +104,33 @@ class Texts:
     def tokens(self, tokenizer: Tokenizer) -> Tokens:
         """The samples; UserError where the source holds too few documents or tokens."""
         samples = (self._packed if self.pack else self._each)(self._wanted(), tokenizer)
-        found: list[Sample] = []
+        chosen: list[Sample] = []
         skipped = 0
-        while len(found) < self.num_samples and (sample := next(samples, None)):
+        while len(chosen) < self.num_samples and (sample := next(samples, None)):
             if sample.prompt < len(sample.ids):
-                found.append(sample)
+                chosen.append(sample)
             else:
                 skipped += 1
         if skipped:
             logger.info("%s: %d prompts were too long and left out", self.describe(), skipped)
-        if len(found) < self.num_samples:
+        if len(chosen) < self.num_samples:
             unit = (
                 f"full samples of {self.max_length} tokens" if self.pack else "documents with text"
             )
             raise UserError(
                 f"{self.num_samples} samples were asked for, but {self.describe()} holds only "
-                f"{len(found)} {unit}; "
-                + (f"ask for fewer (num_samples={len(found)}) or " if found else "")
+                f"{len(chosen)} {unit}; "
+                + (f"ask for fewer (num_samples={len(chosen)}) or " if chosen else "")
                 + "give more text"
             )
         pad_id = tokenizer.pad_token_id
-        prompts = tuple(sample.prompt for sample in found)
+        prompts = tuple(sample.prompt for sample in chosen)
         has_groups = self.group_by is not None and self.group is None
         return Tokens(
-            tuple(sample.ids for sample in found),
+            tuple(sample.ids for sample in chosen),
             tokenizer.eos_token_id or 0 if pad_id is None else pad_id,
             prompts if any(prompts) and self.loss_on == "answer" else (),
-            tuple(sample.group for sample in found) if has_groups else (),
+            tuple(sample.group for sample in chosen) if has_groups else (),
         )
 
     def describe(self) -> str:

@@ -121,7 +121,9 @@ def questions(domain: str, split: str) -> tuple[tuple[str, str], ...]:
     if domain not in QUESTION_DOMAINS:
         raise ValueError(f"no questions in {domain!r}; there are {', '.join(QUESTION_DOMAINS)}")
     cut = _cut_at_sum if domain == "arithmetic" else _cut_at_partner
-    return tuple(found for document in _cached_documents(domain, split) for found in cut(document))
+    return tuple(
+        question for document in _cached_documents(domain, split) for question in cut(document)
+    )
 
 
 def _cut_at_sum(document: str) -> Iterator[tuple[str, str]]:
@@ -156,10 +158,10 @@ def _cached_documents(domain: str, split: str) -> tuple[str, ...]:
 
 @cache
 def _cached_passages(domain: str, split: str) -> tuple[str, ...]:
-    found: list[str] = []
+    all_passages: list[str] = []
     for document in _cached_documents(domain, split):
-        found.extend(_cut(document))
-    return tuple(found)
+        all_passages.extend(_cut(document))
+    return tuple(all_passages)
 
 
 def _cut(document: str) -> Iterator[str]:
@@ -200,7 +202,7 @@ def _draw(pool: tuple[str, ...], count: int, generator: random.Random) -> list[s
 @cache
 def _library_documents() -> dict[tuple[str, str], list[str]]:
     """Prose and code of the standard library by (domain, split), modules in alphabetic order."""
-    found: dict[tuple[str, str], list[str]] = {
+    by_split: dict[tuple[str, str], list[str]] = {
         (domain, split): [] for domain in ("prose", "code") for split in SPLITS
     }
     for name, path in _modules():
@@ -211,26 +213,26 @@ def _library_documents() -> dict[tuple[str, str], list[str]]:
             continue
         for domain, document in (("prose", prose), ("code", code)):
             if len(document) >= MINIMUM_CHARACTERS:
-                found[domain, split_of(name)].append(document)
+                by_split[domain, split_of(name)].append(document)
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         document = topics[name].encode("ascii", errors="ignore").decode()
-        found["prose", split_of(f"topic {name}")].append(_without_examples(document))
-    return found
+        by_split["prose", split_of(f"topic {name}")].append(_without_examples(document))
+    return by_split
 
 
 def _modules() -> list[tuple[str, Path]]:
     """Dotted names and paths of the standard library's modules, without tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts)
         generated = parts[-1].startswith("_sysconfigdata") or parts[0].startswith("config-")
         skipped = generated or name in _SKIPPED_MODULES
         if not skipped and _SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
-            found.append((name, path))
-    return sorted(found)
+            modules.append((name, path))
+    return sorted(modules)
 
 
 def _separate(source: str) -> tuple[str, str]:
@@ -276,14 +278,14 @@ def _without_examples(text: str) -> str:
 @cache
 def _cached_problems(split: str) -> tuple[tuple[int, str, int, int], ...]:
     _check(DOMAINS[0], split)
-    found = []
+    every = []
     for left in range(_OPERAND_LIMITS[0]):
         for right in range(_OPERAND_LIMITS[1]):
             if split_of(f"{left}+{right}") == split:
-                found.append((left, "+", right, left + right))
+                every.append((left, "+", right, left + right))
             if right <= left and split_of(f"{left}-{right}") == split:
-                found.append((left, "-", right, left - right))
-    return tuple(found)
+                every.append((left, "-", right, left - right))
+    return tuple(every)
 
 
 def _arithmetic(split: str) -> Iterator[str]:

@@ -37,8 +37,8 @@ def of_weights(layer: MoELayer) -> dict[str, Tensor]:
     the plain cosine, which sees nothing of an expert that is another's with its hidden units in
     another order.
     """
-    found = {name: cosine(weight_EF) for name, weight_EF in projections(layer.experts).items()}
-    return found | {"router": cosine(router_rows(layer))}
+    cosines = {name: cosine(weight_EF) for name, weight_EF in projections(layer.experts).items()}
+    return cosines | {"router": cosine(router_rows(layer))}
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ class Tables:
         counts = ("dead_experts", "super_experts")
         means = ("usage_deviation", "gate_entropy", "gate_norm_correlation",
                  "weight_similarity", "output_similarity")  # fmt: skip
-        found = {name: int(self.layers[name].sum()) for name in counts}
-        return found | {name: float(self.layers[name].mean()) for name in means}
+        totals = {name: int(self.layers[name].sum()) for name in counts}
+        return totals | {name: float(self.layers[name].mean()) for name in means}
 
 
 def tables(
@@ -71,7 +71,7 @@ def tables(
         rows["layers"].append(_layer(layer, similar, experts))
         rows["pairs"].append(_pairs(layer, similar))
         rows["ranks"].append(_ranks(layer))
-    made = {name: pd.concat(found, ignore_index=True) for name, found in rows.items()}
+    made = {name: pd.concat(parts, ignore_index=True) for name, parts in rows.items()}
     return Tables(**made)
 
 
@@ -97,8 +97,8 @@ def _pearson(count: Tensor, x: Tensor, y: Tensor, xy: Tensor, xx: Tensor, yy: Te
     mean_x, mean_y = x / count, y / count
     variance_x, variance_y = xx / count - mean_x**2, yy / count - mean_y**2
     varies = (variance_x > ROUNDING * xx / count) & (variance_y > ROUNDING * yy / count)
-    found = (xy / count - mean_x * mean_y) / (variance_x * variance_y).sqrt()
-    return torch.where(varies, found, math.nan)
+    correlation = (xy / count - mean_x * mean_y) / (variance_x * variance_y).sqrt()
+    return torch.where(varies, correlation, math.nan)
 
 
 def coactivation(layer: LayerStatistics) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,8 @@ def lift(observed: Tensor, expected: Tensor) -> Tensor:
 
 def weight_similarity(similar: Mapping[str, Tensor]) -> Tensor | None:
     """The mean over an expert's matrices of their cosines, [E, E]; None where not asked for."""
-    found = [similar[name] for name in PROJECTIONS if name in similar]
-    return torch.stack(found).mean(dim=0) if found else None
+    matrices = [similar[name] for name in PROJECTIONS if name in similar]
+    return torch.stack(matrices).mean(dim=0) if matrices else None
 
 
 def mean_of_pairs(matrix: Tensor | None) -> float:
@@ -173,7 +173,7 @@ def _experts(
     """An expert's figures; by weight and by output also the expert that is most like it."""
     count = layer["count"]
     seen = torch.where(count > 0, 1.0, math.nan)
-    found = {
+    columns = {
         "layer": layer.info.index,
         "expert": range(layer.info.num_experts),
         "tokens": count.long(),
@@ -189,8 +189,11 @@ def _experts(
     for name, matrix in (("weight", weight_similarity(similar)), ("output", similar.get("output"))):
         if matrix is not None:
             nearest = matrix.clone().fill_diagonal_(-math.inf).max(dim=1)
-            found |= {f"nearest_{name}": nearest.indices, f"nearest_{name}_cosine": nearest.values}
-    return pd.DataFrame(found)
+            columns |= {
+                f"nearest_{name}": nearest.indices,
+                f"nearest_{name}_cosine": nearest.values,
+            }
+    return pd.DataFrame(columns)
 
 
 def _ranks(layer: LayerStatistics) -> pd.DataFrame:
@@ -205,7 +208,7 @@ def _pairs(layer: LayerStatistics, similar: Mapping[str, Tensor]) -> pd.DataFram
     observed, expected = coactivation(layer)
     one, other = torch.triu_indices(layer.info.num_experts, layer.info.num_experts, offset=1)
     deviations = (observed - expected) / expected.clamp(min=LEAST_EXPECTED).sqrt()
-    found = {
+    columns = {
         "layer": layer.info.index,
         "expert": one,
         "other": other,
@@ -214,10 +217,10 @@ def _pairs(layer: LayerStatistics, similar: Mapping[str, Tensor]) -> pd.DataFram
         "lift": lift(observed, expected)[one, other],
         "deviations": deviations[one, other],
     }
-    found |= {
+    columns |= {
         f"{name}_cosine": similar[name][one, other]
         for name in (*PROJECTIONS, "router", "output")
         if name in similar
     }
-    table = pd.DataFrame(found).sort_values("deviations", ascending=False, kind="stable")
+    table = pd.DataFrame(columns).sort_values("deviations", ascending=False, kind="stable")
     return table.head(MOST_PAIRS)

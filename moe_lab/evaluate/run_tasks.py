@@ -24,7 +24,7 @@ def run_tasks(
     others = others_of(suite.tasks)
     embedded = [name for name in suite.tasks if name not in others]
     local = not others or suite.mirror is not None
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with harness.offline() if local else contextlib.nullcontext(), _quiet():
         from lm_eval import evaluator, simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -37,23 +37,23 @@ def run_tasks(
             write_items(folder, num_items=suite.num_items)
             chosen = [config for config in configs(folder) if config["task"] in embedded]
             manager = TaskManager(include_defaults=False)
-            found |= simple_evaluate(tasks=chosen, task_manager=manager, **common)["results"]
+            results |= simple_evaluate(tasks=chosen, task_manager=manager, **common)["results"]
         if others:
             with harness.data_from(others, suite.mirror):
                 chosen = harness.load_tasks(others)
             common |= {"limit": suite.limit, "task_manager": harness.manager_of(others)}
-            found |= simple_evaluate(tasks=chosen, **common)["results"]
-    return _flat(found, suite)
+            results |= simple_evaluate(tasks=chosen, **common)["results"]
+    return _flat(results, suite)
 
 
-def _flat(found: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:
+def _flat(by_task: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:
     results: dict[str, float] = {}
     accuracies = []
-    asked = [name for name in suite.tasks if name in found]  # a tag has no results of its own
-    for task in [*asked, *(name for name in found if name not in asked)]:
+    asked = [name for name in suite.tasks if name in by_task]  # a tag has no results of its own
+    for task in [*asked, *(name for name in by_task if name not in asked)]:
         metrics = {
             key.removesuffix(",none"): value
-            for key, value in found[task].items()
+            for key, value in by_task[task].items()
             if isinstance(value, float) and "stderr" not in key
         }
         results |= {f"{task}/{name}": value for name, value in metrics.items()}

@@ -26,16 +26,16 @@ def with_top_k(
     named = getattr(suite, "top_k", None) or ()
     if not wanted:
         return variants
-    found = {}
+    every = {}
     for name, checkpoint in variants.items():
-        found[name] = checkpoint
+        every[name] = checkpoint
         layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
         for top_k in wanted if layers else ():
             own = top_k == layers[0].top_k
             possible = top_k <= _most_top_k(layers) and not checkpoint.repeats_experts
             if top_k in named if own else possible:
-                found[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
-    return found
+                every[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
+    return every
 
 
 def other_top_k(

@@ -188,11 +188,11 @@ class ExpertDroppingTuning(Tuning):
 
     def alpha(self) -> dict[int, Tensor]:
         """The share [E] of its layer's router weight that each expert got in the window so far."""
-        found = {}
+        shares = {}
         for index, layer in self.layers.items():
             weight_E = self.window_NE[self.row[index], : layer.info.num_experts]
-            found[index] = weight_E / weight_E.sum()
-        return found
+            shares[index] = weight_E / weight_E.sum()
+        return shares
 
     def _drop(self, forced: bool) -> dict[str, Any]:
         dropped = {}

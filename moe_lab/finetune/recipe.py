@@ -95,12 +95,12 @@ class Phase:
 
 def sources(phases: Mapping[str, Phase]) -> dict[str, Source]:
     """All text of the phases: "<name>/data", and "<name>/validation" where there is one."""
-    found = {}
+    texts = {}
     for name, phase in phases.items():
-        found[f"{name}/data"] = phase.data
+        texts[f"{name}/data"] = phase.data
         if phase.validation is not None:
-            found[f"{name}/validation"] = phase.validation
-    return found
+            texts[f"{name}/validation"] = phase.validation
+    return texts
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def divergence(teacher: dict[str, Tensor], logits_NV: Tensor, temperature: float
 def distinct_samples(texts: Iterable[Tokens]) -> Tokens:
     """Every sample of some texts once for each prompt of it, in one order whatever theirs is."""
     texts = list(texts)
-    found = {pair for text in texts for pair in _pairs(text)}
-    samples, prompts = zip(*sorted(found, key=lambda pair: (len(pair[0]), pair)), strict=True)
+    pairs = {pair for text in texts for pair in _pairs(text)}
+    samples, prompts = zip(*sorted(pairs, key=lambda pair: (len(pair[0]), pair)), strict=True)
     return Tokens(samples, texts[0].pad_id, prompts)
 
 
@@ -113,9 +113,9 @@ def write_teacher(
         first_rows.append(first_rows[-1] + len(whole[LOG_PROBABILITIES]))
 
     with torch.no_grad():
-        for found in _distributions(checkpoint, parts, top_k, temperature, compute, folder):
-            held.append(found)
-            size += sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+        for rows in _distributions(checkpoint, parts, top_k, temperature, compute, folder):
+            held.append(rows)
+            size += sum(tensor.numel() * tensor.element_size() for tensor in rows.values())
             if size >= SHARD_BYTES:
                 close()
                 held, size = [], 0
@@ -147,8 +147,8 @@ def _distributions(
                 exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 kept = _kept(top_k, vocabulary)
                 ids = None if kept is None else exact.topk(kept, dim=-1).indices
-                found = {LOG_PROBABILITIES: coarsened(exact, ids, temperature).float().cpu()}
-                yield found if ids is None else found | {IDS: ids.int().cpu()}
+                row = {LOG_PROBABILITIES: coarsened(exact, ids, temperature).float().cpu()}
+                yield row if ids is None else row | {IDS: ids.int().cpu()}
 
 
 def _logits(
@@ -194,11 +194,11 @@ class Teacher:
         teacher_log_probabilities [N, K + 1] and teacher_ids [N, K], or the former [N, V] alone:
         the rows in the order of a batch's targets (`Tokens.labelled`).
         """
-        found: dict[str, list[Tensor]] = {}
+        by_name: dict[str, list[Tensor]] = {}
         for pair in _pairs(tokens):
             for name, part in self._read(*self.rows[pair]):
-                found.setdefault(name, []).append(part)
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                by_name.setdefault(name, []).append(part)
+        return {name: torch.cat(parts) for name, parts in by_name.items()}
 
     def _read(self, first: int, last: int) -> Iterator[tuple[str, Tensor]]:
         """The rows from `first` up to `last`, which may lie in several files; none as no row."""

@@ -204,15 +204,15 @@ class Training:
             return {}
         self.tuning.before_validation()
         mine = self._my_share(tokens.by_length())
-        found = {
+        sums = {
             name: torch.zeros((), dtype=torch.float64, device=self.device)
             for name in ("loss", *self.tuning.weights)
         }
         for start in range(0, len(mine.samples), self.eval_batch_size):
             positions = range(len(mine.samples))[start : start + self.eval_batch_size]
             for key, value in self._mean_losses(mine.take(positions), tokens).items():
-                found[key] += value
-        return {f"validation_{key}": reduce(value, "sum").item() for key, value in found.items()}
+                sums[key] += value
+        return {f"validation_{key}": reduce(value, "sum").item() for key, value in sums.items()}
 
     def _log(self, row: dict[str, Any]) -> None:
         self.num_rows += 1

@@ -226,16 +226,17 @@ class Merge:
             if numbers.get(one.info.index, one.info.num_experts) < one.info.num_experts
         }
         outputs = self._grouping.outputs
-        found: dict[int, Any] = dict.fromkeys(merged)
+        matrices: dict[int, Any] = dict.fromkeys(merged)
         if outputs is not None:
-            found = self._ask(
+            matrices = self._ask(
                 profile,
                 {index: {"question": f"grouping/{self.grouping}"} for index in merged},
                 lambda experts: outputs(experts).tolist(),
                 [outputs],
             )
         groups = {
-            index: self._choose(one, numbers[index], found[index]) for index, one in merged.items()
+            index: self._choose(one, numbers[index], matrices[index])
+            for index, one in merged.items()
         }
         if self._own("align") in FROM_ACTIVATIONS:
             questions = {
@@ -271,8 +272,8 @@ class Merge:
             if numbers.get(index, num_experts) == num_experts:
                 return self._edit(one, None)
             outputs = self._grouping.outputs
-            found = outputs(experts) if outputs and experts else None
-            groups = self._choose(one, numbers[index], found)
+            matrix = outputs(experts) if outputs and experts else None
+            groups = self._choose(one, numbers[index], matrix)
             if experts and self._own("align") in FROM_ACTIVATIONS:
                 tensors[permutation_name(index)] = self._permutation(experts, groups)
             return self._edit(one, groups)

@@ -120,9 +120,9 @@ class Prune:
 
     def plan(self, profile: Profile) -> Plan:
         """One pruning edit per MoE layer."""
-        found = self._scores(profile)
+        measured = self._scores(profile)
         protected = self._protected(profile.statistics)
-        scores = lifted(found, protected)
+        scores = lifted(measured, protected)
         numbers = self.ratio.numbers(scores, profile)
         _check_protected([info for info, _ in scores], protected, numbers)
         tensors: dict[str, Tensor] = {}
@@ -149,7 +149,7 @@ class Prune:
                 kept = self._metric.choose(profile, numbers)
             edits = [
                 edit(layer, score, kept[info.index])
-                for layer, (info, score) in zip(profile.statistics, found, strict=True)
+                for layer, (info, score) in zip(profile.statistics, measured, strict=True)
             ]
         notes = {"experts_without_tokens": unseen} | self._notes(scores, numbers, protected)
         return Plan(tuple(edits), notes=notes, tensors=tensors)
@@ -176,10 +176,10 @@ class Prune:
     def _scores(self, profile: Profile) -> Scores:
         layers = profile.statistics
         if hasattr(self._metric, "scores"):
-            found = self._metric.scores(profile)
+            by_layer = self._metric.scores(profile)
         else:
-            found = [self.metric(layer) for layer in layers]
-        return list(zip((layer.info for layer in layers), found, strict=True))
+            by_layer = [self.metric(layer) for layer in layers]
+        return list(zip((layer.info for layer in layers), by_layer, strict=True))
 
     def code(self) -> list[object]:
         """What decides the plan beside this class."""
@@ -198,12 +198,12 @@ def lifted(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:
         return scores
     highest = torch.stack([score_E.double().max() for _, score_E in scores]).max()
     above = torch.nextafter(highest, torch.full_like(highest, torch.inf))
-    found = []
+    raised = []
     for info, score_E in scores:
         changed_E = score_E.double().clone()
         changed_E[list(protected.get(info.index, ()))] = above
-        found.append((info, changed_E))
-    return found
+        raised.append((info, changed_E))
+    return raised
 
 
 def _check_protected(

@@ -198,10 +198,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def text_files(folder: Path) -> list[Path]:
     """Tokenizer and generation files: all text beside the config and the weights' index."""
-    found = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
+    files = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
     return sorted(
         file
-        for file in found
+        for file in files
         if file.name != "config.json" and not file.name.endswith(".index.json")
     )
 

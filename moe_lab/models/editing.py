@@ -122,12 +122,12 @@ def _constants(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> Te
     shape = layer.info.num_experts - len(edit.kept), layer.info.hidden_size
     if reference.is_meta:
         return reference.new_empty(shape)
-    found = tuple(tensors[name].shape) if name in tensors else None
-    if found != shape:
+    given = tuple(tensors[name].shape) if name in tensors else None
+    if given != shape:
         raise UserError(
             f"the plan replaces experts of layer {edit.index} by constants: its tensor {name} must "
             f"have the shape {shape}, and "
-            + (f"has {found}" if found else "is missing (plan.safetensors lies beside plan.json)")
+            + (f"has {given}" if given else "is missing (plan.safetensors lies beside plan.json)")
         )
     return tensors[name].to(reference)
 
@@ -153,12 +153,12 @@ def merge_layer(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> N
         if module is layer.experts:
             continue
         rows = tensor.movedim(dimension, 0)
-        found = []
+        merged = []
         for members, shares in zip(edit.groups, edit.weights, strict=True):
             factor = rows.new_tensor(shares, dtype=torch.float64)
             factor = torch.ones_like(factor) if edit.router == "sum" else factor
-            found.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
-        rows[list(edit.kept)] = torch.stack(found).to(rows.dtype)
+            merged.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
+        rows[list(edit.kept)] = torch.stack(merged).to(rows.dtype)
     keep_experts(layer, edit, tensors)
 
 
@@ -181,9 +181,9 @@ def check_is_sum(layer: MoELayer) -> None:
     if layer.shared is not None:
         gate = 1.0 if layer.shared_gate is None else layer.shared_gate(x_TD).sigmoid()
         expected += gate * layer.shared(x_TD)
-    found = hidden_of(layer.block(x_TD[None]))[0]
+    output = hidden_of(layer.block(x_TD[None]))[0]
     scale = expected.abs().max()
-    if (found - expected).abs().max() > 0.02 * scale:
+    if (output - expected).abs().max() > 0.02 * scale:
         raise UserError(
             f"{type(layer.block).__name__} does more than add its shared and routed experts: this "
             "family cannot be condensed yet"
@@ -308,6 +308,6 @@ def edited_block(
             hooks.clear()
     copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
     parts = ("block", "router", "experts", "shared", "shared_gate")
-    found: dict[str, Any] = {name: copied.get(getattr(layer, name)) for name in parts}
-    _edit_experts(replace(layer, **found), edit, tensors or {})
+    copies: dict[str, Any] = {name: copied.get(getattr(layer, name)) for name in parts}
+    _edit_experts(replace(layer, **copies), edit, tensors or {})
     return block

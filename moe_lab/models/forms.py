@@ -120,11 +120,11 @@ def _native_config(
         return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
     for count in counts:
         set_num_experts(config, count)
-    found = config_with_dense(config, edited)
+    native = config_with_dense(config, edited)
     indices = sorted(layer_index(name) for name in edited)
     return (
-        found,
-        None if found else f"{config.model_type} cannot say that layers {indices} are dense",
+        native,
+        None if native else f"{config.model_type} cannot say that layers {indices} are dense",
     )
 
 

@@ -44,15 +44,15 @@ class MoELayer:
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
     modules = dict(model.named_modules())
-    found = []
+    layers = []
     for path, experts in modules.items():
         if not _are_experts(experts):
             continue
         block_path = path.rpartition(".")[0]
         decoder_path = _decoder_path(path)
-        found.append(_moe_layer(model, modules, block_path, experts, decoder_path))
-    _set_sizes(model, found)
-    return found
+        layers.append(_moe_layer(model, modules, block_path, experts, decoder_path))
+    _set_sizes(model, layers)
+    return layers
 
 
 def _are_experts(module: nn.Module) -> TypeGuard[Experts]:

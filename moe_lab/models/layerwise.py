@@ -218,12 +218,12 @@ def routers_only(checkpoint: Checkpoint) -> PreTrainedModel:
             for key in sorted(opened.keys()):
                 tensor = opened.get_slice(key)
                 if not isinstance(checkpoint, Original):
-                    found = {key: tensor}
+                    native = {key: tensor}
                 elif tuple(tensor.get_shape()) in wanted.values():
-                    found = checkpoint.family.native_tensors(key, tensor[:])
+                    native = checkpoint.family.native_tensors(key, tensor[:])
                 else:
                     continue
-                tensors |= {name: part for name, part in found.items() if is_wanted(name)}
+                tensors |= {name: part for name, part in native.items() if is_wanted(name)}
         _load_into(model, tensors, dtype, "cpu")
     if missing := [name for name in wanted if _tensor(model, name).is_meta]:
         raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")

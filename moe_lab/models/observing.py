@@ -84,11 +84,11 @@ def observe_routers(
         def hook(module: nn.Module, args: Arguments, output: Any) -> None:
             logits = _router_logits(output).reshape(-1, layer.info.num_experts)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
-            found: tuple[Tensor, ...] = logits, index, weight
+            routed: tuple[Tensor, ...] = logits, index, weight
             if observation.valid is not None and not bool(observation.valid.all()):
                 valid = observation.valid.reshape(-1).to(logits.device)
-                found = tuple(part[valid] for part in found)
-            observer(layer, *found)
+                routed = tuple(part[valid] for part in routed)
+            observer(layer, *routed)
             if layer is layers[-1] and not whole:
                 raise AllRouted
 
@@ -147,8 +147,8 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
 
     def added(module: nn.Module, args: Arguments, kwargs: Named, output: Output) -> None:
         # The norm whose very output the block got: what went into it is the residual stream.
-        found = [x for x, out in observation.norms.pop(key) if out is _input(args, kwargs)]
-        observation.residual[key] = found[-1] if found else None
+        inputs = [x for x, out in observation.norms.pop(key) if out is _input(args, kwargs)]
+        observation.residual[key] = inputs[-1] if inputs else None
         observation.added[key] = hidden_of(output)
 
     handles.append(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True))

@@ -64,6 +64,6 @@ def own_config(
 def _experts_structure(layer: MoELayer) -> dict[str, Any]:
     if not isinstance(layer.experts, RemappedExperts):
         return {"num_experts": layer.info.num_experts}
-    found = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
+    structure = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
     stand_in = layer.experts.stand_in
-    return found | ({"stand_in": stand_in} if stand_in else {})
+    return structure | ({"stand_in": stand_in} if stand_in else {})

@@ -142,19 +142,19 @@ def stand_in_rows(experts: Experts) -> Tensor:
 @contextmanager
 def all_to_experts(model: nn.Module) -> Iterator[None]:
     """While open, all router rows lead to experts, and none to a stand-in: to count products."""
-    found = [
+    every = [
         module
         for module in model.modules()
         if isinstance(module, RemappedExperts) and module.stand_in
     ]
-    places = [experts.place_E for experts in found]
-    for experts in found:
+    places = [experts.place_E for experts in every]
+    for experts in every:
         experts.place_E = torch.arange(len(experts.place_E), device=experts.place_E.device)
         experts.place_E %= experts.num_experts
     try:
         yield
     finally:
-        for experts, place_E in zip(found, places, strict=True):
+        for experts, place_E in zip(every, places, strict=True):
             experts.place_E = place_E
 
 

@@ -276,8 +276,8 @@ def _input_of_experts(layer: MoELayer, caught: dict[str, Tensor]) -> Tensor:
     parameters = expert_parameters(layer.experts)
     outputs = torch.stack([expert_forward(layer.experts, one, x[few]) for one in parameters])
     expected = combined_errors(outputs, caught["index"][few], caught["weight"][few])
-    found = caught["sum"].reshape(x.shape)[few].to(expected)
-    if (found - expected).abs().max() > 0.02 * expected.abs().max():
+    output = caught["sum"].reshape(x.shape)[few].to(expected)
+    if (output - expected).abs().max() > 0.02 * expected.abs().max():
         raise UserError(
             f"{type(layer.experts).__name__} does more than add its experts' weighted outputs: "
             "what the layer is without some of them cannot be told for this family"

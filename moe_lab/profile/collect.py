@@ -183,10 +183,10 @@ def super_experts(
     activations = torch.cat([layer["max_activation"] for layer in layers])
     threshold = max(activations.quantile(0.995), activations.max() / 10)
     searched = len(layers) if include_last else int(0.75 * len(layers))
-    found = {}
+    extreme = {}
     for place, layer in enumerate(layers):
         above = layer["max_activation"] > threshold
-        found[layer.info.index] = tuple(above.nonzero().flatten().tolist())
+        extreme[layer.info.index] = tuple(above.nonzero().flatten().tolist())
         if place >= searched:
-            found[layer.info.index] = ()
-    return found
+            extreme[layer.info.index] = ()
+    return extreme

@@ -47,13 +47,13 @@ def propagated(
         index = layer.info.index
         states.move_to(index)
         with stream.layer(index):
-            found = _measured(stream, states, index)
-            found.info = layer.info
+            statistics = _measured(stream, states, index)
+            statistics.info = layer.info
             if experts_on == 0:
-                edit = edit_of(found)
+                edit = edit_of(statistics)
             else:
                 with _opened(stream, states, index, experts_on) as experts:
-                    edit = edit_of(found, experts)
+                    edit = edit_of(statistics, experts)
             changed = edit.edit != "keep"
             block = edited_block(stream.moe[index], edit, tensors) if changed else None
             with swapped(stream, index, block):

@@ -44,10 +44,10 @@ def read_reports(folder: Path) -> pd.DataFrame:
     folders = report_folders(folder)
     if not folders:
         raise UserError(f"{folder} holds no {REPORT}: name a folder of runs, or one run's")
-    found = [read_report(one) for one in folders]
-    keys = dict.fromkeys(key for one in found for key in one)
+    reports = [read_report(one) for one in folders]
+    keys = dict.fromkeys(key for one in reports for key in one)
     index = [one.relative_to(folder).as_posix() for one in folders]
-    columns = {key: [one.get(key) for one in found] for key in keys}
+    columns = {key: [one.get(key) for one in reports] for key in keys}
     return pd.DataFrame(columns, index=index, dtype=object)
 
 
@@ -77,17 +77,17 @@ def free_keys(frame: pd.DataFrame) -> list[str]:
         for key in setting_keys(frame)
         if not SEED_KEYS.search(key) and not ORIGIN_KEYS.match(key)
     ]
-    found = [key for key in names if differs(frame[key])]
-    lacking = [key for key in names if key not in found and frame[key].isna().any()]
+    keys = [key for key in names if differs(frame[key])]
+    lacking = [key for key in names if key not in keys and frame[key].isna().any()]
     lacking = [key for key in lacking if frame[key].notna().any()]
-    while mixed := _mixed(frame, found):
+    while mixed := _mixed(frame, keys):
         parts = [frame.loc[names] for names in mixed]
         lacked = (key for key in lacking if any(part[key].isna().nunique() > 1 for part in parts))
         key = next(lacked, "job")
-        if key in found or key not in frame:
+        if key in keys or key not in frame:
             break
-        found.append(key)
-    return found
+        keys.append(key)
+    return keys
 
 
 def _mixed(frame: pd.DataFrame, keys: Sequence[str]) -> list[list[str]]:

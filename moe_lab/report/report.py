@@ -40,12 +40,12 @@ def read_report(folder: Path) -> Report:
     """The report that `write` put into a run's folder; UserError for a file that is none."""
     path = folder / REPORT
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or "status" not in found:
+    if not isinstance(report, dict) or "status" not in report:
         raise UserError(f"{path} cannot be read: it is no report, which has a status")
-    return found
+    return report
 
 
 def job_order(folder: Path) -> list[tuple[int, str]]:

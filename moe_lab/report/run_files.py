@@ -26,23 +26,23 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """A plan to four digits, and its scores by layer: runs often differ in the plan alone."""
     try:
-        found = json.loads(text, parse_float=_short, parse_constant=_nothing) if text else None
+        plan = json.loads(text, parse_float=_short, parse_constant=_nothing) if text else None
     except ValueError:  # killed while it was written
         return None, {}
-    if not isinstance(found, dict) or "layers" not in found:
+    if not isinstance(plan, dict) or "layers" not in plan:
         return None, {}
-    scores = {edit["index"]: edit.pop("scores") for edit in found["layers"] if "scores" in edit}
-    return found, {index: values for index, values in scores.items() if len(values) > 1}
+    scores = {edit["index"]: edit.pop("scores") for edit in plan["layers"] if "scores" in edit}
+    return plan, {index: values for index, values in scores.items() if len(values) > 1}
 
 
 def read_usage(text: str | None) -> dict[str, list[float | None]]:
     """The experts' usage by layer."""
-    found: dict[str, list[float | None]] = {}
+    usage: dict[str, list[float | None]] = {}
     for row in csv.DictReader(io.StringIO(text or "")):
-        values, expert = found.setdefault(row["layer"], []), int(row["expert"])
+        values, expert = usage.setdefault(row["layer"], []), int(row["expert"])
         values.extend([None] * (expert + 1 - len(values)))
         values[expert] = _short(row["usage"]) if row["usage"] else None
-    return found
+    return usage
 
 
 def curve_rows(text: str | None) -> Iterator[dict[str, Any]]:
@@ -82,8 +82,8 @@ def versions_of(one: Mapping[str, Any], config: str | None, hydra: str | None) -
         return {}
     path = Path(working[1] if working else ".") / root[1] / names[0] / store.DONE
     try:
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["versions"]
-        return found
+        versions: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["versions"]
+        return versions
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -33,40 +33,40 @@ def main(given: Sequence[str] | None = None) -> int:
     """The command; 2 where what was asked for is not there or not possible."""
     asked = _arguments(given)
     try:
-        found = find_jobs(asked.folder)
+        jobs = find_jobs(asked.folder)
         if asked.rerun:
-            return _rerun(asked.folder, found)
-        roots = [asked.store] if asked.store else cleaning.stores(found)
+            return _rerun(asked.folder, jobs)
+        roots = [asked.store] if asked.store else cleaning.stores(jobs)
         stores = [cleaning.contents(root) for root in roots]
         if asked.clean:
-            _clean(asked, stores, found)
+            _clean(asked, stores, jobs)
         else:
-            _list(asked, stores, found)
+            _list(asked, stores, jobs)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _list(asked: argparse.Namespace, stores: list[Contents], found: list[Job]) -> None:
-    lines = listing.describe(found, asked.folder)
+def _list(asked: argparse.Namespace, stores: list[Contents], jobs: list[Job]) -> None:
+    lines = listing.describe(jobs, asked.folder)
     lines = [line for line in lines if not asked.status or line["status"] in asked.status]
     about: list[dict[str, Any]] = [
         {
             "root": held.root,
-            "kinds": cleaning.by_kind(held, found),
+            "kinds": cleaning.by_kind(held, jobs),
             "others": held.others,
-            "free": cleaning.would_free(held, found),
+            "free": cleaning.would_free(held, jobs),
         }
         for held in stores
     ]
     if asked.json:
-        summary = listing.totals(found)
+        summary = listing.totals(jobs)
         _print_json({"jobs": lines, "summary": summary, "stores": about})
         return
     listing.show_jobs(lines)
-    print(f"\n{listing.summed_up(found)}")
-    for remark in _remarks(asked.folder, found):
+    print(f"\n{listing.summed_up(jobs)}")
+    for remark in _remarks(asked.folder, jobs):
         print(remark)
     for one in about:
         listing.show_store(**one)
@@ -74,30 +74,30 @@ def _list(asked: argparse.Namespace, stores: list[Contents], found: list[Job]) -
         print("\nno store of these runs is there: name its folder with --store")
 
 
-def _remarks(folder: Path, found: list[Job]) -> Iterator[str]:
+def _remarks(folder: Path, jobs: list[Job]) -> Iterator[str]:
     """What cannot be known, and how to run the rest."""
-    blind = {job.sweep.folder for job in found if job.sweep and job.sweep.overrides is None}
-    alone = {job.folder.parent for job in found if not job.sweep}
+    blind = {job.sweep.folder for job in jobs if job.sweep and job.sweep.overrides is None}
+    alone = {job.folder.parent for job in jobs if not job.sweep}
     blind |= {home for home in alone if (home / rerun.OLD_SWEEP).is_file()}
     for home in sorted(blind):
         yield f"{_short(home, folder)}: which of its jobs never started is not known"
-    homes = [job.sweep.folder if job.sweep else job.folder for job in found]
-    busy = {home for home, job in zip(homes, found, strict=True) if job.status == RUNNING}
-    ended = (job for home, job in zip(homes, found, strict=True) if home not in busy)
+    homes = [job.sweep.folder if job.sweep else job.folder for job in jobs]
+    busy = {home for home, job in zip(homes, jobs, strict=True) if job.status == RUNNING}
+    ended = (job for home, job in zip(homes, jobs, strict=True) if home not in busy)
     if left := sum(job.status in (FAILED, KILLED, NOT_STARTED) for job in ended):
         yield f"to run {many(left, 'job')} again: {_command(folder, '--rerun')}"
 
 
-def _clean(asked: argparse.Namespace, stores: list[Contents], found: list[Job]) -> None:
+def _clean(asked: argparse.Namespace, stores: list[Contents], jobs: list[Job]) -> None:
     if not stores:
         raise UserError("no store of these runs is there: name its folder with --store")
     for held in stores:  # all are refused before any is touched
-        cleaning.check_cleaning(held, found, asked.clean)
+        cleaning.check_cleaning(held, jobs, asked.clean)
     said = []
     for held in stores:
-        chosen = cleaning.chosen_results(held, found, asked.clean)
+        chosen = cleaning.chosen_results(held, jobs, asked.clean)
         if not asked.json:
-            _show_chosen(asked, held, chosen, found)
+            _show_chosen(asked, held, chosen, jobs)
         removed = {one for one in chosen if asked.yes and cleaning.remove(one)}
         if asked.yes and asked.clean == UNUSED:
             cleaning.remove_orphans(held.orphans)
@@ -115,7 +115,7 @@ def _clean(asked: argparse.Namespace, stores: list[Contents], found: list[Job]) 
 
 
 def _show_chosen(
-    asked: argparse.Namespace, held: Contents, chosen: dict[Result, str], found: list[Job]
+    asked: argparse.Namespace, held: Contents, chosen: dict[Result, str], jobs: list[Job]
 ) -> None:
     total, again = sum(one.bytes for one in chosen), sum(one.seconds or 0 for one in chosen)
     verb = "removing" if asked.yes else "would remove"
@@ -127,7 +127,7 @@ def _show_chosen(
     ]
     for line in listing.aligned(rows):
         print(f"  {line}")
-    for remark in _warnings(asked.clean, held, chosen, found):
+    for remark in _warnings(asked.clean, held, chosen, jobs):
         print(remark)
     if chosen and not asked.yes:
         store = ["--store", str(asked.store)] if asked.store else []
@@ -136,10 +136,10 @@ def _show_chosen(
 
 
 def _warnings(
-    what: str, held: Contents, chosen: dict[Result, str], found: list[Job]
+    what: str, held: Contents, chosen: dict[Result, str], jobs: list[Job]
 ) -> Iterator[str]:
     """What to know before removing."""
-    if what == UNUSED and (young := cleaning.recent(held, found)):
+    if what == UNUSED and (young := cleaning.recent(held, jobs)):
         yield (
             f"{many(young, 'unused result')} of the last {cleaning.RECENT / 60:.0f} minutes left "
             "out: a job outside this folder may be about to use what it just made"
@@ -151,7 +151,7 @@ def _warnings(
         training = took(sum(tuned))
         are = "is" if len(tuned) == 1 else "are"
         yield f"{len(tuned)} of these {are} fine-tuned weights: {training} of training"
-    left = sum(job.status != OK for job in found)
+    left = sum(job.status != OK for job in jobs)
     if left and (what != UNUSED or any(one.seconds is None for one in chosen)):
         yield (
             f"{many(left, 'job')} here did not finish and could go on from some of these: run them "
@@ -160,10 +160,10 @@ def _warnings(
     yield AFTER[what]
 
 
-def _rerun(folder: Path, found: list[Job]) -> int:
-    made = rerun.commands(folder, found)
+def _rerun(folder: Path, jobs: list[Job]) -> int:
+    made = rerun.commands(folder, jobs)
     if not made:
-        print(f"nothing to run again: {listing.summed_up(found)}")
+        print(f"nothing to run again: {listing.summed_up(jobs)}")
     codes = [0]
     for one in made:
         names = ", ".join(f"{job.folder.name} ({job.status})" for job in one.jobs)

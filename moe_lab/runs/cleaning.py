@@ -80,7 +80,7 @@ class Contents:
 
 def stores(jobs: Iterable[Job]) -> list[Path]:
     """The store folders that jobs used, those that are there."""
-    found: dict[Path, None] = {}
+    roots: dict[Path, None] = {}
     places: dict[Path, Path | None] = {}
     for job in jobs:
         text = (read_yaml(job.folder / HYDRA / "config.yaml") or {}).get("store")
@@ -93,8 +93,8 @@ def stores(jobs: Iterable[Job]) -> list[Path]:
             of_sweep = job.sweep.cwd if job.sweep else None
             places[home] = Path(cwd) if cwd else of_sweep
         candidates = [place / text for place in (places[home], Path.cwd()) if place]
-        found |= dict.fromkeys([one.resolve() for one in candidates if one.is_dir()][:1])
-    return list(found)
+        roots |= dict.fromkeys([one.resolve() for one in candidates if one.is_dir()][:1])
+    return list(roots)
 
 
 def contents(root: Path) -> Contents:
@@ -130,14 +130,14 @@ def used(results: Iterable[Result], jobs: Iterable[Job]) -> set[Path]:
     """The folders of the results that the jobs used, directly or through other results."""
     mentioned = set().union(*(job.mentioned for job in jobs))
     known = set(mentioned)
-    left, found = list(results), set()
+    left, folders = list(results), set()
     while reached := [one for one in left if one.names & known]:
         left = [one for one in left if not one.names & known]
-        found |= {one.folder for one in reached}
+        folders |= {one.folder for one in reached}
         mentioned |= set().union(*(one.names for one in reached))
-        known = set(mentioned).union(*(one.made_from for one in results if one.folder in found))
+        known = set(mentioned).union(*(one.made_from for one in results if one.folder in folders))
     asked = (one for one in left if one.kind in UNNAMED and one.made_from & mentioned)
-    return found | {one.folder for one in asked}
+    return folders | {one.folder for one in asked}
 
 
 def check_cleaning(store: Contents, jobs: list[Job], what: str) -> None:
@@ -190,24 +190,24 @@ def recent(store: Contents, jobs: list[Job]) -> int:
 def by_kind(store: Contents, jobs: list[Job]) -> dict[str, dict[str, float]]:
     """By kind: number of finished results, used by these jobs, unfinished; bytes and seconds."""
     kept = used(store.results, jobs)
-    found: dict[str, dict[str, float]] = {}
+    kinds: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         results = [one for one in store.results if one.kind == kind]
         done = [one for one in results if one.seconds is not None]
         if results:
-            found[kind] = {
+            kinds[kind] = {
                 "results": len(done),
                 "used": sum(one.folder in kept for one in done),
                 "unfinished": len(results) - len(done),
                 "bytes": sum(one.bytes for one in results),
                 "seconds": sum(one.seconds for one in done if one.seconds is not None),
             }
-    return found
+    return kinds
 
 
 def would_free(store: Contents, jobs: list[Job]) -> list[dict[str, Any]]:
     """What each of CHOICES would free: results, bytes, seconds; or why it is refused."""
-    found = []
+    freed = []
     for what in CHOICES:
         chosen, refused = {}, None
         try:
@@ -217,9 +217,9 @@ def would_free(store: Contents, jobs: list[Job]) -> list[dict[str, Any]]:
             refused = str(error)
         size = sum(one.bytes for one in chosen)
         took = sum(one.seconds or 0 for one in chosen)
-        found.append({"what": what, "results": len(chosen), "bytes": size, "seconds": took,
+        freed.append({"what": what, "results": len(chosen), "bytes": size, "seconds": took,
                       "refused": refused})  # fmt: skip
-    return found
+    return freed
 
 
 def remove(result: Result) -> bool:

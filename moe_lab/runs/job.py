@@ -53,13 +53,13 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
     """
     logging.captureWarnings(True)
     before = read_report(job.folder) if (job.folder / REPORT).is_file() else {}
-    found = report_head(job)
-    same = before.get(REQUEST) == found[REQUEST]
+    report = report_head(job)
+    same = before.get(REQUEST) == report[REQUEST]
     if job.config["resume"] and same and before["status"] == "ok":
         logger.info("%s: done before", job.place or job.folder)
         return 0
     # A restarted job goes on with its tracker's run; the same folder asked for more begins another.
-    found["run_id"] = (same and before.get("run_id")) or uuid.uuid4().hex[:16]
+    report["run_id"] = (same and before.get("run_id")) or uuid.uuid4().hex[:16]
     lock = FileLock(job.folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -67,7 +67,7 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
         logger.error("%s is being written by another run: choose another run_dir", job.folder)
         return 2
     try:
-        return _tracked(job, tracker, work, found)
+        return _tracked(job, tracker, work, report)
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
@@ -77,47 +77,47 @@ def _tracked(
     job: Description,
     tracker: Tracker,
     work: Callable[[dict[str, Any]], None],
-    found: dict[str, Any],
+    report: dict[str, Any],
 ) -> int:
     started = time.perf_counter()
     for copied in (CURVE, USAGE):  # of what was asked for here before: it would be taken for ours
         (job.folder / copied).unlink(missing_ok=True)
-    write_report(job.folder, found)
+    write_report(job.folder, report)
     if job.place:
         logger.info("%s: %s", job.place, job.place.told)
-    config = flat(job.config) | settings_of_report(found)
-    tracker.start(job.folder, config, job.sweep, job.name, tags_of(job), identity=found["run_id"])
-    found |= {"url": tracker.url} if tracker.url else {}
+    config = flat(job.config) | settings_of_report(report)
+    tracker.start(job.folder, config, job.sweep, job.name, tags_of(job), identity=report["run_id"])
+    report |= {"url": tracker.url} if tracker.url else {}
     code = 1
     try:
-        code = _guarded(work, found)
+        code = _guarded(work, report)
     except KeyboardInterrupt:
-        found["error"] = "stopped by Ctrl-C"
+        report["error"] = "stopped by Ctrl-C"
         raise
     finally:
         # Also on Ctrl-C: what is known so far is not lost.
-        found["status"] = "ok" if code == 0 else "failed"
-        found["seconds/total"] = round(time.perf_counter() - started, 3)
-        found |= planned_layers(job.folder) if code == 0 else {}
-        write_report(job.folder, found)
+        report["status"] = "ok" if code == 0 else "failed"
+        report["seconds/total"] = round(time.perf_counter() - started, 3)
+        report |= planned_layers(job.folder) if code == 0 else {}
+        write_report(job.folder, report)
         if code == 0:
-            _write_cards(job, found)
-        _track(job, tracker, found)
+            _write_cards(job, report)
+        _track(job, tracker, report)
         tracker.finish(code)
-    _show(job, found)
+    _show(job, report)
     return code
 
 
-def _guarded(work: Callable[[dict[str, Any]], None], found: dict[str, Any]) -> int:
+def _guarded(work: Callable[[dict[str, Any]], None], report: dict[str, Any]) -> int:
     try:
-        work(found)
+        work(report)
     except Exception as error:
         mistake = _mistake(error)
-        found["error"] = str(mistake or f"{type(error).__name__}: {error}")
+        report["error"] = str(mistake or f"{type(error).__name__}: {error}")
         if mistake:
             logger.error("%s", mistake)
             return 2
-        logger.exception("the job failed: %s", found["error"])
+        logger.exception("the job failed: %s", report["error"])
         return 1
     return 0
 
@@ -134,18 +134,18 @@ def _mistake(error: BaseException | None) -> UserError | None:
     return refusal_of_import(error)
 
 
-def _track(job: Description, tracker: Tracker, found: dict[str, Any]) -> None:
+def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:
     """Log all of a job that was not logged while it ran; pictures are drawn before."""
     drawn = _drawn(job.folder)
     curve = job.folder / CURVE
     for line in curve.read_text().splitlines() if curve.is_file() else ():
         tracker.log_curve(json.loads(line))
-    tracker.summary(found)
-    head, *rows = result_rows(found)
+    tracker.summary(report)
+    head, *rows = result_rows(report)
     if rows and len(head) > 1:
         tracker.table("result", ["figure", *head[1:]], rows)
     tracker.images(path for path in drawn if path.suffix == ".png")
-    tracker.artifacts(artifacts.tracked_artifacts(found, job.store))
+    tracker.artifacts(artifacts.tracked_artifacts(report, job.store))
 
 
 def _drawn(folder: Path) -> list[Path]:
@@ -157,28 +157,28 @@ def _drawn(folder: Path) -> list[Path]:
         return []
 
 
-def _write_cards(job: Description, found: dict[str, Any]) -> None:
+def _write_cards(job: Description, report: dict[str, Any]) -> None:
     for variant in ("compressed", "finetuned"):
-        folder = found.get(f"{variant}/checkpoint")
+        folder = report.get(f"{variant}/checkpoint")
         if folder:
-            text = model_card(variant, found, job.config, result_markdown(found))
+            text = model_card(variant, report, job.config, result_markdown(report))
             (Path(folder) / "README.md").write_text(text)
 
 
-def _show(job: Description, found: dict[str, Any]) -> None:
+def _show(job: Description, report: dict[str, Any]) -> None:
     """One line for a job of a sweep, whose table follows; else the results in full."""
     if job.place:  # the reason of a failure stands in the line before
-        took, told = duration(found["seconds/total"]), summary_line(found)
-        logger.info("%s: %s in %s%s", job.place, found["status"], took, told and f"; {told}")
+        took, told = duration(report["seconds/total"]), summary_line(report)
+        logger.info("%s: %s in %s%s", job.place, report["status"], took, told and f"; {told}")
         return
     console = Console()
-    if len(result_rows(found)) > 1:
-        console.print(result_table(found))
-    if len(stage_rows(found)) > 1:
-        console.print(stages_table(found))
+    if len(result_rows(report)) > 1:
+        console.print(result_table(report))
+    if len(stage_rows(report)) > 1:
+        console.print(stages_table(report))
     for variant in VARIANTS:
-        if f"{variant}/checkpoint" in found:
-            console.print(f"{variant:>10}: {found[f'{variant}/checkpoint']}", soft_wrap=True)
+        if f"{variant}/checkpoint" in report:
+            console.print(f"{variant:>10}: {report[f'{variant}/checkpoint']}", soft_wrap=True)
     names = (REPORT, PLAN, LOG, PLOTS)
     files = [name for name in names if (job.folder / name).exists()]
     console.print(f"{'run':>10}: {job.folder} ({', '.join(files)})", soft_wrap=True)

@@ -21,9 +21,9 @@ NO_LIMIT = 10_000  # columns of a line that is cut later, or never
 STYLES = {OK: "green", FAILED: "red", KILLED: "red", RUNNING: "yellow", NOT_STARTED: "dim"}
 
 
-def describe(found: list[Job], folder: Path) -> list[dict[str, Any]]:
+def describe(jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
     """Each job's line as values; settings: what differs from the other jobs of its sweep."""
-    labels, root = settings_apart(found), folder.resolve()
+    labels, root = settings_apart(jobs), folder.resolve()
     return [
         {
             "job": job.folder.relative_to(root).as_posix(),
@@ -35,28 +35,28 @@ def describe(found: list[Job], folder: Path) -> list[dict[str, Any]]:
             "settings": labels[job.folder],
             "note": job.note,
         }
-        for job in found
+        for job in jobs
     ]
 
 
-def totals(found: list[Job]) -> dict[str, Any]:
+def totals(jobs: list[Job]) -> dict[str, Any]:
     """How many jobs there are and in which state; seconds that they computed and were saved."""
-    states = [job.status for job in found]
+    states = [job.status for job in jobs]
     counts = {status: states.count(status) for status in dict.fromkeys([*STATUSES, *states])}
     return {
-        "jobs": len(found),
+        "jobs": len(jobs),
         "statuses": {status: number for status, number in counts.items() if number},
-        "computed": sum(job.seconds(cached=False) for job in found),
-        "saved": sum(job.seconds(cached=True) for job in found),
+        "computed": sum(job.seconds(cached=False) for job in jobs),
+        "saved": sum(job.seconds(cached=True) for job in jobs),
     }
 
 
-def summed_up(found: list[Job]) -> str:
+def summed_up(jobs: list[Job]) -> str:
     """The summary in one line."""
-    said = totals(found)
+    said = totals(jobs)
     states = ", ".join(f"{number} {status}" for status, number in said["statuses"].items())
     return (
-        f"{many(len(found), 'job')}: {states}; {duration(said['computed'])} computed, "
+        f"{many(len(jobs), 'job')}: {states}; {duration(said['computed'])} computed, "
         f"{duration(said['saved'])} saved by the store (cached stages)"
     )
 

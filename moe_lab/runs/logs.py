@@ -37,5 +37,5 @@ class Console(logging.Filter):
 def _message(formatted: str) -> str:
     """`path:line: Category: message` and a line of code, as warnings formats them: the message."""
     first = formatted.strip().splitlines()[0] if formatted.strip() else ""
-    _, found, message = first.partition("Warning: ")
-    return message if found else first
+    _, is_warning, message = first.partition("Warning: ")
+    return message if is_warning else first

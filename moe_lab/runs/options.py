@@ -120,13 +120,13 @@ def _where(raw: Any, name: str, root: Node) -> tuple[str, Any]:
 
 def _hints(target: str) -> dict[str, Any]:
     """The parameters of what a `_target_` names, with their annotations."""
-    found: Any = locate(target)
-    if found is None:
+    named: Any = locate(target)
+    if named is None:
         raise refusal_of_target(target)
     # A dataclass's fields may come from bases in other modules, whose names they are written in.
-    plain_class = inspect.isclass(found) and not dataclasses.is_dataclass(found)
-    hints = typing.get_type_hints(found.__init__ if plain_class else found)
-    return {name: hints.get(name, Any) for name in inspect.signature(found).parameters}
+    plain_class = inspect.isclass(named) and not dataclasses.is_dataclass(named)
+    hints = typing.get_type_hints(named.__init__ if plain_class else named)
+    return {name: hints.get(name, Any) for name in inspect.signature(named).parameters}
 
 
 def _kind(hint: Any) -> Any:

@@ -57,33 +57,33 @@ def tags_of(job: Description) -> list[str]:
     return [job.choices[group] for group in groups if job.choices[group] != "none"]
 
 
-def settings_of_report(found: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of_report(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report's settings, by the names that tables give them."""
-    return {key: value for key, value in found.items() if not RESULT_KEYS.match(key)}
+    return {key: value for key, value in report.items() if not RESULT_KEYS.match(key)}
 
 
 def report_head(job: Description) -> dict[str, Any]:
     method, config = job.choices["method"], job.config
-    found: dict[str, Any] = {"status": "running", "error": None}
-    found |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
+    head: dict[str, Any] = {"status": "running", "error": None}
+    head |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
     own = _options(method, config["condense" if method == "condense" else "method"])
     if method == "prune":
-        found |= {"metric": job.choices["metric"]} | _options("metric", config["metric"])
+        head |= {"metric": job.choices["metric"]} | _options("metric", config["metric"])
     if method == "prune" or (method == "merge" and f"{method}/num_experts" not in own):
         budget = _options("ratio", config["ratio"])
         share = budget.pop("ratio/ratio", None)
-        found |= {"ratio": None if "ratio/target_gib" in budget else share}
-        found |= {"ratio_method": job.choices["ratio"]} | budget
+        head |= {"ratio": None if "ratio/target_gib" in budget else share}
+        head |= {"ratio_method": job.choices["ratio"]} | budget
     if f"{method}/num_layers" in own:  # one key for all methods, to compare them
         number = own.pop(f"{method}/num_layers")
-        found |= {} if own.get(f"{method}/layers") == "all" else {"condense/num_layers": number}
-    found |= own
-    found |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
-    found |= _options("calibration", config["calibration"])
-    found |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
+        head |= {} if own.get(f"{method}/layers") == "all" else {"condense/num_layers": number}
+    head |= own
+    head |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
+    head |= _options("calibration", config["calibration"])
+    head |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
               if key in config["finetune"]}  # fmt: skip
-    found |= {"seed": config["seed"], "commit": commit(), REQUEST: _request(config)}
-    return found | {"sweep": job.sweep, "job": job.name}
+    head |= {"seed": config["seed"], "commit": commit(), REQUEST: _request(config)}
+    return head | {"sweep": job.sweep, "job": job.name}
 
 
 def _request(config: Mapping[str, Any]) -> str:

@@ -81,12 +81,12 @@ class Job:
 
     def seconds(self, cached: bool) -> float:
         """What its stages took that were found finished, or those that it made itself."""
-        found: float = sum(
+        total: float = sum(
             self._told[f"seconds/{stage}"]
             for stage in self.stages
             if bool(self._told.get(f"cached/{stage}")) == cached
         )
-        return found
+        return total
 
     @property
     def num_cached(self) -> int:
@@ -134,17 +134,17 @@ def find_jobs(folder: Path) -> list[Job]:
             sweeps.setdefault(one.parent, read_sweep(one.parent))
         if (one / SWEEP).is_file():
             sweeps[one] = read_sweep(one)
-    found = {one: _job(one, sweeps[one.parent]) for one in folders if is_job(one)}
+    jobs = {one: _job(one, sweeps[one.parent]) for one in folders if is_job(one)}
     for home, sweep in sweeps.items():
         if sweep and home.is_relative_to(root):  # not where one of its jobs alone is asked for
             for number in range(len(sweep.overrides or ())):
-                found.setdefault(home / str(number), _job(home / str(number), sweep))
-    if not found:
+                jobs.setdefault(home / str(number), _job(home / str(number), sweep))
+    if not jobs:
         raise UserError(
             f"{folder} has no runs: no {REPORT}, {HYDRA} or {SWEEP} is in it or below it; "
             "runs lie in outputs/runs/ unless run_dir= or hydra.sweep.dir= says otherwise"
         )
-    return [found[one] for one in sorted(found, key=job_order)]
+    return [jobs[one] for one in sorted(jobs, key=job_order)]
 
 
 def is_job(folder: Path) -> bool:
@@ -191,11 +191,11 @@ def settings_apart(jobs: Iterable[Job]) -> dict[Path, str]:
     for job in jobs:
         own = [one for one in job.overrides or () if not WHERE.match(one)]
         homes.setdefault(job.folder.parent, []).append((job.folder, own))
-    found: dict[Path, str] = {}
+    labels: dict[Path, str] = {}
     for members in homes.values():
         told = apart([own for _, own in members])
-        found |= {job: told for (job, _), told in zip(members, told, strict=True)}
-    return found
+        labels |= {job: told for (job, _), told in zip(members, told, strict=True)}
+    return labels
 
 
 def apart(every: Sequence[Sequence[str]]) -> list[str]:

@@ -57,8 +57,8 @@ class Sweep(Callback):
 
     def _tell_of_earlier_jobs(self, number: int) -> None:
         """Where the folder has jobs beyond this sweep's: nobody's results are deleted here."""
-        found = [one.parent.name for one in self.folder.glob("*/report.json")]
-        earlier = sum(name.isdecimal() and int(name) >= number for name in found) if number else 0
+        names = [one.parent.name for one in self.folder.glob("*/report.json")]
+        earlier = sum(name.isdecimal() and int(name) >= number for name in names) if number else 0
         if earlier:
             print(
                 f"{self.folder} has {earlier} more jobs, of an earlier sweep: its table will have "
@@ -128,8 +128,8 @@ def jobs(config: DictConfig) -> list[list[str]] | None:
     given: Any = OmegaConf.to_container(config.hydra.overrides.task)
     lines += given
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    (found,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
-    return found
+    (of_jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
+    return of_jobs
 
 
 def place(folder: Path) -> Place | None:

@@ -58,10 +58,12 @@ def diagnose(
     }
 
     def measure(folder: Path) -> None:
-        found: dict[str, Tensor] = {}
+        matrices: dict[str, Tensor] = {}
         for index, of_layer in _similarities(store, checkpoint, sample, how.weights, compute):
-            found |= {f"{index}/{kind}": matrix.contiguous() for kind, matrix in of_layer.items()}
-        save_file(found, folder / MATRICES)
+            matrices |= {
+                f"{index}/{kind}": matrix.contiguous() for kind, matrix in of_layer.items()
+            }
+        save_file(matrices, folder / MATRICES)
 
     def make(folder: Path) -> None:
         source = store.get("similarity", similar, measure).folder / MATRICES
@@ -97,10 +99,10 @@ def _similarities(
     runner = all_experts.ExpertSample(stream) if sample.samples else None
     for index in progress(sorted(stream.moe), "diagnose"):
         with _opened(stream, runner, index) as experts:
-            found = similarity.of_weights(stream.moe[index]) if weights else {}
+            matrices = similarity.of_weights(stream.moe[index]) if weights else {}
             if experts is not None:
-                found |= similarity.of_outputs(experts.chunks())
-        yield index, found
+                matrices |= similarity.of_outputs(experts.chunks())
+        yield index, matrices
 
 
 @contextmanager
@@ -117,11 +119,11 @@ def _opened(
 
 
 def _by_layer(flat: dict[str, Tensor]) -> Matrices:
-    found: Matrices = {}
+    layers: Matrices = {}
     for name, matrix in flat.items():
         index, _, kind = name.partition("/")
-        found.setdefault(int(index), {})[kind] = matrix
-    return dict(sorted(found.items()))
+        layers.setdefault(int(index), {})[kind] = matrix
+    return dict(sorted(layers.items()))
 
 
 def _tell(
@@ -140,9 +142,13 @@ def _tell(
 def _shown(similarities: Matrices) -> dict[str, dict[int, np.ndarray]]:
     """The matrices that are drawn, by kind and layer; of the weights their mean."""
     shown: dict[str, dict[int, np.ndarray]] = {}
-    for index, found in similarities.items():
-        weight = diagnose_tables.weight_similarity(found)
-        every = {"weight": weight, "router": found.get("router"), "output": found.get("output")}
+    for index, matrices in similarities.items():
+        weight = diagnose_tables.weight_similarity(matrices)
+        every = {
+            "weight": weight,
+            "router": matrices.get("router"),
+            "output": matrices.get("output"),
+        }
         for kind, matrix in every.items():
             if matrix is not None:
                 shown.setdefault(kind, {})[index] = matrix.numpy()

@@ -61,9 +61,9 @@ def evaluate(
             reference = model if same else dense.load(compute.device)
             top_k = dense.layers()[0].top_k if variant.top_k and same else None
             batches = held_out.batches(compute.batch_size, compute.device)
-            found = compare_held_out(reference, model, batches, top_k)
-            results |= found.figures
-            write_whole(folder / ROUTING, json.dumps(found.routed) + "\n")
+            compared = compare_held_out(reference, model, batches, top_k)
+            results |= compared.figures
+            write_whole(folder / ROUTING, json.dumps(compared.routed) + "\n")
         write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
     identity = {
@@ -101,11 +101,11 @@ def evaluate_groups(
             plan = Plan.load(planned.folder / PLANS / f"{number}.json")
             kept = {edit.index: edit.kept for edit in plan.edited()}
             with restricted(model, kept):
-                found = run_tasks(
+                of_group = run_tasks(
                     model, tokenizer, replace(suite, tasks=tasks), folder, compute.batch_size
                 )
-            averages += [found.pop("average")] if "average" in found else []
-            results |= found
+            averages += [of_group.pop("average")] if "average" in of_group else []
+            results |= of_group
         if averages:
             results["average"] = sum(averages) / len(averages)
         results["groups"] = len(groups)
@@ -141,5 +141,5 @@ def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) ->
 
 def results_of(artifact: Artifact) -> dict[str, float]:
     """What `evaluate` found."""
-    found: dict[str, float] = json.loads((artifact.folder / RESULTS_FILE).read_text())
-    return found
+    results: dict[str, float] = json.loads((artifact.folder / RESULTS_FILE).read_text())
+    return results

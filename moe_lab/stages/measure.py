@@ -54,5 +54,5 @@ def measure_stage(
 
 def figures_of(artifact: Artifact) -> dict[str, float]:
     """What `measure_stage` found."""
-    found: dict[str, float] = json.loads((artifact.folder / MEASURED_FILE).read_text())
-    return found
+    figures: dict[str, float] = json.loads((artifact.folder / MEASURED_FILE).read_text())
+    return figures

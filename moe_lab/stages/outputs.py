@@ -20,8 +20,8 @@ from moe_lab.store import Artifact
 from moe_lab.types import LayerInfo, Plan
 
 
-def copy_plan(planned: Artifact, folder: Path, found: dict[str, Any]) -> bool:
-    """Put plan.json, and the groups' plans/, into the run's folder; found: what it rests on.
+def copy_plan(planned: Artifact, folder: Path, report: dict[str, Any]) -> bool:
+    """Put plan.json, and the groups' plans/, into the run's folder; report: gets what it rests on.
 
     True where plan.json changes anything: a plan for each group changes no checkpoint.
     """
@@ -30,7 +30,7 @@ def copy_plan(planned: Artifact, folder: Path, found: dict[str, Any]) -> bool:
     shutil.copyfile(planned.folder / PLAN, folder / PLAN)
     plan = Plan.load(folder / PLAN)
     if "statistics" in plan.notes:
-        found["statistics"] = plan.notes["statistics"]
+        report["statistics"] = plan.notes["statistics"]
     return bool(plan.edited())
 
 
@@ -60,8 +60,8 @@ def checkpoint_of(artifact: Artifact, dense: Checkpoint) -> Checkpoint:
 def _form(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a checkpoint was saved; nothing more than that it is stock where no stage of ours did."""
     file = checkpoint.path.parent / FORM
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stock": True}
-    return found
+    form: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stock": True}
+    return form
 
 
 TOLD_OF_TRAINING = ("used_expert_", "experts_alive")  # what recipes say of a whole training
@@ -70,8 +70,8 @@ TOLD_OF_TRAINING = ("used_expert_", "experts_alive")  # what recipes say of a wh
 class RunReport:
     """Writes what the stages found into a run's report, and the report into the run's folder."""
 
-    def __init__(self, found: dict[str, Any], folder: Path):
-        self.report, self.folder = found, folder
+    def __init__(self, report: dict[str, Any], folder: Path):
+        self.report, self.folder = report, folder
 
     def add_stage(self, stage: str, artifact: Artifact) -> Artifact:
         """Note how long a stage took (when it was made), if it was there, and what it is.
@@ -108,8 +108,8 @@ class RunReport:
         for text, seen in trained["texts"].items():
             self.report[f"finetune/{text}"] = ", ".join(seen)
         last = json.loads((folder / CURVE).read_text().splitlines()[-1])
-        found = {key: value for key, value in last.items() if key.startswith(TOLD_OF_TRAINING)}
-        self.report |= {f"finetune/{key}": value for key, value in found.items()}
+        told = {key: value for key, value in last.items() if key.startswith(TOLD_OF_TRAINING)}
+        self.report |= {f"finetune/{key}": value for key, value in told.items()}
 
     def add_groups(self, planned: Artifact, dense: Checkpoint) -> None:
         """The parameters that a group's experts and all else have, on average over the groups."""

@@ -31,11 +31,11 @@ Log = Callable[[dict[str, Any]], None]
 def pipeline(
     config: Mapping[str, Any],
     parts: Parts,
-    found: dict[str, Any],
+    figures: dict[str, Any],
     folder: Path,
     log: Log | None = None,
 ) -> None:
-    """Run all stages, filling in the report `found` as results come.
+    """Run all stages, filling in the report's `figures` as results come.
 
     config: the composed options as plain data; parts: what they name; folder: the run's; log: takes
     the rows of a fine-tuning's curve while it trains. UserError for a user's mistake.
@@ -56,12 +56,12 @@ def pipeline(
     announce_form(dense, method, layers)
     further_top_k = other_top_k(suite, recipe, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
-    found |= {
+    figures |= {
         "fingerprint/model": dense.fingerprint,
         "fingerprint/data": texts["calibration"].fingerprint,
     }
 
-    store, report = Store(Path(config["store"])), RunReport(found, folder)
+    store, report = Store(Path(config["store"])), RunReport(figures, folder)
     if isinstance(recipe, Distilling) and recipe.distils:
         check_teacher(store, dense, recipe, texts)
     if isinstance(dense, checkpoint.Original):
@@ -72,13 +72,13 @@ def pipeline(
         from moe_lab.stages.diagnose import copy_diagnosis, diagnose  # tables: others do not pay
 
         diagnosed = diagnose(store, dense, profiled, texts["calibration"], parts.diagnose, compute)
-        found |= copy_diagnosis(report.add_stage("diagnose", diagnosed), folder)
+        figures |= copy_diagnosis(report.add_stage("diagnose", diagnosed), folder)
     planned = report.add_stage(
         "plan",
         plan(store, dense, profiled, texts["calibration"], method, config["method"], compute),
     )
     variants = {"dense": dense}
-    edited = copy_plan(planned, folder, found)
+    edited = copy_plan(planned, folder, figures)
     if edited:
         compressed = report.add_stage("compress", compress(store, dense, planned, compute))
         variants["compressed"] = checkpoint_of(compressed, dense)
@@ -109,4 +109,4 @@ def pipeline(
     if parts.measure:
         measured = measure_stage(store, variants, parts.measure, compute)
         report.add_stage("measure", measured)
-        found |= figures_of(measured)
+        figures |= figures_of(measured)

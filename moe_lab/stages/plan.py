@@ -93,8 +93,8 @@ def plan(
             write_whole(folder / ANSWER, json.dumps(work()) + "\n")
 
         question = identity | {"profile": profile.key, "code": code_version(*code)}
-        found = store.get("search", question, answer)
-        known: Value = json.loads((found.folder / ANSWER).read_text())
+        kept = store.get("search", question, answer)
+        known: Value = json.loads((kept.folder / ANSWER).read_text())
         return known
 
     identity = {

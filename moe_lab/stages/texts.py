@@ -18,10 +18,10 @@ def tokenize(parts: Parts, tokenizer: Tokenizer) -> dict[str, Tokens]:
         texts["held_out"] = parts.eval.held_out
     if parts.eval:
         parts.eval.check()
-    found = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
-    if parts.eval and found["calibration"].groups:
-        parts.eval.check_groups(list(found["calibration"].by_group()))
-    return found
+    tokens = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+    if parts.eval and tokens["calibration"].groups:
+        parts.eval.check_groups(list(tokens["calibration"].by_group()))
+    return tokens
 
 
 def _check_groups(parts: Parts) -> None:

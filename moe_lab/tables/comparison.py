@@ -73,10 +73,10 @@ def compare_to_baseline(made: Pivot, baseline: str) -> Comparison:
     difference, p = {}, {}
     tests: dict[str, None] = {}
     for column in made.columns:
-        found = [sample.compare(row, column, wanted) for row in made.rows()]
-        difference[column.name] = [value for value, _, _ in found]
-        p[column.name] = [chance for _, chance, _ in found]
-        tests |= {test: None for _, _, test in found if test}
+        compared = [sample.compare(row, column, wanted) for row in made.rows()]
+        difference[column.name] = [value for value, _, _ in compared]
+        p[column.name] = [chance for _, chance, _ in compared]
+        tests |= {test: None for _, _, test in compared if test}
     return Comparison(baseline, pd.DataFrame(difference), pd.DataFrame(p), tuple(tests))
 
 
@@ -189,15 +189,15 @@ class _Sample:
 
     def _by_task(self, variant: str, mine: list[int], other: str, base: list[int]) -> list[float]:
         """The difference of each task that both have, on average over their reports."""
-        found = []
+        differences = []
         for task in self.tasks:
             keys = [f"{name}/eval/{task}" for name in (variant, other)]
             if all(key in self.made.reports for key in keys):
                 pair = zip(keys, (mine, base), strict=True)
                 own, its = (_mean(self.made.figures(key), places) for key, places in pair)
                 if not math.isnan(own - its):
-                    found.append(own - its)
-        return found
+                    differences.append(own - its)
+        return differences
 
 
 def _mean(figures: Sequence[float], places: Sequence[int]) -> float:
@@ -206,14 +206,14 @@ def _mean(figures: Sequence[float], places: Sequence[int]) -> float:
 
 def _tasks(frame: pd.DataFrame) -> list[str]:
     """<task>/<metric> of the tasks with an accuracy; not the parts of another (mmlu_anatomy)."""
-    found: dict[str, list[str]] = {}
+    metrics: dict[str, list[str]] = {}
     for key in keys_of(frame):
         _, _, rest = key.partition("/eval/")
         task, _, metric = rest.rpartition("/")
         if task and metric in SHARES:
-            found.setdefault(task, []).append(metric)
-    whole = [task for task in found if not any(task.startswith(f"{one}_") for one in found)]
-    return [f"{task}/{main_metric(found[task])}" for task in whole]
+            metrics.setdefault(task, []).append(metric)
+    whole = [task for task in metrics if not any(task.startswith(f"{one}_") for one in metrics)]
+    return [f"{task}/{main_metric(metrics[task])}" for task in whole]
 
 
 def _settings(made: Pivot, baseline: str) -> dict[str, str]:

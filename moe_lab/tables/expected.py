@@ -91,7 +91,7 @@ NUMBERS = ("value", "std", "ours", "ours (std)", "difference", "tolerance", "wit
 def _read(path: Path) -> pd.DataFrame:
     ours = EXPERIMENTS / path
     try:
-        found = pd.read_csv(
+        rows = pd.read_csv(
             ours if ours.is_file() and not path.is_file() else path,
             dtype=str, keep_default_na=False,
         )  # fmt: skip
@@ -99,18 +99,18 @@ def _read(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is not there: it is to be a CSV file of figures") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a CSV file: {error}") from error
-    if missing := [key for key in ("figure", "value") if key not in found]:
+    if missing := [key for key in ("figure", "value") if key not in rows]:
         raise UserError(
             f"{path} has no column {missing[0]!r}: expected figures have a column figure (a "
             "report's key), a column value, and a column for each setting that picks the reports"
         )
     for key in FIGURE_COLUMNS[1:]:
-        column = found.get(key, pd.Series([""] * len(found)))
-        found[key] = pd.to_numeric(column.replace("", None), errors="coerce").astype(float)
-        if wrong := [text for text, number in zip(column, found[key], strict=True)
+        column = rows.get(key, pd.Series([""] * len(rows)))
+        rows[key] = pd.to_numeric(column.replace("", None), errors="coerce").astype(float)
+        if wrong := [text for text, number in zip(column, rows[key], strict=True)
                      if text and math.isnan(number)]:  # fmt: skip
             raise UserError(f"{path}: {wrong[0]!r} in column {key} is no number")
-    return found
+    return rows
 
 
 def _equal(frame: pd.DataFrame, key: str, wanted: str) -> pd.Series:

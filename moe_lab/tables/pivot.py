@@ -171,9 +171,9 @@ def _spread(made: Pivot) -> tuple[pd.DataFrame, pd.DataFrame]:
     deviation: dict[str, list[float]] = {}
     for column in made.columns:
         figures = made.figures(column.key)
-        found = [[figures[at] for at in made.finished(row, column)] for row in made.rows()]
-        mean[column.name] = list(map(mean_of, found))
-        deviation[column.name] = list(map(deviation_of, found))
+        cells = [[figures[at] for at in made.finished(row, column)] for row in made.rows()]
+        mean[column.name] = list(map(mean_of, cells))
+        deviation[column.name] = list(map(deviation_of, cells))
     return pd.DataFrame(mean), pd.DataFrame(deviation)
 
 
@@ -214,8 +214,8 @@ def settings_of(text: str, keys: Iterable[str]) -> dict[str, str]:
     """
     one = "|".join(map(re.escape, sorted(keys, key=len, reverse=True)))
     parts = re.split(rf",(?=(?:{one})=)", text)
-    found = dict(part.partition("=")[::2] for part in parts)
-    return found if found.keys() <= set(keys) and "=" in text else {}
+    settings = dict(part.partition("=")[::2] for part in parts)
+    return settings if settings.keys() <= set(keys) and "=" in text else {}
 
 
 def _is_there(frame: pd.DataFrame, baseline: str) -> bool:

@@ -228,14 +228,14 @@ def _how_many(made: Pivot, row: tuple[str, ...], column: Column) -> str:
 
 def _brackets(comparisons: Sequence[Comparison], column: Column, number: int) -> str:
     """The differences of a cell: (−3.7*); to several baselines each in its place: (–; +0.5)."""
-    found = []
+    brackets = []
     for one in comparisons:
         value = one.difference[column.name][number]
         if value == value and (abs(value) > EQUAL or len(comparisons) > 1):
-            found.append(difference_text(column.key, value) + stars(one.p[column.name][number]))
+            brackets.append(difference_text(column.key, value) + stars(one.p[column.name][number]))
         elif len(comparisons) > 1:
-            found.append(MISSING)
-    return f" ({'; '.join(found)})" if set(found) - {MISSING} else ""
+            brackets.append(MISSING)
+    return f" ({'; '.join(brackets)})" if set(brackets) - {MISSING} else ""
 
 
 def _best(made: Pivot, among: Sequence[str]) -> pd.DataFrame:
@@ -260,13 +260,13 @@ def _best(made: Pivot, among: Sequence[str]) -> pd.DataFrame:
 
 def _numbers(made: Pivot, comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """Each mean, and behind it what there is of its deviation, differences and p."""
-    found: dict[str, pd.Series] = {}
+    columns: dict[str, pd.Series] = {}
     for column in made.columns:
         name = column.name
-        found[name] = made.mean[name]
+        columns[name] = made.mean[name]
         further = {f"{name} (std)": made.deviation[name]}
         for one in comparisons:
             further[f"{name} (difference to {one.baseline})"] = one.difference[name]
             further[f"{name} (p to {one.baseline})"] = one.p[name]
-        found |= {key: column for key, column in further.items() if column.notna().any()}
-    return pd.DataFrame(found, index=made.index.index)
+        columns |= {key: column for key, column in further.items() if column.notna().any()}
+    return pd.DataFrame(columns, index=made.index.index)

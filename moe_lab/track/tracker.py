@@ -185,8 +185,8 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among values; yes and no are 1 and 0."""
-    found = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-    return {key: value + 0 for key, value in found.items() if math.isfinite(value)}
+    given = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    return {key: value + 0 for key, value in given.items() if math.isfinite(value)}
 
 
 def flat(config: Mapping[str, Any], above: str = "") -> dict[str, str | int | float | bool]:
@@ -195,16 +195,16 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, str | int | fl
     Lists become JSON text, which a parallel-coordinates view takes as a category. Left out: null,
     and Hydra's own keys such as `_target_`.
     """
-    found: dict[str, str | int | float | bool] = {}
+    level: dict[str, str | int | float | bool] = {}
     for key, value in config.items():
         if str(key).startswith("_") or value is None:
             continue
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}/")
+            level |= flat(value, f"{above}{key}/")
         else:
             is_plain = isinstance(value, (str, int, float))
-            found[f"{above}{key}"] = value if is_plain else json.dumps(value, default=str)
-    return found
+            level[f"{above}{key}"] = value if is_plain else json.dumps(value, default=str)
+    return level
 
 
 def short(text: str, limit: int) -> str:

@@ -262,8 +262,8 @@ def _add(artifact: Any, path: Path) -> None:
     """
     files = {path.name: path}
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file())
-        files = {file.relative_to(path).as_posix(): file for file in found}
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        files = {file.relative_to(path).as_posix(): file for file in below}
     for name, file in files.items():
         policy = "immutable" if file.suffix in WEIGHT_ENDINGS else "mutable"
         artifact.add_file(str(file), name=name, policy=policy)

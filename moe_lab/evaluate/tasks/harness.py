@@ -152,12 +152,12 @@ def _managers(defaults: bool) -> Any:
 def _datasets(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The datasets of the hub that tasks read, each with the first configuration that reads it."""
     index = _manager(names).task_index
-    found: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
     for config in (config for name in names for config in _configs(name, index)):
         path = config.get("dataset_path")
         if path and path not in READERS and not config.get("custom_dataset"):
-            found.setdefault(path, config)
-    return found
+            configs.setdefault(path, config)
+    return configs
 
 
 def _configs(given: str | dict[str, Any], index: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -171,7 +171,7 @@ def _configs(given: str | dict[str, Any], index: dict[str, Any]) -> Iterator[dic
         for member in config["task"]:
             yield from _configs(member, index)
     elif isinstance(given, dict) and (base := given.get("group") or given.get("task")) in index:
-        for found in _configs(base, index):
-            yield {**found, **given}
+        for single in _configs(base, index):
+            yield {**single, **given}
     else:
         yield config

@@ -114,8 +114,8 @@ class ExpertChoices:
             made = choice_named("experts", name)(candidates, self.method.num_routed)
             return {"chosen": made.chosen, "divergence": made.divergence}
 
-        found = self.remember({"question": "experts", "layer": statistics.info.index}, work)
-        return Choice(tuple(found["chosen"]), tuple(found["divergence"]))
+        answer = self.remember({"question": "experts", "layer": statistics.info.index}, work)
+        return Choice(tuple(answer["chosen"]), tuple(answer["divergence"]))
 
     def _candidates(self, statistics: LayerStatistics, gates: torch.Tensor) -> ExpertCandidates:
         index = statistics.info.index

@@ -103,10 +103,10 @@ def greedy_experts(
     for _ in range(num_routed):
         rest = [i for i in range(len(gates_E)) if i not in chosen]
         rest = [i for i in rest if gates_E[i] != 0] or rest
-        found = layer.divergences(measure, rest)
-        best = min(range(len(rest)), key=found.__getitem__)
+        divergences = layer.divergences(measure, rest)
+        best = min(range(len(rest)), key=divergences.__getitem__)
         chosen.append(rest[best])
-        values.append(found[best])
+        values.append(divergences[best])
         layer.add(rest[best])
     layer.close()
     return Choice(tuple(chosen), tuple(values))

@@ -61,10 +61,10 @@ class CondensedSets:
         """Perplexity of the calibration text for each set."""
 
         def work() -> list[float]:
-            found = self._at_end(sets, self.stream.next_token_loss)
+            losses = self._at_end(sets, self.stream.next_token_loss)
             return [
                 float(torch.tensor(sum(loss for loss, _ in one) / sum(n for _, n in one)).exp())
-                for one in found
+                for one in losses
             ]
 
         return self._asked("perplexity", sets, work)
@@ -116,15 +116,15 @@ class CondensedSets:
             new = {one for one in needed[level] if (level, one) not in self._known}
             needed[level - 1] |= {one - {level - 1} for one in new}
             needed[level] = new
-        found: dict[frozenset[int], list[Value]] = {}
+        seen: dict[frozenset[int], list[Value]] = {}
         for level in range(end):
             self._advance(level, sorted(needed[level + 1], key=sorted))
             self._forget(level)
         batches = range(self.stream.num_batches)
         for one in wanted:
-            found[one] = [look(batch, self.stream.cache[end, one, batch]) for batch in batches]
+            seen[one] = [look(batch, self.stream.cache[end, one, batch]) for batch in batches]
         self._forget(end)
-        return [found[one] for one in wanted]
+        return [seen[one] for one in wanted]
 
     def _advance(self, level: int, new: Sequence[frozenset[int]]) -> None:
         """Compute the states after decoder layer `level` for each of the sets `new`."""
@@ -197,8 +197,8 @@ def greedy_layers(
             for index in sets.edits:
                 if index not in order:
                     grown.setdefault(frozenset((*order, index)), ((*order, index), past))
-        found = values([order for order, _ in grown.values()])
-        steps = zip(found, grown.values(), strict=True)
+        reached = values([order for order, _ in grown.values()])
+        steps = zip(reached, grown.values(), strict=True)
         ranking = sorted((value, order, past) for value, (order, past) in steps)
         paths = [(order, (*past, value)) for value, order, past in ranking[:beam]]
     return Choice(*paths[0])

@@ -72,14 +72,14 @@ class Grouping:
 def grouping_names() -> list[str]:
     """The groupings there are."""
     package = importlib.import_module(__package__)
-    found = {module.name for module in pkgutil.iter_modules(package.__path__)}
-    return sorted(found - NO_GROUPINGS)
+    names = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    return sorted(names - NO_GROUPINGS)
 
 
 def grouping_named(name: str) -> Grouping:
     """The grouping of method.grouping=<name>, one of `grouping_names`."""
-    found: Grouping = importlib.import_module(f"{__package__}.{name}").GROUPING
-    return found
+    grouping: Grouping = importlib.import_module(f"{__package__}.{name}").GROUPING
+    return grouping
 
 
 def grouped(
@@ -91,13 +91,13 @@ def grouped(
     others follow in ascending order. A group without any weight weighs its experts alike.
     """
     place = {expert: place for place, expert in enumerate(experts_by_score(info, scores_E))}
-    found = []
+    ordered = []
     for group in groups:
         first = min(group, key=place.__getitem__)
-        found.append((first, *sorted(set(group) - {first})))
-    found.sort()
-    shares = tuple(_shares(weight_E[list(group)]) for group in found)
-    return Groups(tuple(group[0] for group in found), tuple(found), shares)
+        ordered.append((first, *sorted(set(group) - {first})))
+    ordered.sort()
+    shares = tuple(_shares(weight_E[list(group)]) for group in ordered)
+    return Groups(tuple(group[0] for group in ordered), tuple(ordered), shares)
 
 
 def experts_by_score(info: LayerInfo, scores_E: Tensor) -> list[int]:

@@ -53,12 +53,12 @@ def choose(candidates: MergeCandidates) -> Groups:
     """
     info, count = candidates.statistics.info, frequency(candidates.statistics)
     distance_EE = cast(Tensor, candidates.outputs_EE)  # given: GROUPING has `outputs`
-    found = []
+    chosen = []
     for experts in router_groups(info):
         part = distance_EE[experts.start : experts.stop, experts.start : experts.stop]
         for cluster in clusters(part, candidates.number // info.groups, candidates.linkage):
-            found.append([experts.start + expert for expert in cluster])
-    return grouped(info, count, found, count)
+            chosen.append([experts.start + expert for expert in cluster])
+    return grouped(info, count, chosen, count)
 
 
 def check(info: LayerInfo, number: int, options: Mapping[str, Any]) -> None:

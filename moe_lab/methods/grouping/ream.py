@@ -85,11 +85,11 @@ def choose(candidates: MergeCandidates) -> Groups:
     cosine_EE = cast(Tensor, candidates.outputs_EE)  # given: GROUPING has `outputs`
     similarity = ((1 + cosine_EE) / 2 + logit_similarity(statistics)) / 2
     order, number = experts_by_score(info, score), candidates.number // info.groups
-    found = []
+    groups = []
     for experts in router_groups(info):
         own = [expert for expert in order if expert in experts]
-        found += assigned(own, number, similarity, candidates.group_size)
-    return grouped(info, score, found, _weight(score))
+        groups += assigned(own, number, similarity, candidates.group_size)
+    return grouped(info, score, groups, _weight(score))
 
 
 def _weight(score: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ def names_from_routers() -> list[str]:
     """The metrics that are so marked."""
     package = importlib.import_module(__package__)
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    found = {name: vars(importlib.import_module(f"{__package__}.{name}")) for name in names}
+    members = {name: vars(importlib.import_module(f"{__package__}.{name}")) for name in names}
     return [
         name
-        for name, values in found.items()
+        for name, values in members.items()
         if any(getattr(value, "from_routers", False) is True for value in values.values())
     ]

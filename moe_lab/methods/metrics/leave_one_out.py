@@ -51,9 +51,9 @@ class LeaveOneOut:
         """For each layer in order."""
         indices = [layer.info.index for layer in profile.statistics]
         questions = {index: {"question": "leave_one_out"} for index in indices}
-        found = all_experts.answers(profile, self.num_samples, questions, left_out, [self])
+        answers = all_experts.answers(profile, self.num_samples, questions, left_out, [self])
         return [
-            torch.tensor([error[self.measure] for error in found[index]], dtype=torch.float64)
+            torch.tensor([error[self.measure] for error in answers[index]], dtype=torch.float64)
             for index in indices
         ]
 

@@ -65,22 +65,22 @@ class Naee:
         def ask(experts: AllExperts) -> list[int]:
             return _best_subset(experts, numbers[experts.info.index])
 
-        found = all_experts.answers(profile, self.num_samples, questions, ask, [self])
-        orders = self._orders(profile, [index for index in numbers if index not in found])
+        answers = all_experts.answers(profile, self.num_samples, questions, ask, [self])
+        orders = self._orders(profile, [index for index in numbers if index not in answers])
         for index, order in orders.items():
             info = infos[index]
             removed = order[: info.num_experts - numbers[index]]
-            found[index] = [expert for expert in range(info.num_experts) if expert not in removed]
-        return {index: tuple(found[index]) for index in numbers}
+            answers[index] = [expert for expert in range(info.num_experts) if expert not in removed]
+        return {index: tuple(answers[index]) for index in numbers}
 
     def notes(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
         """How each layer's subset was found."""
-        found = {}
+        ways = {}
         for info in layers:
             number = num_subsets(info, numbers[info.index])
             way = "exhaustive, " if self._tries_all(info, numbers[info.index]) else "greedy, of "
-            found[str(info.index)] = f"{way}{number} subsets"
-        return {"naee": found}
+            ways[str(info.index)] = f"{way}{number} subsets"
+        return {"naee": ways}
 
     def code(self) -> list[object]:
         """What decides the choice beside this class."""
@@ -96,8 +96,8 @@ class Naee:
 
 def num_subsets(info: LayerInfo, number: int) -> int:
     """How many sets of `number` experts the layer's router could be left with."""
-    found: int = math.comb(info.num_experts // info.groups, number // info.groups) ** info.groups
-    return found
+    subsets: int = math.comb(info.num_experts // info.groups, number // info.groups) ** info.groups
+    return subsets
 
 
 def subsets(info: LayerInfo, number: int) -> Iterator[tuple[int, ...]]:
@@ -142,11 +142,11 @@ def eliminated(experts: AllExperts) -> list[int]:
 
 def num_eliminations(info: LayerInfo) -> int:
     """How many subsets `eliminated` tries."""
-    kept, found = list(range(info.num_experts)), 0
+    kept, number = list(range(info.num_experts)), 0
     while can_keep(info, subset := _one_less(info, kept)) and subset:
-        found += len(kept) // info.groups * (info.groups * (info.groups + 1) // 2)
+        number += len(kept) // info.groups * (info.groups * (info.groups + 1) // 2)
         kept = subset
-    return found
+    return number
 
 
 def _one_less(info: LayerInfo, kept: Sequence[int]) -> list[int]:

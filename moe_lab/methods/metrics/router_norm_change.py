@@ -43,10 +43,11 @@ class RouterNormChange:
             if theirs[index].family != our.family:
                 raise UserError(f"{who} is of another family than the model, {our.family!r}: {why}")
             for field, words in (("num_experts", "experts"), ("hidden_size", "hidden units")):
-                found, wanted = getattr(theirs[index], field), getattr(our, field)
-                if found != wanted:
+                their_value, wanted = getattr(theirs[index], field), getattr(our, field)
+                if their_value != wanted:
                     raise UserError(
-                        f"{who} has {found} {words} in layer {index}, the model {wanted}: {why}"
+                        f"{who} has {their_value} {words} in layer {index}, the model {wanted}: "
+                        f"{why}"
                     )
 
     def __call__(self, layer: LayerStatistics) -> Tensor:

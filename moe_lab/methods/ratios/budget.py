@@ -141,13 +141,13 @@ class Budget:
     def choices(self, info: LayerInfo, step: int) -> range:
         """The numbers of experts that the layer may keep; UserError where there are none."""
         floor = floor_of(info, self.floor)
-        found = range(math.ceil(floor / step) * step, info.num_experts // step * step + 1, step)
-        if not found:
+        possible = range(math.ceil(floor / step) * step, info.num_experts // step * step + 1, step)
+        if not possible:
             raise UserError(
                 f"ratio.round_to={self.round_to}: layer {info.index} keeps at least {floor} of "
                 f"{info.num_experts} experts, and no multiple of {step} is among these numbers"
             )
-        return found
+        return possible
 
     def stays(self, number: int, step: int, layers: Sequence[LayerInfo]) -> int:
         """How many of `number` experts of these layers stay, a multiple of `step`."""

@@ -77,11 +77,11 @@ class Evolutionary(Budget):
             "options": options | {"total": self.total(layers)},
             "order": {str(info.index): units(info, score) for info, score in scores},
         }
-        found = profile.remember(
+        answer = profile.remember(
             question, lambda: self._search(scores, profile), (self, budget, *self.code())
         )
-        numbers = {int(index): number for index, number in found.pop("numbers").items()}
-        return Numbers(numbers, {"kept_per_layer": by_index(numbers)} | found)
+        numbers = {int(index): number for index, number in answer.pop("numbers").items()}
+        return Numbers(numbers, {"kept_per_layer": by_index(numbers)} | answer)
 
     def notes(self, scores: Scores, numbers: Numbers) -> dict[str, Any]:
         """kept_per_layer; acceptance: the best of each generation; forwards that this took."""

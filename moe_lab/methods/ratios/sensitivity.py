@@ -74,14 +74,14 @@ class Sensitivity(Budget):
             info.index: [list(best(info, score, n)) for n in self._measured(info, multiple)]
             for info, score in scores
         }
-        found = self._divergences(sets, profile) if self.error == "kl" else (
+        errors = self._divergences(sets, profile) if self.error == "kl" else (
             self._output_errors(sets, profile)
         )  # fmt: skip
         curves, choices = [], [self.choices(info, multiple)[::-1] for info in layers]
         measured = {}
         for info, some in zip(layers, choices, strict=True):
             points = {len(kept): error for kept, error in
-                      zip(sets[info.index], found[info.index], strict=True)}  # fmt: skip
+                      zip(sets[info.index], errors[info.index], strict=True)}  # fmt: skip
             points |= {info.num_experts: 0.0} if some[0] == info.num_experts else {}
             measured[info.index] = by_index(dict(sorted(points.items(), reverse=True)))
             known = sorted(points)
@@ -168,8 +168,8 @@ def least_sum(curves: Sequence[np.ndarray], total: int) -> list[int]:
             table[place, place:] = best[: total + 1 - place] + value
         chosen.append(table.argmin(axis=0))
         best = table.min(axis=0)
-    found, rest = [], total
+    steps, rest = [], total
     for column in reversed(chosen):
-        found.append(int(column[rest]))
-        rest -= found[-1]
-    return found[::-1]
+        steps.append(int(column[rest]))
+        rest -= steps[-1]
+    return steps[::-1]

@@ -47,18 +47,18 @@ def check_original(family: ModuleType, values: Mapping[str, Any], files: Sequenc
     Raises UserError where the native form cannot say it, or its tensors are not its family's.
     """
     family.native_config(values)
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as shard:
             for name in shard.offset_keys():
-                found[name] = tuple(shard.get_slice(name).get_shape())
+                shapes[name] = tuple(shard.get_slice(name).get_shape())
     wanted = family.original_shapes(values)
-    unknown = [name for name in found if name not in wanted and not family.is_buffer(name)]
-    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in shapes if name not in wanted and not family.is_buffer(name)]
+    missing = [name for name in wanted if name not in shapes]
     reshaped = [
-        f"{name} {list(found[name])} (not {list(shape)})"
+        f"{name} {list(shapes[name])} (not {list(shape)})"
         for name, shape in wanted.items()
-        if found.get(name, shape) != shape
+        if shapes.get(name, shape) != shape
     ]
     wrong = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
     told = [f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names]

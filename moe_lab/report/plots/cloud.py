@@ -64,10 +64,10 @@ def steps(
 def lines(axes: Axes, table: pd.DataFrame, key: str, names: Sequence[str]) -> None:
     """Means over what has the same name and place, with bands of a standard deviation."""
     for name, rows in table.groupby("name", sort=False):
-        found = rows.dropna(subset=[key]).groupby("at")[key].agg(["mean", "std"])
-        look, spread = style.look(names.index(name)), found["std"].fillna(0)
-        axes.plot(found.index, found["mean"], ms=5, **look)
-        axes.fill_between(found.index, found["mean"] - spread, found["mean"] + spread, alpha=0.15,
+        means = rows.dropna(subset=[key]).groupby("at")[key].agg(["mean", "std"])
+        look, spread = style.look(names.index(name)), means["std"].fillna(0)
+        axes.plot(means.index, means["mean"], ms=5, **look)
+        axes.fill_between(means.index, means["mean"] - spread, means["mean"] + spread, alpha=0.15,
                           color=look["color"], linewidth=0)  # fmt: skip
     places = sorted(table["at"].unique())
     if places[0] > 0 and places[-1] / places[0] >= 30:

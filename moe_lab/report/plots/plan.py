@@ -186,11 +186,11 @@ def _legend(table: pd.DataFrame, condensed: bool, arrows: bool) -> dict[str, Any
     merged = "merged (→ into which)" if arrows else "merged into others"
     gone = merged if (table["into"] >= 0).any() else "removed"
     joined = "part of the condensed layer" if condensed else "others merged into it"
-    whole, found = table["whole"], set(table["state"][~table["whole"]])
-    legend = {"kept": Patch(fc=FACES[KEPT])} if KEPT in found else {}
-    if JOINED in found:
+    whole, partial = table["whole"], set(table["state"][~table["whole"]])
+    legend = {"kept": Patch(fc=FACES[KEPT])} if KEPT in partial else {}
+    if JOINED in partial:
         legend[joined] = Patch(fc="#fe9929")
-    if REMOVED in found:
+    if REMOVED in partial:
         legend[gone] = Patch(fc=FACES[REMOVED], ec="0.5")
     if whole.any():
         legend["whole layer dropped"] = Patch(fc=FACES[REMOVED], ec="0.4", hatch="////")

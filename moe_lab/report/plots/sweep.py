@@ -40,8 +40,8 @@ class Figure:
 
     def of(self, frame: pd.DataFrame, variant: str) -> pd.Series:
         """Its values, NaN where a report has none."""
-        found = _numbers(frame, f"{variant}/{self.key}") * self.scale
-        return found / _numbers(frame, f"dense/{self.key}") if self.relative else found
+        values = _numbers(frame, f"{variant}/{self.key}") * self.scale
+        return values / _numbers(frame, f"dense/{self.key}") if self.relative else values
 
 
 COSTS = (
@@ -190,8 +190,8 @@ def _along(frame: pd.DataFrame, setting: str, path: Path) -> Path | None:
 
 def _all_curves(folder: Path, frame: pd.DataFrame, path: Path) -> Path | None:
     """The fine-tunings of all jobs: a row of panels for each model."""
-    found = {name: folder / name / CURVE for name in frame.index}
-    read = {name: curve.read_curve(file) for name, file in found.items() if file.is_file()}
+    files = {name: folder / name / CURVE for name in frame.index}
+    read = {name: curve.read_curve(file) for name, file in files.items() if file.is_file()}
     frame = frame.loc[list(read)]
     shown = [key for key in curve.LOSSES if any(key in rows for rows in read.values())]
     if not shown:
