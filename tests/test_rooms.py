@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
-
 import pytest
-from conftest import ROOT
+from running import ROOT, rooms
 
 CONF = ROOT / "conf"
 # The room, or the part of one, of each config group.
@@ -25,18 +21,6 @@ HOMES = {
     "ratio": "methods.ratios",
     "track": "track",
 }
-
-
-def load_rooms() -> ModuleType:
-    """docs/rooms.py as a module."""
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rooms"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-rooms = load_rooms()
 
 
 def refusals(module: str, source: str) -> list[str]:

@@ -8,17 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Outcome, run_command
+from running import ROOT, run_command
 
 import moe_lab
-from moe_lab.stages import pipeline
 
 DEFAULT = [
     "finetune.phases.lm.data.num_samples=16",
@@ -233,53 +231,3 @@ def test_help_is_light() -> None:
     groups = "model calibration metric ratio condense method finetune eval measure compute track"
     assert [group for group in groups.split() if f"{group}: " not in done.stdout] == []
     assert "ratio.ratio" in done.stdout and "run_dir" in done.stdout
-
-
-# --------------------------------------------------------------------------- in this process
-
-
-def test_a_failure_of_ours_is_reported_with_its_traceback(
-    job: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise ZeroDivisionError("ours")
-
-    monkeypatch.setattr(pipeline, "pipeline", broken)
-    outcome = job()
-    outcome_error = (outcome.report["status"], outcome.report["error"])
-    assert outcome_error == ("failed", "ZeroDivisionError: ours")
-    assert outcome.code == 1 and "Traceback" in outcome.text
-
-
-def test_a_stopped_run_writes_its_report(
-    job: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def stopped(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "pipeline", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        job()
-    report = json.loads((tmp_path / "job" / "report.json").read_text())
-    assert (report["status"], report["error"]) == ("failed", "stopped by Ctrl-C")
-
-
-def test_device_and_batch_size_enter_no_key(job: Callable[..., Outcome]) -> None:
-    assert job("compute.batch_size=3").code == 0
-    report = job("compute.batch_size=8", "compute.threads=null").report
-    assert all(report[f"cached/{stage}"] for stage in ("profile", "plan", "compress"))
-
-
-def test_a_ratio_of_zero_changes_nothing(job: Callable[..., Outcome]) -> None:
-    outcome = job("ratio.ratio=0", "eval=none")
-    assert outcome.code == 0, outcome.text
-
-
-def test_ways_to_choose_layers_share_what_was_searched(job: Callable[..., Outcome]) -> None:
-    asked = []
-    for layers in ("greedy_js", "one_shot_local", "greedy_js"):
-        outcome = job("method=condense", f"condense.layers={layers}")
-        assert outcome.code == 0, outcome.text
-        asked.append(len(list((outcome.store / "search").glob("*/answer.json"))))
-    # The experts of three layers and a step of the order; then one question more; then none.
-    assert asked == [4, 5, 5]
