@@ -33,7 +33,6 @@ OF_NO_MODULE = {
     "test_rooms.py": "the package as a whole",
     "test_run.py": "run.py",
     "test_shipped.py": "the models in checkpoints/",
-    "test_sweeps.py": "whole sweeps",
     "track/test_wandb_offline.py": "track/wandb.py without a server",
     "track/test_wandb_online.py": "track/wandb.py with one",
 }

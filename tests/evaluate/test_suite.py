@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from group_tasks import GROUPS, SUITE
 from mirrors import suite
 from running import Job
+from small_suites import GROUPS, SUITE
 
 from moe_lab.evaluate.suite import Suite
 from moe_lab.types import UserError

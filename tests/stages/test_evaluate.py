@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from group_tasks import GROUPS, SUITE
 from mirrors import (
     best,
     num_questions,
@@ -22,6 +21,7 @@ from mirrors import (
     write_sst5,
 )
 from running import SENTENCES, Job, Outcome
+from small_suites import GROUPS, SUITE
 from transformers import AutoModelForCausalLM
 
 from moe_lab.compute import Compute

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_items import NUM_ITEMS
+from small_suites import NUM_ITEMS
 
 from moe_lab.evaluate.tasks.tiny import tasks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_items import NUM_ITEMS
+from small_suites import NUM_ITEMS
 
 from moe_lab.data import standard_library
 from moe_lab.evaluate.tasks.tiny import items, tasks

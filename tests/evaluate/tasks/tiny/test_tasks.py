@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_items import NUM_ITEMS
+from small_suites import NUM_ITEMS
 
 from moe_lab.evaluate.tasks.tiny import items, tasks
 
