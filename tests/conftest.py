@@ -2,67 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+from running import (
+    OFFLINE,
+    ROOT,
+    SENTENCES,
+    SUPPORT,
+    Outcome,
+    byte_tokenizer,
+    load_module,
+    run_command,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ.update(OFFLINE)  # before anything imports the hub's client
 # Else MKL rounds by where in memory its operands lie, and what a fresh process loads differs in the
 # last bit (seen on an AMD processor). Intel calls it conditional numerical reproducibility.
 os.environ.setdefault("MKL_CBWR", "AVX2")
-
-SENTENCES = (
-    "A router sends each token to a few of its experts, and their outputs are added up.",
-    "Two and two are four; four and four are eight; eight and eight are sixteen.",
-    "def square(number):\n    return number * number",
-    "The quick brown fox jumps over the lazy dog while the cat watches from the wall.",
-)
-
-
-def missing(reason: str) -> NoReturn:
-    """Skip a test for want of a program; where all are installed, as in CI, it fails instead."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run gave: its exit code, all it printed, and its report if it wrote one."""
-
-    code: int
-    text: str
-    report: dict[str, Any]
-    store: Path
-
-    def stages(self) -> list[str]:
-        """The kinds of result that its store holds."""
-        return sorted(path.name for path in self.store.glob("*") if any(path.glob("*/*.json")))
-
-
-def byte_tokenizer() -> Any:
-    """A byte-level tokenizer without merges: three special tokens and a token per byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<bos>", "<eos>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
+# So that the assertions of helpers tell as much as those of tests.
+pytest.register_assert_rewrite(*({path.stem for path in SUPPORT.glob("*.py")} - {"running"}))
 
 
 @pytest.fixture(scope="session")
@@ -120,67 +84,10 @@ def run_py(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def run_command(
-    folder: Path, *overrides: str, python: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run run.py from `folder`, so that its relative outputs/ lies there."""
-    command = [*python, str(ROOT / "run.py"), *overrides]
-    return run_python(folder, *command)
-
-
-def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python from `folder`, in an environment without W&B's.
-
-    W&B tells child processes of its service there, which a test before may have started and ended.
-    """
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=600,
-        env={name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
-    )  # fmt: skip
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing runs after it."""
-
-
-def run_killed(training: Any, stop: int, save_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a `Training` that saves so often until it has done `stop` steps, and not further."""
-    step = training._step
-
-    def dying(*arguments: Any) -> dict[str, float]:
-        if training.done == stop:
-            raise Killed
-        return step(*arguments)
-
-    training.save_every = save_every
-    monkeypatch.setattr(training, "_step", dying)
-    with pytest.raises(Killed):
-        training.run()
-
-
-def start_two(script: str, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """`python -c script arguments` twice, as torchrun starts processes that know each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in ("0", "1"):
-        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", script, *arguments]
-        started.append(subprocess.Popen(command, env=environment))
-    return started
-
-
 @pytest.fixture(scope="session")
 def main_module() -> Any:
     """run.py as a module."""
-    spec = importlib.util.spec_from_file_location("run", ROOT / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module("run", ROOT / "run.py")
 
 
 @pytest.fixture
@@ -243,3 +150,69 @@ def job(
 
     yield run
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[dict[str, Any]]:
+    from families import tiny_batch
+
+    return [tiny_batch(seed=1), tiny_batch(seed=2, padding=False)]
+
+
+@pytest.fixture(scope="module", params=["qwen2_moe", "mixtral", "deepseek_v3"])
+def case(request: pytest.FixtureRequest) -> Any:
+    """A model of each kind of router, with all that is looked at when experts are chosen."""
+    from expert_sets import Case
+
+    return Case(request.param)
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Datasets are not found among those of tests before."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def sst5(own_cache: None, tmp_path: Path) -> Path:
+    """A mirror with SST-5 alone."""
+    from mirrors import reviews, write_sst5
+
+    write_sst5(tmp_path / "mirror", reviews("test", 9))
+    return tmp_path / "mirror"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DeepSeekMoE in its original layout, in float32."""
+    import deepseek_original
+    import torch
+
+    return deepseek_original.make(tmp_path_factory.mktemp("deepseek") / "original", torch.float32)
+
+
+@pytest.fixture
+def condense_published(
+    job: Callable[..., Outcome], published: Path, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """A run of ours that condenses the original checkpoint, in float64."""
+    from deepseek_original import TEXTS
+
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+    def run(*overrides: str) -> Outcome:
+        return job(
+            "method=condense",
+            f"model.path={published}",
+            "model.dtype=float64",
+            f"calibration.files=[{documents}]",
+            f"calibration.num_samples={len(TEXTS)}",
+            "calibration.max_length=64",
+            "compute.batch_size=4",
+            *overrides,
+        )
+
+    return run

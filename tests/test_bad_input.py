@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
 from families import tiny_model
+from running import Outcome
 
 Job = Callable[..., Outcome]
 

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from test_rooms import rooms
+from running import ROOT, rooms
 
-from moe_lab import types
 from moe_lab.models import checkpoint
 from moe_lab.runs import options
 
@@ -146,36 +144,3 @@ def test_no_machine_path_in_any_file() -> None:
         path for path, text in texts.items() if re.search(r"(^|[\s:\[])/(home|work|tmp)", text)
     ]
     assert not wrong
-
-
-# --------------------------------------------------------------------------- options.check
-
-
-def checked(options_: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
-    top = {"seed": 0, "store": "a", "run_dir": "b", "resume": False}
-    options.check_request(top | options_, top | (raw or options_), ["method", "condense", "metric"])
-
-
-def test_a_message_names_what_the_user_set() -> None:
-    target = "moe_lab.methods.condense.method.Condense"
-    good = {"_target_": target, "num_layers": 1, "num_routed": 0, "experts": "a", "layers": [1, 2]}
-    raw = good | {"num_layers": "${condense.num_layers}"}
-    checked({"method": good, "condense": {"num_layers": 1}})
-    for value in ("abc", 1.5, True, None):
-        values = {"method": good | {"num_layers": value}, "condense": {"num_layers": value}}
-        with pytest.raises(types.UserError, match=r"^condense.num_layers=.*a whole number"):
-            checked(values, {"method": raw, "condense": {"num_layers": value}})
-    with pytest.raises(types.UserError, match=r"^method.layers=.*text or a list \[a,b\] of whole"):
-        checked({"method": good | {"layers": ["x"]}})
-    with pytest.raises(types.UserError, match="no option of method; there are num_layers"):
-        checked({"method": good | {"num_layer": 1}})
-    with pytest.raises(types.UserError, match=r"Pruner does not exist"):
-        checked({"method": {"_target_": "moe_lab.methods.prune.Pruner"}})
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
-def test_only_finite_numbers_are_numbers(value: Any) -> None:
-    uniform = {"_target_": "moe_lab.methods.ratios.uniform.Uniform", "ratio": value}
-    with pytest.raises(types.UserError, match=r"metric.ratio=.*a number"):
-        checked({"metric": uniform})
-    checked({"metric": uniform | {"ratio": 1}})

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_command
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from running import ROOT, run_command
 
 from moe_lab.report.frame import ORIGIN_KEYS, RESULT_KEYS, SEED_KEYS, label_of
 from moe_lab.runs import options

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 from moe_lab.types import Plan
 
@@ -38,7 +39,7 @@ def test_a_metric_from_outside_the_package(
     (home / "my_research" / "__init__.py").touch()
     (home / "my_research" / "last_first.py").write_text(METRIC)
     (home / "conf" / "metric" / "last_first.yaml").write_text(YAML)
-    monkeypatch.setenv("PYTHONPATH", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
     options = [
         *small, "method=prune", "metric=last_first", "ratio.ratio=0.5",
         "finetune=none", "eval=none", "measure=none", f"run_dir={tmp_path / 'run'}",
@@ -65,7 +66,7 @@ def test_the_readme_s_example_is_all_that_it_takes(
     (home / "conf" / "metric").mkdir(parents=True)
     (home / package / f"{module}.py").write_text(code)
     (home / "conf" / "metric" / f"{function}.yaml").write_text(options)
-    monkeypatch.setenv("PYTHONPATH", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
     done = run_py(
         "--config-dir", str(home / "conf"), *small, "method=prune", f"metric={function}",
         "finetune=none", "eval=none", "measure=none",

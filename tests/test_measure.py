@@ -6,43 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from closed_form import DENSE, EXPERTS, HIDDEN, LAYERS, SHARED, TOP_K, VOCABULARY, WIDTH, tiny
+from families import tiny_model
 from safetensors.torch import save_file
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from stand_ins import replaced
 
-from moe_lab.compute import Compute
 from moe_lab.measure import (
-    Measurement,
     _StorageCounter,
     active_parameters,
     bytes_on_disk,
+    flops_per_token,
     measure,
     peak_memory_bytes,
 )
-from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models import routers as model_routers
+from moe_lab.models.editing import apply_plan
 from moe_lab.models.layers import num_parameters
-from moe_lab.stages.measure import figures_of, measure_stage
-from moe_lab.store import Store
-
-VOCABULARY, HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH, SHARED, DENSE = 96, 32, 3, 8, 2, 16, 24, 40
-
-
-def tiny(experts: int = EXPERTS, tied: bool = False) -> Qwen2MoeForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=DENSE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        moe_intermediate_size=WIDTH,
-        shared_expert_intermediate_size=SHARED,
-        num_experts=experts,
-        num_experts_per_tok=TOP_K,
-        mlp_only_layers=[0],
-        tie_word_embeddings=tied,
-    )
-    return Qwen2MoeForCausalLM(config).eval()
 
 
 def expected_parameters(experts: int, tied: bool) -> int:
@@ -146,16 +125,28 @@ def test_bytes_on_disk_counts_weights_alone(tmp_path: Path) -> None:
     assert bytes_on_disk(tmp_path) == sum(sizes) >= 800
 
 
-def test_the_stage_adds_sizes_on_disk_and_their_ratio(tmp_path: Path) -> None:
-    variants = {}
-    for name, experts in (("dense", EXPERTS), ("compressed", 4)):
-        tiny(experts).save_pretrained(tmp_path / name)
-        variants[name] = Checkpoint(tmp_path / name)
-    how = Measurement(prompt_length=8, decode_tokens=1, repeats=1)
-    store = Store(tmp_path / "store")
-    figures = figures_of(measure_stage(store, variants, how, Compute(device="cpu")))
-    for name in variants:
-        assert figures[f"{name}/bytes"] == bytes_on_disk(tmp_path / name)
-    ratio = bytes_on_disk(tmp_path / "compressed") / bytes_on_disk(tmp_path / "dense")
-    assert (figures["dense/bytes_ratio"], figures["compressed/bytes_ratio"]) == (1, ratio)
-    assert 0.3 < ratio < figures["compressed/parameter_ratio"] + 0.1
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_the_model_shrinks_by_the_experts_that_go(family: str) -> None:
+    model = tiny_model(family)
+    parameters, active, flops = (
+        count(model)
+        for count in (num_parameters, active_parameters, lambda m: flops_per_token(m, 8))
+    )
+    expert = 3 * 32 * 16 + (2 * 16 + 32 if family == "gpt_oss" else 0)
+    plan = replaced(model, "constant", "copy")
+    apply_plan(model, plan)
+    assert parameters - num_parameters(model) == (4 + 3) * expert - 4 * 32
+    # The most that a token can use, as one that is sent to no stand-in.
+    assert active_parameters(model) == active
+    assert flops_per_token(model, 8) == flops + 2 * 4 * 32  # the four constants' own product
+
+
+def test_flops_are_counted_product_by_product() -> None:
+    """Mixtral by hand: per token projections, attention over all pairs, k experts, the head."""
+    model, length = tiny_model("mixtral"), 10
+    attention = 2 * 32 * (32 + 16 + 16 + 32) + 2 * 2 * length * 32
+    layer = attention + 2 * 32 * 8
+    for top_k in (1, 2):
+        model_routers.set_top_k(model, top_k)
+        experts = top_k * 3 * 2 * 32 * 16
+        assert flops_per_token(model, length) == 4 * (layer + experts) + 2 * 32 * 96

@@ -1,13 +1,12 @@
-"""Who may import whom: docs/rooms.py has the table, and the code keeps to it."""
+"""Who may import whom: docs/rooms.py has the table, and the code keeps to it; so do the tests."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
+from collections.abc import Collection
+from pathlib import PurePosixPath
 
 import pytest
-from conftest import ROOT
+from running import ROOT, rooms
 
 CONF = ROOT / "conf"
 # The room, or the part of one, of each config group.
@@ -25,18 +24,46 @@ HOMES = {
     "ratio": "methods.ratios",
     "track": "track",
 }
+# Test files that mirror no file of moe_lab/, and what each is about.
+OF_NO_MODULE = {
+    "test_bad_input.py": "what a user can get wrong, in whole jobs",
+    "test_config.py": "conf/",
+    "test_experiments.py": "experiments/",
+    "test_extending.py": "code from outside the package",
+    "test_rooms.py": "the package as a whole",
+    "test_run.py": "run.py",
+    "test_shipped.py": "the models in checkpoints/",
+    "track/test_wandb_offline.py": "track/wandb.py without a server",
+    "track/test_wandb_online.py": "track/wandb.py with one",
+}
+SOURCES = {
+    path.relative_to(ROOT / "moe_lab").as_posix() for path in (ROOT / "moe_lab").rglob("*.py")
+}
+TESTS = {
+    path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")
+}
 
 
-def load_rooms() -> ModuleType:
-    """docs/rooms.py as a module."""
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rooms"] = module
-    spec.loader.exec_module(module)
-    return module
+def mirrored(source: str) -> str:
+    """Where the tests of a file lie: models/layers.py has models/test_layers.py."""
+    path = PurePosixPath(source)
+    return path.with_name(f"test_{path.stem.strip('_')}.py").as_posix()
 
 
-rooms = load_rooms()
+def untested(sources: Collection[str], tests: Collection[str]) -> list[str]:
+    """The files without a test file of their own that need one: all but faces and plug-ins."""
+    return sorted(
+        source
+        for source in sources
+        if not source.endswith("__init__.py")
+        and not rooms.is_plugin(source.removesuffix(".py").replace("/", "."))
+        and mirrored(source) not in tests
+    )
+
+
+def astray(sources: Collection[str], tests: Collection[str]) -> list[str]:
+    """The test files that are of no file that exists."""
+    return sorted(set(tests) - {mirrored(source) for source in sources} - OF_NO_MODULE.keys())
 
 
 def refusals(module: str, source: str) -> list[str]:
@@ -94,6 +121,32 @@ def test_every_group_of_options_has_its_room() -> None:
     for group, home in HOMES.items():
         path = ROOT / "moe_lab" / home.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{group} has no room {home}"
+
+
+def test_every_module_has_its_test_file() -> None:
+    found = untested(SOURCES, TESTS)
+    assert not found, "; ".join(f"{one}: write tests/{mirrored(one)}" for one in found)
+
+
+def test_every_test_file_has_its_module() -> None:
+    found = astray(SOURCES, TESTS)
+    assert not found, f"of what are these? move them, or say it in OF_NO_MODULE: {found}"
+    assert OF_NO_MODULE.keys() <= TESTS, "what is gone needs no exception"
+
+
+def test_every_test_file_has_a_test() -> None:
+    texts = {name: (ROOT / "tests" / name).read_text(encoding="utf-8") for name in TESTS}
+    assert [name for name, text in texts.items() if "\ndef test_" not in text] == []
+
+
+def test_a_broken_mirror_is_noticed() -> None:
+    assert mirrored("tables/__main__.py") == "tables/test_main.py"
+    without = TESTS - {"models/test_layers.py", "methods/test_prune.py", "test_store.py"}
+    assert untested(SOURCES, without) == ["models/layers.py", "store.py"], "prune is a plug-in"
+    renamed = SOURCES - {"models/layers.py", "methods/prune.py"} | {"models/blocks.py"}
+    assert untested(renamed, TESTS) == ["models/blocks.py"]
+    assert astray(renamed, TESTS) == ["methods/test_prune.py", "models/test_layers.py"]
+    assert astray(SOURCES, TESTS | {"models/test_utils.py"}) == ["models/test_utils.py"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""The loop: phases, accumulation, checkpointing, precision, resuming, processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from running import run_killed, start_two
+from safetensors.torch import load_file
+from trainings import PLANS, compressed, rows_of, samples, steps_of, train_one, training
+
+from moe_lab.finetune import training as finetune_training
+from moe_lab.finetune.recipe import Phase
+from moe_lab.models.checkpoint import load
+from moe_lab.types import UserError
+
+RESUMED = {
+    "prune": ("prune", {}, 5, 4),
+    "condense": ("condense", {}, 5, 4),
+    "bfloat16, gates, both phases, in the first": ("condense", {"gates": True}, 5, 4),
+    "bfloat16, gates, both phases, at the border": ("condense", {"gates": True}, 7, 6),
+    "bfloat16, gates, both phases, in the second": ("condense", {"gates": True}, 10, 8),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch) -> None:
+    """To the bit: stopped within a phase, or where one ends, with a step after the last state."""
+    kind, changes, stop, save_every = RESUMED[case]
+    dtype = "auto" if "bfloat16" in case else "float32"
+    if "both" in case:
+        changes = changes | {"supervised": True, "dtype": "bfloat16"}
+    else:
+        changes = changes | {"epochs": 2}
+    plan = compressed(kind, tmp_path)
+    results = []
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "stopped":
+            model = load(tmp_path / "compressed", dtype=dtype)
+            first = training(model, plan, folder, **changes)
+            run_killed(first, stop, save_every, monkeypatch)
+            assert int(load_file(folder / finetune_training.STATE)["done"]) == save_every < stop
+            assert len(steps_of(folder)) == stop
+        model = load(tmp_path / "compressed", dtype=dtype)
+        training(model, plan, folder, **changes).run()
+        results.append((model.state_dict(), (folder / "curve.jsonl").read_text()))
+    (whole, curve), (resumed, resumed_curve) = results
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert curve == resumed_curve
+    assert [row["step"] for row in steps_of(folder)] == list(range(1, 13))
+
+
+def test_it_learns_and_the_curve_says_so(tmp_path: Path) -> None:
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    training(model, plan, tmp_path, epochs=8).run()
+    start, *rows = rows_of(tmp_path)
+    assert start.keys() == {"phase", "step", "validation_loss"} and start["step"] == 0
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert all(row["phase"] == "lm" and row["gradient_norm"] > 0 for row in rows)
+    assert rows[-1]["tokens"] == 8 * samples(1, 24).num_tokens
+    validated = [row["step"] for row in rows if "validation_loss" in row]
+    assert validated == [step for step in range(1, 49) if step % 3 == 0 or step == 48]
+    rates = [row["learning_rate"] for row in rows]
+    peak = rates.index(max(rates))
+    assert 0 < rates[0] < rates[peak] == pytest.approx(1e-2)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+
+
+def test_phases_follow_each_other_with_fresh_optimizers(tmp_path: Path) -> None:
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    training(model, plan, tmp_path, supervised=True, warmup_ratio=0.5).run()
+    rows = steps_of(tmp_path)
+    assert [row["phase"] for row in rows] == ["lm"] * 6 + ["sft"] * 6
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    tokens = [row["tokens"] for row in rows]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == samples(1, 24).num_tokens + 2 * samples(3, 10).num_tokens
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[5] < rates[2] == 1e-2 and rates[6] == 5e-3, "each phase has its own schedule"
+    counted = json.loads((tmp_path / "trainable.json").read_text())
+    assert counted["texts"] == {
+        "lm/data": ["the standard library's train split"],
+        "lm/validation": ["the standard library's validation split"],
+        "sft/data": ["the standard questions' train split"],
+    }
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_accumulated_gradients_are_the_large_batch(kind: str, tmp_path: Path) -> None:
+    """Samples differ in length: a mean of the forwards' means would be another gradient."""
+    plan = compressed(kind, tmp_path)
+    found = []
+    for size, times in ((16, 1), (4, 4), (3, 6)):
+        model = load(tmp_path / "compressed", dtype="float32")
+        trained = training(
+            model, plan, tmp_path, batch_size=size, gradient_accumulation=times
+        )  # fmt: skip
+        rows = trained.tokens["lm/data"].take(range(16))
+        loss = trained._backward(rows, size)["loss"]
+        found.append((loss.item(), {n: p.grad for n, p in trained.trainable.items()}))
+    (loss, gradients), *others = found
+    assert len({len(row) for row in rows.samples}) > 3
+    for other_loss, other in others:
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        for name, gradient in gradients.items():
+            error = (other[name] - gradient).abs().max()
+            assert error <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_gradient_checkpointing_computes_the_same(kind: str, tmp_path: Path) -> None:
+    """Layers below the lowest trained one are computed once and stand in no graph."""
+    plan = compressed(kind, tmp_path)
+    found, calls = [], {}
+    for checkpointing in (False, True):
+        model = load(tmp_path / "compressed", dtype="float32")
+        trained = training(model, plan, tmp_path, gradient_checkpointing=checkpointing)
+        count = calls[checkpointing] = [0] * len(model.model.layers)
+        graph = [None] * len(model.model.layers)
+        for index, layer in enumerate(model.model.layers):
+
+            def counting(module, args, output, index=index, count=count) -> None:
+                count[index] += 1
+
+            def note(module, args, output, index=index, graph=graph) -> None:
+                graph[index] = (output[0] if isinstance(output, tuple) else output).requires_grad
+
+            layer.self_attn.register_forward_hook(counting)
+            layer.register_forward_hook(note)
+        loss = trained._backward(trained.tokens["lm/data"].take(range(6)), 6)["loss"]
+        found.append((loss, {n: p.grad for n, p in trained.trainable.items()}))
+        lowest = plan.edits[0].index
+        assert graph == [index >= lowest for index in range(4)]
+    assert calls[False] == [1, 1, 1, 1]
+    assert calls[True] == [2 if index >= lowest else 1 for index in range(4)]
+    (loss, gradients), (other_loss, other) = found
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(gradients[name], other[name]) for name in gradients)
+
+
+def test_a_family_without_checkpointing_says_so(tmp_path: Path) -> None:
+    plan = compressed("prune", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match=r"finetune\.gradient_checkpointing=false"):
+        training(model, plan, tmp_path, gradient_checkpointing=True)
+
+
+def test_bfloat16_computes_in_it_and_trains_in_float32(tmp_path: Path) -> None:
+    plan = compressed("condense", tmp_path)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model = load(tmp_path / "compressed", dtype="float32" if dtype == "float32" else "auto")
+        trained = training(model, plan, tmp_path, dtype=dtype, gates=True)
+        seen = set()
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda m, a, output, seen=seen: seen.add(output.dtype))
+        trained.run()
+        assert seen == {getattr(torch, dtype)}
+        assert {p.dtype for p in trained.trainable.values()} == {torch.float32}
+        losses[dtype] = [row["loss"] for row in steps_of(tmp_path)]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_the_report_line_counts_what_trains(tmp_path: Path, caplog) -> None:
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    with caplog.at_level(logging.INFO):
+        training(model, plan, tmp_path).run()
+    number = 2 * 3 * 32 * 56
+    share = f"{100 * number / total:.2f} %"
+    assert f"fine-tuning trains {number:,} of {total:,} parameters ({share})" in caplog.text
+
+
+def test_divergence_is_reported_with_the_way_out(tmp_path: Path) -> None:
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"lower finetune\.phases\.lm\.learning_rate"):
+        training(model, plan, tmp_path).run()
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import torch
+import trainings
+torch.set_num_threads(1)
+trainings.train_one(Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Started as torchrun does it: the same steps, each process on its half of every batch."""
+    plan = compressed("condense", tmp_path)
+    (tmp_path / "edits.json").write_text(json.dumps([edit.to_json() for edit in plan.edits]))
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    started = start_two(PROCESS, str(two))
+    train_one(one)
+    assert [process.wait(timeout=500) for process in started] == [0, 0]
+    losses, others = ([row["loss"] for row in steps_of(folder)] for folder in (one, two))
+    assert others == pytest.approx(losses, rel=1e-4)
+    assert len(rows_of(one)) == len(rows_of(two)) == 14
+    weight, other = (torch.load(folder / "weight.pt") for folder in (one, two))
+    # Adam amplifies the rounding of gradients near 0 to a step's size; few are.
+    difference = (weight - other).abs()
+    assert difference.mean() < 1e-5 < (weight.std() / 100)
+
+
+def test_a_phase_may_count_in_steps(tmp_path: Path) -> None:
+    """More than an epoch has: then every epoch has its own order, as with epochs."""
+    assert [Phase(None, epochs=3, batch_size=4).steps(n) for n in (4, 5)] == [3, 6]
+    assert Phase(None, epochs=3, batch_size=4, num_steps=7).steps(1000) == 7
+    found = []
+    for options in ({"epochs": 2}, {"num_steps": 2 * 3}):
+        plan = compressed("prune", tmp_path)
+        model = load(tmp_path / "compressed", dtype="float32")
+        (folder := tmp_path / str(len(found))).mkdir()
+        trained = training(model, plan, folder, batch_size=8, **options)
+        trained.run()
+        found.append((trained.done, model.state_dict()))
+    (steps, weights), (other_steps, others) = found
+    assert steps == other_steps
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())

@@ -1,0 +1,110 @@
+"""What all groupings keep to: whole outputs, router groups, no order of experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import logits_of, tiny_batch, tiny_model
+from layer_statistics import routed_alike
+from merges import KINDS, plan_of, profile_of
+
+from moe_lab.methods.grouping import hc_smoe, m_smoe, ream
+from moe_lab.methods.grouping.base import MergeCandidates, grouping_named, grouping_names
+from moe_lab.methods.merge import Merge
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.editing import apply_plan, prune_layer
+from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.all_experts import ExpertSample
+from moe_lab.types import Edit, LayerInfo, Plan
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", KINDS)
+def test_what_groupings_see_of_all_outputs_equals_a_slow_reference(family: str) -> None:
+    """And neither the batch size nor padding changes it."""
+    model = tiny_model(family)
+    batch = tiny_batch()
+    rows = [
+        {name: values[row : row + 1, : int(batch["attention_mask"][row].sum())]
+         for name, values in batch.items()}
+        for row in range(3)
+    ]  # fmt: skip
+    for number, layer in enumerate(moe_layers(model)):
+        index = layer.info.index
+        found = {}
+        for key, batches in (("whole", [batch]), ("rows", rows)):
+            with ExpertSample(LayerStream(model, batches)).open(index) as experts:
+                found[key] = hc_smoe.output_distances(experts), ream.gated_cosine(experts)
+                chunks = list(experts.chunks())
+        for one, other in zip(found["whole"], found["rows"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        x_TD = torch.cat([chunk.x_TD for chunk in chunks])
+        logits = torch.cat([chunk.logits_TE for chunk in chunks])
+        share = logits.sigmoid() if family == "deepseek_v3" else logits.softmax(dim=-1)
+        outputs = [
+            expert_forward(layer.experts, one, x_TD) for one in expert_parameters(layer.experts)
+        ]
+        distances, cosines = found["rows"]
+        for a, b in ((0, 1), (2, 6), (number, 7)):
+            expected = (outputs[a].mean(dim=0) - outputs[b].mean(dim=0)).norm()
+            assert float(distances[a, b]) == pytest.approx(float(expected), rel=1e-4)
+            gated = [(share[:, e, None] * outputs[e]).mean(dim=0) for e in (a, b)]
+            expected = torch.cosine_similarity(*gated, dim=0)
+            assert float(cosines[a, b]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_groups_of_one_change_nothing() -> None:
+    for grouping in grouping_names():
+        model = tiny_model("mixtral")
+        before = logits_of(model)
+        made = plan_of(model, num_experts=None, ratio=Uniform(ratio=0.0), grouping=grouping)
+        assert not made.edited()
+        [one, *_] = profile_of(model).statistics
+        same = torch.eye(8).double() if grouping == "ream" else 1 - torch.eye(8).double()
+        groups = grouping_named(grouping).choose(MergeCandidates(one, 8, same))
+        assert groups.groups == tuple((expert,) for expert in range(8))
+        edit = Edit(one.info.index, one.info.name, "merge", router="all", **vars(groups))
+        apply_plan(model, Plan((edit,)))
+        assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_groups_move_with_the_experts(family: str) -> None:
+    order = [2, 0, 3, 1, 6, 7, 5, 4]  # within router groups; new expert i is old order[i]
+    plain, moved = tiny_model(family), tiny_model(family)
+    for layer in moe_layers(moved):
+        prune_layer(layer, order)
+    found = [profile_of(plain), profile_of(moved)]
+    for profile, numbers in zip(found, (range(8), order), strict=True):
+        for one in profile.statistics:  # ties would go to the lower expert: no two score the same
+            for name in ("count", "gate_norm_sum"):
+                one.sums[name] = one[name] + torch.tensor(numbers) / 100
+    for grouping in grouping_names():
+        method = Merge(1, 4, grouping=grouping, propagate=False, align="none")
+        one, other = (method.plan(profile) for profile in found)
+        for was, now in zip(one.edits, other.edits, strict=True):
+            renamed = {frozenset(order[expert] for expert in group) for group in now.groups}
+            assert renamed == {frozenset(group) for group in was.groups}
+            assert {order[expert] for expert in now.kept} == set(was.kept)
+            scores = [was.scores[expert] for expert in order]
+            torch.testing.assert_close(torch.tensor(now.scores), torch.tensor(scores))
+
+
+def test_router_groups_keep_the_same_number_and_merge_their_own() -> None:
+    info = LayerInfo(1, "x", 8, 2, 2, groups=2, groups_used=1)
+    cosine = torch.zeros(8, 8)
+    cosine[2, 6] = cosine[4, 0] = 1.0  # of the other group: they do not count
+    cosine[2, 1] = cosine[4, 7] = 0.5
+    count = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])
+    found = routed_alike(info, count, cosine)
+    assert m_smoe.choose(MergeCandidates(found, 4)).groups == ((0, 3), (1, 2), (6, 5), (7, 4))
+    far = torch.full((8, 8), 9.0)
+    far[0, 4] = far[4, 0] = 0.0
+    far[0, 3] = far[3, 0] = far[5, 6] = far[6, 5] = 1.0
+    by_output = hc_smoe.choose(MergeCandidates(found, 6, far.double()))
+    assert by_output.groups == ((0, 3), (1,), (2,), (4,), (6, 5), (7,))
+    found.sums["gate_norm_sum"] = count.square()
+    around = ream.choose(MergeCandidates(found, 4, 1 - far.double()))
+    assert all(len({expert // 4 for expert in group}) == 1 for group in around.groups)
+    assert around.kept == (0, 1, 6, 7)

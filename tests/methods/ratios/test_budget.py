@@ -1,0 +1,127 @@
+"""Budgets: sizes in experts, parameters, bytes and GiB, multiples and floors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edited_models import saved_bytes
+from layer_scores import layer, numbers, scored, sized
+from running import Outcome
+
+from moe_lab.methods.ratios.all_layers import Global
+from moe_lab.methods.ratios.budget import GIB, Budget, floor_of
+from moe_lab.methods.ratios.evolutionary import Evolutionary
+from moe_lab.methods.ratios.sensitivity import Sensitivity
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layers import check_kept
+from moe_lab.profile.profile import Profile
+from moe_lab.types import Plan, UserError
+
+
+def test_shares_may_be_of_parameters_or_bytes() -> None:
+    layers = [sized(1), sized(2)]  # 16 experts of 100 bytes in a model of 10,000
+    assert numbers(Uniform(0.08, of="bytes"), layers) == [4, 4]
+    assert numbers(Uniform(0.08, of="parameters"), layers) == [4, 4]
+    assert numbers(Uniform(0.08), layers) == [7, 7]
+    assert sum(numbers(Global(0.05, of="bytes"), layers)) == 11
+    with pytest.raises(UserError, match=r"ratio.of=bytes is too much.*At most 0\.12 "):
+        Uniform(0.13, of="bytes").check(layers)
+    with pytest.raises(UserError, match=r"ratio.of='gib' .*experts, parameters, bytes"):
+        Uniform(0.13, of="gib").check(layers)
+    unequal = [sized(1), sized(2, expert_bytes=200)]
+    with pytest.raises(UserError, match=r"\[100, 200\] bytes.*ratio.of=experts"):
+        Global(0.05, of="bytes").check(unequal)
+    Global(0.05).check(unequal)
+
+
+@pytest.mark.parametrize("make", [Uniform, Global, Evolutionary, Sensitivity])
+def test_a_target_is_met_from_below(make: type[Budget]) -> None:
+    layers = [sized(1), sized(2), sized(3)]
+    for size in range(8_200, 10_300, 37):
+        budget = make(0.9, target_gib=size / GIB)
+        budget.check(layers)
+        if make is Uniform:
+            kept, step = sum(budget.numbers(scored(layers), Profile([])).values()), 3
+        else:
+            kept, step = budget.total(layers), 1
+        assert 10_000 - 100 * (24 - kept) <= size or kept == 24
+        assert kept == 24 or 10_000 - 100 * (24 - kept - step) > size
+    least = 10_000 - 18 * 100
+    message = r"target_gib=.* is too little.*The model has 9\.314e-06 GiB now.* as 7\.637e-06 GiB"
+    with pytest.raises(UserError, match=message):
+        make(0.5, target_gib=(least - 1) / GIB).check(layers)
+    make(0.5, target_gib=least / GIB).check(layers)
+    with pytest.raises(UserError, match=r"is too little: (layer 1: )?0 of"):
+        make(0.5, target_gib=1 / GIB).check(layers)
+    with pytest.raises(UserError, match="must be above 0"):
+        make(0.5, target_gib=0.0).check(layers)
+
+
+def test_what_a_target_replaces_is_no_part_of_the_identity() -> None:
+    options = {"ratio": 0.25, "of": "experts", "target_gib": None, "round_to": 1}
+    assert Uniform(0.25).identity(options) == options
+    found = Uniform(0.25, target_gib=1.0).identity(options | {"target_gib": 1.0})
+    assert found == {"target_gib": 1.0, "round_to": 1}
+
+
+def test_every_layer_keeps_a_multiple() -> None:
+    layers = [sized(index, 30) for index in range(4)]
+    assert numbers(Uniform(0.25, round_to=8), layers) == [24] * 4  # 22.5: nearer than 16
+    assert numbers(Uniform(0.4, round_to=8), layers) == [16] * 4  # 18
+    assert numbers(Uniform(0.0, round_to=8), layers) == [24] * 4
+    assert numbers(Uniform(0.9, round_to=8), layers) == [8] * 4  # 3 would stay: 0 is no floor
+    assert (
+        numbers(Uniform(0.5, target_gib=(10_000 - 4 * 800) / GIB, round_to=8), layers) == [16] * 4
+    )
+    with pytest.raises(UserError, match=r"0\.99 is too much.* 0 of 30"):
+        Uniform(0.99, round_to=8).check(layers)
+    for ratio in (0.25, 0.5):
+        found = numbers(Global(ratio, round_to=4), layers)
+        assert all(number % 4 == 0 for number in found)
+        assert abs(sum(found) - 120 * (1 - ratio)) <= 2
+    grouped = [sized(index, 16, groups=2, groups_used=1, top_k=3) for index in range(3)]
+    assert set(numbers(Uniform(0.4, round_to=3), grouped)) == {12}  # 9.6: of 6 and 12
+    assert all(number % 6 == 0 for number in numbers(Global(0.4, round_to=3), grouped))
+    with pytest.raises(UserError, match=r"round_to=16: layer 1 keeps at least 2 of 8 .*of 16"):
+        Global(0.25, round_to=16).check([sized(1)])
+    with pytest.raises(UserError, match=r"round_to=0: .*at least 1"):
+        Uniform(0.25, round_to=0).check([sized(1)])
+    with pytest.raises(UserError, match=r"4 of 8 .*fewer than ratio.floor=5.*At most 0\.375"):
+        Uniform(0.5, floor=5).check([sized(1)])
+
+
+def test_a_job_within_a_memory_target(job: Callable[..., Outcome], checkpoint: Path) -> None:
+    infos = Checkpoint(checkpoint, "float32").layers()
+    target = infos[0].model_bytes - 5 * infos[0].expert_bytes  # 2 of each of 3 layers have to go
+    done = job("metric=frequency", f"ratio.target_gib={target / GIB}")
+    assert done.code == 0, done.text
+    plan = Plan.load(next(done.store.glob("plan/*/plan.json")))
+    assert [len(edit.kept) for edit in plan.edits] == [6, 6, 6]
+    assert done.report["ratio"] is None and done.report["ratio/target_gib"] == target / GIB
+    (folder,) = (path.parent for path in done.store.glob("compress/**/config.json"))
+    tensors, files = saved_bytes(folder)
+    assert files <= target < files + 3 * infos[0].expert_bytes
+    assert tensors == saved_bytes(checkpoint)[0] - 6 * infos[0].expert_bytes
+    refused = job("metric=frequency", "ratio=global", "ratio.target_gib=1e-6")
+    assert refused.code == 2 and "can have as little as" in refused.text
+    assert list(refused.store.glob("plan/*/plan.json")) == list(done.store.glob("plan/*/plan.json"))
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (4, 2), (4, 3)])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_the_floor_is_the_fewest_that_a_router_works_with(
+    groups: tuple[int, int], top_k: int
+) -> None:
+    info = layer(1, 16, top_k=top_k, groups=groups[0], groups_used=groups[1])
+
+    def works(number: int) -> bool:
+        try:
+            check_kept(info, number)
+        except UserError:
+            return False
+        return True
+
+    assert floor_of(info, None) == next(number for number in range(1, 17) if works(number))

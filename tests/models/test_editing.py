@@ -1,0 +1,113 @@
+"""Edits of a loaded model: pruned is masked, condensed is the sum of its parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import EACH_FAMILY, FAMILIES, logits_of, tiny_batch, tiny_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lab.models.editing import check_is_sum, condensed, part_widths, prune_layer
+from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
+from moe_lab.types import UserError
+
+CONDENSABLE = [name for name in FAMILIES if name != "gpt_oss"]
+
+
+@EACH_FAMILY
+def test_pruning_nothing_is_the_identity(family: str) -> None:
+    model, batch = tiny_model(family), tiny_batch()
+    before = logits_of(model, batch)
+    for layer in moe_layers(model):
+        prune_layer(layer, range(8))
+    assert torch.equal(logits_of(model, batch), before)
+
+
+@EACH_FAMILY
+def test_pruning_equals_masking_the_router(family: str) -> None:
+    kept = [0, 1, 3, 4, 6, 7] if family == "deepseek_v3" else [0, 2, 3, 5, 7]
+    model, masked, batch = tiny_model(family), tiny_model(family), tiny_batch()
+    gone = [expert for expert in range(8) if expert not in kept]
+    for layer in moe_layers(masked):
+        mask_router(layer, gone)
+    for layer in moe_layers(model):
+        prune_layer(layer, kept)
+    torch.testing.assert_close(
+        logits_of(model, batch), logits_of(masked, batch), rtol=1e-4, atol=1e-5
+    )
+
+
+def mask_router(layer, gone: list[int]) -> None:
+    """Make a router's logits -inf for some experts, without touching its other arithmetic."""
+    router = layer.router
+    if "e_score_correction_bias" in dict(router.named_buffers()):
+        # A sigmoid of -inf is 0; selection adds the bias, so that goes to -inf as well. Group
+        # scores then ignore the masked experts as removed ones.
+        with torch.no_grad():
+            router.e_score_correction_bias[gone] = -1e4
+        return
+    linear = F.linear
+
+    def masking(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits = linear(x, weight, bias)
+        logits[:, gone] = float("-inf")
+        return logits
+
+    forward = router.forward
+
+    def patched(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "linear", masking)
+            return forward(*args, **kwargs)
+
+    router.forward = patched
+
+
+@pytest.mark.parametrize("family", CONDENSABLE)
+def test_condensed_equals_the_sum_of_its_parts(family: str) -> None:
+    model = tiny_model(family)
+    layer = moe_layers(model)[0]
+    experts, gates = [5, 0, 6], [0.2, 0.5, 0.1]
+    dense = condensed(layer, experts, gates, shared_gate=0.4)
+    x_TD = torch.randn(7, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        parameters = expert_parameters(layer.experts)
+        parts = zip(experts, gates, strict=True)
+        expected = sum(g * expert_forward(layer.experts, parameters[e], x_TD) for e, g in parts)
+        if layer.shared is not None:
+            expected = expected + 0.4 * layer.shared(x_TD)
+        torch.testing.assert_close(dense(x_TD), expected, rtol=1e-4, atol=1e-5)
+    assert dense.gate_proj.out_features == sum(part_widths(layer.info, experts))
+
+
+@pytest.mark.parametrize("family", CONDENSABLE)
+def test_a_block_that_scales_its_sum_is_refused(family: str) -> None:
+    layer = moe_layers(tiny_model(family))[0]
+    check_is_sum(layer)
+    layer.block.register_forward_hook(lambda _, args, output: output * 1.1)
+    with pytest.raises(UserError, match="does more than add"):
+        check_is_sum(layer)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deepseek_v3"])
+def test_pruning_all_but_k_is_masking_the_router(family: str) -> None:
+    """All other logits -inf before the family's own scoring; by hand, on each layer's block."""
+    model = tiny_model(family)
+    for layer in moe_layers(model):
+        kept = list(range(1, 1 + layer.info.top_k))
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(layer.info.index))
+        weight, bias = layer.router.weight.clone(), getattr(layer.router, "bias", None)
+        logits = x @ weight.T + (0 if bias is None else bias)
+        masked = torch.full_like(logits, -torch.inf)
+        masked[:, kept] = logits[:, kept]
+        scores = {"glm4_moe": torch.sigmoid}.get(family, lambda z: z.softmax(-1))(masked)
+        if family in ("qwen3_moe", "mixtral", "glm4_moe"):
+            scores = scores / scores.sum(-1, keepdim=True)
+        factor = getattr(layer.block, "routed_scaling_factor", 1.0)
+        factor = getattr(layer.router, "routed_scaling_factor", factor)
+        prune_layer(layer, kept)
+        _, weight_TK, index_TK = layer.router(x)
+        expected = factor * scores[:, kept].gather(1, index_TK)
+        torch.testing.assert_close(weight_TK, expected, rtol=1e-5, atol=1e-6)
+        assert all(sorted(row) == list(range(layer.info.top_k)) for row in index_TK.tolist())

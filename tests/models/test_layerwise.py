@@ -1,0 +1,121 @@
+"""Decoder layers from disk, one at a time, and routers alone."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import deepseek_original
+import pytest
+import torch
+from families import FAMILIES, tiny_batch, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moe_lab.models.checkpoint import Checkpoint, load, resolve
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import LayerwiseModel, routers_only
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.types import Edit, Plan, UserError
+
+
+def is_empty(layer) -> bool:
+    return all(parameter.is_meta for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_from_disk_layer_by_layer_is_the_model(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path)
+    source = LayerwiseModel(Checkpoint(tmp_path, dtype))
+    assert all(is_empty(layer) for layer in source.layers)
+    for index in (0, 2):  # used and emptied before: what follows fills them again
+        with source.layer(index) as layer:
+            assert not any(parameter.is_meta for parameter in layer.parameters())
+    with ExitStack() as stack, torch.no_grad():
+        for index in range(len(source.layers)):
+            stack.enter_context(source.layer(index))
+        expected = load(tmp_path, dtype=dtype)(**tiny_batch())
+        assert torch.equal(source.model(**tiny_batch()).logits, expected.logits)
+    assert all(is_empty(layer) for layer in source.layers)
+
+
+def test_a_checkpoint_in_our_own_form_comes_from_disk_too(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path / "source")
+    model = load(tmp_path / "source")
+    layer = moe_layers(model)[1]
+    edit = Edit(layer.info.index, layer.info.name, "condense", experts=(4,), gates=(0.3,))
+    apply_plan(model, Plan((edit,)))
+    assert not save_checkpoint(model, tmp_path / "condensed", tmp_path / "source", padding=0).stock
+    source = LayerwiseModel(Checkpoint(tmp_path / "condensed"))
+    with ExitStack() as stack, torch.no_grad():
+        for index in range(len(source.layers)):
+            stack.enter_context(source.layer(index))
+        assert torch.equal(source.model(**tiny_batch()).logits, model(**tiny_batch()).logits)
+
+
+def test_layers_stay_while_there_is_room(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    one = LayerwiseModel(Checkpoint(tmp_path)).layer_bytes()
+    source = LayerwiseModel(Checkpoint(tmp_path), keep_bytes=2 * one)
+    for _ in range(2):
+        for index in (1, 2, 3):
+            with source.layer(index):
+                pass
+    assert [is_empty(source.layers[index]) for index in (1, 2, 3)] == [False, False, True]
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.self_attn.q_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    source = LayerwiseModel(Checkpoint(tmp_path))
+    with pytest.raises(UserError, match=r"layer 2.*q_proj"), source.layer(2):
+        pass
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        LayerwiseModel(Checkpoint(tmp_path))
+
+
+def test_only_routers_are_read(tmp_path: Path) -> None:
+    """Other tensors may be missing on disk, and stay without weights."""
+    tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    used = {file for key, file in values["weight_map"].items() if "gate.weight" in key}
+    assert used < set(values["weight_map"].values())
+    values["weight_map"] = {key: f for key, f in values["weight_map"].items() if f in used}
+    index.write_text(json.dumps(values))
+    model = routers_only(resolve(tmp_path))
+    filled = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    assert filled == [f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)]
+
+
+def test_a_router_that_is_missing_is_told(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        k: v for k, v in load_file(file).items() if "layers.2.block_sparse_moe.gate" not in k
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors, such as model\.layers\.2\.mlp\.gate"):
+        routers_only(resolve(tmp_path))
+
+
+def test_a_reference_in_its_original_layout_needs_no_conversion(tmp_path: Path) -> None:
+    folder = deepseek_original.make(tmp_path / "original")
+    layers = moe_layers(routers_only(resolve(folder)))
+    assert layers
+    on_disk = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            on_disk |= {key: opened.get_tensor(key) for key in opened.offset_keys()}
+    for layer in layers:
+        assert torch.equal(layer.router.weight, on_disk[f"{layer.info.name}.gate.weight"])

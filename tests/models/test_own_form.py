@@ -1,0 +1,75 @@
+"""Our own form: read again to the bit by us, refused by stock transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from edited_models import condense, drop, edited, in_fresh_process, prune
+from families import logits_of, tiny_batch
+from safetensors.torch import load_file
+from stand_ins import saved
+
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.routers import set_top_k
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.types import Edit, Plan, UserError
+
+
+def test_what_a_family_cannot_say_is_loaded_by_us_and_refused_loudly_by_stock(
+    tmp_path: Path,
+) -> None:
+    cases = {
+        "different_counts": ("qwen2_moe", [prune(1, [0, 1, 2, 3]), prune(2, [1, 2, 3, 4, 5])]),
+        "no_dense_layers": ("mixtral", [condense(1, [0, 4])]),
+        "not_a_prefix": ("deepseek_v3", [condense(2, [0, 4])]),
+        "both": ("olmoe", [condense(0, [3]), prune(2, [0, 1, 2, 7])]),
+        "gpt_oss": ("gpt_oss", [prune(0, [0, 1, 2, 7])]),
+    }
+    for name, (family, edits) in cases.items():
+        assert not edited(family, edits, tmp_path / name), name
+    folders = [tmp_path / name for name in cases]
+    assert in_fresh_process("ours", folders) == dict.fromkeys(cases, 0.0)
+    refused = in_fresh_process("stock", folders)
+    assert all(value != 0.0 for value in refused.values()), refused
+    for name in cases:
+        batch = load_file(tmp_path / name / "expected.safetensors")
+        with torch.no_grad():
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            logits = load(tmp_path / name / "model")(**inputs).logits
+        assert torch.equal(logits, batch["logits"])
+
+
+def test_what_was_dropped_is_compressed_again(tmp_path: Path) -> None:
+    """Our own form is cut along with the config when blocks of such a model are dropped."""
+    assert not edited("mixtral", [drop("drop_layer", 2)], tmp_path / "first")
+    model = load(tmp_path / "first" / "model")
+    assert [layer.info.index for layer in moe_layers(model)] == [0, 1, 3]
+    apply_plan(model, Plan((Edit(1, "model.layers.1.mlp", "drop_block"),)))
+    expected = logits_of(model)
+    assert not save_checkpoint(model, tmp_path / "second", tmp_path / "first" / "model").stock
+    again = load(tmp_path / "second")
+    assert [layer.info.index for layer in moe_layers(again)] == [0, 2]
+    assert torch.equal(logits_of(again), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
+def test_what_was_read_works_as_any_model(family: str, tmp_path: Path) -> None:
+    made, _, _ = saved(family, tmp_path / "x")
+    model, batch = load(tmp_path / "x" / "model"), tiny_batch()
+    assert [one.info for one in moe_layers(model)] == [one.info for one in moe_layers(made)]
+    prompt = tiny_batch(padding=False, batch=1)
+    outputs = [
+        model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*outputs)
+    set_top_k(model, 1)
+    assert not torch.equal(logits_of(model, batch), logits_of(made, batch))
+    with pytest.raises(UserError, match="top_k=9"):
+        set_top_k(model, 9)
+    assert not save_checkpoint(model, tmp_path / "again", tmp_path / "x" / "model").stock
+    assert torch.equal(logits_of(load(tmp_path / "again"), batch), logits_of(model, batch))

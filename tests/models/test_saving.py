@@ -1,0 +1,47 @@
+"""Written checkpoints: names, bits and what they remember."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from edited_models import condense, edited, moe_indices, prune
+from families import tiny_model
+from safetensors.torch import load_file
+
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.types import Edit, Plan
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])
+def test_experts_are_written_one_by_one_as_engines_want_them(family: str, tmp_path: Path) -> None:
+    edited(family, [prune(i, [0, 1, 4, 5]) for i in moe_indices(family)], tmp_path / "x")
+    names = load_file(tmp_path / "x" / "model" / "model.safetensors")
+    assert any(".experts.3." in name for name in names)
+    assert not any("gate_up_proj" in name for name in names)
+
+
+def test_a_checkpoint_remembers_how_much_padding_was_allowed(tmp_path: Path) -> None:
+    edits = [condense(1, [5, 2, 6]), condense(2, [5, 2])]  # zeros of 16 units: 2 % of this model
+    assert not edited("qwen3_moe", edits, tmp_path / "none", padding=0.0)
+    assert edited("qwen3_moe", edits, tmp_path / "some", padding=0.05)
+    source = tmp_path / "none" / "model"
+    assert not save_checkpoint(load(source), tmp_path / "again", source).stock
+    assert save_checkpoint(load(source), tmp_path / "native", source, padding=0.05).stock
+
+
+def test_untouched_tensors_keep_every_bit(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    before = load_file(tmp_path / "source" / "model.safetensors")
+    model = load(tmp_path / "source", dtype="float32")
+    apply_plan(model, Plan((Edit(2, "model.layers.2.mlp", "prune", kept=(0, 1, 2, 4, 5, 6)),)))
+    save_checkpoint(model, tmp_path / "out", tmp_path / "source")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    untouched = [name for name in after if ".layers.2.mlp" not in name]
+    assert untouched
+    for name in untouched:
+        assert torch.equal(after[name].to(before[name].dtype), before[name]), name

@@ -1,0 +1,69 @@
+"""The sums of one layer: ranks, half precision, experts without tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import tiny_batch, tiny_model
+from layer_statistics import FOUR, by_hand, sent_to_one
+
+from moe_lab.methods.metrics.max_activation import max_activation
+from moe_lab.methods.metrics.mone import mone
+from moe_lab.methods.metrics.soft_count import soft_count
+from moe_lab.models.layers import moe_layers
+from moe_lab.profile.collect import collect_statistics
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.types import UserError
+
+
+def test_an_expert_without_tokens_scores_zero_and_divides_nothing() -> None:
+    model, batch = tiny_model("mixtral"), tiny_batch()
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.router.weight[5] = 0
+            layer.router.weight[5, 0] = -1e4
+            layer.block.register_forward_pre_hook(lambda _, args: (args[0].abs() + 1e-3,))
+    for found in collect_statistics(model, [batch]):
+        assert found["count"][5] == 0
+        for name in ("gate_sum", "norm_sum", "gate_norm_sum"):
+            assert found.mean(name)[5] == 0
+            assert torch.isfinite(found.mean(name)).all()
+
+
+def test_unknown_statistics_are_named() -> None:
+    found = collect_statistics(tiny_model("mixtral"), [tiny_batch()])[0]
+    with pytest.raises(UserError, match="no statistic 'colour'"):
+        found["colour"]
+    assert isinstance(found, LayerStatistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_stops_counting(dtype: torch.dtype) -> None:
+    layer = sent_to_one(torch.tensor([[300.0, -300.0, 0.0, 300.0]], dtype=dtype).expand(2000, 4))
+    value = torch.tensor(300.0, dtype=dtype).item()
+    assert layer["count"].tolist() == [0, 2000]
+    assert layer["norm_square_sum"][1].item() == pytest.approx(2000 * 3 * value**2, rel=1e-12)
+    assert layer["output_sum"][1].tolist() == [2000 * value, -2000 * value, 0, 2000 * value]
+    assert max_activation(layer).tolist() == [0, value]
+    assert mone(layer)[1].item() == pytest.approx(0, abs=1e-4), "its output never changes"
+
+
+def test_a_soft_count_without_probability_is_refused() -> None:
+    layer = by_hand()
+    for name in ("probability_sum", "entropy_sum"):
+        del layer.sums[name]
+        with pytest.raises(UserError, match="no full probability"):
+            layer[name]
+    with pytest.raises(UserError, match="no full probability"):
+        soft_count(layer)
+
+
+def test_ranks_go_by_weight_and_ties_by_the_routers_order() -> None:
+    layer = by_hand()  # two of its tokens give the heavier expert first, one gives it second
+    assert layer["rank_count"].tolist() == [[1, 2, 0, 0], [1, 1, 1, 0]]
+    tied = LayerStatistics(FOUR)
+    tied.add_routed(torch.zeros(1, 4), torch.tensor([[3, 1]]), torch.tensor([[0.25, 0.25]]))
+    assert tied["rank_count"].tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
+    assert tied["entropy_sum"].item() == pytest.approx(math.log(4))

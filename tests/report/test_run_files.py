@@ -1,0 +1,99 @@
+"""What lies in a run's folder, as its page reads it: whole, cut off by a kill, or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_lab.report.run_files import (
+    LOG_LINES,
+    commands_of,
+    curve_rows,
+    files_of,
+    read_plan,
+    read_text,
+    read_usage,
+    tail_of,
+    versions_of,
+)
+from moe_lab.store import Store
+from moe_lab.types import Edit, Plan
+
+
+def test_a_plan_comes_to_four_digits_with_its_scores_apart() -> None:
+    edits = (
+        Edit(1, "a", "prune", kept=(0, 2), scores=(0.123456, float("nan"), 2.0)),
+        Edit(2, "b", "drop_layer", scores=(0.5,)),
+        Edit(3, "c", "keep"),
+    )
+    text = Plan(edits, notes={"share": 1 / 3}).to_text()
+    found, scores = read_plan(text)
+    assert scores == {1: [0.1235, None, 2.0]}, "one value is none of experts"
+    assert found["share"] == 0.3333
+    assert [edit["edit"] for edit in found["layers"]] == ["prune", "drop_layer", "keep"]
+    assert not any("scores" in edit for edit in found["layers"])
+    for nothing in (None, "", text[:40], "[1]", "{}"):
+        assert read_plan(nothing) == (None, {})
+
+
+def test_usage_has_holes_where_a_row_is_missing() -> None:
+    rows = ["layer,expert,tokens,usage", "1,0,5,0.123456", "1,2,3,", "4,1,9,2"]
+    assert read_usage("\n".join(rows)) == {"1": [0.1235, None, None], "4": [None, 2.0]}
+    assert read_usage(None) == {}
+
+
+def test_a_curve_ends_where_the_run_was_killed() -> None:
+    rows = '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo'
+    assert list(curve_rows(rows)) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
+    assert list(curve_rows(None)) == []
+
+
+HYDRA = "hydra:\n  mode: {mode}\n  runtime:\n    config_sources:\n    - path: /my conf\n" \
+        "      schema: file\n      provider: command-line\n"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("commit", "overrides", "hydra", "lines"),
+    [
+        ("abc", ["a=1", "resume=true"], None, ["git checkout abc", "python run.py a=1"]),
+        ("abc+dirty", [], None, ["git checkout abc  # and changes not committed"]),
+        ("unknown", ["a='x y'"], None, ["python run.py 'a='\"'\"'x y'\"'\"''"]),
+        (None, ["a=1"], HYDRA.format(mode="RUN"), ["python run.py --config-dir '/my conf' a=1"]),
+        (None, ["+cd_moe=main"], None, ["python run.py +cd_moe=main hydra.mode=RUN"]),
+    ],
+)
+def test_the_commands_make_this_run_again(
+    commit: str | None, overrides: list[str], hydra: str | None, lines: list[str]
+) -> None:
+    assert commands_of(commit, overrides, hydra) == lines
+
+
+def test_versions_are_those_of_the_store_where_it_was_made(tmp_path: Path) -> None:
+    made = Store(tmp_path / "outputs" / "store").get("profile", {"a": 1}, lambda folder: None)
+    report = {"seed": 0, "artifact/profile": f"profile/{made.key}"}
+    config, hydra = "store: outputs/store\n", f"  runtime:\n    cwd: {tmp_path}\n"
+    found = versions_of(report, config, hydra)
+    assert found == json.loads((made.folder / "artifact.json").read_text())["versions"]
+    assert "torch" in found
+    assert versions_of(report, "store: elsewhere\n", hydra) == {}
+    assert versions_of({}, config, hydra) == versions_of(report, None, hydra) == {}
+
+
+def test_files_are_those_of_this_run_alone(tmp_path: Path) -> None:
+    for name in ("plan.json", "a.partial", ".hydra/config.yaml", "diagnosis/layers.csv",
+                 "plots/kept.png", "0/report.json", "wandb/debug.log"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert list(files_of(tmp_path)) == [".hydra/config.yaml", "diagnosis/layers.csv", "plan.json"]
+
+
+def test_of_a_log_the_end_is_shown(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    assert tail_of(log) is None and read_text(log) is None
+    log.write_text("".join(f"line {number}\n" for number in range(50_000)))
+    found = tail_of(log).splitlines()
+    assert (len(found), found[-1]) == (LOG_LINES, "line 49999")
+    log.write_bytes(b"one\n\xff two")
+    assert tail_of(log) == read_text(log) == "one\n\ufffd two"

@@ -1,0 +1,112 @@
+"""Jobs run again: by which command, and when not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_up_runs import REAP, Command, Process, start, tell, write_sweep
+from running import ROOT
+
+from moe_lab.runs import rerun
+
+
+def fail(folder: Path, number: int, cwd: Path) -> None:
+    start(folder / str(number), [f"a={number}"], cwd)
+    tell(folder / str(number), "failed")
+
+
+def test_a_sweep_runs_again(place: Path, command: Command, process: type[Process]) -> None:
+    given = ["-m", REAP, "+hydra.sweep.dir=x", "resume=false", "hydra.sweep.dir.not=1"]
+    write_sweep(place / "s", [["a=0"], ["a=1"], ["a=2"]], argv=given, cwd=str(place))
+    fail(place / "s", 0, place)
+    start(place / "s" / "1", ["a=1"], place)
+    tell(place / "s" / "1", "ok")
+    process.codes = [3]
+    code, text, _ = command(place / "s", "--rerun")
+    words = (sys.executable, sys.executable, "-m", REAP, "hydra.sweep.dir.not=1",
+             f"hydra.sweep.dir={place / 's'}", "resume=true")  # fmt: skip
+    assert process.asked == [(words, place)]
+    assert code == 3
+    assert text.startswith(f"{place / 's'}: running again 0 (failed), 2 (missing)\n")
+
+
+def test_a_single_run_runs_again(place: Path, command: Command, process: type[Process]) -> None:
+    start(place / "one", ["method=merge", "run_dir=old", "a='x y'"], place)
+    tell(place / "one", "running")
+    process.codes = [0]
+    assert command("one", "--rerun")[0] == 0
+    script = ROOT / "run.py"
+    words = (sys.executable, str(script), "method=merge", "a='x y'", f"run_dir={place / 'one'}")
+    assert process.asked == [(words, place)]
+    assert script.is_file()
+
+
+def test_several_run_one_after_another(
+    place: Path, command: Command, process: type[Process]
+) -> None:
+    for name in ("a", "b", "c"):
+        write_sweep(place / name, [["a=0"]])
+    process.codes = [1, -15, 0]
+    assert command(place, "--rerun")[0] == 143
+    assert len(process.asked) == 3
+    process.codes = [0, 130]
+    assert command(place, "--rerun")[0] == 130
+    assert len(process.asked) == 5  # not the third, after Ctrl-C
+
+
+def test_nothing_to_run_again(place: Path, command: Command, process: type[Process]) -> None:
+    start(place / "one", [], place)
+    tell(place / "one", "ok")
+    code, text, _ = command(place, "--rerun")
+    assert (code, process.asked) == (0, [])
+    assert text.startswith("nothing to run again: 1 job: 1 ok")
+
+
+def test_what_cannot_run_again(
+    place: Path, sweep: Path, command: Command, process: type[Process]
+) -> None:
+    fail(place / "old", 0, place)
+    (place / "old" / "multirun.yaml").touch()
+    (place / "bare").mkdir()
+    tell(place / "bare", "failed")
+    write_sweep(place / "moved", [["a=0"]], script="/gone/run.py")
+    fail(place / "away", 0, place / "gone")
+    for folder, words in {
+        sweep: f"{sweep} is still running (job 3)",
+        sweep / "1": f"one job of a sweep, which only runs as a whole, its finished jobs left out: "
+        f"python -m moe_lab.runs {sweep} --rerun",
+        place / "old": f"hydra.sweep.dir={place / 'old'} resume=true",
+        place / "bare": "has no .hydra/overrides.yaml",
+        place / "moved": "where /gone/run.py existed",
+        place / "away": f"was run from {place / 'gone'}, which is not there now",
+    }.items():
+        code, _, complaints = command(folder, "--rerun")
+        assert (code, words in complaints) == (2, True), complaints
+    assert command(place, "--rerun")[0] == 2
+    assert process.asked == []
+
+
+@pytest.mark.parametrize("name", ["2026-01-01_10-00-00", "a b, c=[1]", "it's", "50%+@x:y~z", "é"])
+def test_folders_are_told_as_hydra_reads_them(place: Path, name: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (place / name).mkdir()
+    word = rerun._override("run_dir", place / name)
+    parsed = OverridesParser.create().parse_override(word)
+    assert not parsed.is_sweep_override()
+    assert str(parsed.value()) == str(place / name)
+
+
+def test_a_real_process_runs_again(place: Path) -> None:
+    script = place / "run.py"
+    script.write_text("import os, sys; print(os.getcwd(), *sys.argv[1:]); sys.exit(2)")
+    write_sweep(place / "s", [["a=0"]], script=str(script), cwd=str(place))
+    command = [sys.executable, "-m", "moe_lab.runs", "s", "--rerun"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.splitlines()[-1] == (
+        f"{place} -m {REAP} hydra.sweep.dir={place / 's'} resume=true"
+    )

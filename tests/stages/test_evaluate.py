@@ -1,0 +1,196 @@
+"""Evaluation: on mirrored tasks, and each group's tasks with its experts alone."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mirrors import (
+    best,
+    num_questions,
+    questions,
+    reviews,
+    sst5_accuracy,
+    subjects,
+    write_mmlu,
+    write_sst5,
+)
+from running import SENTENCES, Job, Outcome
+from small_suites import GROUPS, SUITE
+from transformers import AutoModelForCausalLM
+
+from moe_lab.compute import Compute
+from moe_lab.data.files import Files
+from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.suite import Suite
+from moe_lab.methods.metrics import frequency
+from moe_lab.methods.prune import Prune
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import Checkpoint, resolve
+from moe_lab.models.layers import moe_layers
+from moe_lab.stages.compress import compress
+from moe_lab.stages.evaluate import evaluate, evaluate_groups, results_of
+from moe_lab.stages.plan import plan
+from moe_lab.stages.profile import profile
+from moe_lab.store import Artifact, Store
+from moe_lab.types import Plan
+
+COMPUTE = Compute("cpu", batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of two groups in turn; those of one begin with a sum."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    sums = {"arithmetic": "1+1=2\n" * 4, "prose": ""}
+    texts = [(group, sums[group] + text) for text in SENTENCES for group in GROUPS]
+    file.write_text(
+        "".join(json.dumps({"domain": group, "text": text}) + "\n" for group, text in texts)
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def dense(checkpoint: Path) -> Checkpoint:
+    return resolve(str(checkpoint), None, "float32")
+
+
+def planned(store: Store, dense: Checkpoint, tokens: Tokens, ratio: float = 0.5) -> Artifact:
+    method = Prune(frequency.frequency, Uniform(ratio))
+    profiled = profile(store, dense, tokens, COMPUTE)
+    return plan(store, dense, profiled, tokens, method, {"ratio": {"ratio": ratio}}, COMPUTE)
+
+
+def source(rows: Path, **options: Any) -> Files:
+    return Files(**{"num_samples": 8, "max_length": 32, "files": (str(rows),), **options})
+
+
+def test_masked_equals_pruned(store: Store, dense: Checkpoint, rows: Path, tokenizer: Any) -> None:
+    """A group's figures are those of the checkpoint that its documents alone compress to."""
+    grouped = planned(store, dense, source(rows, group_by="domain").tokens(tokenizer))
+    found = results_of(evaluate_groups(store, dense, grouped, SUITE, {}, COMPUTE))
+    expected: dict[str, float] = {}
+    averages = []
+    for group in GROUPS:
+        only = source(rows, group_by="domain", group=group, num_samples=4).tokens(tokenizer)
+        one = planned(store, dense, only)
+        folder = compress(store, dense, one, COMPUTE)
+        checkpoint = Checkpoint(folder.folder / "checkpoint", dense.dtype, folder.key)
+        suite = Suite(tasks=SUITE.tasks_of(group), num_items=2, num_fewshot=0)
+        results = results_of(evaluate(store, checkpoint, dense, suite, {}, None, COMPUTE))
+        averages.append(results.pop("average"))
+        expected |= results
+    assert found.pop("groups") == 2
+    assert found.pop("average") == pytest.approx(sum(averages) / 2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    kept = [
+        [edit.kept for edit in Plan.load(grouped.folder / "plans" / f"{number}.json").edits]
+        for number in range(2)
+    ]
+    assert kept[0] != kept[1], "the groups must differ for this to say anything"
+
+
+def test_the_dense_model_is_left_as_it_was(
+    store: Store, dense: Checkpoint, rows: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is loaded once for all groups, and a forward after them gives the same logits."""
+    loaded: list[Any] = []
+    load = Checkpoint.load
+
+    def kept_load(self: Checkpoint, *args: Any) -> Any:
+        loaded.append(load(self, *args))
+        return loaded[-1]
+
+    monkeypatch.setattr(Checkpoint, "load", kept_load)
+    tokens = source(rows, group_by="domain").tokens(tokenizer)
+    grouped = planned(store, dense, tokens, ratio=0.25)
+    loaded.clear()
+    evaluate_groups(store, dense, grouped, SUITE, {}, COMPUTE)
+    assert len(loaded) == 1
+    batch = tokens.batches(4)[0]
+    with torch.inference_mode():
+        assert torch.equal(loaded[0](**batch).logits, load(dense)(**batch).logits)
+    assert all(layer.info.num_experts == 8 for layer in moe_layers(loaded[0]))
+
+
+def test_a_job_with_groups(job: Callable[..., Outcome], rows: Path) -> None:
+    options = [f"calibration.files=[{rows}]", "calibration.group_by=domain"]
+    none = job(*options, "eval=perplexity", "eval.held_out.num_samples=2")
+    assert none.code == 2 and "eval.group_task=" in none.text and not none.stages()
+    tasks = ["eval.tasks=[tiny_prose,tiny_arithmetic]", 'eval.group_task="tiny_{group}"']
+    few = ["eval.num_items=4", "eval.held_out.num_samples=2", "ratio.ratio=0.5"]
+    outcome = job(*options, "metric=soft_count", "eval=tiny", *tasks, *few)
+    assert outcome.code == 0, outcome.text
+    report = outcome.report
+    scores = [report[f"compressed/eval/tiny_{group}/acc"] for group in GROUPS]
+    assert report["compressed/eval/average"] == pytest.approx(sum(scores) / 2)
+    assert report["compressed/eval/groups"] == 2
+    assert report["dense/eval/routing/top_k"] == 3
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Whatever tries to connect is noted and refused, though nothing is set to be offline."""
+    import datasets
+    import huggingface_hub
+
+    tried: list[Any] = []
+
+    def connect(self: socket.socket, address: Any) -> None:
+        tried.append(address)
+        raise ConnectionRefusedError(address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    for place in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    yield tried
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_seer_on_a_mirror(
+    job: Job, tmp_path: Path, checkpoint: Path, tokenizer: Any, no_network: list[Any]
+) -> None:
+    mirror, rows = tmp_path / "mirror", reviews("test", 9)
+    write_mmlu(mirror)
+    write_sst5(mirror, rows)
+    options = ["method=none", "eval=seer", f"eval.mirror={mirror}", "eval.held_out.num_samples=2"]
+    outcome = job(*options)
+    assert outcome.code == 0, outcome.text
+    assert not no_network
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    found = {
+        key.removeprefix("dense/eval/"): value
+        for key, value in outcome.report.items()
+        if key.startswith("dense/eval/")
+    }
+    assert found["sst5/acc"] == sst5_accuracy(model, tokenizer, rows)
+    assert 0 <= found["sst5_generate/exact_match"] <= 1
+    scores = {name: found[f"mmlu_{name}/acc"] for name in subjects()}
+    sizes = {name: num_questions(name) for name in subjects()}
+    assert len(scores) == 57 and len(set(scores.values())) > 1
+    mean = sum(scores[name] * sizes[name] for name in scores) / sum(sizes.values())
+    assert found["mmlu/acc"] == pytest.approx(mean)
+    assert found["average"] == pytest.approx((mean + found["sst5/acc"]) / 2)
+    for subject in ("anatomy", "virology", "marketing"):
+        right = []
+        for row in questions(subject, "test", num_questions(subject)):
+            lines = [f"{a}. {b}" for a, b in zip("ABCD", row["choices"], strict=True)]
+            prompt = "\n".join([row["question"], *lines, "Answer:"])
+            topic = f"The following are multiple choice questions (with answers) about {subject}."
+            answers = [f" {letter}" for letter in "ABCD"]
+            choice = best(model, tokenizer, f"{topic}\n\n{prompt}", answers)
+            right.append(choice == row["answer"])
+        assert scores[subject] == sum(right) / len(right)
+    identity = json.loads(next(outcome.store.glob("evaluate/*/artifact.json")).read_text())
+    assert str(mirror) not in json.dumps(identity)

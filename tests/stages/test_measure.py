@@ -1,0 +1,28 @@
+"""The stage of measuring: sizes on disk, and their ratio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from closed_form import EXPERTS, tiny
+
+from moe_lab.compute import Compute
+from moe_lab.measure import Measurement, bytes_on_disk
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.stages.measure import figures_of, measure_stage
+from moe_lab.store import Store
+
+
+def test_the_stage_adds_sizes_on_disk_and_their_ratio(tmp_path: Path) -> None:
+    variants = {}
+    for name, experts in (("dense", EXPERTS), ("compressed", 4)):
+        tiny(experts).save_pretrained(tmp_path / name)
+        variants[name] = Checkpoint(tmp_path / name)
+    how = Measurement(prompt_length=8, decode_tokens=1, repeats=1)
+    store = Store(tmp_path / "store")
+    figures = figures_of(measure_stage(store, variants, how, Compute(device="cpu")))
+    for name in variants:
+        assert figures[f"{name}/bytes"] == bytes_on_disk(tmp_path / name)
+    ratio = bytes_on_disk(tmp_path / "compressed") / bytes_on_disk(tmp_path / "dense")
+    assert (figures["dense/bytes_ratio"], figures["compressed/bytes_ratio"]) == (1, ratio)
+    assert 0.3 < ratio < figures["compressed/parameter_ratio"] + 0.1

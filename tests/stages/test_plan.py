@@ -1,0 +1,70 @@
+"""The stage of planning: a plan for each group, searches that are shared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import Outcome
+
+from moe_lab.types import Plan
+
+BY_GROUP = ["calibration.group_by=subject", "metric=frequency", "ratio.ratio=0.5"]
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> list[str]:
+    """Options for a calibration set whose rows name their subject."""
+    path = tmp_path / "subjects.jsonl"
+    texts = {"digits": "0123456789 " * 3, "letters": "the quick brown fox jumps "}
+    rows = [{"text": f"{n} {texts[name]}", "subject": name} for n in range(4) for name in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"calibration.files=[{path}]"]
+
+
+def test_each_group_has_a_plan(
+    job: Callable[..., Outcome], subjects: list[str], tmp_path: Path
+) -> None:
+    done = job(*subjects, *BY_GROUP)
+    assert done.code == 0, done.text
+    (folder,) = done.store.glob("plan/*/")
+    common = Plan.load(folder / "plan.json")
+    assert common.notes["groups"] == ["digits", "letters"] and not common.edited()
+    plans = [Plan.load(folder / "plans" / f"{number}.json") for number in (0, 1)]
+    for number, name in enumerate(common.notes["groups"]):
+        alone = job(*subjects, *BY_GROUP, f"calibration.group={name}", "calibration.num_samples=4")
+        assert alone.code == 0, alone.text
+        kept = [json.loads(file.read_text()) for file in done.store.glob("plan/*/plan.json")]
+        assert [edit.kept for edit in plans[number].edits] in [
+            [tuple(edit.get("kept", ())) for edit in plan["layers"]] for plan in kept
+        ]
+    assert [edit.kept for edit in plans[0].edits] != [edit.kept for edit in plans[1].edits]
+    assert not (folder / "plans" / "2.json").exists()
+
+
+def test_groups_are_for_pruning_alone(job: Callable[..., Outcome], subjects: list[str]) -> None:
+    for wrong, words in (
+        (
+            ["method=merge", "method.num_experts=4"],
+            ["group_by=subject", "only method=prune", "calibration.group=<value>"],
+        ),
+        (["method=none"], ["only method=prune"]),
+        (["finetune=experts"], ["no checkpoint that could be fine-tuned", "finetune=none"]),
+        (["eval=tiny", "eval.top_k=[1]"], ["own number of experts", "leave out eval.top_k"]),
+        (["calibration.group_by=topic"], ["group_by=topic", "subject"]),
+    ):
+        done = job(*subjects, *BY_GROUP[:1], *wrong)
+        assert done.code == 2 and all(word in done.text for word in words), done.text
+        assert done.stages() == []
+
+
+def test_ways_to_choose_layers_share_what_was_searched(job: Callable[..., Outcome]) -> None:
+    asked = []
+    for layers in ("greedy_js", "one_shot_local", "greedy_js"):
+        outcome = job("method=condense", f"condense.layers={layers}")
+        assert outcome.code == 0, outcome.text
+        asked.append(len(list((outcome.store / "search").glob("*/answer.json"))))
+    # The experts of three layers and a step of the order; then one question more; then none.
+    assert asked == [4, 5, 5]

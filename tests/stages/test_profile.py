@@ -1,0 +1,139 @@
+"""The stage of profiling: whole or layer by layer, all statistics or the routers, groups."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from counting import assert_alike, batches, samples
+from families import tiny_model
+from running import Outcome
+
+from moe_lab.compute import PROFILES, Compute
+from moe_lab.data.tokens import Tokens
+from moe_lab.methods.merge import Merge
+from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.methods.metrics.reap import reap
+from moe_lab.methods.metrics.soft_count import soft_count
+from moe_lab.methods.none import Nothing
+from moe_lab.methods.prune import Prune
+from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.profile.collect import collect_statistics, load_groups, load_statistics
+from moe_lab.stages.plan import plan
+from moe_lab.stages.profile import check_profile, profile
+from moe_lab.stages.profile import collect_profile as collect_profile
+from moe_lab.store import Artifact, Store
+from moe_lab.types import UserError
+
+
+def test_a_job_that_needs_more_than_the_routers_is_refused(job: Callable[..., Outcome]) -> None:
+    done = job("metric=reap", "compute.profile=routers")
+    words = ("compute.profile=routers", "frequency", "soft_count", "compute.profile=all")
+    assert done.code == 2 and all(word in done.text for word in words), done.text
+    assert done.stages() == []
+
+
+def tokens(groups: bool = False) -> Tokens:
+    names = tuple(f"group {number % 3}" for number in range(10)) if groups else ()
+    return Tokens(tuple(map(tuple, samples())), pad_id=0, groups=names)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("kind", PROFILES)
+def test_layer_by_layer_is_the_whole_model(family: str, kind: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    data = [(number % 2, batch) for number, batch in enumerate(batches(3))]
+    whole, layerwise = (
+        collect_profile(
+            checkpoint,
+            data,
+            kind == "routers",
+            Compute("cpu", cache_gib=0, layerwise=way),
+            tmp_path,
+        )
+        for way in (False, True)
+    )
+    for group in (0, 1):
+        pairs = zip(whole.of_group(group), layerwise.of_group(group), strict=True)
+        for one, other in pairs:
+            assert one.sums.keys() == other.sums.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one.sums)
+    assert not list(tmp_path.glob("activations_*/*")), "no state outlives its use"
+
+
+@pytest.mark.parametrize("kind", PROFILES)
+def test_layers_behind_the_last_moe_layer_are_not_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("qwen2_moe", mlp_only_layers=[0, 3]).save_pretrained(tmp_path / "model")
+    opened: list[int] = []
+    fill = LayerwiseModel._fill
+    monkeypatch.setattr(LayerwiseModel, "_fill", lambda *a: (opened.append(a[1]), fill(*a))[1])
+    data = [(0, batch) for batch in batches(3)]
+    compute = Compute("cpu", layerwise=True)
+    found = collect_profile(
+        Checkpoint(tmp_path / "model"), data, kind == "routers", compute, tmp_path
+    )
+    assert opened == [None, 0, 1, 2], "each once, for all batches"
+    assert [layer.info.index for layer in found.of_group()] == [1, 2]
+
+
+def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+
+    def run(store: Store, **options) -> tuple[Artifact, str]:
+        compute = Compute("cpu", **options)
+        profiled = profile(store, checkpoint, tokens(), compute)
+        method = Prune(soft_count, Uniform(0.25))
+        asked = {"ratio": {"ratio": 0.25}}
+        planned = plan(store, checkpoint, profiled, tokens(), method, asked, compute)
+        return profiled, (planned.folder / "plan.json").read_text()
+
+    store = Store(tmp_path / "first")
+    routers, text = run(store, profile="routers")
+    assert not load_statistics(routers.folder)[0].sums.keys() & {"norm_sum", "block_cosine_sum"}
+    full, same = run(store)
+    assert (full.key, full.cached, same) == (routers.key, False, text)
+    again, _ = run(store, profile="routers", layerwise=True)
+    assert again.cached and again.folder == full.folder, "the full one serves"
+    other = Store(tmp_path / "second")
+    layerwise, same = run(other, profile="routers", layerwise=True)
+    assert (layerwise.key, layerwise.cached, same) == (routers.key, False, text)
+    assert len(list((store.root / "plan").glob("*/plan.json"))) == 1
+
+
+def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
+    routers = Compute("cpu", profile="routers")
+    for method in (Prune(functools.partial(frequency), Uniform(0.25)), Nothing()):
+        check_profile(routers, method)
+    for method in (Prune(functools.partial(reap), Uniform(0.25)), Merge(1, 4)):
+        check_profile(Compute("cpu"), method)
+        with pytest.raises(UserError, match=r"aimer, frequency, .*soft_count.*compute.profile=all"):
+            check_profile(routers, method)
+    for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
+        with pytest.raises(UserError, match="there are"):
+            Compute("cpu", **wrong).start()
+
+
+def test_groups_are_the_whole_in_parts(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path / "model")
+    checkpoint, store = Checkpoint(tmp_path / "model"), Store(tmp_path / "store")
+    compute = Compute("cpu", batch_size=3)
+    whole = profile(store, checkpoint, tokens(), compute)
+    grouped = profile(store, checkpoint, tokens(groups=True), compute)
+    assert whole.key != grouped.key
+    assert load_groups(whole.folder) == {} and not (whole.folder / "groups").exists()
+    assert_alike(load_statistics(grouped.folder), load_statistics(whole.folder), rtol=1e-5)
+    groups = load_groups(grouped.folder)
+    assert list(groups) == ["group 0", "group 1", "group 2"]
+    for name, part in tokens(groups=True).by_group().items():
+        assert_alike(
+            groups[name], collect_statistics(checkpoint.load(), part.batches(2)), rtol=1e-5
+        )

@@ -1,0 +1,130 @@
+"""Tiny models that were edited: in memory, on disk, and read by a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from families import tiny_batch, tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from moe_lab.models import checkpoint as model_checkpoint
+from moe_lab.models.editing import apply_plan
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.merging import HiddenUnits
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.types import Edit, Plan
+
+
+def saved_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of a checkpoint's tensors, by the tensors themselves, and of its files."""
+    tensors = 0
+    for file in model_checkpoint.weight_files(folder):
+        with safe_open(file, "pt") as handle:
+            for name in list(handle.keys()):
+                tensor = handle.get_tensor(name)
+                tensors += tensor.numel() * tensor.element_size()
+    return tensors, model_checkpoint.size_in_bytes(folder)
+
+
+def pruned_logits(family: str, kept: dict[int, tuple[int, ...]], batch: dict) -> torch.Tensor:
+    """Of a model that is really pruned, in double precision at the valid positions."""
+    model = tiny_model(family)
+    names = {one.info.index: one.info.name for one in moe_layers(model)}
+    apply_plan(
+        model, Plan(tuple(Edit(i, names[i], "prune", kept=some) for i, some in kept.items()))
+    )
+    with torch.no_grad():
+        logits = model(**batch).logits.double()
+    return logits[batch["attention_mask"].bool()]
+
+
+# Loads each folder and compares its logits with those of the model before it was saved.
+FRESH = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+if sys.argv[1] == "ours":
+    import moe_lab
+assert ("moe_lab" in sys.modules) == (sys.argv[1] == "ours")
+found = {}
+for folder in sys.argv[2:]:
+    want = load_file(folder + "/expected.safetensors")
+    try:
+        read = AutoModelForCausalLM.from_pretrained
+        model, info = read(folder + "/model", output_loading_info=True)
+        with torch.no_grad():
+            got = model(input_ids=want["input_ids"], attention_mask=want["attention_mask"]).logits
+        clean = not info["missing_keys"] and not info["unexpected_keys"]
+        found[folder] = float((got - want["logits"]).abs().max()) if clean else str(info)
+    except RuntimeError as error:
+        found[folder] = "refused: " + str(error)[:200]
+print("RESULT" + json.dumps(found))
+"""
+
+
+def in_fresh_process(which: str, folders: list[Path]) -> dict[str, object]:
+    """Difference of logits per folder name, or a text where it did not load."""
+    arguments = [sys.executable, "-c", FRESH, which, *map(str, folders)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    values = json.loads(done.stdout.split("RESULT")[1])
+    return {Path(folder).name: value for folder, value in values.items()}
+
+
+def edited(
+    family: str, edits: list[dict], folder: Path, padding: float = 1.0, **changes: object
+) -> bool:
+    """Save a tiny model with the edits applied, and what it computed; True where it is stock."""
+    folder.mkdir()
+    model, batch = tiny_model(family, **changes), tiny_batch()
+    model.save_pretrained(folder / "source")
+    names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
+    apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
+    with torch.no_grad():
+        logits = model(**batch).logits
+    stock = save_checkpoint(model, folder / "model", folder / "source", padding).stock
+    save_file(batch | {"logits": logits}, folder / "expected.safetensors")
+    return stock
+
+
+def prune(index: int, kept: list[int]) -> dict:
+    return {"index": index, "edit": "prune", "kept": tuple(kept)}
+
+
+def condense(index: int, experts: list[int]) -> dict:
+    gates = tuple(0.3 + 0.1 * i for i in range(len(experts)))
+    return {"index": index, "edit": "condense", "experts": tuple(experts), "gates": gates,
+            "shared_gate": 0.4}  # fmt: skip
+
+
+def moe_indices(family: str) -> list[int]:
+    return [layer.info.index for layer in moe_layers(tiny_model(family))]
+
+
+def drop(kind: str, index: int) -> dict:
+    return {"index": index, "edit": kind}
+
+
+def applied(family: str, edits: list[dict]) -> torch.nn.Module:
+    model = tiny_model(family)
+    names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
+    apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
+    return model
+
+
+@torch.no_grad()
+def make_identical(experts: nn.Module, groups: tuple[tuple[int, ...], ...]) -> None:
+    """Make the experts of each group compute the same, with their hidden units shuffled."""
+    units, generator = HiddenUnits(experts), torch.Generator().manual_seed(0)
+    for first, *others in groups:
+        for other in others:
+            order = torch.randperm(16, generator=generator)
+            copy = units.expert(first, order)
+            for name, tensor in units.tensors.items():
+                tensor[other] = copy[name]

@@ -1,0 +1,48 @@
+"""Where and how to compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lab.compute import Compute
+from moe_lab.types import UserError
+
+
+def test_auto_goes_layerwise_where_the_model_is_large() -> None:
+    compute = Compute("cpu")
+    assert not compute.goes_layerwise(compute.memory() // 2 - 1)
+    assert compute.goes_layerwise(compute.memory() // 2 + 1)
+    assert not Compute("cpu", layerwise=False).goes_layerwise(2**60)
+    assert Compute("cpu", layerwise=True).goes_layerwise(1)
+
+
+def test_a_start_chooses_a_device_and_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        started = Compute("cpu", threads=before + 1).start()
+        assert (started.device, torch.get_num_threads()) == ("cpu", before + 1)
+        assert started.machine().endswith(f"CPU, {before + 1} threads")
+        assert Compute("cpu").start().machine() == started.machine(), "left as it was set"
+    finally:
+        torch.set_num_threads(before)
+    found = Compute().start().device
+    assert found == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "compute.batch_size must be at least 1, got 0"),
+        ({"threads": 0}, "compute.threads must be at least 1, or null, got 0"),
+        ({"cache_gib": -0.5}, "compute.cache_gib must be at least 0"),
+        ({"profile": "some"}, "compute.profile=some: there are all, routers"),
+        ({"layerwise": "no"}, "compute.layerwise=no: there are auto, true, false"),
+        ({"device": "cuda:99"}, r"compute.device=cuda:99 is not available here; there is cpu"),
+    ],
+)
+def test_what_is_not_there_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Compute(**options).start()
