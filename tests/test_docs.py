@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_lab
 from moe_lab import files
+from moe_lab.report.figures import better
 from moe_lab.report.report import read_report
 from moe_lab.runs import options
 from moe_lab.runs.__main__ import _arguments as arguments_of_runs
@@ -119,6 +120,13 @@ def follow(title: str, home: Path) -> list[str]:
 
 
 # --------------------------------------------------------------------------- how to add
+
+
+@pytest.fixture(autouse=True)
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs draw no pictures, which take longer than all else of a small one."""
+    monkeypatch.setattr("moe_lab.runs.job.draw_run", lambda folder: [])
+    monkeypatch.setattr("moe_lab.diagnose.pictures.draw_experts", lambda *tables: None)
 
 
 @pytest.fixture
@@ -493,7 +501,7 @@ def table_keys(title: str) -> list[str]:
     return [key for row in rows for key in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
 
 
-PARTS = {"<variant>": r"(dense|compressed|finetuned)", "<k>": r"\d+", "<rank>": r"\d+"}
+PARTS = {"<variant>": r"(dense|compressed|finetuned)(_top_\d+)?", "<rank>": r"\d+"}
 
 
 def pattern_of(key: str) -> re.Pattern[str]:
@@ -519,6 +527,8 @@ LM = [
     "finetune.phases.lm.data.files=${calibration.files}",
     "calibration@finetune.phases.lm.validation=files",
     "finetune.phases.lm.validation.files=${calibration.files}",
+    "finetune.phases.lm.data.num_samples=8",
+    "finetune.phases.lm.validation.num_samples=4",
     "+finetune.phases.lm.num_steps=2",
 ]
 RUNS = {
@@ -532,18 +542,20 @@ RUNS = {
     ],
     "condensed": ["method=condense"],
     "merged": ["method=merge", "method.grouping=hc_smoe", "ratio.ratio=0.25"],
-    "dropped": ["method=drop_layers"],
     "refused": ["method=prune", "ratio.ratio=0.9"],
 }
 SEEN: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_key_of_a_report_is_in_the_reference(name: str, job: Job) -> None:
+def test_every_key_is_in_the_reference(name: str, job: Job, tmp_path: Path) -> None:
     outcome = job(*RUNS[name])
     assert outcome.code == (2 if name == "refused" else 0), outcome.text
     SEEN[name] = set(outcome.report)
     assert undocumented(outcome.report) == []
+    plan = tmp_path / "job" / files.PLAN
+    head = json.loads(plan.read_text(encoding="utf-8")) if outcome.code == 0 else {}
+    assert head.keys() <= set(table_keys("plan.json"))
 
 
 def test_every_key_of_the_reference_is_one() -> None:
@@ -558,19 +570,27 @@ def test_every_key_of_the_reference_is_one() -> None:
             assert re.search(rf"[\"'/]{last}[\"'/]", code), f"{key} is no key of a report"
 
 
+def test_which_way_is_better() -> None:
+    """The column of that name says what tables and pictures take for better."""
+    words = {"more": 1, "less": -1, "–": 0}
+    rows = [line.split(" | ") for line in section_of(REFERENCE, "report.json").splitlines()]
+    told = {row[0][3:-1]: row[3] for row in rows if len(row) == 5 and row[0].startswith("| `")}
+    assert len(told) > 20
+    for key, word in told.items():
+        if word != "by metric":
+            assert better(key) == words[word], key
+
+
 def test_fields_of_a_plan() -> None:
     """The table of fields by kind of edit, and example lines that runs made."""
-    text = section_of(REFERENCE, "plan.json")
-    rows = re.findall(r"^\| `(\w+)` \|.*?\| (.*) \|$", text, re.MULTILINE)
-    fields = {kind: re.findall(r"`(\w+)`", cell) for kind, cell in rows}
+    text = section_of(REFERENCE, "plan.json").partition("### A layer's edit")[2]
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| (`.*) \|$", text, re.MULTILINE)
+    fields = {kind: re.findall(r"`(\w+)`", cell.rpartition(" | ")[2]) for kind, cell in rows}
     assert fields.keys() == set(get_args(EditName))
     examples = [json.loads(line) for line in re.findall(r'^\{"index".*\}$', text, re.MULTILINE)]
     assert {example["edit"] for example in examples} == fields.keys()
     for example in examples:
-        edit = Edit.from_json(example)
-        assert edit.to_json() == example
-        own = [key for key in example if key not in ("index", "name", "edit")]
-        assert set(own) <= set(fields[edit.edit])
+        assert Edit.from_json(example).to_json() == example
     for kind in get_args(EditName):
         given = set(Edit(0, "a", kind, replacement="zero").to_json()) - {"index", "name", "edit"}
         assert given == set(fields[kind])
