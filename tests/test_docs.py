@@ -35,7 +35,7 @@ import moe_lab
 from moe_lab import files
 from moe_lab.report.figures import better
 from moe_lab.report.report import read_report
-from moe_lab.runs import options
+from moe_lab.runs import moved, options
 from moe_lab.runs.__main__ import _arguments as arguments_of_runs
 from moe_lab.tables.__main__ import _arguments as arguments_of_tables
 from moe_lab.types import Edit, EditName, Plan
@@ -453,9 +453,8 @@ def first_of_each(words: list[str]) -> list[str]:
     """Overrides of a sweep, each with its first value."""
     found = []
     for one in OverridesParser.create().parse_overrides(words):
-        value = one.get_value_element_as_str()
-        if one.is_sweep_override():
-            value = next(iter(one.sweep_string_iterator()))
+        every = one.sweep_string_iterator() if one.is_sweep_override() else None
+        value = next(every) if every else one.get_value_element_as_str()
         found.append(f"{one.get_key_element()}={value}")
     return found
 
@@ -657,5 +656,8 @@ def test_the_changelog_has_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     heads = re.findall(r"^## \[?([\w.]+)\]?", text, re.MULTILINE)
     assert heads[0] == "Unreleased" and moe_lab.__version__ in heads
-    for name in re.findall(r"→ `(moe_lab(?:\.\w+)+)`", text):
-        assert is_there(name), name
+    moves = re.findall(r"^  \| (`.*`) → `(.*)` \|$", text, re.MULTILINE)
+    assert len(moves) > 10
+    for names, now in moves:
+        assert is_there(now), now
+        assert {moved.new_path(name) for name in re.findall(r"`([^`]+)`", names)} == {now}
