@@ -51,6 +51,24 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Job = Callable[..., Outcome]
 
 
+# Texts of the tests, and few: reading the embedded ones takes seconds.
+HELD_OUT = [
+    "calibration@eval.held_out=files",
+    "eval.held_out.files=${calibration.files}",
+    "eval.held_out.num_samples=4",
+]
+SPEED = ["measure.repeats=1", "measure.prompt_length=8", "measure.decode_tokens=1"]
+LM = [
+    "calibration@finetune.phases.lm.data=files",
+    "finetune.phases.lm.data.files=${calibration.files}",
+    "finetune.phases.lm.data.num_samples=8",
+    "calibration@finetune.phases.lm.validation=files",
+    "finetune.phases.lm.validation.files=${calibration.files}",
+    "finetune.phases.lm.validation.num_samples=4",
+    "+finetune.phases.lm.num_steps=2",
+]
+
+
 # --------------------------------------------------------------------------- blocks and sections
 
 
@@ -250,8 +268,7 @@ def test_a_condensing_choice(home: Path, job: Job, monkeypatch: pytest.MonkeyPat
 
 def test_a_recipe(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = follow("A recipe", home)
-    short = ["finetune.phases.lm.num_steps=2", "finetune.phases.lm.data.num_samples=8"]
-    outcome = run_one(command, job, home, monkeypatch, *short)
+    outcome = run_one(command, job, home, monkeypatch, *LM[:3], "finetune.phases.lm.num_steps=2")
     assert outcome.report["finetune"] == "norms"
     made = Path(outcome.report["finetuned/checkpoint"]).parent / files.TRAINABLE
     trained = json.loads(made.read_text(encoding="utf-8"))["tensors"]
@@ -515,21 +532,6 @@ def undocumented(report: dict[str, Any]) -> list[str]:
     return [key for key in report if not any(one.fullmatch(key) for one in patterns)]
 
 
-HELD_OUT = [
-    "calibration@eval.held_out=files",
-    "eval.held_out.files=${calibration.files}",
-    "eval.held_out.num_samples=4",
-]
-SPEED = ["measure.repeats=1", "measure.prompt_length=8", "measure.decode_tokens=1"]
-LM = [
-    "calibration@finetune.phases.lm.data=files",
-    "finetune.phases.lm.data.files=${calibration.files}",
-    "calibration@finetune.phases.lm.validation=files",
-    "finetune.phases.lm.validation.files=${calibration.files}",
-    "finetune.phases.lm.data.num_samples=8",
-    "finetune.phases.lm.validation.num_samples=4",
-    "+finetune.phases.lm.num_steps=2",
-]
 RUNS = {
     "one expert per token in the end": [
         *"method=prune metric=soft_count ratio=global finetune=seer eval=perplexity".split(),
