@@ -64,21 +64,20 @@ LIBRARIES = {
     "wandb": ("track.wandb",),
 }
 
-# Plug-ins: in these packages every file but the named ones, and some files by themselves.
-PLUGIN_PACKAGES = {
+# Plug-ins: every file of these packages but the named ones, which plug-ins build on.
+PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
+    "data": ("source", "rows", "standard_library", "tokens"),
+    "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
+    "methods": ("base", "layer_choice"),
     "methods.metrics": ("base",),
     "methods.ratios": ("budget",),
     "methods.grouping": ("base", "alignment"),
+    "methods.condense": ("base", "expert_choice", "expert_search", "layer_search", "divergence"),
     "methods.condense.experts": (),
     "methods.condense.layers": (),
     "methods.condense.gates": (),
     "models.families": ("base",),
-}
-PLUGINS = {
-    "methods": ("prune", "merge", "drop_layers", "drop_blocks", "none", "condense.method"),
-    "finetune": ("experts", "seer", "router_kd", "expert_dropping"),
-    "data": ("embedded", "files", "hub", "mixture"),
-    "track": ("wandb", "tensorboard"),
+    "track": ("tracker", "artifacts"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -141,10 +140,8 @@ def room_of(module: str) -> str:
 def is_plugin(module: str) -> bool:
     """Whether a module is one of several of its kind, chosen by an option."""
     package, _, name = module.rpartition(".")
-    if package in PLUGIN_PACKAGES:
-        return FILES[module].stem != "__init__" and name not in PLUGIN_PACKAGES[package]
-    room, _, rest = module.partition(".")
-    return rest in PLUGINS.get(room, ())
+    bases = PLUGIN_PACKAGES.get(package)
+    return bases is not None and FILES[module].stem != "__init__" and name not in bases
 
 
 def _kind_of(module: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,20 +56,18 @@ def test_a_metric_from_outside_the_package(
 def test_the_readme_s_example_is_all_that_it_takes(
     tmp_path: Path, small: list[str], run_py: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two blocks under "Add a metric" in README.md, word for word."""
+    """What stands under "Add a metric" in README.md, word for word: two files and a command."""
     section = (ROOT / "README.md").read_text().partition("## Add a metric")[2].partition("\n## ")[0]
-    code, options = re.findall(r"```(?:python|yaml)\n(.*?)```", section, flags=re.DOTALL)
-    target = re.search(r"_target_: (\S+)", options)[1]
-    package, module, function = target.rsplit(".", 2)
-    assert f"def {function}(layer: LayerStatistics)" in code
-    home = tmp_path / "home"
-    (home / package).mkdir(parents=True)
-    (home / "conf" / "metric").mkdir(parents=True)
-    (home / package / f"{module}.py").write_text(code)
-    (home / "conf" / "metric" / f"{function}.yaml").write_text(options)
-    monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
-    done = run_py(
-        "--config-dir", str(home / "conf"), *small, "method=prune", f"metric={function}",
-        "finetune=none", "eval=none", "measure=none",
-    )  # fmt: skip
+    blocks = re.findall(r"`([\w/.]+)`:\n\n```(\w+)\n(.*?)```", section, flags=re.DOTALL)
+    assert [language for _, language, _ in blocks] == ["python", "yaml"]
+    assert section.count("```") == 4
+    for path, _, text in blocks:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    command = re.search(r"`PYTHONPATH=\. python run\.py ([^`]+)`", section)[1]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    small = [*small, "finetune=none", "eval=none", "measure=none", f"run_dir={tmp_path / 'run'}"]
+    done = run_py(*shlex.split(command), *small)
     assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["status"], report["metric"]) == ("ok", "certainty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
@@ -9,6 +10,7 @@ import pytest
 from running import ROOT, rooms
 
 CONF = ROOT / "conf"
+OF_EVERY_FILE = ("logger", "main")
 # The room, or the part of one, of each config group.
 HOMES = {
     "calibration": "data",
@@ -28,6 +30,7 @@ HOMES = {
 OF_NO_MODULE = {
     "test_bad_input.py": "what a user can get wrong, in whole jobs",
     "test_config.py": "conf/",
+    "test_docs.py": "docs/, README.md and the like",
     "test_experiments.py": "experiments/",
     "test_extending.py": "code from outside the package",
     "test_rooms.py": "the package as a whole",
@@ -147,6 +150,45 @@ def test_a_broken_mirror_is_noticed() -> None:
     assert untested(renamed, TESTS) == ["models/blocks.py"]
     assert astray(renamed, TESTS) == ["methods/test_prune.py", "models/test_layers.py"]
     assert astray(SOURCES, TESTS | {"models/test_utils.py"}) == ["models/test_utils.py"]
+
+
+def public_names(source: str) -> set[str]:
+    """The public names that a file defines at its top: functions, classes and constants."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            names |= {one.id for one in ast.walk(target or node) if isinstance(one, ast.Name)
+                      and isinstance(one.ctx, ast.Store) and target}  # fmt: skip
+    return {name for name in names if not name.startswith("_") and name not in OF_EVERY_FILE}
+
+
+def test_one_name_is_one_thing() -> None:
+    """Plug-ins aside, whose names say their kind (`choose`, `GROUPING`)."""
+    homes: dict[str, list[str]] = {}
+    for module, path in rooms.FILES.items():
+        if not rooms.is_plugin(module):
+            for name in public_names(path.read_text(encoding="utf-8")):
+                homes.setdefault(name, []).append(module)
+    assert {"LayerInfo", "Profile", "figure_text", "PLAN"} <= homes.keys()
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_the_picture_and_the_table_are_those_of_the_code() -> None:
+    """After a change of imports: python docs/rooms.py."""
+    docs = ROOT / "docs"
+    assert (docs / "rooms.svg").read_text(encoding="utf-8") == rooms.drawing()
+    page = (docs / "architecture.md").read_text(encoding="utf-8")
+    assert page == rooms.with_table(page)
+
+
+def test_the_floors_are_above_what_they_import() -> None:
+    floors = rooms.floors()
+    height = {room: floor for floor, row in enumerate(floors) for room in row}
+    assert height.keys() == rooms.ROOMS.keys() and len(floors) <= 7
+    for room, others in rooms.room_arrows().items():
+        assert all(height[other] < height[room] for other in others)
 
 
 @pytest.mark.parametrize(

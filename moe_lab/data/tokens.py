@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # the label of a token that is no target: padding, or part of a prompt
-Value = TypeVar("Value")
+Chunked = TypeVar("Chunked")
 
 
 class Tokenizer(Protocol):
@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: Any, **limits: Any) -> Mapping[str, Any]: ...
 
 
-def chunks(values: Iterable[Value], size: int) -> Iterator[list[Value]]:
+def chunks(values: Iterable[Chunked], size: int) -> Iterator[list[Chunked]]:
     """The values in lists of `size`, the last one shorter where they do not fit."""
     iterator = iter(values)
     while chunk := list(itertools.islice(iterator, size)):

@@ -12,20 +12,20 @@ from moe_lab.models.checkpoint import Model
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
 
-Value = TypeVar("Value")
+Answer = TypeVar("Answer")
 
 
 class Remember(Protocol):
     """Gives what `work` gave for this identity and code before, or now."""
 
     def __call__(
-        self, identity: dict[str, Any], work: Callable[[], Value], code: Sequence[object]
-    ) -> Value: ...
+        self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
+    ) -> Answer: ...
 
 
 def _always_anew(
-    identity: dict[str, Any], work: Callable[[], Value], code: Sequence[object]
-) -> Value:
+    identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
+) -> Answer:
     return work()
 
 

@@ -23,7 +23,7 @@ from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.profile.profile import Profile, Value
+from moe_lab.profile.profile import Answer, Profile
 from moe_lab.store import Artifact, Store, code_version, write_whole
 from moe_lab.types import Edit, LayerInfo, Plan
 
@@ -87,14 +87,14 @@ def plan(
         return LayerStream(model, batches(num_samples), cache)
 
     def remember(
-        identity: dict[str, Any], work: Callable[[], Value], code: Sequence[object]
-    ) -> Value:
+        identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
+    ) -> Answer:
         def answer(folder: Path) -> None:
             write_whole(folder / ANSWER, json.dumps(work()) + "\n")
 
         question = identity | {"profile": profile.key, "code": code_version(*code)}
         kept = store.get("search", question, answer)
-        known: Value = json.loads((kept.folder / ANSWER).read_text())
+        known: Answer = json.loads((kept.folder / ANSWER).read_text())
         return known
 
     identity = {

@@ -26,14 +26,13 @@ from moe_lab.report.frame import (
     mean_of,
     varying_keys,
 )
-from moe_lab.tables.pivot import Column, Pivot, settings_of
+from moe_lab.tables.pivot import Column, Labels, Pivot, settings_of
 from moe_lab.types import UserError
 
 DENSE, AVERAGE = "dense", "eval/average"
 MOST_EXACT, NUM_DRAWS = 13, 9999
 LEVELS = ((0.01, "**"), (0.05, "*"))
 OVER_SEEDS, OVER_TASKS = "a paired t-test over seeds", "a sign-flip test over tasks"
-Row = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class _Sample:
         self.tasks = _tasks(made.reports)
 
     def compare(
-        self, row: Row, column: Column, wanted: dict[str, str] | None
+        self, row: Labels, column: Column, wanted: dict[str, str] | None
     ) -> tuple[float, float, str]:
         """Difference, p, and the test that was made; NaN and "" where there is none."""
         nothing = (math.nan, math.nan, "")
@@ -180,7 +179,9 @@ class _Sample:
             return []
         return [_mean(own, one) - _mean(other, two) for one, two in both.values()]
 
-    def _replaced(self, row: Row, column: Column, wanted: dict[str, str]) -> tuple[Row, Column]:
+    def _replaced(
+        self, row: Labels, column: Column, wanted: dict[str, str]
+    ) -> tuple[Labels, Column]:
         """The cell that has the wanted settings, and else those of this one."""
         keys = keys_of(self.made.index)
         base = tuple(wanted.get(key, own) for key, own in zip(keys, row, strict=True))

@@ -29,7 +29,7 @@ TOLD_COLUMNS = ("table", "variant", "provenance", "sure", "note")
 FIGURE_COLUMNS = ("figure", "value", "std", "tolerance")
 SHOWN = ("published", "ours", "difference", "tolerance", "within")
 WITHIN = {True: "yes", False: "NO", None: MISSING}
-Row = dict[str, Any]  # of the file, and ours beside it
+FileRow = dict[str, Any]  # of the file, and ours beside it
 
 
 def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
@@ -42,7 +42,7 @@ def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
     expected = _read(path)
     asked = [key for key in keys_of(expected) if key not in (*TOLD_COLUMNS, *FIGURE_COLUMNS)]
     done = frame[frame[STATUS] == OK]
-    rows: list[Row] = []
+    rows: list[FileRow] = []
     lacking: Counter[str] = Counter()
     lines: Any = expected.to_dict("records")
     for one in lines:
@@ -127,7 +127,7 @@ def _numbers(matching: pd.DataFrame, figure: str) -> list[float]:
     return pd.to_numeric(matching[figure], errors="coerce").dropna().astype(float).tolist()
 
 
-def _row(one: Row, ours: list[float]) -> Row:
+def _row(one: FileRow, ours: list[float]) -> FileRow:
     mean, std = mean_of(ours), deviation_of(ours)
     difference = mean - one["value"]
     within = None
@@ -136,7 +136,7 @@ def _row(one: Row, ours: list[float]) -> Row:
     return one | {"ours": mean, "ours (std)": std, "difference": difference, "within": within}
 
 
-def _text(row: Row) -> dict[str, str]:
+def _text(row: FileRow) -> dict[str, str]:
     """A row's cells; a tolerance of a percentage in points, as the difference is."""
     figure = row["figure"]
     published = _spread(figure, row["value"], row["std"])
@@ -153,7 +153,7 @@ def _spread(figure: str, value: float, std: float) -> str:
     return f"{shown} ± {figure_text(figure, std)}" if std > 0 else shown
 
 
-def _why(one: Row, frame: pd.DataFrame, matching: pd.DataFrame) -> str:
+def _why(one: FileRow, frame: pd.DataFrame, matching: pd.DataFrame) -> str:
     """Why an expected figure has none of ours beside it."""
     if "/" not in one["figure"]:
         return "are no figures of reports"
@@ -163,7 +163,7 @@ def _why(one: Row, frame: pd.DataFrame, matching: pd.DataFrame) -> str:
     return "were not run" if matching.empty else "were not evaluated or measured"
 
 
-def _notes(rows: list[Row], lacking: Counter[str], path: Path) -> Iterator[str]:
+def _notes(rows: list[FileRow], lacking: Counter[str], path: Path) -> Iterator[str]:
     judged = [row["within"] for row in rows if row["within"] is not None]
     yield (
         f"{len(rows)} figures of {path.name} beside ours: {sum(judged)} of the {len(judged)} with "

@@ -37,7 +37,7 @@ from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 LONGEST = 300  # characters of a reason below a table; a report has all of it
-Row = tuple[str, ...]  # its labels
+Labels = tuple[str, ...]  # its labels
 At = tuple[tuple[str, str], ...]  # a column's settings
 
 
@@ -96,7 +96,7 @@ class Pivot:
     labels: pd.DataFrame
     ended: list[str]
     numbers: dict[str, list[float]]
-    cells: Mapping[tuple[Row, At], list[int]]
+    cells: Mapping[tuple[Labels, At], list[int]]
     mean: pd.DataFrame
     deviation: pd.DataFrame
     repeated: list[str]
@@ -148,9 +148,9 @@ def pivot(frame: pd.DataFrame, request: Request = Request()) -> Pivot:
     _check_numbers(frame, values)
 
     labels = frame[[*rows, *columns]].map(label_of)
-    cells: dict[tuple[Row, At], list[int]] = {}
+    cells: dict[tuple[Labels, At], list[int]] = {}
     at_columns: dict[At, None] = {}
-    at_rows: dict[Row, None] = {}
+    at_rows: dict[Labels, None] = {}
     for position, line in enumerate(labels.itertuples(index=False, name=None)):
         row, at = line[: len(rows)], tuple(zip(columns, line[len(rows) :], strict=True))
         cells.setdefault((row, at), []).append(position)

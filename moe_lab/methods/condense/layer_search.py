@@ -21,7 +21,7 @@ from moe_lab.progress import progress
 from moe_lab.types import Choice, Edit
 
 
-class Remember(Protocol):
+class RememberSearch(Protocol):
     """Gives what `work` gave for this identity before, or now."""
 
     def __call__(self, identity: dict[str, Any], work: Callable[[], Value], /) -> Value: ...
@@ -36,7 +36,10 @@ class CondensedSets:
     """
 
     def __init__(
-        self, open_stream: Callable[[], LayerStream], edits: dict[int, Edit], remember: Remember
+        self,
+        open_stream: Callable[[], LayerStream],
+        edits: dict[int, Edit],
+        remember: RememberSearch,
     ):
         self.edits, self._open_stream, self._remember = edits, open_stream, remember
         self.evaluations = 0  # of decoder layers, over the whole calibration set
