@@ -15,7 +15,7 @@ from moe_lab.models.editing import check_is_sum, part_widths
 from moe_lab.models.remapped import Experts
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.profile.profile import Profile, Value
+from moe_lab.profile.profile import Answer, Profile
 from moe_lab.progress import progress
 from moe_lab.types import Choice, Edit
 
@@ -73,7 +73,7 @@ class ExpertChoices:
         levels, sets = len(stream.layers) + 1, self.method.beam * len(self.statistics)
         return (levels + 2 * sets) * stream.state_bytes()
 
-    def remember(self, identity: dict[str, Any], work: Callable[[], Value]) -> Value:
+    def remember(self, identity: dict[str, Any], work: Callable[[], Answer]) -> Answer:
         """What was found before for the same question, options and data."""
         return self.profile.remember(self._identity | identity, work, self.method.searches())
 

@@ -16,15 +16,15 @@ from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence
 from moe_lab.models.editing import condensed
 from moe_lab.models.stream import LayerStream, swapped
-from moe_lab.profile.profile import Value
+from moe_lab.profile.profile import Answer
 from moe_lab.progress import progress
 from moe_lab.types import Choice, Edit
 
 
-class RememberSearch(Protocol):
+class Remembering(Protocol):
     """Gives what `work` gave for this identity before, or now."""
 
-    def __call__(self, identity: dict[str, Any], work: Callable[[], Value], /) -> Value: ...
+    def __call__(self, identity: dict[str, Any], work: Callable[[], Answer], /) -> Answer: ...
 
 
 class CondensedSets:
@@ -39,7 +39,7 @@ class CondensedSets:
         self,
         open_stream: Callable[[], LayerStream],
         edits: dict[int, Edit],
-        remember: RememberSearch,
+        remember: Remembering,
     ):
         self.edits, self._open_stream, self._remember = edits, open_stream, remember
         self.evaluations = 0  # of decoder layers, over the whole calibration set
@@ -108,8 +108,8 @@ class CondensedSets:
 
     @torch.no_grad()
     def _at_end(
-        self, sets: Sequence[Collection[int]], look: Callable[[int, Tensor], Value]
-    ) -> list[list[Value]]:
+        self, sets: Sequence[Collection[int]], look: Callable[[int, Tensor], Answer]
+    ) -> list[list[Answer]]:
         """For each set what `look(batch, last decoder layer's output)` gives for each batch."""
         wanted = [frozenset(one) for one in sets]
         end = len(self.stream.layers)
@@ -119,7 +119,7 @@ class CondensedSets:
             new = {one for one in needed[level] if (level, one) not in self._known}
             needed[level - 1] |= {one - {level - 1} for one in new}
             needed[level] = new
-        seen: dict[frozenset[int], list[Value]] = {}
+        seen: dict[frozenset[int], list[Answer]] = {}
         for level in range(end):
             self._advance(level, sorted(needed[level + 1], key=sorted))
             self._forget(level)
