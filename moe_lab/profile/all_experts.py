@@ -24,7 +24,7 @@ from moe_lab.models.activations import Activations
 from moe_lab.models.layers import MoELayer, check_kept, expert_forward, expert_parameters
 from moe_lab.models.routers import masked_layer, restricted_layer
 from moe_lab.models.stream import LayerStream, States
-from moe_lab.profile.profile import Profile, Value
+from moe_lab.profile.profile import Answer, Profile
 from moe_lab.progress import progress
 from moe_lab.types import LayerInfo, UserError
 
@@ -289,9 +289,9 @@ def answers(
     profile: Profile,
     num_samples: int | None,
     questions: Mapping[int, Mapping[str, Any]],
-    ask: Callable[[AllExperts], Value],
+    ask: Callable[[AllExperts], Answer],
     code: Sequence[object],
-) -> dict[int, Value]:
+) -> dict[int, Answer]:
     """What `ask` (plain JSON values) says of each layer of `questions`, by layer index.
 
     questions: by layer index, what an answer is known by beside the layer and the sample, the first
@@ -303,8 +303,8 @@ def answers(
     def sample() -> ExpertSample:
         return ExpertSample(profile.open_stream(num_samples))
 
-    def answer(index: int) -> Value:
-        def work() -> Value:
+    def answer(index: int) -> Answer:
+        def work() -> Answer:
             with sample().open(index) as experts:
                 return ask(experts)
 
