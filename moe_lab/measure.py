@@ -86,6 +86,7 @@ def measure(
 
 
 def counted(name: str, model: Model, length: int) -> dict[str, float]:
+    """The figures that are counted, not measured, of one model over a prompt of this length."""
     return {
         f"{name}/active_parameters": active_parameters(model),
         f"{name}/flops_per_token": flops_per_token(model, length),

@@ -11,18 +11,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from moe_lab.files import PACKAGE
 from moe_lab.models import checkpoint
 from moe_lab.profile.collect import collect_statistics
 
 LIMITS = {"routers": 1.1, "all": 2.0}
 ROUNDS = 7
 NUM_BATCHES, BATCH_SIZE, LENGTH = 4, 16, 128  # as many tokens as the default run collects from
-SHIPPED = Path(checkpoint.__file__).parent / "checkpoints"
+SHIPPED = PACKAGE / "checkpoints"
 
 
 def wide() -> PreTrainedModel:

@@ -179,6 +179,7 @@ class Texts:
 
 
 def whole_text(document: Document) -> str:
+    """A document's text, of a prompt with its answer both."""
     return document if isinstance(document, str) else document.prompt + document.answer
 
 

@@ -68,6 +68,7 @@ def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) ->
 
 
 def padding_limit(config: Any, padding: float | None) -> float:
+    """The largest share of zeros: as given, else as at the source, else PADDING."""
     if padding is not None:
         return padding
     asked: float = (getattr(config, "moe_lab", None) or {}).get("padding", PADDING)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-OF_REMAPPING = ("place_E", "constants")  # the names of the tensors that `place` adds
+OF_REMAPPING = ("place_E", "constants")  # the names of the tensors that `remap` adds
 # Their eager loops have no place for an index that is no expert's; all other families' skip it.
 WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
 
@@ -45,7 +45,7 @@ class Experts(nn.Module):
 
 
 class RemappedExperts(Experts):
-    """Mixed into a family's experts module by `place`; what it is called with are router rows.
+    """Mixed into a family's experts module by `remap`; what it is called with are router rows.
 
     place_E: for each row the position of its expert; num_experts + r for stand-in r. stand_in:
     what all of them are, None where each row leads to an expert. constants: [R, D], of stand-ins
@@ -160,7 +160,7 @@ def all_to_experts(model: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _placed(kind: type[Experts]) -> type[RemappedExperts]:
-    return type(f"Placed{kind.__name__}", (RemappedExperts, kind), {"__module__": __name__})
+    return type(f"Remapped{kind.__name__}", (RemappedExperts, kind), {"__module__": __name__})
 
 
 def places_of(kept: Sequence[int], num_rows: int) -> list[int]:

@@ -35,7 +35,7 @@ def propagated(
     Walks over the whole calibration set: the statistics of a layer are those of the model in which
     every earlier MoE layer is edited already. tensors: where `edit_of` puts what its edits need
     beside their text (`Plan.tensors`). experts_on: with how many documents, the first ones (None:
-    all), `edit_of` gets a second argument, the layer's `OpenExperts` on them; 0: with none it gets
+    all), `edit_of` gets a second argument, the layer's `AllExperts` on them; 0: with none it gets
     the statistics alone. Edits are prune, merge or keep.
     """
     stream = profile.open_stream()

@@ -82,6 +82,7 @@ def titles_of(key: str) -> tuple[str, str]:
 
 
 def finite(value: Any) -> Any:
+    """The value, or None for NaN and infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

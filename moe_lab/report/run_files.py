@@ -46,6 +46,7 @@ def read_usage(text: str | None) -> dict[str, list[float | None]]:
 
 
 def curve_rows(text: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a curve, as far as they are whole."""
     for line in (text or "").splitlines():
         try:
             yield json.loads(line, parse_constant=_nothing)
@@ -98,6 +99,7 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str | None:
+    """A file's text; None where there is no such file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -105,6 +107,7 @@ def read_text(path: Path) -> str | None:
 
 
 def tail_of(path: Path) -> str | None:
+    """The last LOG_LINES of a log; None where there is none."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

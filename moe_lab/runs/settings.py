@@ -63,6 +63,7 @@ def settings_of_report(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report_head(job: Description) -> dict[str, Any]:
+    """What a report says before its job begins: the settings and where it comes from."""
     method, config = job.choices["method"], job.config
     head: dict[str, Any] = {"status": "running", "error": None}
     head |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}

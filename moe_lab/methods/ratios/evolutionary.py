@@ -32,9 +32,9 @@ class Evolutionary(Budget):
     paper's code) and is filled up at random. The best `parents` of a generation live on; the others
     are mutations of one of them: the lesser of two draws from 1 to `moves` says how often 1 to
     `most_moved` experts change from one layer to another, drawn again, in at most `attempts` draws
-    in all, where a layer has no room. Fitness is `Agreement.acceptance` on the first `num_samples`
-    samples; the fittest ever seen is taken. One difference: with round_to, or routers with groups,
-    what moves is so many experts at a time.
+    in all, where a layer has no room. Fitness is `IntactPredictions.acceptance` on the first
+    `num_samples` samples; the fittest ever seen is taken. One difference: with round_to, or routers
+    with groups, what moves is so many experts at a time.
     """
 
     num_samples: int = 64

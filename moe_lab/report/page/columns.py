@@ -63,7 +63,7 @@ def _values(key: str, column: pd.Series, setting: bool) -> dict[str, Any]:
 
 
 def _format(key: str) -> list[str | int]:
-    """How report.shown writes this key, for numbers that only the page knows: kind, digits, unit.
+    """How `figure_text` writes this key, for numbers that only the page knows: kind, digits, unit.
 
     Read off an example, so that the two cannot disagree.
     """

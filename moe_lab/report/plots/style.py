@@ -210,12 +210,14 @@ def limits_of(values: np.ndarray, logarithmic: bool = False) -> tuple[float, flo
 
 
 def shades(number: int) -> np.ndarray:
+    """So many colours, from dark to light."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](np.linspace(0.0, 0.85, number))
 
 
 def ticks(axes: Axes, columns: Sequence[int], rows: Sequence[int], most: int = 16) -> None:
+    """Ticks for columns and rows, thinned to at most so many."""
     thinned(axes.xaxis, columns, most)
     thinned(axes.yaxis, rows, most)
 
