@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 from families import tiny_model
-from running import Outcome
-
-Job = Callable[..., Outcome]
+from running import Job, Outcome
 
 
 def assert_refused(outcome: Outcome, *words: str) -> None:

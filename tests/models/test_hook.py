@@ -51,3 +51,9 @@ def test_every_family_is_read_again_by_us_and_refused_by_stock(tmp_path: Path) -
     stock, ours = json.loads(done.stdout.split("RESULT")[1])
     assert ours == {str(folder): 0.0 for folder in folders}
     assert stock == {str(folder): "refused" for folder in folders}
+
+
+def test_the_import_itself_costs_neither_torch_nor_transformers() -> None:
+    program = "import sys, moe_lab; print({'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
