@@ -92,7 +92,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def module_of(path: Path) -> str:
     """Dotted name below moe_lab: "stages.plan", "report" for its __init__, "" for our own."""
-    if path.name == "run.py":
+    if path == ROOT / "run.py":
         return "run.py"
     parts = path.relative_to(ROOT / "moe_lab").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

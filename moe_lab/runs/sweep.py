@@ -21,6 +21,8 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from moe_lab.files import PAGE, REPORT, SWEEP
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -37,8 +39,6 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
-        from moe_lab.files import SWEEP
-
         importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
@@ -57,7 +57,7 @@ class Sweep(Callback):
 
     def _tell_of_earlier_jobs(self, number: int) -> None:
         """Where the folder has jobs beyond this sweep's: nobody's results are deleted here."""
-        names = [one.parent.name for one in self.folder.glob("*/report.json")]
+        names = [one.parent.name for one in self.folder.glob(f"*/{REPORT}")]
         earlier = sum(name.isdecimal() and int(name) >= number for name in names) if number else 0
         if earlier:
             print(
@@ -89,7 +89,7 @@ class Sweep(Callback):
         took = frame["seconds/total"].sum() if "seconds/total" in frame else 0.0
         print(f"{len(frame)} jobs: {told}; {duration(took)} of work")
         if good := set(ended.index) == {OK}:
-            print(f"look at it: {self.folder / 'index.html'}")
+            print(f"look at it: {self.folder / PAGE}")
         else:
             print(self.how_to_go_on())
         names = sorted({path.relative_to(self.folder).parts[0] for path in written})
