@@ -44,10 +44,6 @@ DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 OURS = [*sorted(ROOT.glob("*.md")), *DOCS]
 PAGES = [*OURS, *sorted((ROOT / "experiments").glob("**/*.md"))]
 READ_FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]  # all commands composed
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *DOCS,
-]  # whose commands are all composed
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 ADDING = ROOT / "docs" / "adding.md"
 REFERENCE = ROOT / "docs" / "reference.md"
