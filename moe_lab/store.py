@@ -2,7 +2,7 @@
 
 A result is done when its artifact.json exists, which is written last. Jobs that ask for the same
 result at the same time wait for one computation; a killed one leaves its partial files for the
-next attempt.
+next attempt. By hand: no cache library keys a result by the code that makes it, or resumes one.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 With `layers.py`, `observing.py`, `checkpoint.py` and `saving.py` this file knows transformers'
 insides: it fills parts of a model without weights by the very function with which
 `from_pretrained` fills all of it, so that every family's conversions apply.
+By hand: accelerate's own loading and offloading do not know these conversions (in 1.15).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Every node with a `_target_` is compared with that function's or class's signature: a name that it
 does not have and a value of the wrong kind are refused, with the name under which a user set it.
+By hand: structured configs would declare each option a second time, beside that signature.
 """
 
 from __future__ import annotations

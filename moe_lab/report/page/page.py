@@ -2,7 +2,8 @@
 
 The figures of all runs lie in it as one JSON text. What a run's own view needs (config, plan, log,
 curves) lies in parts, compressed and each different one once, that the page unpacks when it is
-looked at. The page's own code is page.html, page.css and the scripts beside this file.
+looked at. The page's own code is page.html, page.css and the scripts beside this file: a
+plotting library would add megabytes to every page.
 """
 
 from __future__ import annotations
