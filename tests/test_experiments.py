@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import csv
 import functools
+import importlib.util
 import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
@@ -827,3 +829,16 @@ def test_an_unknown_table_lists_what_exists(
     assert done.returncode == 2
     assert all(experiment in done.stderr for experiment in EXPERIMENTS)
     assert "Traceback" not in done.stderr
+
+
+def test_the_picture_of_a_table_is_drawn_from_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """experiments/tiny/plot.py; published figures beside a table are none of its rows."""
+    shutil.copytree(ROOT / "experiments" / "tiny" / "merging", tmp_path / "merging")
+    spec = importlib.util.spec_from_file_location("plot", ROOT / "experiments/tiny/plot.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    monkeypatch.setattr(plot, "HERE", tmp_path)
+    (tmp_path / "merging" / "merging.png").unlink()
+    assert plot.draw("merging").read_bytes().startswith(b"\x89PNG")
