@@ -51,6 +51,12 @@ def check_request(options: Node, raw: Node, groups: Collection[str]) -> None:
         _check_node(value, raw[name], name, raw)
 
 
+def check_target(target: str) -> None:
+    """Refuse a `_target_` that does not exist, with its new path where it has moved."""
+    if locate(target) is None:
+        raise refusal_of_target(target)
+
+
 def require(name: str, value: Any, hint: Any) -> None:
     """Refuse a value that is not of the kind that `hint` says."""
     if value == "???":

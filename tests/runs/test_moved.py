@@ -67,6 +67,12 @@ def test_a_target_that_has_moved(tmp_path: Path, job: Callable[..., Outcome]) ->
     assert "moved" not in str(refusal_of_target("moe_lab.nothing.here"))
 
 
+def test_a_tracker_that_has_moved(job: Callable[..., Outcome]) -> None:
+    outcome = job("track._target_=moe_lab.track.Tracker")
+    assert outcome.code == 2 and "Traceback" not in outcome.text
+    assert "it has moved, write _target_: moe_lab.track.wandb.WandbTracker" in outcome.text
+
+
 def test_code_that_imports_what_has_moved(
     tmp_path: Path, job: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
