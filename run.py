@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
         config=plain,
         place=place,
     )
-    options.check_target(config.track._target_)  # made before the job, which checks the others
+    options.target_of(config.track._target_)  # made before the job, which checks the others
     tracker = instantiate(config.track)
 
     def work(report: dict[str, Any]) -> None:

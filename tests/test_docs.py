@@ -28,7 +28,7 @@ import yaml
 from families import tiny_model
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from running import OFFLINE, ROOT, Outcome
+from running import OFFLINE, ROOT, Outcome, load_module, rooms
 from safetensors.torch import load_file, save_file
 
 import moe_lab
@@ -323,7 +323,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_was_added_keeps_to_the_rooms(workshop: Path) -> None:
-    rooms = module_at(workshop / "docs" / "rooms.py", "rooms_of_the_workshop")
+    rooms = load_module("rooms_of_the_workshop", workshop / "docs" / "rooms.py")
     for module, path in rooms.FILES.items():
         names = [name for _, name in rooms.imports(path.read_text(encoding="utf-8"))]
         assert not [reason for name in names if (reason := rooms.why_not(module, name))], module
@@ -367,13 +367,6 @@ def test_a_report_figure(workshop: Path, tmp_path: Path, small: list[str]) -> No
 
 
 # --------------------------------------------------------------------------- what is named
-
-
-def module_at(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -611,7 +604,6 @@ def test_files_and_kinds_of_results() -> None:
 
 def test_the_architecture_names_every_room() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = module_at(ROOT / "docs" / "rooms.py", "rooms_of_the_docs")
     for room in (*rooms.ROOMS, *rooms.GROUND):
         assert re.search(rf"^ +{room}(\.py|/)? |^{room} ", text, re.MULTILINE), room
     marks = ["![rooms](rooms.svg)", "<!-- rooms: made by docs/rooms.py -->", "<!-- /rooms -->"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from running import ROOT, run_command
+from running import ROOT, load_module, run_command
 
 from moe_lab.report.frame import ORIGIN_KEYS, RESULT_KEYS, SEED_KEYS, label_of
 from moe_lab.runs import options
@@ -836,9 +835,7 @@ def test_the_picture_of_a_table_is_drawn_from_its_figures(
 ) -> None:
     """experiments/tiny/plot.py; published figures beside a table are none of its rows."""
     shutil.copytree(ROOT / "experiments" / "tiny" / "merging", tmp_path / "merging")
-    spec = importlib.util.spec_from_file_location("plot", ROOT / "experiments/tiny/plot.py")
-    plot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plot)
+    plot = load_module("plot", ROOT / "experiments" / "tiny" / "plot.py")
     monkeypatch.setattr(plot, "HERE", tmp_path)
     (tmp_path / "merging" / "merging.png").unlink()
     assert plot.draw("merging").read_bytes().startswith(b"\x89PNG")

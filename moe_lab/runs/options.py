@@ -51,10 +51,12 @@ def check_request(options: Node, raw: Node, groups: Collection[str]) -> None:
         _check_node(value, raw[name], name, raw)
 
 
-def check_target(target: str) -> None:
-    """Refuse a `_target_` that does not exist, with its new path where it has moved."""
-    if locate(target) is None:
-        raise refusal_of_target(target)
+def target_of(path: str) -> Any:
+    """What a `_target_` names; UserError where it does not exist, with its new path if it moved."""
+    target: Any = locate(path)
+    if target is None:
+        raise refusal_of_target(path)
+    return target
 
 
 def require(name: str, value: Any, hint: Any) -> None:
@@ -125,11 +127,9 @@ def _where(raw: Any, name: str, root: Node) -> tuple[str, Any]:
     return name, raw
 
 
-def _hints(target: str) -> dict[str, Any]:
+def _hints(path: str) -> dict[str, Any]:
     """The parameters of what a `_target_` names, with their annotations."""
-    named: Any = locate(target)
-    if named is None:
-        raise refusal_of_target(target)
+    named = target_of(path)
     # A dataclass's fields may come from bases in other modules, whose names they are written in.
     plain_class = inspect.isclass(named) and not dataclasses.is_dataclass(named)
     hints = typing.get_type_hints(named.__init__ if plain_class else named)
