@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     "types": "the values that pass between stages: LayerInfo, Routing, Edit, Plan",
     "files": "the names of the files that moe_lab writes",
+    "option": "options declared where they are taken: type, range, help",
     "progress": "progress bars, and times in words",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
 ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "store": ("results on disk, by what they depend on", ()),
+    "dependencies": ("which code a result depends on", ()),
     "compute": ("device, threads, batch size, memory", ()),
     "data": ("where text comes from, and how it becomes samples", ()),
     "models": ("all knowledge of transformers", ()),
@@ -36,8 +38,8 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "track": ("W&B, TensorBoard", ("store",)),
     "stages": (
         "the pipeline, and each of its stages",
-        ("store", "compute", "data", "models", "measure", "profile", "methods", "finetune",
-         "evaluate", "report", "diagnose"),
+        ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
+         "finetune", "evaluate", "report", "diagnose"),
     ),
     "runs": ("jobs and sweeps, from start to end", ("report", "tables", "track", "store")),
     "run.py": ("Hydra's entry", ("stages", "runs")),

@@ -2,17 +2,15 @@
 
 A result is done when its artifact.json exists, which is written last. Jobs that ask for the same
 result at the same time wait for one computation; a killed one leaves its partial files for the
-next attempt. By hand: no cache library keys a result by the code that makes it, or resumes one.
+next attempt. By hand: no cache library keys a result by what it depends on, or resumes one.
 """
 
 from __future__ import annotations
 
-import ast
 import errno
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import math
@@ -106,16 +104,6 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return _digest(canonical(identity))
 
 
-def code_version(*objects: object) -> str:
-    """12 hexadecimal digits over the source of the modules that define `objects`.
-
-    Takes modules, functions, classes, instances and functools.partial. The modules' syntax trees
-    are compared without docstrings and comments, so explaining code invalidates no result.
-    """
-    sources = {inspect.getsource(_module_of(item)) for item in objects}
-    return _digest("\n".join(sorted(_without_docstrings(source) for source in sources)))
-
-
 @functools.cache
 def commit() -> str:
     """The git commit of the checkout this code runs from.
@@ -193,24 +181,6 @@ def _plain(value: object, where: str) -> Any:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
-
-
-def _module_of(item: object) -> Any:
-    while isinstance(item, functools.partial):
-        item = item.func
-    if inspect.ismodule(item):
-        return item
-    return inspect.getmodule(item) or inspect.getmodule(type(item))
-
-
-@functools.cache  # keys are asked for layer by layer, and parsing takes long
-def _without_docstrings(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
 
 
 def _git(folder: Path, *arguments: str) -> str:

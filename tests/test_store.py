@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
@@ -13,13 +12,12 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
 from pathlib import Path
 
 import pytest
 
 from moe_lab import store
-from moe_lab.store import Store, canonical, check_writable, code_version, key_of
+from moe_lab.store import Store, canonical, check_writable, key_of
 from moe_lab.types import UserError
 
 IDENTITY = {"model": "tiny", "options": {"ratio": 0.5, "seed": 0}}
@@ -206,47 +204,6 @@ def test_tensor_in_identity_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"identity\.scores is .*Tensor"):
         key_of({"scores": torch.zeros(2)})
-
-
-def load_module(tmp_path: Path, name: str, source: str) -> types.ModuleType:
-    import importlib.util
-
-    path = tmp_path / f"{name}.py"
-    path.write_text(textwrap.dedent(source))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_code_version_sees_code_not_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    plain = load_module(tmp_path, "plain", "def f(x):\n    return x + 1\n")
-    worded = load_module(
-        tmp_path,
-        "worded",
-        '''
-        """A module."""
-
-        # a comment
-        def f(x):
-            """A function."""
-            return (x +
-                    1)  # explained
-        ''',
-    )
-    other = load_module(tmp_path, "other", "def f(x):\n    return x + 2\n")
-    assert code_version(plain) == code_version(worded) == code_version(worded.f)
-    assert code_version(plain) != code_version(other)
-    assert code_version(plain, other) == code_version(other, plain, functools.partial(plain.f, 1))
-    assert code_version(plain, other) != code_version(plain)
-
-
-def test_code_version_of_an_instance_is_its_class() -> None:
-    assert code_version(Store(Path("x"))) == code_version(Store) == code_version(store)
 
 
 def test_commit_is_unknown_outside_a_checkout(

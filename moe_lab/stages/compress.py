@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from moe_lab.compute import Compute
+from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
 from moe_lab.models import depth, editing, forms, layers, merging, own_form, remapped, saving
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.editing import apply_plan
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.store import Artifact, Store, code_version
+from moe_lab.store import Artifact, Store
 from moe_lab.types import Plan
 
 

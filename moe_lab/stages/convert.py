@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT
 from moe_lab.models.checkpoint import Original, size_in_bytes
 from moe_lab.models.families import base
-from moe_lab.store import Artifact, Store, check_writable, code_version
+from moe_lab.store import Artifact, Store, check_writable
 
 
 def convert(store: Store, original: Original) -> Artifact:

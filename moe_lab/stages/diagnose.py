@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.dependencies import code_version
 from moe_lab.diagnose import pictures, similarity
 from moe_lab.diagnose import tables as diagnose_tables
 from moe_lab.diagnose.diagnosis import Diagnosis
@@ -28,7 +29,7 @@ from moe_lab.profile import all_experts, collect
 from moe_lab.profile import layer as profile_layer
 from moe_lab.progress import progress
 from moe_lab.report.plots import style
-from moe_lab.store import DONE, Artifact, Store, code_version, write_whole
+from moe_lab.store import DONE, Artifact, Store, write_whole
 
 logger = logging.getLogger(__name__)
 MATRICES, FIGURES_FILE = "similarities.safetensors", "figures.json"

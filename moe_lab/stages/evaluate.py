@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.compute import Compute
 from moe_lab.data.embedded import standard_library_fingerprint
 from moe_lab.data.tokens import Tokens
+from moe_lab.dependencies import code_version
 from moe_lab.evaluate.held_out import compare_held_out
 from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite, others_of
@@ -23,7 +24,7 @@ from moe_lab.models import layers, observing, remapped, routers
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.routers import restricted
 from moe_lab.profile import collect
-from moe_lab.store import Artifact, Store, code_version, write_whole
+from moe_lab.store import Artifact, Store, write_whole
 from moe_lab.types import Plan
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
 from moe_lab.finetune.recipe import Phase, Recipe, sources
 from moe_lab.finetune.teacher import Teacher
@@ -19,7 +20,7 @@ from moe_lab.finetune.tuning import Tuning
 from moe_lab.models import editing, forms, layers, observing, own_form, remapped, routers, saving
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.store import Artifact, Store, code_version
+from moe_lab.store import Artifact, Store
 from moe_lab.types import Plan
 
 

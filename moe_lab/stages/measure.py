@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_lab.compute import Compute
+from moe_lab.dependencies import code_version
 from moe_lab.measure import REFERENCE, Measurement, bytes_on_disk, counted, measure
 from moe_lab.models import remapped
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.routers import at_top_k
-from moe_lab.store import Artifact, Store, code_version, write_whole
+from moe_lab.store import Artifact, Store, write_whole
 
 MEASURED_FILE = "figures.json"
 

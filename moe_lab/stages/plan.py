@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.dependencies import code_version
 from moe_lab.files import PLAN, PLANS
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.methods.base import Method
@@ -24,7 +25,7 @@ from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile
-from moe_lab.store import Artifact, Store, code_version, write_whole
+from moe_lab.store import Artifact, Store, write_whole
 from moe_lab.types import Edit, LayerInfo, Plan
 
 logger = logging.getLogger(__name__)

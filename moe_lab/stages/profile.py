@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.dependencies import code_version
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models import layers, observing, remapped, routers
@@ -21,7 +22,7 @@ from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect, layer, weights
 from moe_lab.profile.collect import Collection
 from moe_lab.progress import progress
-from moe_lab.store import Artifact, Store, code_version, key_of
+from moe_lab.store import Artifact, Store, key_of
 from moe_lab.types import UserError
 
 Batches = Sequence[tuple[int, dict[str, Tensor]]]

@@ -7,11 +7,12 @@ from typing import Any
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.dependencies import code_version
 from moe_lab.finetune import teacher
 from moe_lab.finetune.recipe import Distilling, sources
 from moe_lab.models import activations, layers, layerwise, remapped, stream
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.store import Artifact, Store, check_writable, code_version
+from moe_lab.store import Artifact, Store, check_writable
 from moe_lab.types import UserError
 
 

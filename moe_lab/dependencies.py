@@ -1,0 +1,179 @@
+"""Which code a result depends on, found from imports, and a version of it.
+
+A result is computed again where code that decides it has changed, and nowhere else. What decides it
+is what its stage and its plug-ins import: the modules of moe_lab, and those of one's own, with all
+that these import in turn. Not followed are installed packages, imports that only type checkers see,
+and the few modules of `WITHOUT_RESULTS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+OURS = __name__.partition(".")[0]
+# Modules of ours that stages and plug-ins import and that decide no result, and why.
+WITHOUT_RESULTS = {
+    "moe_lab.progress": "progress bars, and times in words: for people",
+    "moe_lab.files": "the names of files, not what is in them",
+    "moe_lab.store": "how results are kept, not what they are",
+    "moe_lab.dependencies": "what their keys are made from",
+    "moe_lab.compute": "where they are computed; what is the machine's has it in its key",
+    "moe_lab.data.source": "where text comes from: text enters keys by its tokens",
+}
+INSTALLED = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+DIGITS = 12
+
+
+def code_version(*objects: object) -> str:
+    """12 hexadecimal digits over all code that `objects` depend on.
+
+    Takes modules, functions, classes, functools.partial and instances, of which their class counts
+    and, where it is a dataclass, what its fields hold. The modules' syntax trees are compared
+    without docstrings and comments, so explaining code invalidates no result.
+    """
+    return _digest("\n".join(version_of(name) for name in sorted(modules_of(*objects))))
+
+
+def modules_of(*objects: object) -> set[str]:
+    """The names of all modules that `objects` depend on, their own among them."""
+    reached: set[str] = set()
+    waiting = [name for one in objects for name in _defining(one)]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached and name not in WITHOUT_RESULTS:
+            reached.add(name)
+            waiting += imported_by(name)
+    return reached
+
+
+def imported_by(name: str) -> tuple[str, ...]:
+    """The modules of ours, or of a user's own, that a module imports, also inside functions."""
+    path = _own_file(name)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    modules = (_module_in(full) for full in _imports(_read(path), package))
+    return tuple(module for module in modules if module and module != name)
+
+
+def version_of(name: str) -> str:
+    """A module's name, and 12 hexadecimal digits over its code."""
+    return f"{name} {_digest(_without_words(_read(_own_file(name))))}"
+
+
+def _defining(item: object) -> Iterator[str]:
+    """The modules that define an object and the objects in its fields."""
+    while isinstance(item, functools.partial):
+        item = item.func
+    if inspect.ismodule(item):
+        yield item.__name__
+    elif inspect.isclass(item) or inspect.isroutine(item):
+        yield item.__module__
+    elif _is_own(type(item).__module__):
+        yield type(item).__module__
+        for field in dataclasses.fields(item) if dataclasses.is_dataclass(item) else ():
+            yield from _defining(getattr(item, field.name))
+
+
+@functools.cache  # by file, once: what runs is not what is edited meanwhile
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache  # keys are asked for layer by layer, and parsing takes long
+def _imports(source: str, package: str) -> tuple[str, ...]:
+    """Every name that a module imports, in full; not what only type checkers import."""
+    return tuple(dict.fromkeys(_imported(ast.parse(source), package)))
+
+
+def _imported(tree: ast.AST, package: str) -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from _imported(ast.Module(node.orelse, []), package)
+        else:
+            yield from _imported(node, package)
+
+
+@functools.cache
+def _without_words(source: str) -> str:
+    """A module's code without docstrings and comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _module_in(full: str) -> str | None:
+    """The module of a full name (a module, or something in one); None where it is installed."""
+    parts = full.split(".")
+    ends = range(len(parts), 0, -1) if _is_own(full) else ()
+    names = (".".join(parts[:end]) for end in ends)
+    return next((name for name in names if _file_of(name) is not None), None)
+
+
+def _is_own(full: str) -> bool:
+    """Whether a name is of ours or of a user's own: not of Python's, and not of what is installed.
+
+    Told by its first part alone, of which no module has to be imported.
+    """
+    top = full.partition(".")[0]
+    return top == OURS or (top not in sys.stdlib_module_names and not _is_installed(top))
+
+
+@functools.cache
+def _is_installed(top: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # made by hand, as __main__ is
+        return True
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    places += [spec.origin] if spec and spec.origin and spec.has_location else []
+    homes = [Path(place).resolve() for place in places]
+    return not homes or any(home.is_relative_to(place) for home in homes for place in INSTALLED)
+
+
+def _own_file(name: str) -> Path:
+    path = _file_of(name)
+    if path is None:
+        raise RuntimeError(f"results depend on {name}, whose source is not there")
+    return path
+
+
+def _file_of(name: str) -> Path | None:
+    """The Python file of a module, which is not imported for it; None where there is none."""
+    if name in sys.modules:
+        return _python_file(getattr(sys.modules[name], "__file__", None))
+    return _found(name)
+
+
+@functools.cache
+def _found(name: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # what stands before its last dot is no package
+        return None
+    return _python_file(spec.origin if spec else None)
+
+
+@functools.cache
+def _python_file(file: str | None) -> Path | None:
+    return Path(file).resolve() if file and file.endswith(".py") else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

@@ -1,0 +1,127 @@
+"""Options declared once, where they are taken: type, range, and what they are.
+
+What a `_target_` names says its options in its signature: a parameter's type, its default, and an
+`Option` beside the type for what the type cannot say:
+
+    ratio: Annotated[float, Option("share of the experts that goes", least=0, below=1)] = 0.25
+
+Composed values are held against that before a job begins, `--help` and docs/options.md are made
+from it, and a class whose objects are also made by hand refuses bad values with `check_options`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_lab.types import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option is, and which values it takes: for `typing.Annotated`.
+
+    help: in a few words, without a full stop. least, most: bounds that are values, above, below:
+    bounds that are none; of a list they are those of its items. among: the only values there are.
+    """
+
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    among: tuple[Any, ...] = ()
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value, or each item of a list, is in the range; None always is."""
+        if isinstance(value, (list, tuple)):
+            return all(map(self.allows, value))
+        if value is None:
+            return True
+        if self.among:
+            return any(value == one and type(value) is type(one) for one in self.among)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return True
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def range(self) -> str:
+        """The range in words: "at least 1"; "above 0, below 1"; "none, zero, copy"; else ""."""
+        if self.among:
+            return ", ".join(map(word_of, self.among))
+        if self.least is not None and self.most is not None:
+            return f"from {self.least:g} to {self.most:g}"
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most,
+                  "below": self.below}  # fmt: skip
+        return ", ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One option as a signature declares it; default: `inspect.Parameter.empty` without one."""
+
+    name: str
+    kind: Any
+    option: Option | None
+    default: Any
+
+    @property
+    def nullable(self) -> bool:
+        """Whether null is a value."""
+        return type(None) in typing.get_args(self.kind)
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value out of range with a UserError that calls it `name`."""
+        if self.option is None or self.option.allows(value):
+            return
+        null = ", or null" if self.nullable else ""
+        words = "there are" if self.option.among else "it must be"
+        raise UserError(f"{name}={word_of(value)}: {words} {self.option.range()}{null}")
+
+
+def declared_by(target: Callable[..., Any]) -> dict[str, Declared]:
+    """The options of what a `_target_` names (a class or a function), in order."""
+    # A dataclass's fields may come from bases in other modules, whose names they are written in.
+    plain_class = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = typing.get_type_hints(target.__init__ if plain_class else target, include_extras=True)
+    made = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        kind, option = _parts(hints.get(name, Any))
+        made[name] = Declared(name, kind, option, parameter.default)
+    return made
+
+
+def check_options(one: Any, group: str) -> None:
+    """Refuse values of a dataclass's fields that are out of range; group: as users name it."""
+    for name, declared in declared_by(type(one)).items():
+        declared.check(f"{group}.{name}", getattr(one, name))
+
+
+def word_of(value: Any) -> str:
+    """A value as a user writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(word_of, value))}]"
+    return str(value)
+
+
+def _parts(hint: Any) -> tuple[Any, Option | None]:
+    """A hint without its Annotated, also inside a union (X | None), and the Option in it."""
+    if typing.get_origin(hint) is typing.Annotated:
+        kind, *extras = typing.get_args(hint)
+        return kind, next((one for one in extras if isinstance(one, Option)), None)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [_parts(one) for one in typing.get_args(hint)]
+        option = next((option for _, option in parts if option), None)
+        return (typing.Union[tuple(kind for kind, _ in parts)] if option else hint), option  # noqa: UP007
+    return hint, None
