@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     "types": "the values that pass between stages: LayerInfo, Routing, Edit, Plan",
     "files": "the names of the files that moe_lab writes",
-    "option": "options declared where they are taken: type, range, help",
+    "option": "plug-ins and their options: type, range, help",
     "progress": "progress bars, and times in words",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.

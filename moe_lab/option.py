@@ -1,4 +1,4 @@
-"""Options declared once, where they are taken: type, range, and what they are.
+"""Plug-ins and their options, which are declared once, where they are taken.
 
 What a `_target_` names says its options in its signature: a parameter's type, its default, and an
 `Option` beside the type for what the type cannot say:
@@ -15,11 +15,36 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.types import UserError
+
+
+class Plugin:
+    """The base of what an option of a config group makes: methods, metrics, recipes and the like.
+
+    Its options are its parameters. A function may be a plug-in, too, with these answers.
+    """
+
+    @classmethod
+    def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a report says of its composed options, by their names: all that are given."""
+        return plain_options(options)
+
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What of its composed options its result depends on: all of them."""
+        return dict(options)
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given and no plug-ins themselves."""
+    return {
+        name: value
+        for name, value in options.items()
+        if not name.startswith("_") and value is not None and not isinstance(value, Mapping)
+    }
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import pytest
 
-from moe_lab.option import Option, check_options, declared_by, word_of
+from moe_lab.option import Option, Plugin, check_options, declared_by, word_of
 from moe_lab.types import UserError
 
 
@@ -87,3 +87,9 @@ def test_ranges_in_words() -> None:
 def test_values_as_a_user_writes_them() -> None:
     values = (None, True, 0.5, "a", [1, None], ("a", "b"))
     assert [word_of(value) for value in values] == ["null", "true", "0.5", "a", "[1,null]", "[a,b]"]
+
+
+def test_a_report_says_what_is_given_and_plain() -> None:
+    options = {"_target_": "a.b", "ratio": 0.5, "floor": None, "metric": {"power": 1}, "kept": [1]}
+    assert Plugin.settings(options) == {"ratio": 0.5, "kept": [1]}
+    assert Plugin().identity(options) == options
