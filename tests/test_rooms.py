@@ -10,7 +10,7 @@ import pytest
 from running import ROOT, rooms
 
 CONF = ROOT / "conf"
-OF_EVERY_FILE = ("logger", "main")
+OF_EVERY_FILE = ("logger", "main", "STAGE")
 # The room, or the part of one, of each config group.
 HOMES = {
     "calibration": "data",
