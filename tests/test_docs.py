@@ -202,7 +202,7 @@ def plan_of(home: Path) -> Plan:
 
 
 def test_the_page_has_a_section_for_each_kind() -> None:
-    kinds = "metric ratio grouping condensing recipe edit family figure experiment".split()
+    kinds = "metric ratio grouping condensing recipe edit family figure stage experiment".split()
     assert [title.split()[-1] for title in SECTIONS if title != "A condensing choice"] == [
         kind for kind in kinds if kind != "condensing"
     ]
@@ -275,6 +275,15 @@ def test_a_recipe(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None
     assert trained and all("norm" in name for name in trained)
 
 
+def test_a_stage(workshop: Path, small: list[str], tmp_path: Path) -> None:
+    few = [*small, f"store={tmp_path / 'store'}", "measure=none"]
+    report, _ = run_in(workshop, "A stage", tmp_path / "run", *few)
+    assert report["compressed/tally"] == 3 * 4, "of three layers half is left"
+    assert report["cached/tally"] is False and report["artifact/tally"].startswith("tally/")
+    again, _ = run_in(workshop, "A stage", tmp_path / "again", *few)
+    assert again["cached/tally"] is True and again["compressed/tally"] == 12
+
+
 def test_a_family(home: Path, job: Job, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = follow("A family", home)
     as_in_the_package(home, "moe_lab.models.families", monkeypatch)
@@ -336,7 +345,8 @@ def test_what_was_added_keeps_to_the_rooms(workshop: Path) -> None:
 def run_in(workshop: Path, title: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """The command of a section in the copy, in a process of its own: its report, what it said."""
     (command,) = commands_of(section_of(ADDING, title))
-    words = [sys.executable, *shlex.split(command)[1:], *more, "eval=none", f"run_dir={folder}"]
+    given = shlex.split(command.removeprefix("PYTHONPATH=. "))[1:]
+    words = [sys.executable, *given, *more, "eval=none", f"run_dir={folder}"]
     done = subprocess.run(
         words, cwd=workshop, capture_output=True, text=True, timeout=600,
         env=os.environ | OFFLINE | {"PYTHONPATH": str(workshop)},

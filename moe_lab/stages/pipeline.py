@@ -5,24 +5,14 @@ A new stage is a file beside this one and a line of `STAGES`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.models import checkpoint
-from moe_lab.stages import (
-    compress,
-    convert,
-    diagnose,
-    evaluate,
-    evaluate_groups,
-    finetune,
-    measure,
-    plan,
-    profile,
-    teach,
-)
+from moe_lab.stages import teach
 from moe_lab.stages.checks import announce_form, check_profile, check_recipe
 from moe_lab.stages.context import Context
 from moe_lab.stages.parts import Parts
@@ -31,18 +21,18 @@ from moe_lab.stages.stage import Stage
 from moe_lab.stages.texts import tokenize
 from moe_lab.store import Store, check_writable
 
-# In this order. Each result is remembered in the store by what it depends on.
-STAGES: tuple[Stage[Any], ...] = (
-    convert.STAGE,  # a family that transformers does not read: to one that it reads
-    profile.STAGE,  # text through the model: sums for each MoE layer
-    diagnose.STAGE,  # what its experts do
-    plan.STAGE,  # the method decides what happens to each layer
-    compress.STAGE,  # that is done to the weights
-    teach.STAGE,  # what the intact model predicts, for a recipe that learns from it
-    finetune.STAGE,  # what is left learns
-    evaluate.STAGE,  # each variant on tasks and held-out text
-    evaluate_groups.STAGE,  # each group of the calibration set with its own experts
-    measure.STAGE,  # size, memory and speed of all variants, side by side
+# In this order: files beside this one, or modules elsewhere, with a `STAGE` each.
+STAGES = (
+    "convert",  # a family that transformers does not read: to one that it reads
+    "profile",  # text through the model: sums for each MoE layer
+    "diagnose",  # what its experts do
+    "plan",  # the method decides what happens to each layer
+    "compress",  # that is done to the weights
+    "teach",  # what the intact model predicts, for a recipe that learns from it
+    "finetune",  # what is left learns
+    "evaluate",  # each variant on tasks and held-out text
+    "evaluate_groups",  # each group of the calibration set with its own experts
+    "measure",  # size, memory and speed of all variants, side by side
 )
 
 
@@ -58,9 +48,17 @@ def pipeline(
     config: the composed options as plain data; parts: what they name; folder: the run's; log: takes
     the rows of a fine-tuning's curve while it trains. UserError for a user's mistake.
     """
+    stages = [stage_named(name) for name in STAGES]
     run = prepare(config, parts, figures, folder, log)
-    for stage in STAGES:
+    for stage in stages:
         stage.run(run)
+
+
+def stage_named(name: str) -> Stage[Any]:
+    """The stage of a line of STAGES."""
+    module = name if "." in name else f"{__package__}.{name}"
+    stage: Stage[Any] = importlib.import_module(module).STAGE
+    return stage
 
 
 def prepare(

@@ -155,7 +155,9 @@ class Workplace:
         text = one.apply(self.code)
         try:
             after = self.keys(one.options)
-            tested = self.python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *one.test.split())
+            tested = self.python(
+                "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *one.test.split()
+            )
         finally:
             (self.code / one.file).write_text(text, encoding="utf-8")
         stages = [key for key in after if key != "status" and after[key] != before.get(key)]

@@ -17,9 +17,9 @@ from moe_lab.dependencies import code_version, modules_of
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
-from moe_lab.stages.pipeline import STAGES
+from moe_lab.stages.pipeline import STAGES, stage_named
 
-MAKERS = {stage.make.__module__.rpartition(".")[2]: stage.make for stage in STAGES}
+MAKERS = {name: stage_named(name).make for name in STAGES}
 EACH_STAGE = pytest.mark.parametrize("name", MAKERS)
 # For people: how a run is told, never what it found. Of a diagnosis, pictures are the result.
 PRESENTATION = ("report", "tables", "track", "runs", "progress")
