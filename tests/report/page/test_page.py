@@ -278,7 +278,7 @@ def test_differences_to_dense(shown: Any, sweep: Path) -> None:
     go(shown, "#run=3")
     row = shown.locator("tr", has=shown.get_by_text("average accuracy", exact=True))
     points = 100 * (one["compressed/eval/average"] - one["dense/eval/average"])
-    expected = f"{figure_text('average', one['compressed/eval/average'])} (−{abs(points):.1f})"
+    expected = f"{figure_text('eval/average', one['compressed/eval/average'])} (−{abs(points):.1f})"
     assert row.locator("td").nth(1).inner_text() == expected
     row = shown.locator("tr", has=shown.get_by_text("parameters", exact=True))
     assert row.locator("td").nth(1).inner_text() == "12.3 B (−25.0 %)"
