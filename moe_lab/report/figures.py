@@ -24,11 +24,11 @@ from moe_lab.report.units import (
     OPERATIONS,
     PART,
     PATH,
-    PLAIN,
     SECONDS,
     SECONDS_OF_STAGE,
     SHARE,
     SHARE_OF_DENSE,
+    SMALL_NUMBER,
     TIMES_DENSE,
     TRUTH,
     Unit,
@@ -99,7 +99,7 @@ FIGURES = (
            "held-out text; 0 for dense"),
     Figure("<variant>/eval/held_out/perplexity", "perplexity of held-out text", NUMBER, LESS,
            axis=2, section=QUALITY, when="held-out text", about="of the held-out text"),
-    Figure("<variant>/eval/routing/top_k", "experts per token", PLAIN, row=True,
+    Figure("<variant>/eval/routing/top_k", "experts per token", SMALL_NUMBER, row=True,
            section=QUALITY, when="held-out text, MoE layers", about="experts that a token gets"),
     Figure("<variant>/eval/routing/entropy", "router entropy", NATS, row=True,
            section=QUALITY, when="held-out text, MoE layers, a known scoring, no twins",
@@ -186,7 +186,7 @@ def _axes(section: str) -> tuple[Figure, ...]:
     return tuple(sorted(found, key=lambda figure: figure.axis))
 
 
-ROWS = tuple(figure for figure in FIGURES if figure.row and not _of_tasks(figure))
+RESULT_ROWS = tuple(figure for figure in FIGURES if figure.row and not _of_tasks(figure))
 DEFAULT_VALUES = tuple(
     f"{variant}/{figure.name}" for figure in FIGURES for variant in figure.columns
 )

@@ -10,7 +10,7 @@ from rich.table import Table
 from moe_lab.report.figures import (
     MAIN_QUALITIES,
     MISSING,
-    ROWS,
+    RESULT_ROWS,
     VARIANTS,
     figure_text,
     finite,
@@ -29,7 +29,8 @@ def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
         for task, metric in _tasks(report, variants)
     ]
     figures = [
-        [figure.unit.above(figure.title), *_cells(report, variants, figure.name)] for figure in ROWS
+        [figure.unit.above(figure.title), *_cells(report, variants, figure.name)]
+        for figure in RESULT_ROWS
     ]
     body += [row for row in figures if any(cell != MISSING for cell in row[1:])]
     return [["", *(name.replace("_top_", " top-") for name in variants)], *body]

@@ -69,7 +69,7 @@ def _yes_or_no(value: float) -> str:
 
 
 NUMBER = Unit("–", "{:.3f}".format)
-PLAIN = Unit("–", "{:g}".format)  # a number of few things
+SMALL_NUMBER = Unit("–", "{:g}".format)  # a number of few things
 COUNT = Unit("–", _count, picture="% of dense", scale=100, relative=True)
 OPERATIONS = Unit("operations", _count, picture="% of dense", scale=100, relative=True)
 BYTES = Unit("bytes", _bytes, picture="% of dense", scale=100, relative=True)

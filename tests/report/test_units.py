@@ -20,7 +20,7 @@ from moe_lab.report import units
         (units.TIMES_DENSE, 1.2149, "1.21×"),
         (units.TRUTH, True, "yes"),
         (units.TRUTH, 1 / 3, "33 % yes"),
-        (units.PLAIN, 6.0, "6"),
+        (units.SMALL_NUMBER, 6.0, "6"),
         (units.SECONDS, 0.1234, "0.123 s"),
     ],
 )

@@ -25,7 +25,7 @@ LEVEL: dict[str, Any] = {"color": "0.35", "marker": "", "linestyle": (0, (5, 3))
 VARIANT_LABELS = {"compressed": "compressed (hollow)", "finetuned": "fine-tuned (filled)"}
 
 
-COSTS = tuple(cost for cost in figures.COSTS if cost.picture)
+DRAWN_COSTS = tuple(cost for cost in figures.COSTS if cost.picture)
 # What tells the points of a sweep apart is the first of these that differs, else what is text.
 FIRST = (
     "method metric condense/experts condense/layers condense/gates merge/grouping ratio_method "
@@ -50,7 +50,7 @@ def draw_sweep(folder: Path, frame: pd.DataFrame) -> list[Path]:
     home, quality = folder / PLOTS, _quality(frame)
     written = []
     if quality:
-        for cost in COSTS:
+        for cost in DRAWN_COSTS:
             name = f"pareto_{_as_file(cost.name)}"
             written.append(_pareto(frame, cost, quality, home / f"{name}.png"))
     for setting in free_keys(frame):
