@@ -124,7 +124,8 @@ def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
 def _powers_of_two(matrix: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Logarithms within the limits: that of 0 is the least, not what has no value."""
     with np.errstate(divide="ignore"):
-        return np.log2(matrix).clip(*limits)
+        powers: np.ndarray = np.log2(matrix)
+    return powers.clip(*limits)
 
 
 def draw_experts(
