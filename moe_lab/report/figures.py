@@ -52,8 +52,10 @@ class Figure:
 
     Where it is shown: row: in the table of a run and of its model card (of a task's metric: it may
     stand for the task there). columns: the variants that a sweep's table shows it of by default.
-    axis: it is an axis, of costs (section COST) the lowest proposed first; of qualities those of
-    the lowest number that were measured are drawn. picture: a cost that pictures of a sweep have.
+    axis: quality is drawn against it where it is of section COST, and it is that quality where it
+    is of QUALITY; 0: neither. Of costs the lowest number is proposed first; of qualities all those
+    of the lowest number that were measured are drawn, and the page names those of the very lowest.
+    picture: a cost that is drawn in a sweep's pictures too, not on its page alone.
 
     section, about, when: its heading, what it is and when it is there, for docs/reference.md.
     """

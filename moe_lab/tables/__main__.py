@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from moe_lab.report.figures import FIGURES
 from moe_lab.report.frame import read_reports
 from moe_lab.tables.outputs import ENDINGS, make_comparison, make_table, write_outputs
 from moe_lab.tables.pivot import Request
@@ -50,7 +51,7 @@ def _add_what_is_shown(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("rows", "settings that make rows; default: those that differ"),
         ("columns", "settings to spread over columns"),
-        ("values", "figures; default: accuracy, KL, parameters, memory, speed"),
+        ("values", f"figures; default: {', '.join(one.title for one in FIGURES if one.columns)}"),
         ("sort", "keys of rows or values to sort by, --sort=-KEY for descending; default: as run"),
         ("best", "the best is bold among rows alike in these; default: model and size; '': of all"),
     ):

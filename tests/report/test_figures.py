@@ -126,6 +126,7 @@ ADDED = {
     "console": ["bananas | 12.0 M | 6.0 M"],
     "card": ["| bananas | 12.0 M | 6.0 M |"],
     "table": ["compressed/bananas"],
+    "help": ["bananas"],
     "page": ["compressed/bananas -1 3.0 M"],
     "titles": ["bananas"],
     "costs": ["bananas"],

@@ -9,7 +9,9 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,13 @@ def write_jobs(folder: Path, further: Sequence[str]) -> None:
         write_report(folder / str(number), one)
 
 
+def help_of(parse: Callable[[list[str]], Any]) -> str:
+    """What a command's --help says, in one line."""
+    with redirect_stdout(StringIO()) as said, suppress(SystemExit):
+        parse(["--help"])
+    return " ".join(said.getvalue().split())
+
+
 def page_data(page: Path) -> dict[str, Any]:
     """What lies in a page for its scripts."""
     _, _, rest = page.read_text(encoding="utf-8").partition('id="sweep">')
@@ -43,6 +52,7 @@ def told(root: Path, further: Sequence[str] = ()) -> dict[str, list[str]]:
     from moe_lab.report.plots.sweep import DRAWN_COSTS, draw_sweep
     from moe_lab.report.report import read_report
     from moe_lab.report.summary import result_markdown, result_rows
+    from moe_lab.tables.__main__ import _arguments
     from moe_lab.tables.outputs import make_table
     from moe_lab.tables.pivot import Request
 
@@ -60,6 +70,7 @@ def told(root: Path, further: Sequence[str] = ()) -> dict[str, list[str]]:
             "console": [" | ".join(row) for row in result_rows(report)],
             "card": result_markdown(report).splitlines(),
             "table": make_table(frame, Request()).markdown().splitlines()[0].split(" | "),
+            "help": help_of(_arguments).split(", "),
             "page": [f"{one['key']} {one['better']} {one['texts'][-1]}" for one in columns],
             "titles": list(page["titles"].values()),
             "costs": page["costs"],
