@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_lab
 from moe_lab import files
-from moe_lab.report.figures import better
+from moe_lab.report.figures import FIGURES, better
 from moe_lab.report.report import read_report
 from moe_lab.runs import moved, options
 from moe_lab.runs.__main__ import _arguments as arguments_of_runs
@@ -47,6 +47,7 @@ READ_FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]  # all comman
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 ADDING = ROOT / "docs" / "adding.md"
 REFERENCE = ROOT / "docs" / "reference.md"
+figures = load_module("figures_of_the_docs", ROOT / "docs" / "figures.py")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Job = Callable[..., Outcome]
 
@@ -371,9 +372,15 @@ def test_a_report_figure(workshop: Path, tmp_path: Path, small: list[str]) -> No
     quick = ["measure.repeats=1", "measure.prompt_length=8", "measure.decode_tokens=1"]
     more = [*small, *quick, f"store={tmp_path / 'store'}"]
     report, said = run_in(workshop, "A report figure", tmp_path / "run", *more)
-    assert (report["dense/routed_experts"], report["compressed/routed_experts"]) == (24, 12)
+    assert (report["dense/experts"], report["compressed/experts"]) == (24, 12)
     (line,) = (line for line in said.splitlines() if "routed experts" in line)
     assert re.findall(r"\d+", line) == ["24", "12"]
+    card = (Path(report["compressed/checkpoint"]) / "README.md").read_text(encoding="utf-8")
+    assert "| routed experts | 24 | 12 |" in card
+    script = [sys.executable, "docs/figures.py"]
+    subprocess.run(script, cwd=workshop, check=True, env=os.environ | {"PYTHONPATH": str(workshop)})
+    reference = (workshop / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert "\n| `<variant>/experts` |" in reference
 
 
 # --------------------------------------------------------------------------- what is named
@@ -572,6 +579,22 @@ def test_every_key_of_the_reference_is_one() -> None:
         if not any(pattern_of(key).fullmatch(one) for one in seen):
             last = [part for part in key.split("/") if "<" not in part][-1]
             assert re.search(rf"[\"'/]{last}[\"'/]", code), f"{key} is no key of a report"
+
+
+def test_the_tables_of_figures_are_up_to_date() -> None:
+    """After a change of moe_lab/report/figures.py: python docs/figures.py."""
+    page = REFERENCE.read_text(encoding="utf-8")
+    assert page == figures.with_tables(page)
+    hidden = page.replace("| less |", "| more |")
+    assert figures.with_tables(hidden) == page != hidden
+
+
+def test_every_figure_is_in_the_reference() -> None:
+    """Those with a line of their own, and those that the line of a pattern has."""
+    told = [pattern_of(key) for key in table_keys("report.json")]
+    for figure in FIGURES:
+        example = re.sub(r"<rank>", "1", figure.key.replace("<variant>", "dense"))
+        assert any(one.fullmatch(example) for one in told), figure.key
 
 
 def test_which_way_is_better() -> None:
