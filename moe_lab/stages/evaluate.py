@@ -21,10 +21,10 @@ from moe_lab.evaluate.tasks.tiny import tasks as tiny_tasks
 from moe_lab.files import PLAN, PLANS
 from moe_lab.models import layers, observing, remapped, routers
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.routers import restricted
 from moe_lab.profile import collect
 from moe_lab.store import Artifact, Store, code_version, write_whole
-from moe_lab.types import Plan
 
 logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"
@@ -99,7 +99,8 @@ def evaluate_groups(
             tasks = suite.tasks_of(group)
             logger.info("evaluate: group %s: %s", group, ", ".join(tasks))
             plan = Plan.load(planned.folder / PLANS / f"{number}.json")
-            kept = {edit.index: edit.kept for edit in plan.edited()}
+            chains = plan.chains()
+            kept = {one.index: some for one in chains if (some := one.experts_kept) is not None}
             with restricted(model, kept):
                 of_group = run_tasks(
                     model, tokenizer, replace(suite, tasks=tasks), folder, compute.batch_size

@@ -18,9 +18,9 @@ from moe_lab.finetune.training import STATE, Training
 from moe_lab.finetune.tuning import Tuning
 from moe_lab.models import editing, forms, layers, observing, own_form, remapped, routers, saving
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.store import Artifact, Store, code_version
-from moe_lab.types import Plan
 
 
 def finetune(
@@ -45,7 +45,7 @@ def finetune(
     recipe.check(edits)
     tokens = {name: tokens[name] for name in sources(recipe.phases)}
     code = [finetune, Training, Phase, Tuning, recipe, editing, layers, observing, routers]
-    code += [saving, forms, own_form, remapped]
+    code += [saving, forms, own_form, remapped, *(type(edit) for edit in edits.edited())]
     identity = {
         "checkpoint": compressed.fingerprint,
         "plan": plan.key,

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from moe_lab.diagnose import tables
 from moe_lab.files import CHECKPOINT, CURVE, FORM, LAYERS, PLAN, PLANS, TRAINABLE, USAGE
 from moe_lab.models.checkpoint import Checkpoint, meta_model
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, restructure_model
 from moe_lab.models.layers import num_parameters
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.report.report import write_report
 from moe_lab.store import Artifact
-from moe_lab.types import LayerInfo, Plan
+from moe_lab.types import LayerInfo
 
 
 def copy_plan(planned: Artifact, folder: Path, report: dict[str, Any]) -> bool:
@@ -116,7 +116,7 @@ class RunReport:
         sizes = []
         for file in sorted((planned.folder / PLANS).glob("*.json")):
             model = meta_model(dense.config)
-            apply_plan(model, Plan.load(file))
+            restructure_model(model, Plan.load(file).edits)
             sizes.append(num_parameters(model))
         whole = num_parameters(meta_model(dense.config))
         self.report["compressed/parameters"] = sum(sizes) / len(sizes)

@@ -17,7 +17,9 @@ from moe_lab.files import PLAN, PLANS
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, Model, check_plan
+from moe_lab.models.checkpoint import Checkpoint, Model
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan, check_plan
 from moe_lab.models.forms import form_of
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
@@ -25,7 +27,7 @@ from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile
 from moe_lab.store import Artifact, Store, code_version, write_whole
-from moe_lab.types import Edit, LayerInfo, Plan
+from moe_lab.types import LayerInfo
 
 logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
@@ -106,7 +108,7 @@ def plan(
 
 
 def _keep_all(layers: list[LayerStatistics], groups: list[str]) -> Plan:
-    edits = tuple(Edit(layer.info.index, layer.info.name, "keep") for layer in layers)
+    edits = tuple(KeepLayer(layer.info.index, layer.info.name) for layer in layers)
     return Plan(edits, notes={"groups": groups})
 
 
@@ -124,7 +126,7 @@ def check_recipe(
         edits = method.example(layers)
         indices = {edit.index for edit in edits}
         others = (info for info in layers if info.index not in indices)
-        kept = tuple(Edit(info.index, info.name, "keep") for info in others)
+        kept = tuple(KeepLayer(info.index, info.name) for info in others)
         recipe.check(Plan((*edits, *kept)))
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.report.run_files import (
     LOG_LINES,
     commands_of,
@@ -19,14 +23,13 @@ from moe_lab.report.run_files import (
     versions_of,
 )
 from moe_lab.store import Store
-from moe_lab.types import Edit, Plan
 
 
 def test_a_plan_comes_to_four_digits_with_its_scores_apart() -> None:
     edits = (
-        Edit(1, "a", "prune", kept=(0, 2), scores=(0.123456, float("nan"), 2.0)),
-        Edit(2, "b", "drop_layer", scores=(0.5,)),
-        Edit(3, "c", "keep"),
+        PruneExperts(1, "a", kept=(0, 2), scores=(0.123456, float("nan"), 2.0)),
+        DropLayer(2, "b", scores=(0.5,)),
+        KeepLayer(3, "c"),
     )
     text = Plan(edits, notes={"share": 1 / 3}).to_text()
     found, scores = read_plan(text)

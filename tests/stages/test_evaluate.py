@@ -32,13 +32,13 @@ from moe_lab.methods.metrics import frequency
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint, resolve
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.stages.compress import compress
 from moe_lab.stages.evaluate import evaluate, evaluate_groups, results_of
 from moe_lab.stages.plan import plan
 from moe_lab.stages.profile import profile
 from moe_lab.store import Artifact, Store
-from moe_lab.types import Plan
 
 COMPUTE = Compute("cpu", batch_size=8)
 

@@ -10,12 +10,14 @@ import pytest
 from families import tiny_batch, tiny_model
 
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import num_parameters
 from moe_lab.profile.collect import collect_statistics, save_statistics
 from moe_lab.report.report import read_report
 from moe_lab.stages.outputs import RunReport, copy_plan, write_usage
 from moe_lab.store import Artifact, Store
-from moe_lab.types import Edit, Plan
 
 
 @pytest.fixture
@@ -54,10 +56,10 @@ def test_usage_is_1_where_all_are_used_alike(store: Store, run: Path) -> None:
 
 
 def test_a_plan_of_groups_changes_no_checkpoint(store: Store, run: Path) -> None:
-    prune = Plan((Edit(1, "model.layers.1.mlp", "prune", kept=(0, 1, 2, 3)),))
+    prune = Plan((PruneExperts(1, "model.layers.1.mlp", kept=(0, 1, 2, 3)),))
     found: dict[str, object] = {}
     assert copy_plan(planned(store, prune), run, found) and found == {}
-    common = Plan((Edit(1, "model.layers.1.mlp", "keep"),), notes={"statistics": "intact model"})
+    common = Plan((KeepLayer(1, "model.layers.1.mlp"),), notes={"statistics": "intact model"})
     assert not copy_plan(planned(store, common, prune), run, found)
     assert found == {"statistics": "intact model"}
     assert Plan.load(run / "plan.json") == common
@@ -67,7 +69,7 @@ def test_a_plan_of_groups_changes_no_checkpoint(store: Store, run: Path) -> None
 def test_parameters_of_groups_are_their_mean(store: Store, run: Path, tmp_path: Path) -> None:
     model = tiny_model("qwen2_moe")
     model.save_pretrained(tmp_path / "dense")
-    groups = [Plan((Edit(1, "model.layers.1.mlp", "prune", kept=tuple(range(kept))),))
+    groups = [Plan((PruneExperts(1, "model.layers.1.mlp", kept=tuple(range(kept))),))
               for kept in (4, 6)]  # fmt: skip
     report = RunReport({}, run)
     report.add_groups(planned(store, Plan(()), *groups), Checkpoint(tmp_path / "dense"))

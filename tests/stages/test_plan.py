@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from running import Outcome
 
-from moe_lab.types import Plan
+from moe_lab.models.edits.plan import Plan
 
 BY_GROUP = ["calibration.group_by=subject", "metric=frequency", "ratio.ratio=0.5"]
 
