@@ -26,7 +26,7 @@ LISTED = (HYDRA, DIAGNOSIS)  # the folders of a run whose files are ours
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[int, list[float]]]:
     """A plan to four digits, and its scores by layer: runs often differ in the plan alone.
 
     Its edits (`layers` and `searched`) come as `_row` has them, in words that no kind is told by.

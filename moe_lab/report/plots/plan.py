@@ -48,9 +48,8 @@ def draw_plan(
 def _scores(plan: Plan, told: Mapping[str, Any], path: Path) -> Path | None:
     """The scores of the experts, layer by expert, those that go crossed out."""
     chains = [chain for chain in plan.chains() if chain.expert_scores]
-    rows = [(chain.index, expert, score, chain.experts_kept)
+    rows = [(chain.index, expert, score, chain.fate(expert).state == REMOVED)
             for chain in chains for expert, score in enumerate(chain.expert_scores)]  # fmt: skip
-    rows = [(*row, kept is not None and row[1] not in kept) for *row, kept in rows]
     if not rows:
         return None
     table = pd.DataFrame(rows, columns=["layer", "expert", "score", "goes"])
