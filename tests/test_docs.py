@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_lab
 from moe_lab import files
+from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan, known_kinds, read_edit
 from moe_lab.report.figures import better
 from moe_lab.report.report import read_report
@@ -276,6 +277,33 @@ def test_a_recipe(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None
     assert trained and all("norm" in name for name in trained)
 
 
+def test_an_edit(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("An edit", home)
+    report = run_one(command, job, home, monkeypatch).report
+    plan = json.loads((home.parent / "job" / "plan.json").read_text(encoding="utf-8"))
+    assert [edit["edit"] for edit in plan["layers"]] == ["round"] * 3
+    assert plan["layers"][0]["bits"] == report["round_experts/bits"] == 3
+    assert report["compressed/stock"] is True
+    weights = load_file(Path(report["compressed/checkpoint"]) / "model.safetensors")
+    row = weights["model.layers.2.mlp.experts.5.up_proj.weight"][0]
+    assert len(row.abs().unique()) <= 4  # 0, 1, 2, 3 times the step
+    # Its file is part of the result's key.
+    file = home / "research" / "round_experts.py"
+    file.write_text(file.read_text(encoding="utf-8").replace("1e-12", "1e-9"), encoding="utf-8")
+    for name in [name for name in sys.modules if name.startswith("research")]:
+        del sys.modules[name]
+    again = run_one(command, job, home, monkeypatch)
+    assert again.report["cached/profile"] and not again.report["cached/compress"]
+
+
+def test_what_a_kind_of_edit_may_say_is_there() -> None:
+    table = section_of(ADDING, "An edit").partition("| it | says |")[2]
+    named = set(re.findall(r"`(\w+)`", table.partition("\n\n")[0])) - {"EditOfExperts"}
+    assert len(named) > 10
+    for name in named - {"kept"}:
+        assert hasattr(Edit, name), name
+
+
 def test_a_family(home: Path, job: Job, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = follow("A family", home)
     as_in_the_package(home, "moe_lab.models.families", monkeypatch)
@@ -329,7 +357,7 @@ def test_what_was_added_keeps_to_the_rooms(workshop: Path) -> None:
         names = [name for _, name in rooms.imports(path.read_text(encoding="utf-8"))]
         assert not [reason for name in names if (reason := rooms.why_not(module, name))], module
     added = [path for path in MADE if path.startswith("moe_lab/") and not (ROOT / path).exists()]
-    assert len(added) == 6
+    assert len(added) == 5
     for path in added:
         assert rooms.is_plugin(rooms.module_of(rooms.ROOT / path)), path
 
@@ -344,18 +372,6 @@ def run_in(workshop: Path, title: str, folder: Path, *more: str) -> tuple[dict[s
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return read_report(folder), done.stdout
-
-
-def test_an_edit(workshop: Path, tmp_path: Path, small: list[str]) -> None:
-    more = [*small, "measure=none", f"store={tmp_path / 'store'}"]
-    report, _ = run_in(workshop, "An edit", tmp_path / "run", *more)
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
-    assert [edit["edit"] for edit in plan["layers"]] == ["round"] * 3
-    assert plan["layers"][0]["bits"] == report["round_experts/bits"] == 3
-    assert report["compressed/stock"] is True
-    weights = load_file(Path(report["compressed/checkpoint"]) / "model.safetensors")
-    row = weights["model.layers.2.mlp.experts.5.up_proj.weight"][0]
-    assert len(row.abs().unique()) <= 4  # 0, 1, 2, 3 times the step
 
 
 def test_a_report_figure(workshop: Path, tmp_path: Path, small: list[str]) -> None:
