@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.report.run_files import (
@@ -37,8 +39,36 @@ def test_a_plan_comes_to_four_digits_with_its_scores_apart() -> None:
     assert found["share"] == 0.3333
     assert [edit["edit"] for edit in found["layers"]] == ["prune", "drop_layer", "keep"]
     assert not any("scores" in edit for edit in found["layers"])
+    assert found["layers"][0] == {
+        "index": 1, "name": "a", "edit": "prune", "title": "prune", "changes": True,
+        "kept": (0, 2), "num_experts": 3, "cells": {},
+    }  # fmt: skip
+    assert [edit["kept"] for edit in found["layers"][1:]] == [(), None]
     for nothing in (None, "", text[:40], "[1]", "{}"):
         assert read_plan(nothing) == (None, {})
+
+
+def test_a_plan_s_rows_are_in_the_edits_words() -> None:
+    edits = (
+        PruneExperts(1, "a", kept=(0, 2), replacement="zero"),
+        CondenseLayer(2, "b", experts=(5, 2), gates=(0.123456, 0.5)),
+        MergeExperts(3, "c", kept=(0, 4), groups=((0, 9), (4,))),
+    )
+    searched = (CondenseLayer(3, "c", experts=(1,), gates=(0.5,), divergence=(0.3, 0.2)),)
+    text = Plan(edits, searched=searched).to_text().replace('"edit": "merge"', '"edit": "of_mine"')
+    found, _ = read_plan(text)
+    told = [(row["edit"], row["title"], row["kept"], row["num_experts"], row["cells"])
+            for row in (*found["layers"], *found["searched"])]  # fmt: skip
+    gates = {"gates": [["shared", 1.0], 0.5], "divergence": [0.3, 0.2]}
+    assert told == [
+        ("prune", "prune (zero)", (0, 2), 3, {}),
+        ("condense", "condense", (5, 2), 6, {"gates": [["shared", 1.0], 0.1235, 0.5]}),
+        ("of_mine", "of_mine (not known here)", None, 0, {}),
+        ("condense", "condense", (1,), 2, gates),
+    ]
+    merged, _ = read_plan(Plan(edits).to_text())
+    assert merged["layers"][2]["cells"] == {"groups merged": ["0+9"]}
+    assert merged["layers"][2]["num_experts"] == 10
 
 
 def test_usage_has_holes_where_a_row_is_missing() -> None:
