@@ -66,6 +66,7 @@ def _row(edit: Edit, kept: tuple[int, ...] | None) -> dict[str, Any]:
         "kept": kept,
         "num_experts": max(edit.named_experts, default=-1) + 1,
         "cells": cells,
+        "divergence": edit.divergence,
     }
 
 

@@ -41,7 +41,7 @@ def test_a_plan_comes_to_four_digits_with_its_scores_apart() -> None:
     assert not any("scores" in edit for edit in found["layers"])
     assert found["layers"][0] == {
         "index": 1, "name": "a", "edit": "prune", "title": "prune", "changes": True,
-        "kept": (0, 2), "num_experts": 3, "cells": {},
+        "kept": (0, 2), "num_experts": 3, "cells": {}, "divergence": (),
     }  # fmt: skip
     assert [edit["kept"] for edit in found["layers"][1:]] == [(), None]
     for nothing in (None, "", text[:40], "[1]", "{}"):
@@ -57,14 +57,14 @@ def test_a_plan_s_rows_are_in_the_edits_words() -> None:
     searched = (CondenseLayer(3, "c", experts=(1,), gates=(0.5,), divergence=(0.3, 0.2)),)
     text = Plan(edits, searched=searched).to_text().replace('"edit": "merge"', '"edit": "of_mine"')
     found, _ = read_plan(text)
-    told = [(row["edit"], row["title"], row["kept"], row["num_experts"], row["cells"])
+    told = [(row["edit"], row["title"], row["kept"], row["num_experts"], row["cells"],
+             row["divergence"])
             for row in (*found["layers"], *found["searched"])]  # fmt: skip
-    gates = {"gates": [["shared", 1.0], 0.5], "divergence": [0.3, 0.2]}
     assert told == [
-        ("prune", "prune (zero)", (0, 2), 3, {}),
-        ("condense", "condense", (5, 2), 6, {"gates": [["shared", 1.0], 0.1235, 0.5]}),
-        ("of_mine", "of_mine (not known here)", None, 0, {}),
-        ("condense", "condense", (1,), 2, gates),
+        ("prune", "prune (zero)", (0, 2), 3, {}, ()),
+        ("condense", "condense", (5, 2), 6, {"gates": [["shared", 1.0], 0.1235, 0.5]}, ()),
+        ("of_mine", "of_mine (not known here)", None, 0, {}, ()),
+        ("condense", "condense", (1,), 2, {"gates": [["shared", 1.0], 0.5]}, (0.3, 0.2)),
     ]
     merged, _ = read_plan(Plan(edits).to_text())
     assert merged["layers"][2]["cells"] == {"groups merged": ["0+9"]}

@@ -176,9 +176,9 @@ class Edit:
 
     @property
     def cells(self) -> dict[str, list[Any]]:
-        """What the page shows by column, beside the experts kept: texts and numbers, one a place.
+        """What the page shows by column, beside the experts kept and a search's divergence.
 
-        Several that belong together are a list in their place.
+        Texts and numbers, one a place; several that belong together are a list in their place.
         """
         return {}
 

@@ -42,11 +42,8 @@ class CondenseLayer(Edit):
 
     @property
     def cells(self) -> dict[str, list[Any]]:
-        """The gates, and the search's divergence."""
-        return {
-            "gates": [["shared", self.shared_gate], *self.gates],
-            "divergence": list(self.divergence),
-        }
+        """The gates."""
+        return {"gates": [["shared", self.shared_gate], *self.gates]}
 
     @property
     def experts_kept(self) -> tuple[int, ...] | None:

@@ -57,11 +57,13 @@ function notesOf(notes) {
 
 function layerTable(edits, details, name) {
   const further = new Set(edits.flatMap((edit) => Object.keys(edit.cells)));
+  const listOf = (items) => items?.map(textOfItem).join("  ");
   const columns = [
     ["layer", (edit) => String(edit.index)],
     ["edit", (edit) => edit.title],
     ["experts kept", (edit) => keptCell(edit, details)],
-    ...[...further].map((title) => [title, (edit) => edit.cells[title]?.map(textOfItem).join("  ")]),
+    ...[...further].map((title) => [title, (edit) => listOf(edit.cells[title])]),
+    ["divergence", (edit) => listOf(edit.divergence)],
     ["module", (edit) => edit.name],
   ].filter(([title, read]) => ["layer", "edit"].includes(title) || edits.some((edit) => read(edit)));
   return tableOf(columns.map(([title]) => title), edits.map((edit) => columns.map(([title, read]) => {

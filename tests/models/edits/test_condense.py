@@ -19,7 +19,7 @@ CONDENSE = CondenseLayer(
 def test_what_it_says_of_itself() -> None:
     assert (CONDENSE.title, CONDENSE.experts_kept, CONDENSE.trains) == ("condense", (5, 2), "all")
     assert CONDENSE.num_experts_left is None and not CONDENSE.leaves_moe
-    assert CONDENSE.cells == {"gates": [["shared", 0.5], 0.4, 0.3], "divergence": [0.3, 0.2, 0.1]}
+    assert CONDENSE.cells == {"gates": [["shared", 0.5], 0.4, 0.3]}
     assert CONDENSE.gated_parts == GatedParts((24, 16, 16), 2)
     fates = [Fate("removed"), Fate("joined", 2), Fate("joined", 1)]
     assert [CONDENSE.fate(expert) for expert in (0, 2, 5)] == fates
