@@ -14,9 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moe_lab.models.edits.plan import Plan
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo, Plan
+from moe_lab.types import LayerInfo
 
 
 class Method(Protocol):

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_lab.methods.layer_choice import check_layers, choose_layers, example_layers
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Edit, LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class DropBlocks:
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
         return tuple(
-            Edit(info.index, info.name, "drop_block")
+            DropBlock(info.index, info.name)
             for info in example_layers(self.layers, self.num_layers, layers)
         )
 
@@ -44,10 +48,9 @@ class DropBlocks:
         """One edit per MoE layer, its score the mean similarity."""
         order = choose_layers(self.layers, self.num_layers, profile.statistics, "block")
         edits = tuple(
-            Edit(
+            (DropBlock if one.info.index in order else KeepLayer)(
                 one.info.index,
                 one.info.name,
-                "drop_block" if one.info.index in order else "keep",
                 scores=(one.mean_cosine("block"),),
             )
             for one in profile.statistics

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Edit, LayerInfo, Plan
+from moe_lab.types import LayerInfo
 
 
 @dataclass(frozen=True)
@@ -21,4 +23,4 @@ class Nothing:
     def plan(self, profile: Profile) -> Plan:
         """Each layer is kept."""
         infos = [layer.info for layer in profile.statistics]
-        return Plan(tuple(Edit(info.index, info.name, "keep") for info in infos))
+        return Plan(tuple(KeepLayer(info.index, info.name) for info in infos))

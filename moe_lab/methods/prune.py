@@ -17,13 +17,16 @@ from moe_lab.methods.ratios.budget import Ratio, Scores
 from moe_lab.models import activations, editing, stream
 from moe_lab.models import layers as model_layers
 from moe_lab.models.editing import constants_name
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import check_own_rows
 from moe_lab.profile import collect, propagate
 from moe_lab.profile.collect import super_experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import propagated
-from moe_lab.types import Edit, LayerInfo, Plan, ReplacementName, UserError
+from moe_lab.types import LayerInfo, ReplacementName, UserError
 
 PROTECTIONS = ("super_experts", "outliers")
 
@@ -78,8 +81,8 @@ class Prune:
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; how many experts go is not known, so that none does."""
         return tuple(
-            Edit(
-                info.index, info.name, "prune", kept=tuple(range(info.num_experts)),
+            PruneExperts(
+                info.index, info.name, kept=tuple(range(info.num_experts)),
                 replacement=self._replacement,
             )
             for info in layers
@@ -134,7 +137,7 @@ class Prune:
             if self.replacement == "constant" and len(kept) < layer.info.num_experts:
                 tensors[constants_name(index)] = mean_outputs(layer, kept)
             scores = tuple(score_E.tolist())
-            return Edit(index, name, "prune", kept, scores, replacement=self._replacement)
+            return PruneExperts(index, name, kept, self._replacement, scores)
 
         def edit_again(layer: LayerStatistics) -> Edit:
             score = self.metric(layer)
@@ -185,7 +188,8 @@ class Prune:
         """What decides the plan beside this class."""
         parts = [self._metric, self.ratio]
         further = [part.code() for part in parts if hasattr(part, "code")]
-        again = [propagate, editing, model_layers, stream, activations] if self.propagate else []
+        edits = [PruneExperts, editing, model_layers]
+        again = [propagate, *edits, stream, activations] if self.propagate else []
         return [
             self.metric, self.ratio, budget, collect, *again,
             *itertools.chain.from_iterable(further),

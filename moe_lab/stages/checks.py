@@ -10,8 +10,10 @@ from moe_lab.finetune.recipe import Recipe
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.forms import form_of
-from moe_lab.types import Edit, LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def check_recipe(
         edits = method.example(layers)
         indices = {edit.index for edit in edits}
         others = (info for info in layers if info.index not in indices)
-        kept = tuple(Edit(info.index, info.name, "keep") for info in others)
+        kept = tuple(KeepLayer(info.index, info.name) for info in others)
         recipe.check(Plan((*edits, *kept)))
 
 

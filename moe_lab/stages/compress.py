@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
-from moe_lab.types import Plan
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
@@ -32,9 +31,10 @@ class Compression:
 def compress(context: Context, asked: Compression) -> Artifact:
     """A folder with checkpoint/ and form.json, which says whether stock transformers loads it."""
 
+    plan = Plan.load(asked.plan.folder / PLAN)
+
     def make(folder: Path) -> None:
         model = asked.dense.load()
-        plan = Plan.load(asked.plan.folder / PLAN)
         apply_plan(model, plan)
         padding = plan.notes.get("padding")
         form = save_checkpoint(model, folder / CHECKPOINT, asked.dense.path, padding)
@@ -44,7 +44,7 @@ def compress(context: Context, asked: Compression) -> Artifact:
         "model": asked.dense.fingerprint,
         "dtype": asked.dense.dtype,
         "plan": asked.plan.key,
-        "code": code_version(compress),
+        "code": code_version(compress, *plan.kinds()),
     }
     return context.store.get("compress", identity, make)
 

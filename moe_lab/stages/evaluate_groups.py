@@ -13,14 +13,13 @@ from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite
 from moe_lab.files import PLAN, PLANS
 from moe_lab.models.checkpoint import Checkpoint, meta_model
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, restructure_model
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.routers import restricted
 from moe_lab.stages.context import Context
 from moe_lab.stages.evaluate import asked_of, results_of, tell_scores, write_results
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
-from moe_lab.types import Plan
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
@@ -68,7 +67,8 @@ def evaluate_groups(context: Context, asked: GroupEvaluation) -> Artifact:
             suite = replace(asked.suite, tasks=asked.suite.tasks_of(group))
             logger.info("evaluate: group %s: %s", group, ", ".join(suite.tasks))
             plan = Plan.load(asked.plans.folder / PLANS / f"{number}.json")
-            kept = {edit.index: edit.kept for edit in plan.edited()}
+            chains = plan.chains()
+            kept = {one.index: some for one in chains if (some := one.experts_kept) is not None}
             with restricted(model, kept):
                 scores = run_tasks(model, tokenizer, suite, folder, context.compute.batch_size)
             averages += [scores.pop("average")] if "average" in scores else []
@@ -85,7 +85,7 @@ def sizes_of_groups(plans: Artifact, dense: Checkpoint) -> dict[str, float]:
     sizes = []
     for file in sorted((plans.folder / PLANS).glob("*.json")):
         model = meta_model(dense.config)
-        apply_plan(model, Plan.load(file))
+        restructure_model(model, Plan.load(file).edits)
         sizes.append(num_parameters(model))
     mean, whole = sum(sizes) / len(sizes), num_parameters(meta_model(dense.config))
     return {"compressed/parameters": mean, "compressed/parameter_ratio": mean / whole}

@@ -18,12 +18,12 @@ from moe_lab.finetune.recipe import Recipe
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.training import STATE, Training
 from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
-from moe_lab.types import Plan
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
@@ -47,7 +47,7 @@ class FineTuning:
     seed: int
     taught: Artifact | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, plan: Plan) -> dict[str, Any]:
         """What the tuned checkpoint depends on."""
         identity = {
             "checkpoint": self.compressed.fingerprint,
@@ -55,7 +55,7 @@ class FineTuning:
             "recipe": _without_sources(self.options),
             "data": {name: part.fingerprint for name, part in self.tokens.items()},
             "seed": self.seed,
-            "code": code_version(finetune, self.recipe),
+            "code": code_version(finetune, self.recipe, *plan.kinds()),
         }
         return identity | ({"teacher": self.taught.key} if self.taught else {})
 
@@ -80,7 +80,7 @@ def finetune(context: Context, asked: FineTuning) -> Artifact:
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
-    return context.store.get("finetune", asked.identity(), make)
+    return context.store.get("finetune", asked.identity(plan), make)
 
 
 def _without_sources(options: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from moe_lab.dependencies import code_version
 from moe_lab.files import PLAN, PLANS
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, Model, check_plan
+from moe_lab.models.checkpoint import Checkpoint, Model
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan, check_plan
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
@@ -26,7 +28,6 @@ from moe_lab.profile.profile import Answer, Profile
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, write_whole
-from moe_lab.types import Edit, Plan
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
@@ -85,7 +86,7 @@ def _save(made: Plan, path: Path) -> None:
 
 
 def _keep_all(layers: list[LayerStatistics], groups: list[str]) -> Plan:
-    edits = tuple(Edit(layer.info.index, layer.info.name, "keep") for layer in layers)
+    edits = tuple(KeepLayer(layer.info.index, layer.info.name) for layer in layers)
     return Plan(edits, notes={"groups": groups})
 
 

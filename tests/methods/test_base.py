@@ -17,10 +17,10 @@ from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Plan
 
 METHODS = {
     "none": Nothing(),
@@ -46,8 +46,8 @@ def test_a_plan_has_an_edit_for_each_layer(name: str, tmp_path: Path) -> None:
     plan = method.plan(Profile(statistics, lambda number=None: LayerStream(model, [batch])))
     assert [(e.index, e.name) for e in plan.edits] == [(one.index, one.name) for one in infos]
     if hasattr(method, "example"):
-        foreseen = {edit.edit for edit in method.example(infos)}
-        assert {edit.edit for edit in plan.edited()} == foreseen - {"keep"}
+        foreseen = {edit.kind for edit in method.example(infos)}
+        assert {edit.kind for edit in plan.edited()} == foreseen - {"keep"}
     assert bool(plan.edited()) == (name != "none")
     (tmp_path / "plan.json").write_text(plan.to_text())
     assert Plan.load(tmp_path / "plan.json") == plan

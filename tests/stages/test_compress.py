@@ -11,13 +11,13 @@ from families import logits_of, tiny_model
 
 from moe_lab.compute import Compute
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.stages.compress import Compression, compress
 from moe_lab.stages.context import Context
 from moe_lab.stages.run import checkpoint_of
 from moe_lab.store import Artifact, Store
-from moe_lab.types import Edit, Plan
 
 
 def planned(store: Store, plan: Plan) -> Artifact:
@@ -32,7 +32,7 @@ def test_a_plan_is_carried_out_once_and_says_in_which_form(tmp_path: Path) -> No
     tiny_model("qwen2_moe").save_pretrained(tmp_path / "dense")
     store, dense = Store(tmp_path / "store"), Checkpoint(tmp_path / "dense")
     names = {layer.info.index: layer.info.name for layer in moe_layers(dense.load())}
-    alike = Plan(tuple(Edit(i, name, "prune", kept=(0, 2, 5, 7)) for i, name in names.items()))
+    alike = Plan(tuple(PruneExperts(i, name, kept=(0, 2, 5, 7)) for i, name in names.items()))
     uneven = Plan(alike.edits[:1], notes={"padding": 0.5})
     for plan, stock in ((alike, True), (uneven, False)):
         asked = Compression(dense, planned(store, plan))

@@ -32,6 +32,7 @@ from moe_lab.methods.metrics import frequency
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint, resolve
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.stages.compress import Compression, compress
 from moe_lab.stages.context import Context
@@ -40,7 +41,6 @@ from moe_lab.stages.evaluate_groups import GroupEvaluation, evaluate_groups
 from moe_lab.stages.plan import Planning, plan
 from moe_lab.stages.profile import Profiling, profile
 from moe_lab.store import Artifact, Store
-from moe_lab.types import Plan
 
 
 @pytest.fixture(scope="module")

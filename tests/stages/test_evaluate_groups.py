@@ -7,10 +7,11 @@ from pathlib import Path
 from families import tiny_model
 
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import num_parameters
 from moe_lab.stages.evaluate_groups import sizes_of_groups
 from moe_lab.store import Store
-from moe_lab.types import Edit, Plan
 
 
 def test_parameters_of_groups_are_their_mean(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_parameters_of_groups_are_their_mean(tmp_path: Path) -> None:
     def make(folder: Path) -> None:
         (folder / "plans").mkdir()
         for number, kept in enumerate((4, 6)):
-            edit = Edit(1, "model.layers.1.mlp", "prune", kept=tuple(range(kept)))
+            edit = PruneExperts(1, "model.layers.1.mlp", tuple(range(kept)))
             (folder / "plans" / f"{number}.json").write_text(Plan((edit,)).to_text())
 
     plans = Store(tmp_path / "store").get("plan", {"a": 1}, make)

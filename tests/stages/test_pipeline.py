@@ -29,13 +29,12 @@ Read = Callable[[Path], str]
 @pytest.fixture
 def rewritten(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[str], str]], None]:
     """Lets a module's text be another one, for all that looks at it."""
-    read = dependencies._read
+    source_of = dependencies.source_of
 
-    def rewrite(name: str, change: Callable[[str], str]) -> None:
-        file = dependencies._own_file(name)
-        text = change(read(file))
+    def rewrite(changed: str, change: Callable[[str], str]) -> None:
+        text = change(source_of(changed))
         monkeypatch.setattr(
-            dependencies, "_read", lambda path: text if path == file else read(path)
+            dependencies, "source_of", lambda name: text if name == changed else source_of(name)
         )
 
     return rewrite

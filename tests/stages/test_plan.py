@@ -10,9 +10,11 @@ import pytest
 import torch
 from running import Outcome
 
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.stages.plan import copy_plan
 from moe_lab.store import Store
-from moe_lab.types import Edit, Plan
 
 BY_GROUP = ["calibration.group_by=subject", "metric=frequency", "ratio.ratio=0.5"]
 
@@ -75,8 +77,8 @@ def test_ways_to_choose_layers_share_what_was_searched(job: Callable[..., Outcom
 
 def test_a_plan_comes_into_the_run_s_folder_with_all_that_it_needs(tmp_path: Path) -> None:
     constants = torch.ones(4, 32)
-    edit = Edit(1, "model.layers.1.mlp", "prune", kept=(0, 1, 2, 3), replacement="constant")
-    common = Plan((Edit(1, "model.layers.1.mlp", "keep"),), notes={"statistics": "intact model"})
+    edit = PruneExperts(1, "model.layers.1.mlp", (0, 1, 2, 3), "constant")
+    common = Plan((KeepLayer(1, "model.layers.1.mlp"),), notes={"statistics": "intact model"})
     alone = Plan((edit,), tensors={"layers.1.constants": constants})
 
     def write(folder: Path) -> None:
