@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from moe_lab.types import LayerInfo, UserError
@@ -266,44 +266,6 @@ class EditOfExperts(Edit):
     def num_experts_left(self) -> int | None:
         """How many stay."""
         return len(self.kept)
-
-
-@dataclass(frozen=True)
-class UnknownEdit(Edit):
-    """An edit of a kind that is not known here: to be shown and written back, nothing else."""
-
-    values: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]  # of the edit, not of the class
-        """As plan.json names it."""
-        return str(self.values.get("edit"))
-
-    @property
-    def title(self) -> str:
-        """The kind, and that it is not known."""
-        return f"{self.kind} (not known here)"
-
-    def to_json(self) -> dict[str, Any]:
-        """What was read, unchanged."""
-        return dict(self.values)
-
-    def check(self, info: LayerInfo | None) -> None:
-        """Refuse it: what it does is not known."""
-        raise self._refusal()
-
-    def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Refuse it: what it does is not known."""
-        raise self._refusal()
-
-    def _refusal(self) -> UserError:
-        return UserError(
-            f"layer {self.index}: no edit of the kind {self.kind!r} with the fields "
-            f"{sorted(self.values.keys() - {'index', 'name', 'edit'})} is known, so that it cannot "
-            f"be carried out; known are {', '.join(sorted(EDIT_KINDS))}. Import the module that "
-            "defines it first (a method that plans it does), or take the version of moe_lab that "
-            "wrote the plan"
-        )
 
 
 def _plain(value: object) -> object:

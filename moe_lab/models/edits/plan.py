@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lab.models.edits.base import EDIT_KINDS, Edit, UnknownEdit
+from moe_lab.models.edits.base import EDIT_KINDS, Edit
 from moe_lab.models.edits.chain import Chain
 from moe_lab.types import LayerInfo, UserError
 
@@ -95,6 +95,44 @@ class Plan:
             layer_divergence=tuple(values.pop("layer_divergence", ())),
             notes=values,
             tensors=tensors,
+        )
+
+
+@dataclass(frozen=True)
+class UnknownEdit(Edit):
+    """An edit of a kind that is not known here: to be shown and written back, nothing else."""
+
+    values: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # of the edit, not of the class
+        """As plan.json names it."""
+        return str(self.values.get("edit"))
+
+    @property
+    def title(self) -> str:
+        """The kind, and that it is not known."""
+        return f"{self.kind} (not known here)"
+
+    def to_json(self) -> dict[str, Any]:
+        """What was read, unchanged."""
+        return dict(self.values)
+
+    def check(self, info: LayerInfo | None) -> None:
+        """Refuse it: what it does is not known."""
+        raise self._refusal()
+
+    def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Refuse it: what it does is not known."""
+        raise self._refusal()
+
+    def _refusal(self) -> UserError:
+        return UserError(
+            f"layer {self.index}: no edit of the kind {self.kind!r} with the fields "
+            f"{sorted(self.values.keys() - {'index', 'name', 'edit'})} is known, so that it cannot "
+            f"be carried out; known are {', '.join(sorted(EDIT_KINDS))}. Import the module that "
+            "defines it first (a method that plans it does), or take the version of moe_lab that "
+            "wrote the plan"
         )
 
 

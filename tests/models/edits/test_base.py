@@ -20,8 +20,15 @@ from safetensors.torch import load_file, save_file
 from trainings import training
 
 from moe_lab.models.checkpoint import load
-from moe_lab.models.edits.base import EDIT_KINDS, Edit, Fate, UnknownEdit
-from moe_lab.models.edits.plan import Plan, apply_plan, check_plan, known_kinds, read_edit
+from moe_lab.models.edits.base import EDIT_KINDS, Edit, Fate
+from moe_lab.models.edits.plan import (
+    Plan,
+    UnknownEdit,
+    apply_plan,
+    check_plan,
+    known_kinds,
+    read_edit,
+)
 from moe_lab.models.forms import form_of
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
