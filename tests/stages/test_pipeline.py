@@ -6,7 +6,6 @@ import ast
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +16,16 @@ from moe_lab.dependencies import code_version, modules_of
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.stages.pipeline import STAGES, stage_named
 
 MAKERS = {name: stage_named(name).make for name in STAGES}
 EACH_STAGE = pytest.mark.parametrize("name", MAKERS)
 # For people: how a run is told, never what it found. Of a diagnosis, pictures are the result.
 PRESENTATION = ("report", "tables", "track", "runs", "progress")
-Read = Callable[[Path], str]
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_what_was_forgotten_in_lists_by_hand_is_reached() -> None:
         "evaluate": ("profile.layer", "models.routers", "evaluate.tasks.tiny.items"),
         "measure": ("measure", "models.layers", "models.routers", "models.remapped"),
         "profile": ("models.layerwise", "models.stream", "models.activations", "data.tokens"),
-        "compress": ("models.forms", "models.own_form", "models.merging"),
+        "compress": ("models.forms", "models.own_form", "models.edits.plan"),
         "finetune": ("finetune.training", "finetune.tuning", "models.saving"),
     }.items():
         assert {f"moe_lab.{one}" for one in modules} <= modules_of(MAKERS[stage])
@@ -115,6 +117,13 @@ def test_a_plan_depends_on_its_own_metric_and_ratio_alone() -> None:
     assert not kinds["condense"]
 
 
+def test_carrying_out_a_plan_depends_on_the_kinds_of_its_edits() -> None:
+    plan = Plan((MergeExperts(1, "a"), KeepLayer(2, "b")))
+    reached = modules_of(MAKERS["compress"], *plan.kinds())
+    assert {"moe_lab.models.edits.merge", "moe_lab.models.merging"} <= reached
+    assert not {"moe_lab.models.edits.keep", "moe_lab.models.edits.condense"} & reached
+
+
 def test_every_result_is_kept_by_all_code_that_it_depends_on(job: Callable[..., Outcome]) -> None:
     few = ["measure.repeats=1", "measure.prompt_length=8", "measure.decode_tokens=1"]
     outcome = job("eval=perplexity", "eval.held_out.num_samples=2", "measure=speed", *few)
@@ -122,4 +131,5 @@ def test_every_result_is_kept_by_all_code_that_it_depends_on(job: Callable[..., 
     for name in ("profile", "compress", "evaluate", "measure"):
         for file in outcome.store.glob(f"{name}/*/artifact.json"):
             identity: dict[str, Any] = json.loads(file.read_text())["identity"]
-            assert identity["code"] == code_version(MAKERS[name]), name
+            kinds = {PruneExperts} if name == "compress" else set()
+            assert identity["code"] == code_version(MAKERS[name], *kinds), name

@@ -62,7 +62,7 @@ def test_what_need_not_be_said() -> None:
         (),
     )
     assert (edit.title, edit.cells, edit.fate(3)) == ("bare", {}, Fate("kept"))
-    assert edit.written(layer) is None and edit.code() == []
+    assert edit.written(layer) is None
     edit.check(layer.info)
     with pytest.raises(UserError, match="layer 1: the edit 'bare' works on an MoE layer"):
         edit.check(None)
