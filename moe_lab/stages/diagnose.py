@@ -55,7 +55,7 @@ def diagnose(
         "dtype": checkpoint.dtype,
         "data": sample.fingerprint if sample.samples else None,
         "weights": how.weights,
-        "code": code_version(similarity, all_experts, *all_experts.CODE),
+        "code": code_version(similarity, all_experts),
     }
 
     def measure(folder: Path) -> None:

@@ -48,7 +48,7 @@ def plan(
     What a search finds on the way is kept too, step by step (kind `search`): searches go on where
     they were stopped, and plans that ask the same questions share the answers.
     """
-    code = code_version(method, *(method.code() if hasattr(method, "code") else ()))
+    code = code_version(method, *method.parts())
 
     def make(folder: Path) -> None:
         common = collect.load_statistics(profile.folder)
@@ -100,7 +100,7 @@ def plan(
 
     identity = {
         "profile": profile.key,
-        "method": method.identity(options) if hasattr(method, "identity") else options,
+        "method": method.identity(options),
         "code": code,
     }
     return store.get("plan", identity, make)
@@ -121,8 +121,7 @@ def check_recipe(
     if not recipe:
         return
     recipe.check_model(checkpoint.config, layers)
-    if hasattr(method, "example"):
-        edits = method.example(layers)
+    if edits := method.example(layers):
         indices = {edit.index for edit in edits}
         others = (info for info in layers if info.index not in indices)
         kept = tuple(Edit(info.index, info.name, "keep") for info in others)
@@ -137,8 +136,7 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: list[LayerInfo
             "more than one expert per token take for experts of their own; made with "
             "finetune.twins=0 it has none", checkpoint.path,
         )  # fmt: skip
-    if hasattr(method, "example"):
-        padding = getattr(method, "padding", None)
-        form = form_of(checkpoint.config, method.example(layers), padding)
+    if edits := method.example(layers):
+        form = form_of(checkpoint.config, edits, method.padding)
         if not form.plain:
             logger.info("the result will be saved %s", form.reason)
