@@ -38,16 +38,16 @@ def test_a_plan_has_an_edit_for_each_layer(name: str, tmp_path: Path) -> None:
     """In the model's order, of the kinds that it foresaw; and it is the same from the disk."""
     method: Method = METHODS[name]
     model, batch = tiny_model("qwen2_moe"), tiny_batch()
-    only_routers = getattr(method, "from_routers", False)
+    only_routers = method.from_routers
     assert only_routers == (name in ("none", "prune by routers"))
     statistics = collect_statistics(model, [batch], only_routers)
     infos = [layer.info for layer in statistics]
     method.check(infos)
     plan = method.plan(Profile(statistics, lambda number=None: LayerStream(model, [batch])))
     assert [(e.index, e.name) for e in plan.edits] == [(one.index, one.name) for one in infos]
-    if hasattr(method, "example"):
-        foreseen = {edit.edit for edit in method.example(infos)}
-        assert {edit.edit for edit in plan.edited()} == foreseen - {"keep"}
+    example = method.example(infos)
+    assert (example is None) == (name == "none")
+    assert {edit.edit for edit in plan.edited()} == {edit.edit for edit in example or ()} - {"keep"}
     assert bool(plan.edited()) == (name != "none")
     (tmp_path / "plan.json").write_text(plan.to_text())
     assert Plan.load(tmp_path / "plan.json") == plan

@@ -58,8 +58,8 @@ def test_named_layers_and_the_plan_on_disk(tmp_path: Path) -> None:
 
 def test_impossible_requests_are_refused_before_any_work() -> None:
     for method in (DropLayers, DropBlocks):
-        for number in (0, 4):
-            with pytest.raises(UserError, match=rf"num_layers={number}: the model has 3 MoE"):
+        for number, words in ((0, "it must be at least 1"), (4, "the model has 3 MoE")):
+            with pytest.raises(UserError, match=rf"condense.num_layers={number}: {words}"):
                 method(number).check(INFOS)
         with pytest.raises(UserError, match=r"names \[0, 9\].*MoE layers are \[1, 2, 3\]"):
             method(1, layers=[0, 1, 9]).check(INFOS)
@@ -72,7 +72,7 @@ def test_impossible_requests_are_refused_before_any_work() -> None:
     DropLayers(3).check(everything)
     with pytest.raises(UserError, match="all 3 decoder layers"):
         DropBlocks(3).check(everything)
-    with pytest.raises(UserError, match="padding=2"):
+    with pytest.raises(UserError, match="condense.padding=2: it must be from 0 to 1"):
         DropLayers(1, padding=2).check(INFOS)
 
 

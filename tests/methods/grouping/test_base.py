@@ -8,8 +8,9 @@ from families import logits_of, tiny_batch, tiny_model
 from layer_statistics import routed_alike
 from merges import KINDS, plan_of, profile_of
 
+from moe_lab.lookup import names_in
 from moe_lab.methods.grouping import hc_smoe, m_smoe, ream
-from moe_lab.methods.grouping.base import MergeCandidates, grouping_named, grouping_names
+from moe_lab.methods.grouping.base import BASES, MergeCandidates, as_grouping
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.editing import apply_plan, prune_layer
@@ -17,6 +18,8 @@ from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.all_experts import ExpertSample
 from moe_lab.types import Edit, LayerInfo, Plan
+
+GROUPINGS = names_in("moe_lab.methods.grouping", BASES)
 
 
 @torch.no_grad()
@@ -55,14 +58,14 @@ def test_what_groupings_see_of_all_outputs_equals_a_slow_reference(family: str) 
 
 
 def test_groups_of_one_change_nothing() -> None:
-    for grouping in grouping_names():
+    for grouping in GROUPINGS:
         model = tiny_model("mixtral")
         before = logits_of(model)
         made = plan_of(model, num_experts=None, ratio=Uniform(ratio=0.0), grouping=grouping)
         assert not made.edited()
         [one, *_] = profile_of(model).statistics
         same = torch.eye(8).double() if grouping == "ream" else 1 - torch.eye(8).double()
-        groups = grouping_named(grouping).choose(MergeCandidates(one, 8, same))
+        groups = as_grouping(grouping).choose(MergeCandidates(one, 8, same))
         assert groups.groups == tuple((expert,) for expert in range(8))
         edit = Edit(one.info.index, one.info.name, "merge", router="all", **vars(groups))
         apply_plan(model, Plan((edit,)))
@@ -80,7 +83,7 @@ def test_groups_move_with_the_experts(family: str) -> None:
         for one in profile.statistics:  # ties would go to the lower expert: no two score the same
             for name in ("count", "gate_norm_sum"):
                 one.sums[name] = one[name] + torch.tensor(numbers) / 100
-    for grouping in grouping_names():
+    for grouping in GROUPINGS:
         method = Merge(1, 4, grouping=grouping, propagate=False, align="none")
         one, other = (method.plan(profile) for profile in found)
         for was, now in zip(one.edits, other.edits, strict=True):
@@ -98,13 +101,18 @@ def test_router_groups_keep_the_same_number_and_merge_their_own() -> None:
     cosine[2, 1] = cosine[4, 7] = 0.5
     count = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])
     found = routed_alike(info, count, cosine)
-    assert m_smoe.choose(MergeCandidates(found, 4)).groups == ((0, 3), (1, 2), (6, 5), (7, 4))
+    assert m_smoe.MSMoE().choose(MergeCandidates(found, 4)).groups == (
+        (0, 3),
+        (1, 2),
+        (6, 5),
+        (7, 4),
+    )
     far = torch.full((8, 8), 9.0)
     far[0, 4] = far[4, 0] = 0.0
     far[0, 3] = far[3, 0] = far[5, 6] = far[6, 5] = 1.0
-    by_output = hc_smoe.choose(MergeCandidates(found, 6, far.double()))
+    by_output = hc_smoe.HCSMoE().choose(MergeCandidates(found, 6, far.double()))
     assert by_output.groups == ((0, 3), (1,), (2,), (4,), (6, 5), (7,))
     found.sums["gate_norm_sum"] = count.square()
-    around = ream.choose(MergeCandidates(found, 4, 1 - far.double()))
+    around = ream.Ream().choose(MergeCandidates(found, 4, 1 - far.double()))
     assert all(len({expert // 4 for expert in group}) == 1 for group in around.groups)
     assert around.kept == (0, 1, 6, 7)

@@ -21,6 +21,7 @@ from families import tiny_model
 from layer_statistics import by_hand
 from torch import Tensor, nn
 
+from moe_lab.methods.metrics.base import as_metric
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.leave_one_out import LeaveOneOut
 from moe_lab.methods.metrics.naee import Naee
@@ -312,7 +313,7 @@ def test_the_routers_alone_are_enough_where_it_says_so(family: str) -> None:
     alone = collect_statistics(model_of(family), [batch_of(documents())], only_routers=True)
     for one, other in zip(whole(family), alone, strict=True):
         for name, metric in CRITERIA.items():
-            assert getattr(metric, "from_routers", False) is (name in OF_ROUTERS), name
+            assert as_metric(metric).from_routers is (name in OF_ROUTERS), name
             if name in OF_ROUTERS:
                 assert torch.equal(metric(one), metric(other)), name
             else:

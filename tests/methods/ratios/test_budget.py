@@ -29,7 +29,7 @@ def test_shares_may_be_of_parameters_or_bytes() -> None:
     assert sum(numbers(Global(0.05, of="bytes"), layers)) == 11
     with pytest.raises(UserError, match=r"ratio.of=bytes is too much.*At most 0\.12 "):
         Uniform(0.13, of="bytes").check(layers)
-    with pytest.raises(UserError, match=r"ratio.of='gib' .*experts, parameters, bytes"):
+    with pytest.raises(UserError, match=r"ratio.of=gib: .*experts, parameters, bytes"):
         Uniform(0.13, of="gib").check(layers)
     unequal = [sized(1), sized(2, expert_bytes=200)]
     with pytest.raises(UserError, match=r"\[100, 200\] bytes.*ratio.of=experts"):
