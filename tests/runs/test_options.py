@@ -27,7 +27,7 @@ def test_a_message_names_what_the_user_set() -> None:
     with pytest.raises(types.UserError, match=r"^method.layers=.*text or a list \[a,b\] of whole"):
         checked({"method": good | {"layers": ["x"]}})
     with pytest.raises(
-        types.UserError, match="method.num_layer is no option; there are num_layers"
+        types.UserError, match=r"method\.num_layer is no option; there are num_layers"
     ):
         checked({"method": good | {"num_layer": 1}})
     with pytest.raises(types.UserError, match=r"Pruner does not exist"):
