@@ -12,11 +12,9 @@ import pkgutil
 from collections.abc import Collection
 from pydoc import locate
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from moe_lab.types import UserError
-
-Kind = TypeVar("Kind")
 
 
 def names_in(package: str, bases: Collection[str] = ("base",)) -> list[str]:
@@ -61,7 +59,7 @@ def named(
     return found
 
 
-def require_kind(asked: str, given: object, base: type[Kind]) -> Kind:
+def require_kind(asked: str, given: object, base: type[Any]) -> Any:
     """`given`, where it is made by a class derived from `base`; else a UserError that says so."""
     if isinstance(given, base):
         return given

@@ -34,9 +34,14 @@ def choice_named(kind: str, name: str) -> Callable[..., Any]:
     return choose  # type: ignore[no-any-return]  # of what it gives, its callers know
 
 
+def is_own(name: object) -> bool:
+    """Whether a choice lies outside the package, so that nothing is known of it."""
+    return isinstance(name, str) and "." in name
+
+
 def draws(name: object) -> bool:
-    """Whether a choice may depend on condense.seed: one of ours that says so, or one's own."""
-    return name == "random" or (isinstance(name, str) and "." in name)
+    """Whether a choice may depend on condense.seed."""
+    return name == "random" or is_own(name)
 
 
 def shared_gate(statistics: LayerStatistics) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 
 from moe_lab.methods.base import Method
-from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws
+from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.layer_choice import example_layers
@@ -71,8 +71,7 @@ class Condense(Method):
 
     def _check_beam(self) -> None:
         greedy = str(self.layers).startswith("greedy_")
-        own = isinstance(self.layers, str) and "." in self.layers
-        if self.beam > 1 and not greedy and not own:
+        if self.beam > 1 and not greedy and not is_own(self.layers):
             raise UserError(
                 f"condense.beam={self.beam} is for greedy searches over layers, and "
                 f"condense.layers={self.layers} is none: leave condense.beam at 1"

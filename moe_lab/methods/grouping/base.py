@@ -103,7 +103,9 @@ def as_grouping(given: Grouping | str) -> Grouping:
     found: object = given
     if isinstance(given, str):
         found = named("method.grouping", given, __package__, Grouping, BASES)
-    return require_kind("grouping", found() if inspect.isclass(found) else found, Grouping)
+    made = found() if inspect.isclass(found) else found
+    grouping: Grouping = require_kind("grouping", made, Grouping)
+    return grouping
 
 
 def options_of(grouping: Grouping, given: object) -> dict[str, Any]:

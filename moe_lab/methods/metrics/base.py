@@ -110,7 +110,8 @@ def as_metric(given: Metric | Score) -> Metric:
     """A metric, also where a function is given; UserError for anything else."""
     if inspect.isroutine(_unbound(given)):
         return FunctionMetric(given)
-    return require_kind("metric", given, Metric)
+    metric: Metric = require_kind("metric", given, Metric)
+    return metric
 
 
 def from_routers(metric: Marked) -> Marked:
@@ -131,7 +132,8 @@ def _members(name: str) -> list[Any]:
 
 def _is_from_routers(member: Any) -> bool:
     if inspect.isclass(member):
-        return issubclass(member, Metric) and member.from_routers is True
+        said: Any = member.from_routers if issubclass(member, Metric) else False
+        return said is True  # and no property, which depends on options
     return inspect.isfunction(member) and member in FROM_ROUTERS
 
 
