@@ -18,6 +18,7 @@ GROUND = {
     "types": "the values that pass between rooms: LayerInfo, Routing, Choice; UserError",
     "files": "the names of the files that moe_lab writes",
     "option": "plug-ins and their options: type, range, help",
+    "lookup": "what a name in an option stands for",
     "progress": "progress bars, and times in words",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -73,7 +74,7 @@ LIBRARIES = {
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "standard_library", "tokens"),
     "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
-    "methods": ("base", "layer_choice"),
+    "methods": ("base", "layer_choice", "dropping"),
     "methods.metrics": ("base",),
     "methods.ratios": ("budget",),
     "methods.grouping": ("base", "alignment"),
@@ -92,7 +93,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.grouping": ("methods.metrics", "methods.ratios"),
     "methods.condense": (),
     "methods.merge": ("methods.grouping", "methods.ratios"),
-    "methods.prune": ("methods.ratios",),
+    "methods.prune": ("methods.metrics", "methods.ratios"),
 }
 
 

@@ -125,10 +125,13 @@ def declared_by(target: Callable[..., Any]) -> dict[str, Declared]:
     return made
 
 
-def check_options(one: Any, group: str) -> None:
-    """Refuse values of a dataclass's fields that are out of range; group: as users name it."""
-    for name, declared in declared_by(type(one)).items():
-        declared.check(f"{group}.{name}", getattr(one, name))
+def check_options(one: Any, group: str, others: Mapping[str, str] | None = None) -> None:
+    """Refuse values of a dataclass's fields that are out of range; of other objects, nothing.
+
+    group: as users name it; others: by the names of fields, those of another group.
+    """
+    for name, declared in declared_by(type(one)).items() if dataclasses.is_dataclass(one) else ():
+        declared.check(f"{(others or {}).get(name, group)}.{name}", getattr(one, name))
 
 
 def word_of(value: Any) -> str:

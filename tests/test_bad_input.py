@@ -64,8 +64,20 @@ OVERRIDES = {
         ["3 numbers for 2 MoE layers", "[1, 2]"],
     ),
     "groups of one": (
-        ["method=merge", "method.grouping=ream", "method.group_size=1"],
-        ["method.group_size=1", "at least 2"],
+        ["method=merge", "grouping=ream", "grouping.group_size=1"],
+        ["grouping.group_size=1", "at least 2"],
+    ),
+    "no such grouping": (
+        ["method=merge", "method.grouping=reams"],
+        ["method.grouping='reams'", "hc_smoe, m_smoe, ream"],
+    ),
+    "nothing says how many stay": (
+        ["method=merge", "method.ratio=null", "method.num_experts=null"],
+        ["method.ratio=null and method.num_experts=null", "ratio.ratio=0.25"],
+    ),
+    "no ratio at all": (
+        ["method.ratio=null"],
+        ["ratio is null", "moe_lab.methods.ratios.budget.Ratio"],
     ),
     "no gates": (
         ["finetune=experts", "finetune.experts=false", "finetune.gates=true"],
@@ -75,6 +87,10 @@ OVERRIDES = {
     "added inner option": (["eval=tiny", "+eval.held_out.x=3"], ["eval.held_out.x", "max_length"]),
     "no equals sign": (["foo"], ["foo", "EQUAL"]),
     "open bracket": (["calibration.files=[a"], ["[a"]),
+    "path of a search": (
+        [CONDENSE, "condense.layers=research.none.choose"],
+        ["condense.layers='research.none.choose' does not exist", "greedy_js", "PYTHONPATH"],
+    ),
     "experts search": ([CONDENSE, "condense.experts=greedy"], ["greedy_js", "'greedy'"]),
     "layers search": ([CONDENSE, "condense.layers=greedy"], ["greedy_js", "'greedy'"]),
     "tracking": (["track.mode=sometimes"], ["sometimes", "online|offline|off"]),
@@ -90,11 +106,14 @@ OVERRIDES = {
     "no layer": ([CONDENSE, "condense.layers=[]"], ["condense.layers=[]", "one or more"]),
     "layer twice": ([CONDENSE, "condense.layers=[1,1]"], ["condense.layers=[1, 1]", "once"]),
     "layers": ([CONDENSE, "condense.num_layers=4"], ["condense.num_layers=4", "3 MoE layers"]),
-    "no layers": ([CONDENSE, "condense.num_layers=0"], ["condense.num_layers=0", "3"]),
+    "no layers": ([CONDENSE, "condense.num_layers=0"], ["condense.num_layers=0", "at least 1"]),
     "experts": ([CONDENSE, "condense.experts=[1,8]"], ["[8]", "0 to 7"]),
     "expert twice": ([CONDENSE, "condense.experts=[1,1]"], ["condense.experts=[1, 1]", "once"]),
     "more experts": ([CONDENSE, "condense.num_routed=9"], ["condense.num_routed=9", "8"]),
-    "fewer experts": ([CONDENSE, "condense.num_routed=-1"], ["condense.num_routed=-1", "8"]),
+    "fewer experts": (
+        [CONDENSE, "condense.num_routed=-1"],
+        ["condense.num_routed=-1", "at least 0"],
+    ),
     # values of the wrong kind
     "word": ([CONDENSE, "condense.num_layers=abc"], ["condense.num_layers=abc", "whole number"]),
     "fraction": ([CONDENSE, "condense.num_routed=1.5"], ["condense.num_routed=1.5", "whole"]),

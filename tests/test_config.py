@@ -24,6 +24,7 @@ GROUPS = sorted({group for group, _ in OPTIONS})
 MIRRORED = {
     "metric": "methods.metrics",
     "ratio": "methods.ratios",
+    "grouping": "methods.grouping",
     "method": "methods",
     "finetune": "finetune",
 }

@@ -245,24 +245,35 @@ def test_a_ratio(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(edit.kept) for edit in plan_of(home).edits] == [8, 4, 4]
     refused = job(*given_to_run(command, home, monkeypatch), "ratio.kept=2")
     assert refused.code == 2 and "2 of 8 experts would stay" in refused.text
+    refused = job(*given_to_run(command, home, monkeypatch), "ratio.kept=0")
+    assert refused.code == 2 and "ratio.kept=0: it must be at least 1" in refused.text
 
 
 def test_a_grouping(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = follow("A grouping", home)
-    as_in_the_package(home, "moe_lab.methods.grouping", monkeypatch)
     outcome = run_one(command, job, home, monkeypatch)
-    assert outcome.report["merge/grouping"] == "most_used"
+    assert outcome.report["merge/grouping"] == plan_of(home).notes["grouping"] == "most_used"
+    assert outcome.report["merge/place"] == 2
     for edit in plan_of(home).edited():
         assert sorted(map(len, edit.groups)) == [1, 1, 1, 5]
         (first,) = (group[0] for group in edit.groups if len(group) == 5)
+        assert edit.scores[first] == sorted(edit.scores)[-2]
+    given = given_to_run(command, home, monkeypatch)
+    again = job(*given, "method.grouping=research.most_used.MostUsed")
+    assert again.code == 0, again.text
+    assert again.report["merge/place"] == 1, "by its path it has its defaults"
+    for edit in plan_of(home).edited():
+        (first,) = (group[0] for group in edit.groups if len(group) == 5)
         assert edit.scores[first] == max(edit.scores)
+    refused = job(*given, "grouping.place=0")
+    assert refused.code == 2 and "grouping.place=0: it must be at least 1" in refused.text
 
 
 def test_a_condensing_choice(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = follow("A condensing choice", home)
-    for kind in ("experts", "layers", "gates"):
-        as_in_the_package(home, f"moe_lab.methods.condense.{kind}", monkeypatch)
-    run_one(command, job, home, monkeypatch)
+    as_in_the_package(home, "moe_lab.methods.condense.gates", monkeypatch)
+    outcome = run_one(command, job, home, monkeypatch)
+    assert outcome.report["condense/experts"] == "research.reap"
     plan = plan_of(home)
     assert plan.layer_order == (2,)  # of the layers 1, 2, 3
     (edit,) = plan.edited()
@@ -367,7 +378,7 @@ def test_what_was_added_keeps_to_the_rooms(workshop: Path) -> None:
         names = [name for _, name in rooms.imports(path.read_text(encoding="utf-8"))]
         assert not [reason for name in names if (reason := rooms.why_not(module, name))], module
     added = [path for path in MADE if path.startswith("moe_lab/") and not (ROOT / path).exists()]
-    assert len(added) == 5
+    assert len(added) == 3
     for path in added:
         assert rooms.is_plugin(rooms.module_of(rooms.ROOT / path)), path
 
@@ -673,7 +684,7 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_the_options_have_their_place_in_the_docs() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in READ_FIRST)
-    groups = ["metric", "ratio", "method", "finetune", "eval", "calibration", "track"]
+    groups = ["metric", "ratio", "grouping", "method", "finetune", "eval", "calibration", "track"]
     for path in (path for group in groups for path in (ROOT / "conf" / group).glob("*.yaml")):
         told = rf"(?<![\w.]){path.stem}(?!\w)"
         if not re.search(r"_(validation|test|questions)(_|$)|^none$|^cd_moe_", path.stem):

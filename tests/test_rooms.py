@@ -19,6 +19,7 @@ HOMES = {
     "diagnose": "diagnose",
     "eval": "evaluate",
     "finetune": "finetune",
+    "grouping": "methods.grouping",
     "measure": "measure",
     "method": "methods",
     "metric": "methods.metrics",

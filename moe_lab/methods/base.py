@@ -1,42 +1,83 @@
-"""What a method is: from a profile to a plan that says what happens to each layer.
-
-Beside the members of `Method` a method may have `identity(options)`, what of its composed options
-the plan depends on (all by default); `example(layers)`, edits of the kind that the plan will have,
-by which a recipe and the form of the result are judged before any work; `code()`, the modules and
-objects that decide the plan beside itself; `from_routers`, true where the routers' statistics are
-enough for it; and `takes_groups`, true where it makes a plan for each group of the calibration set.
-"""
+"""What a method is: from a profile to a plan that says what happens to each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
-
+from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
-from moe_lab.profile.layer import LayerStatistics
+from moe_lab.option import Plugin, check_options
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
 
 
-class Method(Protocol):
-    """A way to compress a model; its options are its fields."""
+class Method(Plugin, ABC):
+    """A way to compress a model; its options are its fields.
+
+    Only `plan` has to be there. What else may be:
+    check(layers): refuses an impossible request before any work, with a UserError; by default
+    values that are out of the range which their `Option` says.
+    example(layers): edits of the kind that the plan will have, by which a recipe and the form of
+    the result are judged before any work; by default None, not known before.
+    from_routers: whether the routers' statistics are enough for it; by default false.
+    takes_groups: whether it makes a plan for each group of the calibration set; by default false.
+    padding: the largest share of zeros with which stock transformers may hold the result; by
+    default None, the model's own.
+    parts(): plug-ins that decide the plan and are in no field, such as those looked up by a name;
+    by default none.
+    settings(options), groups(options): what a report says of its composed options, and the config
+    groups that decide its result besides; by default all that are given (num_layers as
+    condense/num_layers, one key for all methods), and none.
+    identity(options): what of its composed options the plan depends on; by default all.
+    of_condense: the options that are those of the config group condense, and are named so in
+    messages; by default none.
+    """
+
+    of_condense: tuple[str, ...] = ()
+
+    @property
+    def from_routers(self) -> bool:
+        """Whether the routers' statistics are enough."""
+        return False
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether a plan for a group's statistics is one for that group, and can be evaluated."""
+        return False
+
+    @property
+    def padding(self) -> float | None:
+        """The largest share of zeros for stock transformers; None: the model's own."""
+        return None
+
+    @abstractmethod
+    def plan(self, profile: Profile) -> Plan:
+        """One edit for each MoE layer."""
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible request before any work, with a UserError."""
+        check_options(self, "method", dict.fromkeys(self.of_condense, "condense"))
 
-    def plan(self, profile: Profile) -> Plan:
-        """One edit for each MoE layer."""
-        ...
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...] | None:
+        """Edits of the plan's kind; None where they are not known before."""
+        return None
 
+    def parts(self) -> Sequence[object]:
+        """Plug-ins that decide the plan and are in no field."""
+        return ()
 
-class Metric(Protocol):
-    """How important a layer's routed experts are (`metrics/`), for methods that ask.
+    @classmethod
+    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which other config groups decide its result."""
+        return ()
 
-    One that has `scores(profile)` is asked so, and never called.
-    """
-
-    def __call__(self, layer: LayerStatistics, /) -> Tensor:
-        """A score [E]; higher stays."""
-        ...
+    @classmethod
+    def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a report says of its composed options, by their names; with a slash: a whole key."""
+        told = super().settings(options)
+        if "num_layers" not in told:
+            return told
+        number = told.pop("num_layers")
+        return ({} if told.get("layers") == "all" else {"condense/num_layers": number}) | told

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from moe_lab.methods.grouping import alignment, base
+from moe_lab.lookup import require_kind
+from moe_lab.methods.base import Method
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.methods.grouping.base import (
     Grouping,
     Groups,
     MergeCandidates,
-    grouping_named,
-    grouping_names,
+    as_grouping,
+    described,
+    options_of,
 )
 from moe_lab.methods.layer_choice import check_layers, choose_layers
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio
-from moe_lab.models import activations, editing, merging, remapped, routers, stream
-from moe_lab.models import layers as model_layers
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import check_kept, check_own_rows
 from moe_lab.models.merging import permutation_name
-from moe_lab.profile import all_experts, collect, propagate
-from moe_lab.profile.all_experts import AllExperts
+from moe_lab.option import Option
+from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
-from moe_lab.profile.propagate import propagated
+from moe_lab.profile.propagate import MEASURED, propagated
 from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
@@ -42,11 +42,11 @@ FROM_ACTIVATIONS = ("activations", "both")
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Method):
     """Merge the experts of some layers, each into as many as `ratio` or `num_experts` leave.
 
-    grouping: which experts become one, and with which weights (files of grouping/: m_smoe, hc_smoe,
-    ream). What follows is the paper's own where an option is null:
+    A ratio decides by the grouping's own scores, as for pruning by a metric's. What follows is the
+    paper's own where an option is null:
 
     align: how hidden units are matched before they are averaged. none; weights, by the largest sum
     of inner products of their weights (M-SMoE); activations, by the least sum of distances of what
@@ -57,35 +57,45 @@ class Merge:
     the expert that gives its place (REAM); mean, the weighted mean of the group's; sum, their sum.
     propagate: each layer is measured behind the layers that are merged already (REAM); how many
     experts each keeps is still decided by the intact model.
-
-    num_experts: so many experts stay in each layer; null: what `ratio` says by the grouping's own
-    scores, as for pruning. layers: all (num_layers does not count), cosine (those whose MoE changes
-    the hidden state least), first, last, random (by seed), or an explicit list of decoder layers.
-    linkage: of hc_smoe; group_size: the most experts that ream makes one of. num_samples: how many
-    documents of the calibration set all experts are computed on, where that is needed.
     """
 
-    num_layers: int
-    num_experts: int | None = None
-    ratio: Ratio | None = None
-    grouping: str = "m_smoe"
-    layers: str | Sequence[int] = "all"
-    align: str | None = None
-    router: str | None = None
-    propagate: bool | None = None
-    linkage: str = "average"
-    group_size: int = 16
-    num_samples: int | None = 32
-    seed: int = 0
+    num_layers: Annotated[int, Option("how many layers, where layers is an order", least=1)]
+    num_experts: Annotated[
+        int | None, Option("experts that stay in each layer, in the place of ratio", least=1)
+    ] = None
+    ratio: Annotated[Ratio | None, Option("how many experts stay in each layer")] = None
+    grouping: Annotated[Grouping | str, Option("which experts become one")] = "m_smoe"
+    layers: Annotated[
+        str | Sequence[int],
+        Option("all; cosine (that change the state least), first, last, random; or a list"),
+    ] = "all"
+    align: Annotated[
+        str | None,
+        Option("how hidden units are matched; null: as the paper", among=get_args(AlignName)),
+    ] = None
+    router: Annotated[
+        str | None,
+        Option("which router rows stay; null: as the paper", among=get_args(RouterName)),
+    ] = None
+    propagate: Annotated[
+        bool | None, Option("measure behind layers that are merged already; null: as the paper")
+    ] = None
+    num_samples: Annotated[
+        int | None,
+        Option("documents on which all experts are computed, where needed; null: all", least=1),
+    ] = 32
+    seed: Annotated[int, Option("seed of layers=random")] = 0
 
-    @property
+    of_condense = ("num_layers",)
+
+    @functools.cached_property
     def _grouping(self) -> Grouping:
-        return grouping_named(self.grouping)
+        return as_grouping(self.grouping)
 
     @property
     def _ratio(self) -> Ratio:
         """What says how many experts stay where `num_experts` does not."""
-        return cast(Ratio, self.ratio)
+        return cast(Ratio, self.ratio)  # `check` has refused all others
 
     def _own(self, name: str) -> Any:
         """An option, or what the grouping's paper does where it is null."""
@@ -95,37 +105,32 @@ class Merge:
     @property
     def _needs_experts(self) -> bool:
         """Whether every expert has to be computed on every token of the sample."""
-        return self._grouping.outputs is not None or self._own("align") in FROM_ACTIVATIONS
+        return self._grouping.needs_outputs or self._own("align") in FROM_ACTIVATIONS
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse layers and options that do not exist, and a router left with too few experts."""
-        possible = {
-            "grouping": grouping_names(),
-            "align": (None, *get_args(AlignName)),
-            "router": (None, *get_args(RouterName)),
-        }
-        for name, values in possible.items():
-            if getattr(self, name) not in values:
-                words = ", ".join("null" if value is None else value for value in values)
-                raise UserError(
-                    f"method.{name}={getattr(self, name)!r} does not exist; there are {words}"
-                )
+        grouping = self._grouping
+        super().check(layers)
         check_layers("merge", self.layers, self.num_layers, ORDERS, layers)
-        if self.num_samples is not None and self.num_samples < 1:
-            raise UserError(
-                f"method.num_samples={self.num_samples}: at least one document of the calibration "
-                "set is needed; null takes all of them"
-            )
         infos = self._known(layers)
         for info in infos:
             check_own_rows(info)
         if self.num_experts is None:
-            self._ratio.check(infos)
+            self._check_ratio(infos)
         for info in infos:
             number = info.num_experts if self.num_experts is None else self.num_experts
             if self.num_experts is not None:
                 self._check_number(info, number)
-            self._grouping.check(info, number, vars(self))
+            grouping.check(info, number)
+
+    def _check_ratio(self, layers: Sequence[LayerInfo]) -> None:
+        if self.ratio is None:
+            raise UserError(
+                "method.ratio=null and method.num_experts=null leave open how many experts stay: "
+                "leave method.ratio out and choose ratio=uniform ratio.ratio=0.25, or ask for "
+                "method.num_experts=4"
+            )
+        require_kind("ratio", self.ratio, Ratio).check(layers)
 
     def _known(self, layers: Sequence[LayerInfo]) -> Sequence[LayerInfo]:
         """The layers that will be merged, as far as that is known before any work; else all."""
@@ -163,30 +168,33 @@ class Merge:
             for info in self._known(layers)
         )  # fmt: skip
 
-    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, with the grouping's name and its own options among them."""
+        return super().settings(options) | described(options["grouping"])
+
+    @classmethod
+    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which other config groups decide its result."""
+        return ("ratio",) if options.get("num_experts") is None else ()
+
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that the plan depends on, those that the grouping's paper sets filled in."""
-        own = {name: self._own(name) for name in ("align", "router", "propagate")}
-        unused = {"linkage", "group_size"} - set(self._grouping.options)
-        unused |= set() if self.layers == "random" else {"seed"}
+        own: dict[str, Any] = {name: self._own(name) for name in ("align", "router", "propagate")}
+        grouping = options_of(self._grouping, options.get("grouping"))
+        own["grouping"] = {"name": self._grouping.name} | self._grouping.identity(grouping)
+        if self.num_experts is None and self.ratio is not None:
+            own["ratio"] = self.ratio.identity(options["ratio"])
+        unused = set() if self.layers == "random" else {"seed"}
         unused |= set() if self._needs_experts else {"num_samples"}
         unused |= {"num_experts"} if self.num_experts is None else {"ratio"}
         in_order = isinstance(self.layers, str) and self.layers != "all"
         unused |= set() if in_order else {"num_layers"}
-        if "ratio" in options and hasattr(self._ratio, "identity"):
-            options = options | {"ratio": self._ratio.identity(options["ratio"])}
-        return {name: value for name, value in (options | own).items() if name not in unused}
+        return {name: value for name, value in (dict(options) | own).items() if name not in unused}
 
-    def code(self) -> list[object]:
-        """What decides the plan beside this class."""
-        modules: list[object] = [
-            alignment, editing, base, merging, model_layers, propagate, all_experts, routers,
-            remapped, collect, stream, activations, MergeExperts,
-            inspect.getmodule(self._grouping.choose),
-        ]  # fmt: skip
-        if self.num_experts is None:
-            ratio = self._ratio
-            modules += [ratio, *(ratio.code() if hasattr(ratio, "code") else ())]
-        return [*modules, budget, self._grouping.scores]
+    def parts(self) -> Sequence[object]:
+        """The grouping, which may be given by its name."""
+        return [self._grouping]
 
     def plan(self, profile: Profile) -> Plan:
         """One edit per MoE layer: merge, or keep where as many stay as there are."""
@@ -198,21 +206,20 @@ class Merge:
         ]
         numbers = self._numbers(scores, profile)
         for info, _ in scores:
-            self._grouping.check(info, numbers[info.index], vars(self))
+            self._grouping.check(info, numbers[info.index])
         tensors: dict[str, Tensor] = {}
         if self._own("propagate"):
             edits = self._propagated(profile, numbers, tensors)
         else:
             edits = self._intact(profile, numbers, tensors)
         unseen = {str(one.info.index): int((one["count"] == 0).sum()) for one in profile.statistics}
-        again = self._own("propagate")
         notes = {
-            "statistics": propagate.MEASURED[again],
-            "scores": self._grouping.scores.__name__,
-            "grouping": self.grouping,
+            "statistics": MEASURED[self._own("propagate")],
+            "scores": self._grouping.scored_by,
+            "grouping": self._grouping.name,
             "experts_without_tokens": unseen,
         }
-        if self.num_experts is None and hasattr(self._ratio, "notes"):
+        if self.num_experts is None:
             notes |= self._ratio.notes(scores, numbers)
         return Plan(tuple(edits), layer_order=order, notes=notes, tensors=tensors)
 
@@ -230,54 +237,58 @@ class Merge:
             for one in profile.statistics
             if numbers.get(one.info.index, one.info.num_experts) < one.info.num_experts
         }
-        outputs = self._grouping.outputs
-        matrices: dict[int, Any] = dict.fromkeys(merged)
-        if outputs is not None:
-            matrices = self._ask(
-                profile,
-                {index: {"question": f"grouping/{self.grouping}"} for index in merged},
-                lambda experts: outputs(experts).tolist(),
-                [outputs],
-            )
+        matrices = self._all_outputs(profile, list(merged))
         groups = {
-            index: self._choose(one, numbers[index], matrices[index])
+            index: self._choose(one, numbers[index], matrices.get(index))
             for index, one in merged.items()
         }
         if self._own("align") in FROM_ACTIVATIONS:
-            questions = {
-                index: {"question": "permutation", "align": self._own("align"), "of": one.groups}
-                for index, one in groups.items()
-            }
-            answers = self._ask(
-                profile,
-                questions,
-                lambda experts: self._permutation(experts, groups[experts.info.index]).tolist(),
-                [alignment, merging],
-            )
-            for index, rows in answers.items():
-                tensors[permutation_name(index)] = torch.tensor(rows)
+            tensors.update(self._permutations(profile, groups))
         return [self._edit(one, groups.get(one.info.index)) for one in profile.statistics]
 
-    def _ask(
-        self,
-        profile: Profile,
-        questions: Mapping[int, Mapping[str, Any]],
-        ask: Callable[[AllExperts], Any],
-        code: Sequence[object],
-    ) -> dict[int, Any]:
-        return all_experts.answers(profile, self.num_samples, questions, ask, code)
+    def _all_outputs(self, profile: Profile, indices: Sequence[int]) -> dict[int, Any]:
+        """What the grouping needs to know of all experts' outputs, by layer index."""
+        grouping = self._grouping
+        if not grouping.needs_outputs:
+            return {}
+        names = grouping.outputs_options
+        options = options_of(grouping, vars(grouping)).items()
+        question = {"question": f"grouping/{grouping.name}"}
+        question |= {name: value for name, value in options if names is None or name in names}
+        return answers(
+            profile,
+            self.num_samples,
+            dict.fromkeys(indices, question),
+            lambda experts: grouping.outputs(experts).tolist(),
+            [grouping],
+        )
+
+    def _permutations(self, profile: Profile, groups: Mapping[int, Groups]) -> dict[str, Tensor]:
+        """How the hidden units of each layer's experts are matched, as the plan's tensors."""
+        questions = {
+            index: {"question": "permutation", "align": self._own("align"), "of": one.groups}
+            for index, one in groups.items()
+        }
+        found = answers(
+            profile,
+            self.num_samples,
+            questions,
+            lambda experts: self._permutation(experts, groups[experts.info.index]).tolist(),
+            [permutation],
+        )
+        return {permutation_name(index): torch.tensor(rows) for index, rows in found.items()}
 
     def _propagated(
         self, profile: Profile, numbers: Mapping[int, int], tensors: dict[str, Tensor]
     ) -> list[Edit]:
         """Each layer decided behind those that are merged already."""
+        grouping = self._grouping
 
         def edit_of(one: LayerStatistics, experts: AllExperts | None = None) -> Edit:
             index, num_experts = one.info.index, one.info.num_experts
             if numbers.get(index, num_experts) == num_experts:
                 return self._edit(one, None)
-            outputs = self._grouping.outputs
-            matrix = outputs(experts) if outputs and experts else None
+            matrix = grouping.outputs(experts) if experts and grouping.needs_outputs else None
             groups = self._choose(one, numbers[index], matrix)
             if experts and self._own("align") in FROM_ACTIVATIONS:
                 tensors[permutation_name(index)] = self._permutation(experts, groups)
@@ -292,8 +303,7 @@ class Merge:
     ) -> Groups:
         if outputs is not None:
             outputs = torch.as_tensor(outputs, dtype=torch.float64)
-        options = self.linkage, self.group_size
-        return self._grouping.choose(MergeCandidates(one, number, outputs, *options))
+        return self._grouping.choose(MergeCandidates(one, number, outputs))
 
     def _permutation(self, experts: AllExperts, groups: Groups) -> Tensor:
         return permutation(experts, groups.groups, with_weights=self._own("align") == "both")

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lab.models import activations, layers, routers
-from moe_lab.models import stream as model_stream
 from moe_lab.models.activations import Activations
 from moe_lab.models.layers import MoELayer, check_kept, expert_forward, expert_parameters
 from moe_lab.models.routers import masked_layer, restricted_layer
@@ -32,7 +30,6 @@ logger = logging.getLogger(__name__)
 TOKENS_AT_ONCE = 1024  # all experts' outputs for so many tokens are in memory at a time
 SETS_AT_ONCE = 32
 NUMBERS_AT_ONCE = 2**24  # of a chunk's outputs, so many are copied to float64 at a time
-CODE = (layers, routers, model_stream, activations)  # what decides the answers, beside this module
 
 
 @dataclass(frozen=True)
@@ -296,7 +293,7 @@ def answers(
 
     questions: by layer index, what an answer is known by beside the layer and the sample, the first
     `num_samples` documents of the calibration set (None: all). Answers that are remembered cost
-    nothing, and where all are, no model is opened. code: what `ask` depends on.
+    nothing, and where all are, no model is opened. code: what `ask` depends on beside this module.
     """
 
     @functools.cache
@@ -309,18 +306,9 @@ def answers(
                 return ask(experts)
 
         known_by = {**questions[index], "layer": index, "num_samples": num_samples}
-        return profile.remember(known_by, work, [Error, *CODE, *code])
+        return profile.remember(known_by, work, [Error, *code])
 
     return {index: answer(index) for index in progress(sorted(questions), "sets of experts")}
-
-
-def check_num_samples(name: str, num_samples: int | None) -> None:
-    """Refuse a sample of no document; `name` is the metric's."""
-    if num_samples is not None and num_samples < 1:
-        raise UserError(
-            f"metric.num_samples={num_samples}: metric={name} needs at least one document of the "
-            "calibration set; null takes all of them"
-        )
 
 
 def as_json(errors: Sequence[Error]) -> list[dict[str, float]]:

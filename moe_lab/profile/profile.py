@@ -41,7 +41,7 @@ class Profile:
     calibration set (None: all of it). open_model(num_samples): the intact model, whole, and those
     samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
     `work` (plain JSON values) gave for the same identity, model, data and code before; code: the
-    modules that its answer depends on.
+    functions, classes or objects that decide its answer, with all that their modules import.
     """
 
     statistics: list[LayerStatistics]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc import ErrorDuringImport
 
@@ -91,6 +92,10 @@ NAMES = {
     "ratios.SIZES": "methods.ratios.budget.BUDGET_UNITS",
     "grouping.Candidates": "methods.grouping.base.MergeCandidates",
     "grouping.ranked": "methods.grouping.base.experts_by_score",
+    "grouping.hc_smoe.GROUPING": "methods.grouping.hc_smoe.HCSMoE",
+    "grouping.m_smoe.GROUPING": "methods.grouping.m_smoe.MSMoE",
+    "grouping.ream.GROUPING": "methods.grouping.ream.Ream",
+    "methods.Metric": "methods.metrics.base.Metric",
     "condense.Candidates": "methods.condense.base.ExpertCandidates",
     "condense.Layers": "methods.condense.base.LayerCandidates",
     "condense.ranked": "methods.condense.base.ranked_experts",
@@ -121,6 +126,11 @@ NAMES = {
     "logbook.Item": "track.tracker.TrackedArtifact",
     "track.Tracker": "track.wandb.WandbTracker",
     "tensorboard.TensorBoard": "track.tensorboard.TensorBoardTracker",
+}
+# Options that have another name now, and how they are written.
+OPTIONS = {
+    "method.linkage": "grouping=hc_smoe grouping.linkage=<value>",
+    "method.group_size": "grouping=ream grouping.group_size=<value>",
 }
 
 
@@ -156,6 +166,16 @@ def refusal_of_target(target: str) -> UserError:
     now = new_path(target)
     where = f": it has moved, write _target_: {now}" if now else ""
     return UserError(f"_target_: {target} does not exist{where}")
+
+
+def refusal_of_option(name: str, there: Sequence[str]) -> UserError:
+    """The message for an option that does not exist, with its new name if it has one.
+
+    there: the names that exist in its place.
+    """
+    if name in OPTIONS:
+        return UserError(f"{name} has moved: write {OPTIONS[name]}")
+    return UserError(f"{name} is no option; there are {', '.join(there)}")
 
 
 def refusal_of_import(error: BaseException | None) -> UserError | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from moe_lab.runs.moved import refusal_of_target
+from moe_lab.runs.moved import refusal_of_option, refusal_of_target
 from moe_lab.types import UserError
 
 TOP = {"seed": int, "store": str, "run_dir": str, "resume": bool}
@@ -75,8 +75,8 @@ def refusal(error: BaseException | None) -> str | None:
         if isinstance(error, unknown) and error.parent_node is not None:
             there = [str(key) for key in error.parent_node if key not in ("hydra", "_target_")]
             group = str(error.full_key).partition(".")[0]
-            names = ", ".join(there) or f"none yet: choose another {group}=<option> too"
-            lines = [f"{error.full_key} is no option; there are {names}"]
+            names = there or [f"none yet: choose another {group}=<option> too"]
+            lines = [str(refusal_of_option(str(error.full_key), names))]
         elif isinstance(error, UserError):
             lines = [str(error)]
         elif isinstance(error, OSError) and error.filename and not _from_hydra(error):
@@ -113,7 +113,7 @@ def _check_node(node: Any, raw: Any, name: str, root: Node) -> None:
         if hints is not None and key not in HYDRA_KEYS:
             inner, _ = _where(raw[key], f"{name}.{key}", root)
             if key not in hints:
-                raise UserError(f"{inner} is no option of {name}; there are {', '.join(hints)}")
+                raise refusal_of_option(inner, list(hints))
             require(inner, value, hints[key])
         _check_node(value, raw[key], f"{name}.{key}", root)
 

@@ -6,13 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc import ErrorDuringImport
 from typing import Any
 
 from moe_lab.files import PLAN
 from moe_lab.models.edits.plan import Plan
+from moe_lab.option import Plugin
 from moe_lab.report.frame import REQUEST, RESULT_KEYS
+from moe_lab.runs.options import target_of
 from moe_lab.store import commit
 from moe_lab.track.tracker import stable_hash
+from moe_lab.types import UserError
 
 RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
@@ -67,7 +71,7 @@ def report_head(job: Description) -> dict[str, Any]:
     method, config = job.choices["method"], job.config
     head: dict[str, Any] = {"status": "running", "error": None}
     head |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
-    own = _options(method, config["condense" if method == "condense" else "method"])
+    own = _own_options(method, config["method"])
     if method == "prune":
         head |= {"metric": job.choices["metric"]} | _options("metric", config["metric"])
     if method == "prune" or (method == "merge" and f"{method}/num_experts" not in own):
@@ -75,9 +79,6 @@ def report_head(job: Description) -> dict[str, Any]:
         share = budget.pop("ratio/ratio", None)
         head |= {"ratio": None if "ratio/target_gib" in budget else share}
         head |= {"ratio_method": job.choices["ratio"]} | budget
-    if f"{method}/num_layers" in own:  # one key for all methods, to compare them
-        number = own.pop(f"{method}/num_layers")
-        head |= {} if own.get(f"{method}/layers") == "all" else {"condense/num_layers": number}
     head |= own
     head |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
     head |= _options("calibration", config["calibration"])
@@ -92,6 +93,15 @@ def _request(config: Mapping[str, Any]) -> str:
     asked = {key: value for key, value in config.items() if key not in NOT_ASKED}
     plain = json.loads(json.dumps(asked, default=str))  # keys that are numbers become text
     return stable_hash(json.dumps(plain, sort_keys=True))[:12]
+
+
+def _own_options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class behind a group says of its options; of one that is refused, all of them."""
+    try:
+        told = target_of(node["_target_"]).settings(node)
+    except (UserError, ErrorDuringImport):
+        told = Plugin.settings(node)
+    return {key if "/" in key else f"{name}/{key}": _word(value) for key, value in told.items()}
 
 
 def _options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:

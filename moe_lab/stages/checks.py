@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def check_profile(compute: Compute, method: Method) -> None:
     """Refuse a profile of the routers alone where the method needs more."""
-    if compute.profile == "routers" and not getattr(method, "from_routers", False):
+    if compute.profile == "routers" and not method.from_routers:
         raise UserError(
             "compute.profile=routers is enough for method=prune with metric="
             f"{', '.join(names_from_routers())}, and for method=none; what was asked for "
@@ -38,8 +38,7 @@ def check_recipe(
     if not recipe:
         return
     recipe.check_model(checkpoint.config, layers)
-    if hasattr(method, "example"):
-        edits = method.example(layers)
+    if edits := method.example(layers):
         indices = {edit.index for edit in edits}
         others = (info for info in layers if info.index not in indices)
         kept = tuple(KeepLayer(info.index, info.name) for info in others)
@@ -54,8 +53,7 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[Layer
             "more than one expert per token take for experts of their own; made with "
             "finetune.twins=0 it has none", checkpoint.path,
         )  # fmt: skip
-    if hasattr(method, "example"):
-        padding = getattr(method, "padding", None)
-        form = form_of(checkpoint.config, method.example(layers), padding)
+    if edits := method.example(layers):
+        form = form_of(checkpoint.config, edits, method.padding)
         if not form.plain:
             logger.info("the result will be saved %s", form.reason)

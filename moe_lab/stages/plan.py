@@ -53,11 +53,10 @@ def plan(context: Context, asked: Planning) -> Artifact:
     nothing but names the groups by number.
     """
     method = asked.method
-    code = method.code() if hasattr(method, "code") else ()
     identity = {
         "profile": asked.profile.key,
-        "method": method.identity(asked.options) if hasattr(method, "identity") else asked.options,
-        "code": code_version(plan, method, *code),
+        "method": method.identity(asked.options),
+        "code": code_version(plan, method, *method.parts()),
     }
     return context.store.get("plan", identity, lambda folder: _write(context, asked, folder))
 

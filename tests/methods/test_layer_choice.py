@@ -1,96 +1,53 @@
-"""Dropping MoE sublayers and whole decoder layers: which go, and what is refused."""
+"""Which layers a method works on: by an order, or named; and as many as a plan will have."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from families import tiny_batch, tiny_model
-from running import Outcome
 
-from moe_lab.methods.drop_blocks import DropBlocks
-from moe_lab.methods.drop_layers import DropLayers
-from moe_lab.models.checkpoint import load
-from moe_lab.models.edits.plan import Plan
-from moe_lab.models.layers import moe_layers
-from moe_lab.profile.collect import collect_statistics
-from moe_lab.profile.profile import Profile
+from moe_lab.methods.layer_choice import check_layers, choose_layers, example_layers
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import LayerInfo, UserError
 
-INFOS = [LayerInfo(i, f"model.layers.{i}.mlp", 8, 2, 32, num_decoders=4) for i in (1, 2, 3)]
+INFOS = [LayerInfo(i, f"model.layers.{i}.mlp", 8, 2, 32) for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
-def test_the_most_similar_goes_first(family: str) -> None:
-    model = tiny_model(family)
-    layers = moe_layers(model)
-    with torch.no_grad():
-        for layer, scale in zip(layers, (0.3, 0.01, 0.1, 1.0), strict=False):
-            layer.experts.down_proj *= scale
-            if layer.shared is not None:
-                layer.shared.down_proj.weight *= scale
-    statistics = collect_statistics(model, [tiny_batch()])
-    indices = [layer.info.index for layer in layers]
-    made = DropLayers(num_layers=2).plan(Profile(statistics))
-    assert made.layer_order == (indices[1], indices[2])
-    assert {edit.index for edit in made.edited()} == {indices[1], indices[2]}
-    assert {edit.kind for edit in made.edited()} == {"drop_layer"}
-    for edit, one in zip(made.edits, statistics, strict=True):
-        assert edit.scores == (one.mean_cosine("layer"),)
-    blocks = DropBlocks(num_layers=2).plan(Profile(statistics))
-    similarity = {one.info.index: one.mean_cosine("block") for one in statistics}
-    assert blocks.layer_order == tuple(sorted(similarity, key=lambda i: -similarity[i])[:2])
-    assert {edit.kind for edit in blocks.edited()} == {"drop_block"}
-    assert {edit.scores[0] for edit in blocks.edits} == set(similarity.values())
+def measured(*cosines: float) -> list[LayerStatistics]:
+    return [
+        LayerStatistics(info, {"layer_cosine_sum": torch.tensor([2 * one]),
+                               "tokens": torch.tensor([2.0])})
+        for info, one in zip(INFOS, cosines, strict=True)
+    ]  # fmt: skip
 
 
-def test_named_layers_and_the_plan_on_disk(tmp_path: Path) -> None:
-    statistics = collect_statistics(tiny_model("mixtral"), [tiny_batch()])
-    for method in (DropLayers(1, layers=[3, 0], padding=0.5), DropBlocks(1, layers=[3, 0])):
-        made = method.plan(Profile(statistics))
-        assert made.layer_order == (3, 0)
-        assert [edit.index for edit in made.edited()] == [0, 3]
-        (tmp_path / "plan.json").write_text(made.to_text())
-        assert Plan.load(tmp_path / "plan.json") == made
+def test_an_order_is_followed_as_far_as_asked() -> None:
+    statistics = measured(0.5, 0.9, 0.9)
+
+    def chosen(layers: object, number: int = 2) -> tuple[int, ...]:
+        return choose_layers(layers, number, statistics, "layer", seed=1)
+
+    assert chosen("cosine") == (2, 3) and chosen("cosine", 3) == (2, 3, 1)
+    assert chosen("first") == (1, 2) and chosen("last") == (3, 2)
+    assert chosen("all", 1) == (1, 2, 3) and chosen([3, 1], 1) == (3, 1)
+    assert chosen("random") == chosen("random") and set(chosen("random", 3)) == {1, 2, 3}
 
 
-def test_impossible_requests_are_refused_before_any_work() -> None:
-    for method in (DropLayers, DropBlocks):
-        for number in (0, 4):
-            with pytest.raises(UserError, match=rf"num_layers={number}: the model has 3 MoE"):
-                method(number).check(INFOS)
-        with pytest.raises(UserError, match=r"names \[0, 9\].*MoE layers are \[1, 2, 3\]"):
-            method(1, layers=[0, 1, 9]).check(INFOS)
-        with pytest.raises(UserError, match="each once"):
-            method(1, layers=[1, 1]).check(INFOS)
-        with pytest.raises(UserError, match=r"does not exist.*cosine"):
-            method(1, layers="greedy").check(INFOS)
-        method(3).check(INFOS)
-    everything = [LayerInfo(i, "x", 8, 2, 32, num_decoders=3) for i in range(3)]
-    DropLayers(3).check(everything)
-    with pytest.raises(UserError, match="all 3 decoder layers"):
-        DropBlocks(3).check(everything)
-    with pytest.raises(UserError, match="padding=2"):
-        DropLayers(1, padding=2).check(INFOS)
+def test_as_many_are_foreseen_as_will_be_chosen() -> None:
+    assert [info.index for info in example_layers("cosine", 2, INFOS)] == [2, 3]
+    assert [info.index for info in example_layers([3, 1], 1, INFOS)] == [1, 3]
 
 
-@pytest.mark.parametrize("method", ["drop_layers", "drop_blocks"])
-def test_a_whole_run(method: str, job: Callable[..., Outcome]) -> None:
-    done = job(f"method={method}", "condense.num_layers=2")
-    assert done.code == 0, done.text
-    report = done.report
-    assert (report["method"], report["status"]) == (method, "ok")
-    assert (report["condense/num_layers"], report[f"{method}/layers"]) == (2, "cosine")
-    model = load(report["compressed/checkpoint"])
-    assert report["compressed/stock"] == (method == "drop_blocks")
-    assert len(model.model.layers) == (2 if method == "drop_blocks" else 4)
-    assert len(moe_layers(model)) == 1
-    order = json.loads(report["plan/layers"])
-    assert len(order) == 2
-    assert set(order) <= {1, 2, 3}
-    refused = job(f"method={method}", "condense.num_layers=9")
-    assert refused.code == 2
-    assert "num_layers=9: the model has 3 MoE layers" in refused.text
+@pytest.mark.parametrize(
+    ("layers", "number", "words"),
+    [
+        ("best", 1, "method.layers='best' does not exist for method=merge; there are all, cosine"),
+        ("cosine", 4, "condense.num_layers=4: the model has 3 MoE layers"),
+        ([], 1, r"method.layers=\[\]: name one or more, each once"),
+        ([1, 1], 1, "each once"),
+        ([1, 7], 1, r"names \[7\], but the model's MoE layers are \[1, 2, 3\]"),
+    ],
+)
+def test_what_the_model_has_not_is_refused(layers: object, number: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_layers("merge", layers, number, ["all", "cosine"], INFOS)
+    check_layers("merge", "all", 9, ["all", "cosine"], INFOS)

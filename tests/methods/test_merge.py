@@ -16,7 +16,9 @@ from running import Outcome
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moe_lab.methods.grouping.base import grouping_named
+from moe_lab.methods.grouping.base import as_grouping
+from moe_lab.methods.grouping.hc_smoe import HCSMoE
+from moe_lab.methods.grouping.ream import Ream
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.reap import reap
@@ -123,18 +125,22 @@ def test_impossible_requests_are_refused_before_any_work() -> None:
     with pytest.raises(UserError, match=r"num_experts=3.*2 groups"):
         Merge(1, 3).check([grouped])
     for name, words in {
-        "router": "null, all, dominant, mean, sum",
-        "align": "null, none, weights, activations, both",
-        "grouping": "hc_smoe, m_smoe, ream",
+        "router": "=last: there are all, dominant, mean, sum, or null",
+        "align": "=last: there are none, weights, activations, both, or null",
+        "grouping": "='last' does not exist; there are hc_smoe, m_smoe, ream",
     }.items():
-        with pytest.raises(
-            UserError, match=f"method.{name}='last' does not exist; there are {words}"
-        ):
+        with pytest.raises(UserError, match=f"method.{name}{words}"):
             Merge(1, 2, **{name: "last"}).check([INFO])
-    with pytest.raises(UserError, match=r"linkage='last' does not exist.*average, complete"):
-        Merge(1, 2, grouping="hc_smoe", linkage="last").check([INFO])
+    with pytest.raises(UserError, match=r"grouping.linkage=last: there are average, complete"):
+        Merge(1, 2, grouping=HCSMoE("last")).check([INFO])
     with pytest.raises(UserError, match=r"group_size=2: 2 groups.*its 6 experts; at least 3"):
-        Merge(1, 2, grouping="ream", group_size=2).check([INFO])
+        Merge(1, 2, grouping=Ream(2)).check([INFO])
+    with pytest.raises(UserError, match=r"must be made by a class derived from .*\.Grouping"):
+        Merge(1, 2, grouping=Uniform(0.25)).check([INFO])
+    with pytest.raises(UserError, match=r"ratio=null and .*num_experts=null.*num_experts=4"):
+        Merge(1).check([INFO])
+    with pytest.raises(UserError, match=r"condense.num_layers=0: it must be at least 1"):
+        Merge(0, 2).check([INFO])
     with pytest.raises(UserError, match=r"num_samples=0"):
         Merge(1, 2, num_samples=0).check([INFO])
     with pytest.raises(UserError, match=r"ratio=1"):
@@ -230,10 +236,14 @@ def test_a_ratio_says_how_many_stay() -> None:
 
 
 def test_options_that_decide_nothing_are_in_no_identity() -> None:
-    options = dict.fromkeys(field.name for field in fields(Merge))
+    options: dict[str, object] = dict.fromkeys(field.name for field in fields(Merge))
+    options["ratio"] = {"ratio": 0.25, "target_gib": 1.0}
 
     def known(**given: object) -> set[str]:
         return set(Merge(1, **given).identity(options))
+
+    def grouping(given: object) -> object:
+        return Merge(1, grouping=given).identity(options | {"grouping": given})["grouping"]
 
     assert known(num_experts=2) == {
         "num_experts",
@@ -243,11 +253,16 @@ def test_options_that_decide_nothing_are_in_no_identity() -> None:
         "router",
         "propagate",
     }
-    assert known(grouping="hc_smoe") - known() == {"linkage", "num_samples"}
-    assert known(grouping="ream") - known() == {"group_size", "num_samples"}
+    assert known(grouping="hc_smoe") - known() == {"num_samples"}
+    assert grouping("hc_smoe") == {"name": "hc_smoe", "linkage": "average"}
+    assert grouping("ream") == {"name": "ream", "group_size": 16}
+    node = {"_target_": "moe_lab.methods.grouping.ream.Ream", "group_size": 8}
+    made = Merge(1, grouping=Ream(8)).identity(options | {"grouping": node})
+    assert made["grouping"] == {"name": "ream", "group_size": 8}
     assert known(align="both") - known() == {"num_samples"}
     assert known(layers="random") - known() == {"seed", "num_layers"}
-    assert "ratio" in known()
+    ratio = Uniform(0.25, target_gib=1.0)
+    assert Merge(1, ratio=ratio).identity(options)["ratio"] == {"target_gib": 1.0}
     assert Merge(1, grouping="ream").identity(options)["router"] == "dominant"
 
 
@@ -268,7 +283,7 @@ def test_propagated_layers_are_those_behind_merged_ones(grouping: str, tmp_path:
     for edit in made.edits[:-1]:
         apply_plan(model, Plan((edit,), tensors=read.tensors))
     [*_, last] = collect_statistics(model, [tiny_batch()])
-    scores = grouping_named(grouping).scores(last)
+    scores = as_grouping(grouping).scores(last)
     torch.testing.assert_close(torch.tensor(made.edits[-1].scores), scores.float())
     again = plan_of(model, layers=[last.info.index], propagate=False, **options).edits[-1]
     assert again.groups == made.edits[-1].groups
@@ -286,7 +301,7 @@ def test_as_the_paper_does_layers_shrink_and_are_loaded_again(
     before = num_parameters(model)
     made = plan_of(model, num_experts=3, grouping=grouping)
     assert [edit.router for edit in made.edits] == ["dominant" if stock else "all"] * 4
-    assert {edit.align for edit in made.edits} == {grouping_named(grouping).align}
+    assert {edit.align for edit in made.edits} == {as_grouping(grouping).align}
     apply_plan(model, made)
     experts = 4 * 5 * 3 * 16 * 32
     assert before - num_parameters(model) == experts + (4 * 5 * 32 if stock else 0)

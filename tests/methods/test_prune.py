@@ -10,6 +10,7 @@ import torch
 from families import tiny_batch, tiny_model
 from layer_scores import Listed
 
+from moe_lab.methods.metrics.base import Metric
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.leave_one_out import LeaveOneOut
 from moe_lab.methods.metrics.naee import Naee
@@ -111,7 +112,7 @@ def test_what_cannot_be_combined() -> None:
     infos = [layer.info for layer in moe_layers(tiny_model("mixtral"))]
     refused = {
         "replacement=nought: there are nothing, zero": dict(replacement="nought"),
-        "protect=all: there are null, super_experts, outliers": dict(protect="all"),
+        "protect=all: there are super_experts, outliers, or null": dict(protect="all"),
     }
     for message, options in refused.items():
         with pytest.raises(UserError, match=message):
@@ -165,8 +166,9 @@ def test_notes_go_into_the_plan() -> None:
 
 
 def test_a_reference_enters_a_plan_by_its_content() -> None:
-    class Referring:
-        fingerprint = "0123"
+    class Referring(Metric):
+        def identity(self, options):
+            return {"_target_": options["_target_"], "fingerprint": "0123"}
 
     options = {"metric": {"_target_": "x", "reference": "/home/a"}, "ratio": {"ratio": 0.25}}
     found = Prune(Referring(), Uniform(0.25)).identity(options)

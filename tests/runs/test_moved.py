@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from running import ROOT, Outcome
 
-from moe_lab.runs.moved import MODULES, NAMES, PACKAGES, new_path, refusal_of_target
+from moe_lab.runs.moved import MODULES, NAMES, OPTIONS, PACKAGES, new_path, refusal_of_target
 
 
 @pytest.mark.parametrize("path", sorted({*NAMES.values(), *MODULES.values(), *PACKAGES.values()}))
@@ -29,7 +29,8 @@ def test_every_new_path_exists(path: str) -> None:
         ("metrics.reap.reap", "methods.metrics.reap.reap"),
         ("ratios.uniform.Uniform", "methods.ratios.uniform.Uniform"),
         ("ratios.Budget", "methods.ratios.budget.Budget"),
-        ("grouping.ream.GROUPING", "methods.grouping.ream.GROUPING"),
+        ("grouping.ream.GROUPING", "methods.grouping.ream.Ream"),
+        ("grouping.ream.gated_cosine", "methods.grouping.ream.gated_cosine"),
         ("condense.experts.greedy_js.choose", "methods.condense.experts.greedy_js.choose"),
         ("methods.condense.Condense", "methods.condense.method.Condense"),
         ("finetune.Phase", "finetune.recipe.Phase"),
@@ -75,6 +76,24 @@ def test_a_tracker_that_has_moved(job: Callable[..., Outcome]) -> None:
     outcome = job("track._target_=moe_lab.track.Tracker")
     assert outcome.code == 2 and "Traceback" not in outcome.text
     assert "it has moved, write _target_: moe_lab.track.wandb.WandbTracker" in outcome.text
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_has_moved(option: str, job: Callable[..., Outcome]) -> None:
+    told = f"{option} has moved: write {OPTIONS[option]}"
+    for given in (option, f"+{option}"):
+        outcome = job("method=merge", f"{given}=7")
+        assert outcome.code == 2 and "Traceback" not in outcome.text
+        assert told in outcome.text
+
+
+def test_what_a_moved_option_is_now_can_be_given(job: Callable[..., Outcome]) -> None:
+    for now in OPTIONS.values():
+        given = now.replace("<value>", "ward" if "linkage" in now else "4").split()
+        outcome = job("method=merge", *given)
+        assert outcome.code == 0, outcome.text
+        key, value = given[1].replace("grouping.", "merge/").split("=")
+        assert str(outcome.report[key]) == value
 
 
 def test_code_that_imports_what_has_moved(

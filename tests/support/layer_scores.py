@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_lab.methods.ratios import budget
-from moe_lab.methods.ratios.budget import Scores
+from moe_lab.methods.ratios.budget import Ratio, Scores
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
 
@@ -52,7 +52,7 @@ def notes(ratio: Any, scores: Scores) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Listed:
+class Listed(Ratio):
     """So many experts in each layer."""
 
     number: int

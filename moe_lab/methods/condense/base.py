@@ -2,13 +2,11 @@
 
 A condensed layer computes, for every token, w_s * shared(x) + sum_{i in S} w_i * E_i(x): no
 router. `gates/` holds the ways to set the constants w_i, `experts/` the ways to choose S, `layers/`
-the ways to choose the layers: one file each, with one function `choose`.
+the ways to choose the layers: one file each, with one function `choose`; one's own lies anywhere.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_lab.lookup import named
 from moe_lab.methods.condense.expert_search import OpenLayer
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.models.remapped import Experts
@@ -24,16 +23,25 @@ from moe_lab.types import Choice, UserError
 
 
 def choice_named(kind: str, name: str) -> Callable[..., Any]:
-    """The function `choose` of condense.<kind>=<name>; UserError lists what exists."""
-    package = importlib.import_module(f"{__package__}.{kind}")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    if name not in names:
-        or_list = "" if kind == "gates" else ", or an explicit list of numbers"
-        raise UserError(
-            f"condense.{kind}={name!r} does not exist; there are {', '.join(names)}{or_list}"
-        )
-    choose: Callable[..., Any] = importlib.import_module(f"{__package__}.{kind}.{name}").choose
-    return choose
+    """The function `choose` of condense.<kind>=<name>, or the one at a dotted path.
+
+    UserError lists what exists.
+    """
+    or_list = "" if kind == "gates" else ", or an explicit list of numbers"
+    choose = named(f"condense.{kind}", name, f"{__package__}.{kind}", "choose", (), or_list)
+    if not callable(choose):
+        raise UserError(f"condense.{kind}={name!r} is no function that could choose")
+    return choose  # type: ignore[no-any-return]  # of what it gives, its callers know
+
+
+def is_own(name: object) -> bool:
+    """Whether a choice lies outside the package, so that nothing is known of it."""
+    return isinstance(name, str) and "." in name
+
+
+def draws(name: object) -> bool:
+    """Whether a choice may depend on condense.seed."""
+    return name == "random" or is_own(name)
 
 
 def shared_gate(statistics: LayerStatistics) -> float:

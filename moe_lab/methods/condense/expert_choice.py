@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_lab.methods.condense.base import ExpertCandidates, choice_named, shared_gate
+from moe_lab.methods.condense.base import ExpertCandidates, choice_named, draws, shared_gate
 from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer
 from moe_lab.models.editing import check_is_sum, part_widths
 from moe_lab.models.edits.condense import CondenseLayer
@@ -31,7 +31,7 @@ class Asked(Protocol):
     seed: int
 
     def searches(self) -> list[object]:
-        """The modules that decide what a search finds."""
+        """What decides what a search finds."""
         ...
 
 
@@ -48,7 +48,7 @@ class ExpertChoices:
             "experts": method.experts if by_name else list(method.experts),
             "num_routed": method.num_routed if by_name else None,
             "gates": method.gates,
-            "seed": method.seed if method.experts == "random" else None,
+            "seed": method.seed if draws(method.experts) else None,
         }
 
     @functools.cached_property

@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from moe_lab.methods.condense import base, divergence, expert_choice, expert_search, layer_search
-from moe_lab.methods.condense.base import LayerCandidates, choice_named
+from moe_lab.methods.base import Method
+from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.layer_choice import example_layers
-from moe_lab.models import activations, editing, layerwise, stream
-from moe_lab.models import layers as model_layers
 from moe_lab.models.editing import part_widths
-from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
+from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import Choice, LayerInfo, UserError
 
 
 @dataclass
-class Condense:
+class Condense(Method):
     """Condense `num_layers` layers to their shared experts and `num_routed` routed ones.
 
-    CD-MoE (2412.00069): num_routed=0 is CD-MoE-S, more is CD-MoE-SR. experts, layers: the name of a
-    search in this folder, or an explicit list (experts for every layer alike; true indices
-    of decoder layers). gates: the constants in the router's place. beam: of a greedy search over
-    layers. seed: of random choices. padding: the largest share of the compressed model's
-    parameters that zeros may take so that stock transformers can hold it.
+    CD-MoE (2412.00069): num_routed=0 is CD-MoE-S, more is CD-MoE-SR. Searches, and gates, are files
+    in folders here, or the dotted path of a function of one's own.
     """
 
-    num_layers: int
-    num_routed: int
-    experts: str | Sequence[int] = "greedy_js"
-    layers: str | Sequence[int] = "greedy_js"
-    gates: str = "mean_selected"
-    beam: int = 1
-    seed: int = 0
-    padding: float = 0.01
+    num_layers: Annotated[int, Option("layers that are condensed, where layers is none", least=1)]
+    num_routed: Annotated[int, Option("routed experts kept in each", least=0)]
+    experts: Annotated[
+        str | Sequence[int], Option("a search for them, or a list for every layer alike")
+    ] = "greedy_js"
+    layers: Annotated[
+        str | Sequence[int], Option("a search for them, or a list of decoder layers")
+    ] = "greedy_js"
+    gates: Annotated[str, Option("constants in the router's place")] = "mean_selected"
+    beam: Annotated[int, Option("sets of layers that a greedy search carries on", least=1)] = 1
+    seed: Annotated[int, Option("seed of random experts and layers")] = 0
+    padding: Annotated[
+        float,
+        Option("largest share of zeros so that stock transformers can hold it", least=0, most=1),
+    ] = 0.01
+
+    of_condense = (
+        "num_layers", "num_routed", "experts", "layers", "gates", "beam", "seed", "padding",
+    )  # fmt: skip
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse layers, experts, searches or numbers that do not exist."""
-        self._check_numbers()
+        super().check(layers)
+        self._check_beam()
         choice_named("gates", self.gates)
         indices = [info.index for info in layers]
         if isinstance(self.layers, str):
@@ -65,16 +72,13 @@ class Condense:
         for info in layers:
             self._check_layer(info)
 
-    def _check_numbers(self) -> None:
-        if self.beam < 1:
-            raise UserError(f"condense.beam={self.beam}: it must be at least 1")
-        if self.beam > 1 and not str(self.layers).startswith("greedy_"):
+    def _check_beam(self) -> None:
+        greedy = str(self.layers).startswith("greedy_")
+        if self.beam > 1 and not greedy and not is_own(self.layers):
             raise UserError(
                 f"condense.beam={self.beam} is for greedy searches over layers, and "
                 f"condense.layers={self.layers} is none: leave condense.beam at 1"
             )
-        if not 0 <= self.padding <= 1:
-            raise UserError(f"condense.padding={self.padding}: it must be from 0 to 1")
 
     def _check_layer(self, info: LayerInfo) -> None:
         if info.obstacle:
@@ -96,7 +100,7 @@ class Condense:
                     f"condense.experts names {unknown}, but layer {info.index} has experts "
                     f"0 to {info.num_experts - 1}"
                 )
-        if not 0 <= num_routed <= info.num_experts:
+        if num_routed > info.num_experts:
             raise UserError(
                 f"condense.num_routed={num_routed}: layer {info.index} has {info.num_experts} "
                 "routed experts"
@@ -107,7 +111,7 @@ class Condense:
                 "has none: ask for condense.num_routed of at least 1"
             )
 
-    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[CondenseLayer, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
         number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
         return tuple(
@@ -121,29 +125,24 @@ class Condense:
             for info in example_layers(self.layers, self.num_layers, layers)
         )
 
-    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that the plan depends on: the seed only where something is random."""
-        seeded = "random" in (self.experts, self.layers)
+        seeded = any(map(draws, (self.experts, self.layers)))
         return {name: value for name, value in options.items() if seeded or name != "seed"}
 
-    def code(self) -> list[object]:
-        """What decides the plan beside this class."""
-        return [*self.searches(), *self._plug_ins("layers")]
+    def parts(self) -> Sequence[object]:
+        """The choices, which are given by name."""
+        return self._choices(experts=self.experts, gates=self.gates, layers=self.layers)
 
     def searches(self) -> list[object]:
-        """The modules that decide what a search finds.
+        """What decides what a search finds.
 
         Not the way in which layers are chosen by it: different ways share their answers.
         """
-        modules = [
-            base, expert_choice, expert_search, layer_search, divergence,
-            editing, layerwise, model_layers, stream, activations,
-        ]  # fmt: skip
-        return [self, *modules, *self._plug_ins("experts", "gates")]
+        return [self, *self._choices(experts=self.experts, gates=self.gates)]
 
-    def _plug_ins(self, *kinds: str) -> list[object]:
+    def _choices(self, **names: str | Sequence[int]) -> list[object]:
         """What condense.<kind> names, where it is no explicit list."""
-        names = {kind: getattr(self, kind) for kind in kinds}
         return [choice_named(kind, name) for kind, name in names.items() if isinstance(name, str)]
 
     @torch.no_grad()

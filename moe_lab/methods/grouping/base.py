@@ -1,42 +1,41 @@
 """Which experts of a layer become one, for method=merge.
 
-One file each, with one `GROUPING`, found by its file's name. A grouping takes a layer's statistics,
-and where it asks for that a matrix over its experts found from all their outputs; it gives the
-experts that stay, who joins them, and with which weights. Routers that work on groups of experts
-merge within each, and keep the same number in each.
+A class each, in a file of its own. A grouping takes a layer's statistics, and where it asks for
+that a matrix over its experts found from all their outputs; it gives the experts that stay, who
+joins them, and with which weights. Routers that work on groups of experts merge within each, and
+keep the same number in each.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from moe_lab.lookup import named, require_kind
 from moe_lab.methods.ratios import budget
+from moe_lab.option import Plugin, check_options, declared_by, plain_options
 from moe_lab.profile.all_experts import AllExperts
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.types import AlignName, LayerInfo, RouterName
+from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
-NO_GROUPINGS = {"alignment", "base"}  # the files of this package that are none
+BASES = ("alignment", "base")  # the files of this package that are no groupings
 
 
 @dataclass(frozen=True)
 class MergeCandidates:
     """The experts of one layer of which `number` are to stay.
 
-    outputs_EE: what the grouping's `outputs` found, None where it has none. linkage, group_size:
-    the method's options.
+    outputs_EE: what the grouping's `outputs` found, None where it needs none.
     """
 
     statistics: LayerStatistics
     number: int
     outputs_EE: Tensor | None = None
-    linkage: str = "average"
-    group_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -48,38 +47,84 @@ class Groups:
     weights: tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """A way to group experts, and how its paper goes on from there.
+class Grouping(Plugin, ABC):
+    """A way to group experts, and how its paper goes on from there; its options are its fields.
 
-    choose(candidates): the groups. scores(statistics): the experts' importance [E], by which a
-    ratio says how many stay. align, router, propagate: the paper's, where the method's options
-    leave them open. outputs(experts): what `choose` needs to know of all experts' outputs, a matrix
-    [E, E]. check(info, number, candidates' options): refuses what is impossible. options: those
-    of the method's options that it takes.
+    `choose` and `scores` have to be there. What else may be:
+    choose(candidates): which experts stay, who joins them, and with which weights.
+    scores(statistics): the experts' importance [E], by which a ratio says how many stay.
+    scored_by: what the plan calls these scores; by default the grouping's name.
+    align, router, propagate: the paper's, where the method's options leave them open; by default
+    weights, all and false.
+    needs_outputs: whether `choose` needs to know something of all experts' outputs, which every
+    expert is then computed for on a sample; by default false. Then
+    outputs(experts): a matrix [E, E] of it, and
+    outputs_options: the options that it depends on; by default None, all.
+    check(info, number): refuses what is impossible for a layer of which `number` experts stay, with
+    a UserError; by default values that are out of the range which their `Option` says.
+    name: how reports call it; by default its file's name.
     """
 
-    choose: Callable[[MergeCandidates], Groups]
-    scores: Callable[[LayerStatistics], Tensor]
-    align: AlignName
-    router: RouterName
+    align: AlignName = "weights"
+    router: RouterName = "all"
     propagate: bool = False
-    outputs: Callable[[AllExperts], Tensor] | None = None
-    check: Callable[[LayerInfo, int, Mapping[str, Any]], None] = field(default=lambda *_: None)
-    options: tuple[str, ...] = ()
+    needs_outputs: bool = False
+    outputs_options: tuple[str, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def scored_by(self) -> str:
+        """What the plan calls its scores."""
+        return self.name
+
+    @abstractmethod
+    def choose(self, candidates: MergeCandidates) -> Groups:
+        """Which experts stay, who joins them, and with which weights."""
+
+    @abstractmethod
+    def scores(self, statistics: LayerStatistics) -> Tensor:
+        """The experts' importance [E]."""
+
+    def outputs(self, experts: AllExperts) -> Tensor:
+        """What `choose` needs to know of all experts' outputs, [E, E]."""
+        raise NotImplementedError(f"{type(self).__name__} needs no outputs")
+
+    def check(self, info: LayerInfo, number: int) -> None:
+        """Refuse what is impossible for a layer of which `number` experts stay."""
+        check_options(self, "grouping")
 
 
-def grouping_names() -> list[str]:
-    """The groupings there are."""
-    package = importlib.import_module(__package__)
-    names = {module.name for module in pkgutil.iter_modules(package.__path__)}
-    return sorted(names - NO_GROUPINGS)
-
-
-def grouping_named(name: str) -> Grouping:
-    """The grouping of method.grouping=<name>, one of `grouping_names`."""
-    grouping: Grouping = importlib.import_module(f"{__package__}.{name}").GROUPING
+def as_grouping(given: Grouping | str) -> Grouping:
+    """A grouping, also by name (a file of this package, or a dotted path), with its defaults."""
+    found: object = given
+    if isinstance(given, str):
+        found = named("method.grouping", given, __package__, Grouping, BASES)
+    made = found() if inspect.isclass(found) else found
+    grouping: Grouping = require_kind("grouping", made, Grouping)
     return grouping
+
+
+def options_of(grouping: Grouping, given: object) -> dict[str, Any]:
+    """All its own options; given: its composed node, or its name, which leaves the defaults."""
+    chosen = given if isinstance(given, Mapping) else {}
+    declared = declared_by(type(grouping)).items()
+    return {name: chosen.get(name, one.default) for name, one in declared}
+
+
+def described(given: object) -> dict[str, Any]:
+    """What a report says of a grouping, given as for `options_of`: its name and its own options."""
+    if isinstance(given, Mapping):
+        file = str(given.get("_target_")).rpartition(".")[0]
+        return {"grouping": file.rpartition(".")[2]} | plain_options(given)
+    try:
+        grouping = as_grouping(str(given))
+    except UserError:  # told when the method is checked
+        return {"grouping": given}
+    return {"grouping": grouping.name} | plain_options(options_of(grouping, given))
 
 
 def grouped(

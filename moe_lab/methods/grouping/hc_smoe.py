@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Annotated, cast
 
 import torch
-from scipy.cluster.hierarchy import linkage
+from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from moe_lab.methods.grouping.base import Grouping, Groups, MergeCandidates, grouped, router_groups
 from moe_lab.methods.metrics.frequency import frequency
+from moe_lab.option import Option
 from moe_lab.profile.all_experts import AllExperts
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.profile.layer import LayerStatistics
 
 LINKAGES = ("average", "complete", "single", "ward")
 
@@ -38,43 +39,45 @@ def clusters(distance_EE: Tensor, number: int, method: str) -> list[list[int]]:
     size = len(distance_EE)
     members = {expert: [expert] for expert in range(size)}
     if number < size:
-        steps = linkage(squareform(distance_EE.numpy(), checks=False), method)
+        steps = hierarchy.linkage(squareform(distance_EE.numpy(), checks=False), method)
         for step, (one, other) in enumerate(steps[: size - number, :2].astype(int).tolist()):
             members[size + step] = members.pop(one) + members.pop(other)
     return list(members.values())
 
 
-def choose(candidates: MergeCandidates) -> Groups:
+@dataclass(frozen=True)
+class HCSMoE(Grouping):
     """HC-SMoE (2410.08589): hierarchical clustering of the experts by the Euclidean distances of
-    their mean outputs o_i, with average linkage (others by method.linkage); each cluster becomes
-    its average, weighted by frequencies, without alignment, and all its router rows lead there.
+    their mean outputs o_i, with average linkage; each cluster becomes its average, weighted by
+    frequencies, without alignment, and all its router rows lead there.
 
     The expert that gives its place (and with method.router=dominant its row) is the most used one.
     """
-    info, count = candidates.statistics.info, frequency(candidates.statistics)
-    distance_EE = cast(Tensor, candidates.outputs_EE)  # given: GROUPING has `outputs`
-    chosen = []
-    for experts in router_groups(info):
-        part = distance_EE[experts.start : experts.stop, experts.start : experts.stop]
-        for cluster in clusters(part, candidates.number // info.groups, candidates.linkage):
-            chosen.append([experts.start + expert for expert in cluster])
-    return grouped(info, count, chosen, count)
 
+    linkage: Annotated[
+        str, Option("how far clusters are from each other; average: the paper's", among=LINKAGES)
+    ] = "average"
 
-def check(info: LayerInfo, number: int, options: Mapping[str, Any]) -> None:
-    """Refuse a linkage that does not exist."""
-    if options["linkage"] not in LINKAGES:
-        raise UserError(
-            f"method.linkage={options['linkage']!r} does not exist; there are {', '.join(LINKAGES)}"
-        )
+    align = "none"
+    needs_outputs = True
+    outputs_options = ()
+    scored_by = "frequency"
 
+    def scores(self, statistics: LayerStatistics) -> Tensor:
+        """How often each expert is used [E]."""
+        return frequency(statistics)
 
-GROUPING = Grouping(
-    choose,
-    frequency,
-    align="none",
-    router="all",
-    outputs=output_distances,
-    check=check,
-    options=("linkage",),
-)
+    def outputs(self, experts: AllExperts) -> Tensor:
+        """The distances [E, E] of the mean outputs."""
+        return output_distances(experts)
+
+    def choose(self, candidates: MergeCandidates) -> Groups:
+        """The clusters of each router group."""
+        info, count = candidates.statistics.info, frequency(candidates.statistics)
+        distance_EE = cast(Tensor, candidates.outputs_EE)  # given: it needs outputs
+        chosen = []
+        for experts in router_groups(info):
+            part = distance_EE[experts.start : experts.stop, experts.start : experts.stop]
+            for cluster in clusters(part, candidates.number // info.groups, self.linkage):
+                chosen.append([experts.start + expert for expert in cluster])
+        return grouped(info, count, chosen, count)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from moe_lab.methods.grouping.base import (
 )
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.models.routers import SCORINGS, scoring
+from moe_lab.option import Option
 from moe_lab.profile.all_experts import AllExperts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import LayerInfo, UserError
@@ -66,32 +68,6 @@ def assigned(
     return groups
 
 
-def choose(candidates: MergeCandidates) -> Groups:
-    """REAM (2604.04356): the experts with the highest REAP scores are centroids. From the highest
-    on, each takes the most similar experts that no other has taken, until its group has
-    method.group_size (16), so that the last centroids stay as they are: pseudo-pruning. Similarity
-    is the mean of two: (1 + cosine of the mean gated outputs) / 2, and that of router logits. A
-    group is weighted by its scores; unused experts get the lowest score above 0, at most 0.5.
-    Hidden units are matched by activations and weights (align=both), the centroid's router row
-    stays (router=dominant), and layers are measured behind the merged ones before (propagate).
-
-    Where the official code differs from the paper's formulas, these are followed: its REAP score
-    applies the gate twice when similarities are gated, and is a mean of means of batches; it draws
-    different tokens for the activations of each expert, and reduces weights to 64 principal
-    components before matching. The probability is the router's own, there always a softmax.
-    """
-    statistics, info = candidates.statistics, candidates.statistics.info
-    score = reap(statistics)
-    cosine_EE = cast(Tensor, candidates.outputs_EE)  # given: GROUPING has `outputs`
-    similarity = ((1 + cosine_EE) / 2 + logit_similarity(statistics)) / 2
-    order, number = experts_by_score(info, score), candidates.number // info.groups
-    groups = []
-    for experts in router_groups(info):
-        own = [expert for expert in order if expert in experts]
-        groups += assigned(own, number, similarity, candidates.group_size)
-    return grouped(info, score, groups, _weight(score))
-
-
 def _weight(score: Tensor) -> Tensor:
     used = score > 0
     if not used.any():
@@ -99,26 +75,58 @@ def _weight(score: Tensor) -> Tensor:
     return torch.where(used, score, score[used].min().clamp(max=0.5))
 
 
-def check(info: LayerInfo, number: int, options: Mapping[str, Any]) -> None:
-    """Refuse groups too small to take in all experts."""
-    group_size = options["group_size"]
-    if group_size < 2:
-        raise UserError(f"method.group_size={group_size}: at least 2 experts become one")
-    if number * group_size < info.num_experts:
-        least = -(-info.num_experts // number)
-        raise UserError(
-            f"method.group_size={group_size}: {number} groups of layer {info.index} cannot take in "
-            f"its {info.num_experts} experts; at least {least} is possible"
-        )
+@dataclass(frozen=True)
+class Ream(Grouping):
+    """REAM (2604.04356): the experts with the highest REAP scores are centroids. From the highest
+    on, each takes the most similar experts that no other has taken, until its group has
+    `group_size`, so that the last centroids stay as they are: pseudo-pruning. Similarity is the
+    mean of two: (1 + cosine of the mean gated outputs) / 2, and that of router logits. A group is
+    weighted by its scores; unused experts get the lowest score above 0, at most 0.5. Hidden units
+    are matched by activations and weights (align=both), the centroid's router row stays
+    (router=dominant), and layers are measured behind the merged ones before (propagate).
 
+    Where the official code differs from the paper's formulas, these are followed: its REAP score
+    applies the gate twice when similarities are gated, and is a mean of means of batches; it draws
+    different tokens for the activations of each expert, and reduces weights to 64 principal
+    components before matching. The probability is the router's own, there always a softmax.
+    """
 
-GROUPING = Grouping(
-    choose,
-    reap,
-    align="both",
-    router="dominant",
-    propagate=True,
-    outputs=gated_cosine,
-    check=check,
-    options=("group_size",),
-)
+    group_size: Annotated[int, Option("the most experts that become one", least=2)] = 16
+
+    align = "both"
+    router = "dominant"
+    propagate = True
+    needs_outputs = True
+    outputs_options = ()
+    scored_by = "reap"
+
+    def check(self, info: LayerInfo, number: int) -> None:
+        """Refuse groups too small to take in all experts."""
+        super().check(info, number)
+        if number * self.group_size < info.num_experts:
+            least = -(-info.num_experts // number)
+            raise UserError(
+                f"grouping.group_size={self.group_size}: {number} groups of layer {info.index} "
+                f"cannot take in its {info.num_experts} experts; at least {least} is possible"
+            )
+
+    def scores(self, statistics: LayerStatistics) -> Tensor:
+        """REAP's [E]."""
+        return reap(statistics)
+
+    def outputs(self, experts: AllExperts) -> Tensor:
+        """The cosines [E, E] of the gated outputs."""
+        return gated_cosine(experts)
+
+    def choose(self, candidates: MergeCandidates) -> Groups:
+        """The centroids of each router group, with those that they take in."""
+        statistics, info = candidates.statistics, candidates.statistics.info
+        score = reap(statistics)
+        cosine_EE = cast(Tensor, candidates.outputs_EE)  # given: it needs outputs
+        similarity = ((1 + cosine_EE) / 2 + logit_similarity(statistics)) / 2
+        order, number = experts_by_score(info, score), candidates.number // info.groups
+        groups = []
+        for experts in router_groups(info):
+            own = [expert for expert in order if expert in experts]
+            groups += assigned(own, number, similarity, self.group_size)
+        return grouped(info, score, groups, _weight(score))

@@ -1,40 +1,142 @@
 """Importance metrics: a score per routed expert [E] from one layer's statistics; higher stays.
 
-A metric is a function of `LayerStatistics`, named as in its paper. One file, one yaml. It may have
-`from_routers` (true where the routers' statistics are enough for it), `check(layers)`, and, where
-an option is the path of something, `fingerprint`, the content's. One that needs more than sums has
-`scores(profile)`, a score [E] for each layer in order, in the place of being called; and one that
-judges sets of experts, not experts, may have `choose(profile, numbers)`, the set of that size that
-it would keep in each layer, by layer index, and `notes(layers, numbers)`, facts about that for the
-plan. `takes_groups` is false where it looks at the model on the whole calibration set, whatever
-group the statistics are of. `code()`: the modules that decide beside itself.
+A metric is a function of `LayerStatistics`, named as in its paper, with `_partial_: true` in its
+yaml. One that needs more is a class derived from `Metric`. One file, one yaml.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable
-from typing import TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-Marked = TypeVar("Marked", bound=Callable[..., Tensor])
+from moe_lab.lookup import module_in, names_in, require_kind
+from moe_lab.option import Plugin, check_options, declared_by
+from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.profile import Profile
+from moe_lab.types import LayerInfo
+
+Score = Callable[..., Tensor]
+Marked = TypeVar("Marked", bound=Score)
+FROM_ROUTERS: set[Score] = set()  # the functions marked so
+
+
+class Metric(Plugin):
+    """How important a layer's routed experts are; its options are its fields.
+
+    Either `score` or `scores` has to be there. What else may be:
+    score(layer): a score [E] from one layer's statistics; higher stays. Calling the metric is this.
+    scores(profile): a score [E] for each layer in order; by default `score` of each.
+    needs_model: whether it looks at the intact model itself, by `scores` alone; by default false.
+    check(layers): refuses an impossible request before any work, with a UserError; by default
+    values that are out of the range which their `Option` says.
+    judges_sets: whether it judges sets of experts, not experts; by default false. Then
+    choose(profile, numbers): the set of that size to keep in each layer, by layer index; by default
+    None, those with the best scores.
+    notes(layers, numbers): facts about the decision for the plan; by default none.
+    from_routers: whether the routers' statistics are enough for it; by default false.
+    takes_groups: whether a group's statistics are all that it looks at; by default unless
+    needs_model.
+    identity(options): what of its composed options its scores depend on; by default all.
+    """
+
+    needs_model: bool = False
+    judges_sets: bool = False
+
+    @property
+    def from_routers(self) -> bool:
+        """Whether the routers' statistics are enough."""
+        return False
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether scores from a group's statistics are of that group."""
+        return not self.needs_model
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse an impossible request before any work, with a UserError."""
+        check_options(self, "metric")
+
+    def score(self, layer: LayerStatistics) -> Tensor:
+        """A score [E]; higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} has no score of one layer's statistics")
+
+    def __call__(self, layer: LayerStatistics) -> Tensor:
+        return self.score(layer)
+
+    def scores(self, profile: Profile) -> list[Tensor]:
+        """A score [E] for each layer in order."""
+        return [self.score(layer) for layer in profile.statistics]
+
+    def choose(
+        self, profile: Profile, numbers: Mapping[int, int]
+    ) -> Mapping[int, tuple[int, ...]] | None:
+        """The set of that size to keep in each layer, by layer index; None: by the scores."""
+        return None
+
+    def notes(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
+        """Facts about the decision, for the plan."""
+        return {}
+
+
+@dataclass(frozen=True)
+class FunctionMetric(Metric):
+    """A metric that is a function of one layer's statistics, its other parameters bound."""
+
+    function: Score
+
+    @property
+    def from_routers(self) -> bool:
+        """Whether it is marked so."""
+        return _unbound(self.function) in FROM_ROUTERS
+
+    def check(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse parameters out of range."""
+        bound = self.function.keywords if isinstance(self.function, functools.partial) else {}
+        for name, declared in declared_by(_unbound(self.function)).items() if bound else ():
+            if name in bound:
+                declared.check(f"metric.{name}", bound[name])
+
+    def score(self, layer: LayerStatistics) -> Tensor:
+        """What the function gives."""
+        return self.function(layer)
+
+
+def as_metric(given: Metric | Score) -> Metric:
+    """A metric, also where a function is given; UserError for anything else."""
+    if inspect.isroutine(_unbound(given)):
+        return FunctionMetric(given)
+    metric: Metric = require_kind("metric", given, Metric)
+    return metric
 
 
 def from_routers(metric: Marked) -> Marked:
-    """Mark a metric for which the statistics of the routers are enough."""
-    metric.from_routers = True  # type: ignore[attr-defined]  # functions can have some
+    """Mark a function for which the statistics of the routers are enough."""
+    FROM_ROUTERS.add(metric)
     return metric
 
 
 def names_from_routers() -> list[str]:
-    """The metrics that are so marked."""
-    package = importlib.import_module(__package__)
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    members = {name: vars(importlib.import_module(f"{__package__}.{name}")) for name in names}
-    return [
-        name
-        for name, values in members.items()
-        if any(getattr(value, "from_routers", False) is True for value in values.values())
-    ]
+    """The metrics for which, whatever their options, the routers' statistics are enough."""
+    names = names_in(__package__)
+    return [name for name in names if any(map(_is_from_routers, _members(name)))]
+
+
+def _members(name: str) -> list[Any]:
+    return list(vars(module_in(__package__, name)).values())
+
+
+def _is_from_routers(member: Any) -> bool:
+    if inspect.isclass(member):
+        said: Any = member.from_routers if issubclass(member, Metric) else False
+        return said is True  # and no property, which depends on options
+    return inspect.isfunction(member) and member in FROM_ROUTERS
+
+
+def _unbound(given: Metric | Score) -> Metric | Score:
+    """Itself, or the function whose parameters a partial binds."""
+    return given.func if isinstance(given, functools.partial) else given

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from moe_lab.profile import all_experts
-from moe_lab.profile.all_experts import AllExperts, as_json, check_num_samples
+from moe_lab.methods.metrics.base import Metric
+from moe_lab.option import Option
+from moe_lab.profile.all_experts import AllExperts, answers, as_json
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
@@ -17,29 +19,31 @@ MEASURES = ("mse", "cosine")
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(Metric):
     """The change of a layer's output where the router is without one expert, for each [E].
 
-    s_j = mean over tokens of d(F(x), F(x; all but j)), F the routed output; `measure`: d is the
-    squared error summed over hidden units (mse), or 1 - cos (cosine). The router works as if the
-    expert had been pruned: another one moves up into the choice, and the weights are made anew.
+    s_j = mean over tokens of d(F(x), F(x; all but j)), F the routed output and d the
+    `measure`. The router works as if the expert had been pruned: another one moves up into the
+    choice, and the weights are made anew.
     Where it works on groups, the expert's logit and bias are -inf, and its group is ranked by the
     others; so that of two experts in a group the other is never chosen.
 
-    Every expert is computed on every token of the first `num_samples` documents of the calibration
-    set (null: all of them).
+    Every expert is computed on every token of the sample.
     """
 
-    measure: str = "mse"
-    num_samples: int | None = 32
+    measure: Annotated[
+        str,
+        Option("mse: squared error, summed over hidden units; cosine: 1 - cos", among=MEASURES),
+    ] = "mse"
+    num_samples: Annotated[
+        int | None, Option("first documents of the calibration set; null: all", least=1)
+    ] = 32
 
-    takes_groups = False
+    needs_model = True
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an unknown measure, no documents, and layers that need all their experts."""
-        if self.measure not in MEASURES:
-            raise UserError(f"metric.measure={self.measure}: there are {', '.join(MEASURES)}")
-        check_num_samples("leave_one_out", self.num_samples)
+        super().check(layers)
         for info in layers:
             if info.num_experts <= info.top_k:
                 raise UserError(
@@ -51,15 +55,11 @@ class LeaveOneOut:
         """For each layer in order."""
         indices = [layer.info.index for layer in profile.statistics]
         questions = {index: {"question": "leave_one_out"} for index in indices}
-        answers = all_experts.answers(profile, self.num_samples, questions, left_out, [self])
+        errors = answers(profile, self.num_samples, questions, left_out, [self])
         return [
-            torch.tensor([error[self.measure] for error in answers[index]], dtype=torch.float64)
+            torch.tensor([error[self.measure] for error in errors[index]], dtype=torch.float64)
             for index in indices
         ]
-
-    def code(self) -> list[object]:
-        """What decides the scores beside this class."""
-        return [all_experts, *all_experts.CODE]
 
 
 def left_out(experts: AllExperts) -> list[dict[str, float]]:

@@ -7,21 +7,23 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from moe_lab.methods.metrics.base import Metric
+from moe_lab.option import Option
 from moe_lab.profile import all_experts
-from moe_lab.profile.all_experts import AllExperts, can_keep, check_num_samples
+from moe_lab.profile.all_experts import AllExperts, can_keep
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.types import LayerInfo
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Naee:
+class Naee(Metric):
     """For each layer the experts C with the least ||F(x) - F'(x; C)||_F over a sample.
 
     NAEE (2402.14800): F is the layer's routed output, F' the same with the experts C alone, as
@@ -33,22 +35,19 @@ class Naee:
     As a score, which a ratio over all layers may ask for: the place of an expert in the greedy
     order, 0 for the one removed first; those that the router cannot do without share the highest.
 
-    Every expert is computed on every token of the first `num_samples` documents of the calibration
-    set (null: all of them; the paper takes 128 of 2048 tokens).
+    Every expert is computed on every token of the sample (the paper takes 128 documents of 2048
+    tokens).
     """
 
-    num_samples: int | None = 128
-    max_subsets: int = 10_000
+    num_samples: Annotated[
+        int | None, Option("first documents of the calibration set; null: all", least=1)
+    ] = 128
+    max_subsets: Annotated[
+        int, Option("most subsets of which all are tried; 0: never all", least=0)
+    ] = 10_000
 
-    takes_groups = False
-
-    def check(self, layers: Sequence[LayerInfo]) -> None:
-        """Refuse no documents and less than no subsets."""
-        check_num_samples("naee", self.num_samples)
-        if self.max_subsets < 0:
-            raise UserError(
-                f"metric.max_subsets={self.max_subsets}: it is at least 0, which never tries all"
-            )
+    needs_model = True
+    judges_sets = True
 
     def scores(self, profile: Profile) -> list[Tensor]:
         """For each layer in order."""
@@ -81,10 +80,6 @@ class Naee:
             way = "exhaustive, " if self._tries_all(info, numbers[info.index]) else "greedy, of "
             ways[str(info.index)] = f"{way}{number} subsets"
         return {"naee": ways}
-
-    def code(self) -> list[object]:
-        """What decides the choice beside this class."""
-        return [all_experts, *all_experts.CODE]
 
     def _tries_all(self, info: LayerInfo, number: int) -> bool:
         return num_subsets(info, number) <= self.max_subsets

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from moe_lab.methods.metrics.base import Metric
 from moe_lab.models.checkpoint import Checkpoint, resolve
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import routers_only
+from moe_lab.option import Option
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.weights import router_row_norms
 from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class RouterNormChange:
+class RouterNormChange(Metric):
     """The change of each expert's router norm from a pre-trained to the fine-tuned model [E].
 
     2405.16646 (ICML 2024): Delta_s = ||w_s^(T)||_2 - ||w_s^(0)||_2, w_s the router's row of expert
-    s after fine-tuning (the model of the run) and before it (`reference`, a folder or a hub id);
-    experts with the smallest change go first. No calibration text enters it.
+    s after fine-tuning (the model of the run) and before it (`reference`); experts with the
+    smallest change go first. No calibration text enters it.
     """
 
-    reference: str | None = None
+    reference: Annotated[
+        str | None, Option("the model before fine-tuning: a folder or a hub id")
+    ] = None
 
     from_routers = True
 
@@ -50,13 +55,14 @@ class RouterNormChange:
                         f"{why}"
                     )
 
-    def __call__(self, layer: LayerStatistics) -> Tensor:
+    def score(self, layer: LayerStatistics) -> Tensor:
+        """The change of each row's norm."""
         return layer["router_norm"] - self._norms[layer.info.index]
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells the reference's content, wherever it lies."""
-        return self.checkpoint.fingerprint
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, with the reference's content in the place of its path."""
+        others = {name: value for name, value in options.items() if name != "reference"}
+        return others | {"fingerprint": self.checkpoint.fingerprint}
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:

@@ -26,6 +26,7 @@ class Global(Budget):
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio that leaves too few experts for the floors of all layers."""
+        super().check(layers)
         self.total(layers)
 
     def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:

@@ -1,12 +1,7 @@
 """Pruning ratios: how many experts stay, per layer.
 
-A ratio has `check(layers)`, which refuses an impossible request before any work, and
-`numbers(scores, profile)`, how many experts each layer keeps, by layer index. It may have
-`notes(scores, numbers)`, facts about its decision for the plan; `identity(options)`, what of its
-options the numbers depend on; `code()`, the modules that decide them beside itself; and
-`takes_groups`, false where it looks at the model on the whole calibration set. `scores`
-are one score for each expert, by some metric of the intact model: which experts stay is their
-order (`best`). `Budget` is the base of those that are told how much goes in all.
+`Ratio` is what all are, `Budget` the base of those that are told how much goes in all. Which
+experts of a layer stay is the order of their scores, by some metric of the intact model (`best`).
 
 Routers that work on groups keep the same number in each, so that what stays or goes is a unit: one
 expert of each group, the r-th best of each together. Elsewhere a unit is one expert.
@@ -15,13 +10,15 @@ expert of each group, the r-th best of each together. Elsewhere a unit is one ex
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from moe_lab.models.layers import check_kept
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
@@ -30,15 +27,34 @@ BUDGET_UNITS = ("experts", "parameters", "bytes")
 GIB = 2**30
 
 
-class Ratio(Protocol):
-    """How many experts stay; its options are its fields."""
+class Ratio(Plugin, ABC):
+    """How many experts stay; its options are its fields.
+
+    Only `numbers` has to be there. What else may be:
+    check(layers): refuses an impossible request before any work, with a UserError; by default
+    values that are out of the range which their `Option` says.
+    notes(scores, numbers): facts about its decision for the plan; by default none.
+    takes_groups: whether a group's statistics are all that it looks at, and not the model on the
+    whole calibration set; by default true.
+    identity(options): what of its composed options the numbers depend on; by default all.
+    """
+
+    takes_groups: bool = True
+
+    @abstractmethod
+    def numbers(self, scores: Scores, profile: Profile) -> Mapping[int, int]:
+        """How many experts each layer keeps, by layer index.
+
+        scores: each layer's description, and one score for each of its experts.
+        """
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible request before any work, with a UserError."""
+        check_options(self, "ratio")
 
-    def numbers(self, scores: Scores, profile: Profile) -> Mapping[int, int]:
-        """How many experts each layer keeps, by layer index."""
-        ...
+    def notes(self, scores: Scores, numbers: Any) -> dict[str, Any]:
+        """Facts about the decision, for the plan; numbers: what `numbers` gave."""
+        return {}
 
 
 class Numbers(dict[int, int]):
@@ -96,43 +112,33 @@ def floor_of(info: LayerInfo, floor: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Ratio):
     """How much goes in all, and how few experts a layer may keep.
 
-    ratio: the share removed, in [0, 1), `of` the routed experts, or of the whole model's parameters
-    or bytes (of which only experts go). target_gib: in the place of `ratio`, the GiB that the
-    model's weights may take as saved. floor: every layer keeps at least so many (null: as few as
-    its router can work with). round_to: every layer keeps a multiple of it. What stays of a share
-    is rounded to the nearest number, and of a target downwards. Router rows count as gone with
-    their experts: where they stay (method.replacement, merges with router=all) they come on top, as
-    do constants: less than one hidden unit for each expert that goes.
+    Of the whole model's parameters or bytes only experts go. What stays of a share is rounded to
+    the nearest number, and of a target downwards. Router rows count as gone with their experts:
+    where they stay (method.replacement, merges with router=all) they come on top, as do constants:
+    less than one hidden unit for each expert that goes.
     """
 
-    ratio: float
-    floor: int | None = None
-    of: str = "experts"
-    target_gib: float | None = None
-    round_to: int = 1
+    ratio: Annotated[float, Option("share that goes", least=0, below=1)]
+    floor: Annotated[
+        int | None, Option("fewest experts of a layer; null: as few as its router can work with")
+    ] = None
+    of: Annotated[
+        str,
+        Option("the share is of the routed experts, or of the whole model's", among=BUDGET_UNITS),
+    ] = "experts"
+    target_gib: Annotated[
+        float | None,
+        Option("in the place of ratio: GiB that the model's weights take as saved", above=0),
+    ] = None
+    round_to: Annotated[int, Option("every layer keeps a multiple of it", least=1)] = 1
 
-    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that decide: a target takes the place of a share."""
         unused = ("ratio", "of") if self.target_gib is not None else ()
         return {name: value for name, value in options.items() if name not in unused}
-
-    def check_options(self) -> None:
-        """Refuse values that no model could meet."""
-        if not 0 <= self.ratio < 1:
-            raise UserError(
-                f"ratio.ratio={self.ratio}: the share of experts removed is at least 0, below 1"
-            )
-        if self.of not in BUDGET_UNITS:
-            raise UserError(
-                f"ratio.of={self.of!r} does not exist; there are {', '.join(BUDGET_UNITS)}"
-            )
-        if self.target_gib is not None and not self.target_gib > 0:
-            raise UserError(f"ratio.target_gib={self.target_gib}: it must be above 0")
-        if self.round_to < 1:
-            raise UserError(f"ratio.round_to={self.round_to}: it must be at least 1")
 
     def multiple(self, layers: Sequence[LayerInfo]) -> int:
         """What every layer's number is a multiple of, for round_to and for the routers' groups."""
@@ -161,7 +167,6 @@ class Budget:
 
     def total(self, layers: Sequence[LayerInfo]) -> int:
         """How many experts the layers keep together; UserError for fewer than they can."""
-        self.check_options()
         sizes = sorted({info.expert_bytes for info in layers})
         if len(sizes) > 1 and (self.of != "experts" or self.target_gib is not None):
             raise UserError(

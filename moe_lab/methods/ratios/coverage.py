@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from moe_lab.methods.ratios.budget import Scores, floor_of, kept, units
+from moe_lab.methods.ratios.budget import Ratio, Scores, floor_of, kept, units
+from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Ratio):
     """Keep in each layer the fewest experts whose scores sum to the share `coverage` of all.
 
     Task-level extraction, after the task-level MoE of 2110.03742, which serves a task by the
     sub-network of its experts: with the task's own text as calibration set and a counting metric,
-    what stays is what that task uses. floor: every layer keeps at least so many (null: as few as
-    its router can work with). Of group-limited routers each group keeps the same number.
+    what stays is what that task uses. Of group-limited routers each group keeps the same number.
     """
 
-    coverage: float
-    floor: int | None = None
+    coverage: Annotated[float, Option("share of the scores that stays", above=0, most=1)]
+    floor: Annotated[
+        int | None, Option("fewest experts of a layer; null: as few as its router can work with")
+    ] = None
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a share that is none, and an impossible floor."""
-        if not 0 < self.coverage <= 1:
-            raise UserError(
-                f"ratio.coverage={self.coverage}: the share of the scores that stays is above 0, "
-                "at most 1"
-            )
+        super().check(layers)
         for info in layers:
             floor_of(info, self.floor)
 

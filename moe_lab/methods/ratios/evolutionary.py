@@ -7,13 +7,11 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, by_index, units
-from moe_lab.models import layers as model_layers
-from moe_lab.models import routers
-from moe_lab.profile import intact_predictions
+from moe_lab.option import Option
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.profile import Profile
 from moe_lab.progress import progress
@@ -30,31 +28,27 @@ class Evolutionary(Budget):
     Which experts of a layer stay is the metric's order throughout. The first generation begins with
     twelve shapes (the same number everywhere, rising, falling, early, late, ...; those of the
     paper's code) and is filled up at random. The best `parents` of a generation live on; the others
-    are mutations of one of them: the lesser of two draws from 1 to `moves` says how often 1 to
-    `most_moved` experts change from one layer to another, drawn again, in at most `attempts` draws
-    in all, where a layer has no room. Fitness is `IntactPredictions.acceptance` on the first
-    `num_samples` samples; the fittest ever seen is taken. One difference: with round_to, or routers
-    with groups, what moves is so many experts at a time.
+    are mutations of one of them: the lesser of two draws from 1 to `moves` says how often experts
+    change from one layer to another, drawn again where a layer has no room. Fitness is
+    `IntactPredictions.acceptance`; the fittest ever seen is taken. One difference: with round_to,
+    or routers with groups, what moves is so many experts at a time.
     """
 
-    num_samples: int = 64
-    population: int = 32
-    generations: int = 50
-    parents: int = 4
-    moves: int = 3
-    most_moved: int = 4
-    attempts: int = 32
-    seed: int = 0
+    num_samples: Annotated[int, Option("first calibration samples, for the fitness", least=1)] = 64
+    population: Annotated[int, Option("vectors of numbers in a generation", least=1)] = 32
+    generations: Annotated[int, Option("how many generations", least=1)] = 50
+    parents: Annotated[int, Option("how many of a generation live on", least=1)] = 4
+    moves: Annotated[int, Option("most moves from a parent to a child", least=1)] = 3
+    most_moved: Annotated[int, Option("most experts of a move", least=1)] = 4
+    attempts: Annotated[int, Option("most draws for the moves of a child", least=1)] = 32
+    seed: Annotated[int, Option("seed of what is drawn")] = 0
 
     takes_groups = False
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible budget, and a search that could not be; say what it costs."""
+        super().check(layers)
         self.total(layers)
-        for name in ("num_samples", "population", "generations", "parents", "moves", "most_moved",
-                     "attempts"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"ratio.{name}={getattr(self, name)}: it must be at least 1")
         if self.parents >= self.population:
             raise UserError(
                 f"ratio.parents={self.parents}: fewer than ratio.population={self.population} "
@@ -77,19 +71,13 @@ class Evolutionary(Budget):
             "options": options | {"total": self.total(layers)},
             "order": {str(info.index): units(info, score) for info, score in scores},
         }
-        answer = profile.remember(
-            question, lambda: self._search(scores, profile), (self, budget, *self.code())
-        )
+        answer = profile.remember(question, lambda: self._search(scores, profile), [self])
         numbers = {int(index): number for index, number in answer.pop("numbers").items()}
         return Numbers(numbers, {"kept_per_layer": by_index(numbers)} | answer)
 
     def notes(self, scores: Scores, numbers: Numbers) -> dict[str, Any]:
         """kept_per_layer; acceptance: the best of each generation; forwards that this took."""
         return numbers.found
-
-    def code(self) -> list[object]:
-        """What decides the numbers beside this class."""
-        return [intact_predictions, routers, model_layers]
 
     def _search(self, scores: Scores, profile: Profile) -> dict[str, Any]:
         layers = [info for info, _ in scores]

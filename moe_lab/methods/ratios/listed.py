@@ -6,35 +6,38 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lab.methods.ratios.budget import Scores, floor_of
+from moe_lab.methods.ratios.budget import Ratio, Scores, floor_of
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import check_kept
+from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Keep as many experts as are listed.
+class Listed(Ratio):
+    """Keep as many experts as are listed."""
 
-    kept: a number for each MoE layer in order, or a mapping {decoder layer: number} for some, in
-    which case the others keep all. plan: in its place, a plan.json, whose numbers are taken.
-    """
-
-    kept: Sequence[int] | Mapping[int, int] | None = None
-    plan: str | None = None
+    kept: Annotated[
+        Sequence[int] | Mapping[int, int] | None,
+        Option("a number for each MoE layer in order; or {3:4}: of layer 3, the others keep all"),
+    ] = None
+    plan: Annotated[
+        str | None, Option("in the place of kept: a plan.json, whose numbers are taken")
+    ] = None
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a list of the wrong length, unknown layers and impossible numbers."""
+        super().check(layers)
         self._of(layers)
 
     def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
         """How many experts each layer keeps, by layer index."""
         return self._of([info for info, _ in scores])
 
-    def identity(self, options: dict[str, Any]) -> dict[str, Any]:
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers, wherever they were written."""
         listed, numbers = self._listed, None
         if isinstance(listed, Mapping):

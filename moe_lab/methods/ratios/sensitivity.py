@@ -7,20 +7,17 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, best, by_index
-from moe_lab.models import layers as model_layers
-from moe_lab.models import routers
-from moe_lab.profile import all_experts, intact_predictions
-from moe_lab.profile.all_experts import AllExperts
+from moe_lab.option import Option
+from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.profile import Profile
 from moe_lab.progress import progress
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.types import LayerInfo
 
 logger = logging.getLogger(__name__)
 ERRORS = ("kl", "output")
@@ -36,28 +33,26 @@ class Sensitivity(Budget):
     best experts by the metric staying; their sum under the total is minimised by dynamic
     programming. That errors of layers add up is an assumption; the notes have curves and sum.
 
-    error: kl, KL(intact || restricted model) of the next-token distributions, in nats, with one
-    forward for each number measured; output, the squared error of the layer's routed output over
-    the output's square, with every expert on every token. Both on the first `num_samples` samples.
-    step: measure where so many experts more are removed, and draw lines between (1: everywhere;
-    null: at about eight numbers of each layer).
+    error=kl is KL(intact || restricted model) of the next-token distributions, in nats, with one
+    forward for each number measured; error=output the squared error of the layer's routed output
+    over the output's square, with every expert on every token.
     """
 
-    error: str = "kl"
-    num_samples: int = 32
-    step: int | None = None
+    error: Annotated[
+        str, Option("of the model's predictions, or of the layer's output", among=ERRORS)
+    ] = "kl"
+    num_samples: Annotated[int, Option("first calibration samples, to measure on", least=1)] = 32
+    step: Annotated[
+        int | None,
+        Option("measure where so many more are removed; null: at about eight numbers", least=1),
+    ] = None
 
     takes_groups = False
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible budget and unknown options; say what the measuring costs."""
+        super().check(layers)
         self.total(layers)
-        if self.error not in ERRORS:
-            raise UserError(f"ratio.error={self.error!r} does not exist; there are kl and output")
-        for name in ("num_samples", "step"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"ratio.{name}={value}: it must be at least 1")
         if self.error == "kl":
             multiple = self.multiple(layers)
             forwards = sum(len(self._measured(info, multiple)) for info in layers)
@@ -98,10 +93,6 @@ class Sensitivity(Budget):
         """kept_per_layer; errors: by layer and number of experts; predicted_error, their sum."""
         return numbers.found
 
-    def code(self) -> list[object]:
-        """What decides the numbers beside this class."""
-        return [intact_predictions, routers, model_layers, all_experts, *all_experts.CODE]
-
     def _measured(self, info: LayerInfo, multiple: int) -> list[int]:
         """The numbers of experts at which a layer's error is measured, not where all stay."""
         choices = self.choices(info, multiple)[::-1]
@@ -124,9 +115,10 @@ class Sensitivity(Budget):
                 "sets": sets[index],
                 "num_samples": self.num_samples,
             }
-            code = (intact_predictions, routers, model_layers)
             return profile.remember(
-                question, lambda: [sample().divergence({index: kept}) for kept in sets[index]], code
+                question,
+                lambda: [sample().divergence({index: kept}) for kept in sets[index]],
+                [IntactPredictions],
             )
 
         return {index: errors(index) for index in progress(list(sets), "sensitivity of layers")}
@@ -141,7 +133,7 @@ class Sensitivity(Budget):
             index: {"question": "relative error of the output", "sets": some}
             for index, some in sets.items()
         }
-        return all_experts.answers(profile, self.num_samples, questions, errors, [self, budget])
+        return answers(profile, self.num_samples, questions, errors, [self])
 
 
 def relative_errors(experts: AllExperts, sets: Sequence[Sequence[int]]) -> list[float]:

@@ -21,7 +21,7 @@ class Uniform(Budget):
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio that leaves a router too few experts."""
-        self.check_options()
+        super().check(layers)
         of_layer = self.of == "experts" and self.target_gib is None
         for info in layers:
             try:

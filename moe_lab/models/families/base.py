@@ -13,9 +13,7 @@ Remote code that lies beside such a checkpoint is never run.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,20 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_lab.lookup import module_in, names_in
 from moe_lab.progress import progress
 from moe_lab.types import UserError
 
 
 def family_of(model_type: str | None) -> ModuleType | None:
     """The file of a family; None for those that transformers reads by itself."""
-    package = importlib.import_module(__package__)
-    families = {module.name for module in pkgutil.iter_modules(package.__path__)} - {"base"}
-    return known_family(model_type) if model_type in families else None
+    return module_in(__package__, model_type) if model_type in names_in(__package__) else None
 
 
 def known_family(model_type: str) -> ModuleType:
     """The file of one of these families."""
-    return importlib.import_module(f"{__package__}.{model_type}")
+    return module_in(__package__, model_type)
 
 
 def check_original(family: ModuleType, values: Mapping[str, Any], files: Sequence[Path]) -> None:

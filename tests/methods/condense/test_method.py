@@ -103,8 +103,9 @@ def test_what_was_found_before_is_not_searched_again(measured) -> None:
     ("options", "message"),
     [
         (dict(num_layers=9), "has 3 MoE layers"),
-        (dict(num_layers=0), "has 3 MoE layers"),
+        (dict(num_layers=0), r"condense.num_layers=0: it must be at least 1"),
         (dict(num_routed=9), "has 8 routed experts"),
+        (dict(num_routed=-1), r"condense.num_routed=-1: it must be at least 0"),
         (dict(layers=[1, 7]), r"names \[7\], but the model's MoE layers are \[1, 2, 3\]"),
         (dict(experts=[8]), r"names \[8\]"),
         (dict(layers="greedy_jz"), "there are cosine, first, greedy_js"),

@@ -17,11 +17,13 @@ def test_frequent_experts_stay_and_the_others_join_the_most_similar() -> None:
     cosine[0, 3], cosine[2, 1], cosine[4, 3] = 0.9, 0.1, 0.2
     cosine[5, 1] = cosine[5, 3] = 0.5  # a tie: the lower one
     found = routed_alike(INFO, torch.tensor([5.0, 9, 0, 9, 2, 0]), cosine)
-    groups = m_smoe.choose(MergeCandidates(found, 2))
+    groups = m_smoe.MSMoE().choose(MergeCandidates(found, 2))
     assert groups.kept == (1, 3)
     assert groups.groups == ((1, 2, 5), (3, 0, 4))
     assert groups.weights == ((1.0, 0.0, 0.0), (9 / 16, 5 / 16, 2 / 16))
-    assert m_smoe.choose(MergeCandidates(routed_alike(INFO, torch.zeros(6), cosine), 3)).kept == (
+    assert m_smoe.MSMoE().choose(
+        MergeCandidates(routed_alike(INFO, torch.zeros(6), cosine), 3)
+    ).kept == (
         0,
         1,
         2,

@@ -33,8 +33,11 @@ def test_unused_experts_weigh_as_the_least_used_one() -> None:
     count = torch.tensor([2.0, 1, 0, 1])
     found = routed_alike(info, count, torch.zeros(4, 4))
     found.sums["gate_norm_sum"] = torch.tensor([4.0, 3, 0, 0.2]).double()
-    groups = ream.choose(MergeCandidates(found, 2, torch.eye(4).double()))
+    groups = ream.Ream().choose(MergeCandidates(found, 2, torch.eye(4).double()))
     assert groups.groups == ((0,), (1, 2, 3))  # scores 2, 3, 0, 0.2
     torch.testing.assert_close(torch.tensor(groups.weights[1]), torch.tensor([3, 0.2, 0.2]) / 3.4)
     found.sums |= {"count": torch.zeros(4), "gate_norm_sum": torch.zeros(4)}
-    assert ream.choose(MergeCandidates(found, 2, torch.eye(4).double())).weights[0] == (1 / 3,) * 3
+    assert (
+        ream.Ream().choose(MergeCandidates(found, 2, torch.eye(4).double())).weights[0]
+        == (1 / 3,) * 3
+    )

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import pytest
 import torch
@@ -21,6 +22,14 @@ from families import tiny_model
 from layer_statistics import by_hand
 from torch import Tensor, nn
 
+from moe_lab.lookup import module_in, names_in
+from moe_lab.methods.metrics.base import (
+    FunctionMetric,
+    Metric,
+    as_metric,
+    from_routers,
+    names_from_routers,
+)
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.leave_one_out import LeaveOneOut
 from moe_lab.methods.metrics.naee import Naee
@@ -31,6 +40,7 @@ from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
+from moe_lab.option import Option
 from moe_lab.profile.collect import added, collect_statistics, collecting
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
@@ -312,7 +322,7 @@ def test_the_routers_alone_are_enough_where_it_says_so(family: str) -> None:
     alone = collect_statistics(model_of(family), [batch_of(documents())], only_routers=True)
     for one, other in zip(whole(family), alone, strict=True):
         for name, metric in CRITERIA.items():
-            assert getattr(metric, "from_routers", False) is (name in OF_ROUTERS), name
+            assert as_metric(metric).from_routers is (name in OF_ROUTERS), name
             if name in OF_ROUTERS:
                 assert torch.equal(metric(one), metric(other)), name
             else:
@@ -395,3 +405,67 @@ def test_refusals() -> None:
         Naee(max_subsets=-1).check([info])
     with pytest.raises(UserError, match="num_samples=0"):
         Naee(num_samples=0).check([info])
+
+
+def test_what_a_metric_is_unless_it_says_so() -> None:
+    @dataclass(frozen=True)
+    class Count(Metric):
+        power: Annotated[int, Option("a power", least=1)] = 1
+
+        def score(self, layer: LayerStatistics) -> Tensor:
+            return layer["count"] ** self.power
+
+    layer, metric = by_hand(), Count(2)
+    metric.check([layer.info])
+    with pytest.raises(UserError, match=r"^metric\.power=0: it must be at least 1$"):
+        Count(0).check([layer.info])
+    assert as_metric(metric) is metric
+    assert torch.equal(metric(layer), layer["count"] ** 2)
+    profile = Profile([layer, layer])
+    assert [one.tolist() for one in metric.scores(profile)] == [metric(layer).tolist()] * 2
+    assert metric.choose(profile, {}) is None and metric.notes([], {}) == {}
+    assert metric.identity({"power": 2}) == {"power": 2}
+    assert (metric.needs_model, metric.judges_sets, metric.from_routers) == (False,) * 3
+    assert metric.takes_groups
+    for asked in (LeaveOneOut(), Naee()):
+        assert asked.needs_model and not asked.takes_groups
+        with pytest.raises(NotImplementedError, match="no score of one layer"):
+            asked(layer)
+
+
+def test_a_function_is_a_metric() -> None:
+    def power(
+        layer: LayerStatistics, exponent: Annotated[float, Option("an exponent", above=0)]
+    ) -> Tensor:
+        return layer["count"] ** exponent
+
+    layer = by_hand()
+    bound = functools.partial(power, exponent=2)
+    metric = as_metric(bound)
+    assert metric == FunctionMetric(bound) and metric(layer).tolist() == [4, 9, 1, 0]
+    metric.check([layer.info])
+    with pytest.raises(UserError, match=r"^metric\.exponent=0: it must be above 0$"):
+        as_metric(functools.partial(power, exponent=0)).check([layer.info])
+    assert not metric.from_routers
+    assert as_metric(from_routers(power)).from_routers and metric.from_routers
+    assert as_metric(frequency)(layer).tolist() == [2, 3, 1, 0]
+    for wrong in (None, "reap", Uniform(0.25), LeaveOneOut):
+        with pytest.raises(UserError, match=r"^metric is .*derived from .*\.Metric$"):
+            as_metric(wrong)
+
+
+def test_the_metrics_of_routers_are_known() -> None:
+    assert names_from_routers() == [
+        "aimer", "frequency", "gate_sum", "l1", "random", "router_norm", "router_norm_change",
+        "soft_count",
+    ]  # fmt: skip
+
+
+def test_metrics_that_judge_sets_say_so() -> None:
+    package = "moe_lab.methods.metrics"
+    found = [one for name in names_in(package) for one in vars(module_in(package, name)).values()
+             if isinstance(one, type) and issubclass(one, Metric)]  # fmt: skip
+    assert Naee in found and LeaveOneOut in found
+    for metric in found:
+        assert metric.judges_sets == (metric.choose is not Metric.choose), metric
+        assert metric.needs_model == (metric.scores is not Metric.scores), metric

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from edited_models import saved_bytes
@@ -11,13 +13,14 @@ from layer_scores import layer, numbers, scored, sized
 from running import Outcome
 
 from moe_lab.methods.ratios.all_layers import Global
-from moe_lab.methods.ratios.budget import GIB, Budget, floor_of
+from moe_lab.methods.ratios.budget import GIB, Budget, Ratio, Scores, floor_of
 from moe_lab.methods.ratios.evolutionary import Evolutionary
 from moe_lab.methods.ratios.sensitivity import Sensitivity
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import check_kept
+from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import UserError
 
@@ -30,7 +33,7 @@ def test_shares_may_be_of_parameters_or_bytes() -> None:
     assert sum(numbers(Global(0.05, of="bytes"), layers)) == 11
     with pytest.raises(UserError, match=r"ratio.of=bytes is too much.*At most 0\.12 "):
         Uniform(0.13, of="bytes").check(layers)
-    with pytest.raises(UserError, match=r"ratio.of='gib' .*experts, parameters, bytes"):
+    with pytest.raises(UserError, match=r"ratio.of=gib: .*experts, parameters, bytes"):
         Uniform(0.13, of="gib").check(layers)
     unequal = [sized(1), sized(2, expert_bytes=200)]
     with pytest.raises(UserError, match=r"\[100, 200\] bytes.*ratio.of=experts"):
@@ -126,3 +129,22 @@ def test_the_floor_is_the_fewest_that_a_router_works_with(
         return True
 
     assert floor_of(info, None) == next(number for number in range(1, 17) if works(number))
+
+
+def test_what_a_ratio_is_unless_it_says_so() -> None:
+    @dataclass(frozen=True)
+    class Keep(Ratio):
+        number: Annotated[int, Option("how many stay", least=1)] = 2
+
+        def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
+            return {info.index: self.number for info, _ in scores}
+
+    ratio, layers = Keep(3), [layer(1), layer(2)]
+    assert numbers(ratio, layers) == [3, 3]
+    assert ratio.takes_groups and ratio.notes([], {}) == {}
+    assert ratio.identity({"number": 3}) == {"number": 3}
+    with pytest.raises(UserError, match=r"^ratio\.number=0: it must be at least 1$"):
+        Keep(0).check(layers)
+    assert not Evolutionary(0.5).takes_groups and not Sensitivity(0.5).takes_groups
+    with pytest.raises(TypeError, match="abstract"):
+        Budget(0.5)  # type: ignore[abstract]

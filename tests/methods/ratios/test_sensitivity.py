@@ -83,7 +83,7 @@ def test_between_measured_numbers_lie_lines(profile: Profile) -> None:
         assert some["errors"][index].items() <= whole["errors"][index].items()
     rounded = Sensitivity(0.25, num_samples=1, round_to=4).numbers(scores, profile)
     assert sorted(rounded.values()) == [4, 8, 8] or sorted(rounded.values()) == [4, 4, 8]
-    for wrong, words in (({"error": "mse"}, "there are kl and output"), ({"step": 0}, "step=0")):
+    for wrong, words in (({"error": "mse"}, "there are kl, output"), ({"step": 0}, "step=0")):
         with pytest.raises(UserError, match=words):
             Sensitivity(0.25, **wrong).check(infos)
 
