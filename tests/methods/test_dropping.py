@@ -14,10 +14,11 @@ from running import Outcome
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers
 from moe_lab.models.checkpoint import load
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 INFOS = [LayerInfo(i, f"model.layers.{i}.mlp", 8, 2, 32, num_decoders=4) for i in (1, 2, 3)]
 
