@@ -199,7 +199,7 @@ def test_the_floors_are_above_what_they_import() -> None:
         ("types", "from moe_lab.store import Store"),
         ("models.layers", "def f():\n    from moe_lab.profile import collect"),
         ("report.figures", "from moe_lab.tables.pivot import Request"),
-        ("finetune.training", "from moe_lab.data.source import Texts"),
+        ("finetune.training", "from moe_lab.data.files import Files"),
         ("diagnose.tables", "from moe_lab.report.summary import result_table"),
         ("runs.job", "from moe_lab.stages.pipeline import pipeline"),
         ("stages.plan", "from moe_lab.track.tracker import Tracker"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -50,10 +49,10 @@ def finetune(
     identity = {
         "checkpoint": compressed.fingerprint,
         "plan": plan.key,
-        "recipe": _without_sources(options),
+        "recipe": recipe.identity(options),
         "data": {name: part.fingerprint for name, part in tokens.items()},
         "seed": seed,
-        "code": code_version(*code, *recipe.code()),
+        "code": code_version(*code),
     }
     if taught:
         identity["teacher"] = taught.key
@@ -64,18 +63,9 @@ def finetune(
         model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
         teacher = Teacher(taught.folder, tokens.values()) if taught else None
         Training(model, edits, recipe, tokens, seed, compute, folder, teacher, log).run()
-        twins = getattr(recipe, "twins", 0.0)
-        form = save_checkpoint(model.cpu(), folder / CHECKPOINT, compressed.path, twins=twins)
+        place = folder / CHECKPOINT
+        form = save_checkpoint(model.cpu(), place, compressed.path, twins=recipe.twins)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
     return store.get("finetune", identity, make)
-
-
-def _without_sources(options: dict[str, Any]) -> dict[str, Any]:
-    """The options without where text comes from: its fingerprints say what it is."""
-    options = copy.deepcopy(options)
-    for phase in options["phases"].values():
-        for name in ("data", "validation"):
-            (phase or {}).pop(name, None)
-    return options

@@ -54,7 +54,9 @@ def pipeline(
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, recipe, layers)
     announce_form(dense, method, layers)
-    further_top_k = other_top_k(suite, recipe, dense.config, layers)
+    named_top_k = suite.top_k if suite else None
+    final_top_k = recipe.final_top_k if recipe else None
+    further_top_k = other_top_k(named_top_k, final_top_k, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
     figures |= {
         "fingerprint/model": dense.fingerprint,
@@ -92,7 +94,7 @@ def pipeline(
         )  # fmt: skip
         variants["finetuned"] = checkpoint_of(report.add_stage("finetune", tuned), dense)
     report.add_checkpoints(variants)
-    variants = with_top_k(variants, further_top_k, suite)
+    variants = with_top_k(variants, further_top_k, named_top_k)
     if suite:
         for name, variant in variants.items():
             evaluated = evaluate(
