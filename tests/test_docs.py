@@ -619,7 +619,8 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_the_options_have_their_place_in_the_docs() -> None:
-    text = "\n".join(page.read_text(encoding="utf-8") for page in READ_FIRST)
+    written = [page for page in READ_FIRST if page.name != "options.md"]  # made of conf/ itself
+    text = "\n".join(page.read_text(encoding="utf-8") for page in written)
     groups = ["metric", "ratio", "method", "finetune", "eval", "calibration", "track"]
     for path in (path for group in groups for path in (ROOT / "conf" / group).glob("*.yaml")):
         told = rf"(?<![\w.]){path.stem}(?!\w)"

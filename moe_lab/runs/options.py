@@ -199,4 +199,4 @@ def kind_in_words(hint: Any) -> str:
         return " or ".join(kind_in_words(part) for part in inner)
     if kind is Sequence and inner and _kind(inner[0]) in PLURALS:
         return f"a list [a,b] of {PLURALS[_kind(inner[0])]}"
-    return WORDS.get(kind, str(hint))
+    return WORDS.get(kind) or f"a {getattr(kind, '__name__', str(kind)).lower()}"
