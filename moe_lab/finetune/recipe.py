@@ -133,11 +133,11 @@ class Recipe(Plugin):
 
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Its composed options without where text comes from: fingerprints say what that is."""
-        options = copy.deepcopy(dict(options))
-        for phase in options["phases"].values():
+        kept = copy.deepcopy(dict(options))
+        for phase in kept["phases"].values():
             for name in ("data", "validation"):
                 (phase or {}).pop(name, None)
-        return options
+        return kept
 
     def __post_init__(self) -> None:
         given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}

@@ -78,7 +78,8 @@ def report_head(job: Description) -> dict[str, Any]:
 
 def _method(job: Description) -> dict[str, Any]:
     """The settings of a method and of the groups that belong to it."""
-    groups, told = _groups_of_method(job), {}
+    groups = _groups_of_method(job)
+    told: dict[str, Any] = {}
     if "metric" in groups:
         told |= {"metric": job.choices["metric"]} | _told("metric", job.config["metric"])
     if "ratio" in groups:
