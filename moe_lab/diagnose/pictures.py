@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,25 +83,37 @@ def by_pair(
         many = len(pages) > 1
         file = path.with_name(f"{path.name}_{number}.png" if many else f"{path.name}.png")
         name = f"{title} ({number} of {len(pages)})" if many else title
-        columns = min(4, len(page))
-        rows = math.ceil(len(page) / columns)
-        with style.figure(file, 1.6 + 2.3 * columns, 0.5 + 2.6 * rows, name) as made:
-            grid = made.subplots(rows, columns, squeeze=False).ravel()
-            for axes in grid[len(page) :]:
-                axes.remove()
-            for axes, index in zip(grid, page, strict=False):
-                colours = style.SIGNED if factors else style.AMOUNT
-                drawn = style.heat(axes, shown[index], limits, colours, False, "equal")
-                style.ticks(axes, range(len(shown[index])), range(len(shown[index])), most=4)
-                axes.set_title(f"layer {index}", fontsize="medium")
-            bar = made.colorbar(drawn, ax=list(grid[: len(page)]), label=unit,
-                                  extend="both" if factors else "neither")  # fmt: skip
-            made.supxlabel("expert", fontsize="medium")
-            made.supylabel("expert", fontsize="medium")
-            if factors:
-                bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
+        _draw_page({index: shown[index] for index in page}, file, name, unit, limits, factors)
         written.append(file)
     return written
+
+
+def _draw_page(
+    shown: LayerMatrices,
+    file: Path,
+    title: str,
+    unit: str,
+    limits: tuple[float, float],
+    factors: bool,
+) -> None:
+    """One page of `by_pair`."""
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    with style.figure(file, 1.6 + 2.3 * columns, 0.5 + 2.6 * rows, title) as made:
+        grid = made.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(shown) :]:
+            axes.remove()
+        for axes, (index, matrix) in zip(grid, shown.items(), strict=False):
+            colours = style.SIGNED if factors else style.AMOUNT
+            drawn = style.heat(axes, matrix, limits, colours, False, "equal")
+            style.ticks(axes, range(len(matrix)), range(len(matrix)), most=4)
+            axes.set_title(f"layer {index}", fontsize="medium")
+        bar = made.colorbar(drawn, ax=list(grid[: len(shown)]), label=unit,
+                            extend="both" if factors else "neither")  # fmt: skip
+        made.supxlabel("expert", fontsize="medium")
+        made.supylabel("expert", fontsize="medium")
+        if factors:
+            bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
 
 
 def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
@@ -116,44 +129,10 @@ def draw_experts(
     folder: Path,
 ) -> None:
     """All pictures of a diagnosis. lifts: of pairs, by layer; similar: by kind and layer."""
-    layers, experts = tables.layers, tables.experts
-    style.draw_by_expert(
-        experts,
-        "usage",
-        folder / "usage.png",
-        "Usage of the experts (dead ones ringed)",
-        "share of routed slots × experts (1 = even)",
-        marked="dead",
-    )
-    style.draw_by_expert(
-        experts,
-        "mean_norm",
-        folder / "norms.png",
-        "Mean norm of the experts' outputs",
-        "mean l2 norm over routed tokens",
-        logarithmic=True,
-    )
-    style.draw_by_expert(
-        experts,
-        "max_activation",
-        folder / "max_activation.png",
-        "Largest activation of the experts' outputs (super experts ringed)",
-        "max |component| over routed tokens",
-        logarithmic=True,
-        marked="super",
-    )
-    style.draw_by_expert(
-        experts, "router_norm", folder / "router_norm.png", "Norm of the routers' rows", "l2 norm"
-    )
-    style.draw_by_expert(
-        experts,
-        "gate_norm_correlation",
-        folder / "gate_norm_correlation.png",
-        "Router weight and output norm",
-        "Pearson correlation over routed tokens",
-        signed=True,
-    )
+    for column, file, title, label, how in BY_EXPERT:
+        style.draw_by_expert(tables.experts, column, folder / f"{file}.png", title, label, **how)
     by_rank(tables.ranks, folder / "ranks.png", "Weight by rank among a token's experts")
+    layers = tables.layers
     there = set(layers.columns[layers.notna().any()])
     panels = [
         (label, {key: name for key, name in lines.items() if key in there})
@@ -161,20 +140,27 @@ def draw_experts(
         if there & set(lines)
     ]
     over_depth(layers, panels, folder / "depth.png", "The layers over depth")
-    by_pair(
-        lifts,
-        folder / "coactivation",
-        "Tokens that chose both experts",
-        "observed / expected",
-        factors=True,
-    )
+    both = "Tokens that chose both experts"
+    by_pair(lifts, folder / "coactivation", both, "observed / expected", factors=True)
     for kind, matrices in similar.items():
-        what = {"weight": "weights", "router": "router rows", "output": "outputs"}[kind]
-        by_pair(
-            matrices, folder / f"similarity_{kind}", f"Similarity of the experts' {what}", "cosine"
-        )
+        title = f"Similarity of the experts' {SIMILAR[kind]}"
+        by_pair(matrices, folder / f"similarity_{kind}", title, "cosine")
 
 
+SIMILAR = {"weight": "weights", "router": "router rows", "output": "outputs"}
+# Pictures of a column by expert: the column, the file's name, title, the colours' label, and how.
+BY_EXPERT: Sequence[tuple[str, str, str, str, dict[str, Any]]] = (
+    ("usage", "usage", "Usage of the experts (dead ones ringed)",
+     "share of routed slots × experts (1 = even)", {"marked": "dead"}),
+    ("mean_norm", "norms", "Mean norm of the experts' outputs",
+     "mean l2 norm over routed tokens", {"logarithmic": True}),
+    ("max_activation", "max_activation",
+     "Largest activation of the experts' outputs (super experts ringed)",
+     "max |component| over routed tokens", {"logarithmic": True, "marked": "super"}),
+    ("router_norm", "router_norm", "Norm of the routers' rows", "l2 norm", {}),
+    ("gate_norm_correlation", "gate_norm_correlation", "Router weight and output norm",
+     "Pearson correlation over routed tokens", {"signed": True}),
+)  # fmt: skip
 PANELS: Sequence[tuple[str, Mapping[str, str]]] = (
     ("deviation of usage / its mean", {"usage_deviation": "usage"}),
     ("slots of the most used expert", {"most_used_share": "share"}),

@@ -39,6 +39,15 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--values compressed/eval/average,compressed/kl --baseline metric=random",
     )
     parser.add_argument("folder", type=Path, help="a sweep, a run, or a folder of them")
+    _add_choices(parser)
+    _add_outputs(parser)
+    asked = parser.parse_args(given)
+    _check(parser, asked)
+    return asked
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """What the table is of."""
     for name, text in (
         ("rows", "settings that make rows; default: those that differ"),
         ("columns", "settings to spread over columns"),
@@ -52,18 +61,19 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="differences (and if they are more than chance) to the dense model, or to the cell "
         "with these settings; may be repeated",
     )  # fmt: skip
-    only: dict[str, Any] = {
-        "action": "append",
-        "default": [],
-        "metavar": "KEY=VALUE,VALUE",
-        "type": _filter,
-    }
-    parser.add_argument("--filter", help="only reports with one of these; may be repeated", **only)
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="KEY=VALUE,VALUE", type=_filter,
+        help="only reports with one of these; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--expected", metavar="FILE",
         help="compare with published figures instead: a CSV file with columns figure, value, "
         "tolerance, and a column for each setting that picks the reports",
     )  # fmt: skip
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Where the table goes."""
     parser.add_argument("--format", choices=(*ENDINGS.values(), TERMINAL))
     parser.add_argument("--output", type=Path, help="a file .md, .csv or .tex, instead of printing")
     parser.add_argument(
@@ -71,21 +81,17 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="tables in all formats, pictures and index.html into the folder, as a sweep does at "
         "its end; without other options the table that it was asked for",
     )  # fmt: skip
-    asked = parser.parse_args(given)
+
+
+def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
     if asked.write and (asked.output or asked.format):
         parser.error("--write makes all formats in the folder: leave out --output and --format")
-    if (
-        asked.expected
-        and not asked.write
-        and any(
-            getattr(asked, name)
-            for name in ("rows", "columns", "values", "sort", "best", "baseline")
-        )
-    ):
+    choices = ("rows", "columns", "values", "sort", "best", "baseline")
+    if asked.expected and not asked.write and any(getattr(asked, name) for name in choices):
         parser.error("--expected is a table of its own: of the other options it takes --filter")
     if asked.output and not asked.format and asked.output.suffix.lower() not in ENDINGS:
         parser.error(f"--output {asked.output}: it ends in {', '.join(ENDINGS)}, or say --format")
-    return asked
 
 
 def _request(asked: argparse.Namespace) -> Request:

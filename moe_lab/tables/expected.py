@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,19 @@ def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
     """
     expected = _read(path)
     asked = [key for key in keys_of(expected) if key not in (*TOLD_COLUMNS, *FIGURE_COLUMNS)]
+    rows, lacking = _beside_ours(expected, asked, frame)
+    unknown = [key for key in asked if key not in frame]
+    notes = (*_notes(rows, lacking, path), *(
+        f"no report has {key}, which {path.name} asks for" for key in unknown
+        if any(one not in ("", NONE) for one in expected[key])
+    ))  # fmt: skip
+    return _laid_out(rows, asked, keys_of(expected), notes)
+
+
+def _beside_ours(
+    expected: pd.DataFrame, asked: Sequence[str], frame: pd.DataFrame
+) -> tuple[list[FileRow], Counter[str]]:
+    """The rows that a finished report has a figure for, and why how many others have none."""
     done = frame[frame[STATUS] == OK]
     rows: list[FileRow] = []
     lacking: Counter[str] = Counter()
@@ -57,32 +70,24 @@ def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
             rows.append(_row(one, ours))
         else:
             lacking[_why(one, frame, matching)] += 1
-    unknown = [key for key in asked if key not in frame]
-    notes = (*_notes(rows, lacking, path), *(
-        f"no report has {key}, which {path.name} asks for" for key in unknown
-        if any(one not in ("", NONE) for one in expected[key])
-    ))  # fmt: skip
+    return rows, lacking
+
+
+def _laid_out(
+    rows: list[FileRow], asked: Sequence[str], there: Sequence[str], notes: tuple[str, ...]
+) -> Table:
+    """The table; asked: the file's settings, there: all of its columns."""
     same = {key: rows[0][key] for key in asked if rows and len({row[key] for row in rows}) == 1}
     told = "; ".join(f"{key}={value}" for key, value in same.items() if value)
-    labels = [key for key in ("table", "variant", *asked) if key in expected and key not in same]
+    labels = [key for key in ("table", "variant", *asked) if key in there and key not in same]
     labels = [*(key for key in labels if any(row[key] for row in rows)), "figure"]
     index = pd.DataFrame([{key: row[key] for key in labels} for row in rows], columns=labels)
     text = pd.DataFrame([_text(row) for row in rows], columns=SHOWN)
-    files = [*(key for key in TOLD_COLUMNS[2:] if key in expected)]
-    files += list(same)
-    numbers = pd.DataFrame(
-        [{key: row[key] for key in (*NUMBERS, *files)} for row in rows], columns=[*NUMBERS, *files]
-    )
+    files = [*NUMBERS, *(key for key in TOLD_COLUMNS[2:] if key in there), *same]
+    numbers = pd.DataFrame([{key: row[key] for key in files} for row in rows], columns=files)
     best = pd.DataFrame(False, index=text.index, columns=text.columns)
-    return Table(
-        index,
-        tuple(map(Column, SHOWN)),
-        text,
-        best,
-        numbers,
-        notes,
-        (f"of all: {told}",) if told else (),
-    )
+    origin = (f"of all: {told}",) if told else ()
+    return Table(index, tuple(map(Column, SHOWN)), text, best, numbers, notes, origin)
 
 
 NUMBERS = ("value", "std", "ours", "ours (std)", "difference", "tolerance", "within")
