@@ -13,12 +13,7 @@ PROFILES = ("all", "routers")
 
 @dataclass(frozen=True)
 class Compute(Plugin):
-    """Where and how to compute.
-
-    A profile of all statistics can be shared by every job of a sweep; that of the routers alone is
-    the cheapest pass, and enough for metrics that count. layerwise=auto is true where the weights
-    would take more than half of the device's memory.
-    """
+    """Where and how to compute."""
 
     device: Annotated[str, Option("auto, cpu, cuda or cuda:<number>")] = "auto"
     batch_size: Annotated[int, Option("samples in a forward", least=1)] = 16
@@ -27,10 +22,21 @@ class Compute(Plugin):
         float,
         Option("memory in GiB for what a search needs again; the rest goes to disk", least=0),
     ] = 4.0
-    profile: Annotated[str, Option("which statistics are collected", among=PROFILES)] = "all"
+    profile: Annotated[
+        str,
+        Option(
+            "statistics of a profile: all, which every job of a sweep can share, or the routers' "
+            "alone, the cheapest pass and enough for metrics that count",
+            among=PROFILES,
+        ),
+    ] = "all"
     layerwise: Annotated[
         str | bool,
-        Option("profile with one decoder layer in memory at a time", among=("auto", True, False)),
+        Option(
+            "profile with one decoder layer in memory at a time; auto: where the weights would "
+            "take more than half of the device's",
+            among=("auto", True, False),
+        ),
     ] = "auto"
 
     def start(self) -> Compute:

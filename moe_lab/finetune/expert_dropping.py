@@ -45,8 +45,8 @@ class ExpertDropping(Recipe):
     force: Annotated[
         str | None,
         Option(
-            "when each layer is left one expert: at half of the training, in the end, or null for "
-            "never",
+            "when each layer is left one expert: at half of the training (the paper's eager "
+            "dropping), in the end (its staged one), or null for never",
             among=("half", "end"),
         ),
     ] = "half"
