@@ -87,30 +87,33 @@ def _method(job: Description) -> dict[str, Any]:
         share = budget.pop("ratio/ratio", None)
         told |= {"ratio": None if "ratio/target_gib" in budget else share}
         told |= {"ratio_method": job.choices["ratio"]} | budget
-    return told | _own_of_method(job.choices["method"], job.config["method"])
+    method = job.choices["method"]
+    return told | _one_key_for_layers(method, _told(method, job.config["method"]))
 
 
 def _groups_of_method(job: Description) -> tuple[str, ...]:
     """The config groups that belong to a job's method."""
     options = job.config["method"]
     target = _target(options)
-    if hasattr(target, "groups"):
-        groups: tuple[str, ...] = target.groups(options)
-        return groups
-    # To be deleted as soon as methods say it themselves (`groups`).
-    asked = {"prune": ("metric", "ratio"), "merge": ("ratio",)}.get(job.choices["method"], ())
-    return () if options.get("num_experts") is not None else asked
+    if not hasattr(target, "groups"):
+        return _groups_by_name(job.choices["method"], options)
+    groups: tuple[str, ...] = target.groups(options)
+    return groups
 
 
-def _own_of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's own settings."""
-    own = _told(method, options)
-    # To be deleted as soon as methods say it themselves (`settings`).
-    if f"{method}/num_layers" in own:  # one key for all methods, to compare them
-        number = own.pop(f"{method}/num_layers")
-        of_all = own.get(f"{method}/layers") == "all"
-        own = ({} if of_all else {"condense/num_layers": number}) | own
-    return own
+# To be deleted, with what calls them, as soon as methods say it themselves in `groups` and
+# `settings`: these two know methods by name.
+def _groups_by_name(method: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    groups = {"prune": ("metric", "ratio"), "merge": ("ratio",)}.get(method, ())
+    return () if options.get("num_experts") is not None else groups
+
+
+def _one_key_for_layers(method: str, own: dict[str, Any]) -> dict[str, Any]:
+    if f"{method}/num_layers" not in own:
+        return own
+    number = own.pop(f"{method}/num_layers")
+    of_all = own.get(f"{method}/layers") == "all"
+    return ({} if of_all else {"condense/num_layers": number}) | own
 
 
 def _told(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
