@@ -15,10 +15,11 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab.runs import options, sweep
+from moe_lab.runs import option_help, options, sweep
 
 USER_MISTAKE = 2
 exit_codes: list[int] = []
+OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")

@@ -31,7 +31,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "measure": ("parameters, memory and speed of models side by side", ("models",)),
     "profile": ("what is measured of an intact model", ("models",)),
     "methods": ("from a profile to a plan", ("profile", "models")),
-    "finetune": ("recipes, and the loop", ("models", "data.tokens", "compute", "store")),
+    "finetune": (
+        "recipes, and the loop",
+        ("models", "data.source", "data.tokens", "compute", "store"),
+    ),
     "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
     "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
     "tables": ("many reports as one table", ("report",)),

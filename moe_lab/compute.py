@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
 
 PROFILES = ("all", "routers")
 
 
 @dataclass(frozen=True)
-class Compute:
-    """device: auto, cpu, cuda or cuda:N; batch_size: samples in a forward; threads: of the CPU.
+class Compute(Plugin):
+    """Where and how to compute."""
 
-    cache_gib: memory for activations and layers that a search needs again; the rest goes to disk.
-    profile: which statistics a profile has, "all" or those of the "routers" alone, which cost
-    less. layerwise: profile with one decoder layer in memory at a time, true, false, or "auto":
-    where the weights would take more than half of the device's memory.
-    """
-
-    device: str = "auto"
-    batch_size: int = 16
-    threads: int | None = None
-    cache_gib: float = 4.0
-    profile: str = "all"
-    layerwise: str | bool = "auto"
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:<number>")] = "auto"
+    batch_size: Annotated[int, Option("samples in a forward", least=1)] = 16
+    threads: Annotated[int | None, Option("of the CPU, null for torch's choice", least=1)] = None
+    cache_gib: Annotated[
+        float,
+        Option("memory in GiB for what a search needs again; the rest goes to disk", least=0),
+    ] = 4.0
+    profile: Annotated[
+        str,
+        Option(
+            "statistics of a profile: all, which every job of a sweep can share, or the routers' "
+            "alone, the cheapest pass and enough for metrics that count",
+            among=PROFILES,
+        ),
+    ] = "all"
+    layerwise: Annotated[
+        str | bool,
+        Option(
+            "profile with one decoder layer in memory at a time; auto: where the weights would "
+            "take more than half of the device's",
+            among=("auto", True, False),
+        ),
+    ] = "auto"
 
     def start(self) -> Compute:
         """The same with the device chosen and the number of threads set; UserError if not there."""
         import torch
 
-        if self.batch_size < 1:
-            raise UserError(f"compute.batch_size must be at least 1, got {self.batch_size}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"compute.threads must be at least 1, or null, got {self.threads}")
-        if self.cache_gib < 0:
-            raise UserError(f"compute.cache_gib must be at least 0, got {self.cache_gib}")
-        if self.profile not in PROFILES:
-            raise UserError(f"compute.profile={self.profile}: there are {', '.join(PROFILES)}")
-        if self.layerwise not in ("auto", True, False):
-            raise UserError(f"compute.layerwise={self.layerwise}: there are auto, true, false")
+        check_options(self, "compute")
         if self.threads:
             torch.set_num_threads(self.threads)
         cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]

@@ -114,12 +114,14 @@ def _imported(tree: ast.AST, package: str) -> Iterator[str]:
 
 @functools.cache
 def _without_words(source: str) -> str:
-    """A module's code without docstrings and comments."""
+    """A module's code without docstrings, comments, and what an `Option` says of an option."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Option":
+            node.args, node.keywords = [], []
     return ast.unparse(tree)
 
 

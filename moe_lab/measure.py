@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,26 +24,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts, all_to_experts
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.progress import progress
-from moe_lab.types import UserError
 
 REFERENCE = "dense"
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """How to measure: batch_size prompts of prompt_length tokens, decode_tokens steps, repeats."""
+class Measurement(Plugin):
+    """How `measure` measures."""
 
-    prompt_length: int = 512
-    batch_size: int = 1
-    decode_tokens: int = 16
-    repeats: int = 5
-    seed: int = 0
+    prompt_length: Annotated[int, Option("tokens of a prompt", least=1)] = 512
+    batch_size: Annotated[int, Option("prompts at once", least=1)] = 1
+    decode_tokens: Annotated[int, Option("steps of decoding behind the prompt", least=1)] = 16
+    repeats: Annotated[int, Option("rounds, of whose times the median counts", least=1)] = 5
+    seed: Annotated[int, Option("of the random prompts")] = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "batch_size", "decode_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"measure.{name} must be at least 1, got {getattr(self, name)}")
+        check_options(self, "measure")
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lab.lookup import names_in
 from moe_lab.types import UserError
 
 
@@ -32,6 +33,11 @@ class Plugin:
     def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a report says of its composed options, by their names: all that are given."""
         return plain_options(options)
+
+    @classmethod
+    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which other config groups decide its result, and are told with it: none."""
+        return ()
 
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What of its composed options its result depends on: all of them."""
@@ -53,6 +59,8 @@ class Option:
 
     help: in a few words, without a full stop. least, most: bounds that are values, above, below:
     bounds that are none; of a list they are those of its items. among: the only values there are.
+    files_of: the package whose files are values by name, and those of its files that are none
+    (`lookup.named`, which refuses all others).
     """
 
     help: str
@@ -61,6 +69,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     among: tuple[Any, ...] = ()
+    files_of: tuple[str, ...] = ()
 
     def allows(self, value: Any) -> bool:
         """Whether the value, or each item of a list, is in the range; None always is."""
@@ -81,6 +90,9 @@ class Option:
 
     def range(self) -> str:
         """The range in words: "at least 1"; "above 0, below 1"; "none, zero, copy"; else ""."""
+        if self.files_of:
+            package, *others = self.files_of
+            return ", ".join(names_in(package, others))
         if self.among:
             return ", ".join(map(word_of, self.among))
         if self.least is not None and self.most is not None:

@@ -93,7 +93,7 @@ OVERRIDES = {
     ),
     "experts search": ([CONDENSE, "condense.experts=greedy"], ["greedy_js", "'greedy'"]),
     "layers search": ([CONDENSE, "condense.layers=greedy"], ["greedy_js", "'greedy'"]),
-    "tracking": (["track.mode=sometimes"], ["sometimes", "online|offline|off"]),
+    "tracking": (["track.mode=sometimes"], ["track.mode=sometimes", "online, offline, off"]),
     "dtype": (["model.dtype=float99"], ["float99", "bfloat16"]),
     "task": (["eval=tiny", "eval.tasks=[tiny_poem]"], ["tiny_poem", "tiny_prose"]),
     "split": (["calibration=stdlib", "calibration.split=tests"], ["tests", "validation"]),

@@ -35,9 +35,9 @@ def test_a_start_chooses_a_device_and_the_number_of_threads() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "compute.batch_size must be at least 1, got 0"),
-        ({"threads": 0}, "compute.threads must be at least 1, or null, got 0"),
-        ({"cache_gib": -0.5}, "compute.cache_gib must be at least 0"),
+        ({"batch_size": 0}, "compute.batch_size=0: it must be at least 1"),
+        ({"threads": 0}, "compute.threads=0: it must be at least 1, or null"),
+        ({"cache_gib": -0.5}, "compute.cache_gib=-0.5: it must be at least 0"),
         ({"profile": "some"}, "compute.profile=some: there are all, routers"),
         ({"layerwise": "no"}, "compute.layerwise=no: there are auto, true, false"),
         ({"device": "cuda:99"}, r"compute.device=cuda:99 is not available here; there is cpu"),

@@ -65,6 +65,17 @@ def test_code_counts_and_words_do_not(module) -> None:
     assert code_version(plain, other) != code_version(plain)
 
 
+def test_what_is_said_of_an_option_does_not_count(module) -> None:
+    head = "from typing import Annotated\nfrom moe_lab.option import Option\n"
+    code = "def f(x: Annotated[int, {}] = {}):\n    return x\n"
+    told = module("told_a", head + code.format("Option('a number')", 1))
+    better = module("better_a", head + code.format("Option('how many', least=1)", 1))
+    other = module("other_b", head + code.format("Option('a number')", 2))
+    versions = [dependencies.version_of(one.__name__).partition(" ")[2]
+                for one in (told, better, other)]  # fmt: skip
+    assert versions[0] == versions[1] != versions[2], "a default counts"
+
+
 def test_what_is_imported_counts_however_it_is_imported(module) -> None:
     module("kit_b.leaf", "VALUE = 1\n")
     module("kit_b.near", "from .leaf import VALUE\n")

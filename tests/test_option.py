@@ -93,3 +93,10 @@ def test_a_report_says_what_is_given_and_plain() -> None:
     options = {"_target_": "a.b", "ratio": 0.5, "floor": None, "metric": {"power": 1}, "kept": [1]}
     assert Plugin.settings(options) == {"ratio": 0.5, "kept": [1]}
     assert Plugin().identity(options) == options
+
+
+def test_names_of_files_are_listed_where_they_are_values() -> None:
+    found = Option("", files_of=("moe_lab.methods.condense.gates",))
+    assert found.range() == "mean_all, mean_selected" and found.allows("research.mine")
+    grouping = Option("", files_of=("moe_lab.methods.grouping", "base", "alignment"))
+    assert grouping.range() == "hc_smoe, m_smoe, ream"

@@ -8,9 +8,11 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from moe_lab.data import standard_library
-from moe_lab.data.source import Document, Pair, Texts
+from moe_lab.data.source import Document, Pair, Source
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
@@ -22,23 +24,21 @@ def standard_library_fingerprint(split: str) -> str:
 
 
 @dataclass(frozen=True)
-class StandardLibrary(Texts):
+class StandardLibrary(Source):
     """The embedded text: the running interpreter's standard library and generated sheets.
 
-    domains: which of prose, code, arithmetic, recall; by default all, in training's mixture.
+    Without domains it is all of them, in training's mixture.
     """
 
-    split: str = "train"
-    domains: tuple[str, ...] = ()
+    split: Annotated[str, Option("which part", among=standard_library.SPLITS)] = "train"
+    domains: Annotated[
+        tuple[str, ...],
+        Option("kinds of text, none for all", among=standard_library.DOMAINS),
+    ] = ()
 
     def documents(self) -> Iterable[Document]:
         domains = self.domains or standard_library.DOMAINS
-        try:
-            passages = [
-                p for domain in domains for p in standard_library.passages(domain, self.split)
-            ]
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        passages = [p for domain in domains for p in standard_library.passages(domain, self.split)]
         if not self.domains and self.num_samples <= len(passages):
             return standard_library.mixture(self.split, self.num_samples, self.seed)
         random.Random(self.seed).shuffle(passages)
@@ -48,27 +48,29 @@ class StandardLibrary(Texts):
         _check_domain(field, self.group, self.domains or standard_library.DOMAINS)
         source = self if self.group is None else replace(self, domains=(self.group,))
         domains = source.domains or standard_library.DOMAINS
-        documents = source.documents()  # first: it refuses what does not exist
         domain_of: dict[Document, str] = {
             one: domain
             for domain in domains
             for one in standard_library.passages(domain, self.split)
         }
-        return ((domain_of[document], document) for document in documents)
+        return ((domain_of[document], document) for document in source.documents())
 
     def describe(self) -> str:
         return f"the standard library's {self.split} split"
 
 
 @dataclass(frozen=True)
-class StandardQuestions(Texts):
+class StandardQuestions(Source):
     """Questions with their answers, from the embedded text's generated sheets.
 
-    domains: arithmetic, recall or both (the default), in equal parts.
+    Those of several domains come in equal parts.
     """
 
-    split: str = "train"
-    domains: tuple[str, ...] = ()
+    split: Annotated[str, Option("which part", among=standard_library.SPLITS)] = "train"
+    domains: Annotated[
+        tuple[str, ...],
+        Option("kinds of questions, none for all", among=standard_library.QUESTION_DOMAINS),
+    ] = ()
 
     def documents(self) -> Iterable[Document]:
         return (document for _, document in self.grouped("domain"))
@@ -76,16 +78,10 @@ class StandardQuestions(Texts):
     def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
         domains = self.domains or standard_library.QUESTION_DOMAINS
         _check_domain(field, self.group, domains)
-        try:
-            by_domain = [
-                [
-                    (domain, Pair(*question))
-                    for question in standard_library.questions(domain, self.split)
-                ]
-                for domain in domains
-            ]
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        by_domain = [
+            [(domain, Pair(*one)) for one in standard_library.questions(domain, self.split)]
+            for domain in domains
+        ]
         for questions in by_domain:
             random.Random(self.seed).shuffle(questions)
         return (question for turn in zip(*by_domain, strict=False) for question in turn)

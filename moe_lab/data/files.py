@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moe_lab.data.rows import Rows
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
@@ -19,7 +20,7 @@ class Files(Rows):
     A plain text file is one document in the field "text"; blank lines do not separate.
     """
 
-    files: tuple[str, ...] = ()
+    files: Annotated[tuple[str, ...], Option("paths, such as [a.jsonl,b.parquet,c.txt]")] = ()
 
     def rows(self) -> Iterable[tuple[str, Any]]:
         if not self.files:

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moe_lab.data.rows import Rows
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
@@ -17,14 +18,14 @@ from moe_lab.types import UserError
 class HubDataset(Rows):
     """A dataset of the Hugging Face hub, or a local folder of the same layout, through `datasets`.
 
-    split: also a part of one, such as train[:90%], where it is not streamed.
+    A part of a split, such as train[:90%], can be asked for where it is not streamed.
     """
 
-    path: str = ""
-    name: str | None = None
-    split: str = "train"
-    data_files: str | None = None
-    streaming: bool = False
+    path: Annotated[str, Option("owner/name on the hub, or a folder of the same layout")] = ""
+    name: Annotated[str | None, Option("the dataset's configuration, where it has several")] = None
+    split: Annotated[str, Option("the split, or a part of it such as train[:90%]")] = "train"
+    data_files: Annotated[str | None, Option("read these of its files alone")] = None
+    streaming: Annotated[bool, Option("read only as many rows as are taken")] = False
 
     def rows(self) -> Iterable[tuple[str, Any]]:
         import datasets

@@ -6,9 +6,10 @@ import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
-from moe_lab.data.source import Document, Texts
+from moe_lab.data.source import Document, Source
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
@@ -16,14 +17,16 @@ class Part(TypedDict):
     """A source of a mixture."""
 
     weight: float
-    source: Texts
+    source: Source
 
 
 @dataclass(frozen=True)
-class Mixture(Texts):
-    """Several sources by weight: `parts` maps a name to {weight: ..., source: a Texts}."""
+class Mixture(Source):
+    """Several sources by weight."""
 
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: Annotated[
+        dict[str, Part], Option("by name: {weight: its share, above 0, source: a source}")
+    ] = field(default_factory=dict)
 
     def documents(self) -> Iterable[Document]:
         return (document for _, document in self.grouped("part"))

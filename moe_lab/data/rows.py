@@ -5,26 +5,35 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from moe_lab.data.source import Document, Pair, Texts
+from moe_lab.data.source import Document, Pair, Source
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
 @dataclass(frozen=True)
-class Rows(Texts):
+class Rows(Source):
     """A source of rows with fields: subclasses say where `rows` come from.
 
-    A row becomes a document by one of: the text in its `field`; `template`, e.g. "{question}"; or
-    `prompt` and `answer`, templates of the two parts. `answers`: where rows only number their
-    answer, what `answer` gives is looked up here, which gives its template.
+    A row becomes a document by one of: `prompt` and `answer`, templates of the two parts, where
+    what `answer` gives may be looked up in `answers`; `template`; or the text in its `field`.
     """
 
-    field: str = "text"
-    template: str | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    answers: dict[str, str] | None = None
+    field: Annotated[str, Option("the field with a row's text")] = "text"
+    template: Annotated[
+        str | None, Option("a row's text of several fields, such as '{title}: {body}'")
+    ] = None
+    prompt: Annotated[
+        str | None, Option("what is given, of a row's fields such as '{question}'; with answer")
+    ] = None
+    answer: Annotated[
+        str | None, Option("what is learned, of a row's fields such as ' {reply}'; with prompt")
+    ] = None
+    answers: Annotated[
+        dict[str, str] | None,
+        Option("where rows only number their answer, the template for each number"),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

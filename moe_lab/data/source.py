@@ -10,13 +10,13 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from moe_lab.data.tokens import Tokenizer, Tokens, chunks
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-LOSS_ON = ("answer", "all")
 
 
 class Pair(NamedTuple):
@@ -38,32 +38,29 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Texts:
-    """A source of documents: subclasses say where `documents` come from.
+class Source(Plugin):
+    """Where text comes from: the base of all sources, for calibration, tuning and held-out text.
 
-    num_samples: how many samples; max_length: their tokens at most; pack: join documents and cut
-    them into full samples instead; seed: of the choice of documents, where there is one.
-    Of prompts with answers, loss_on: what is learned, "answer" or "all"; skip_long: leave out
-    those whose prompt alone fills max_length, where otherwise they are refused.
-    group_by: a field that gives each sample its group (num_samples counts all groups together);
-    group: take only the samples of this one.
+    A source says where its `documents` come from, what it is called (`describe`), and, where they
+    have fields, how they are `grouped`; the base makes samples of them (`tokens`). Without
+    skip_long a prompt that fills max_length is refused. num_samples counts all groups together.
     """
 
-    num_samples: int
-    max_length: int
-    pack: bool = False
-    seed: int = 0
-    loss_on: str = "answer"
-    skip_long: bool = False
-    group_by: str | None = None
-    group: str | None = None
+    num_samples: Annotated[int, Option("how many samples", least=1)]
+    max_length: Annotated[int, Option("tokens of a sample at most", least=1)]
+    pack: Annotated[bool, Option("join documents and cut them into full samples")] = False
+    seed: Annotated[int, Option("of the choice of documents, where there is one")] = 0
+    loss_on: Annotated[
+        str, Option("what is learned of prompts with answers", among=("answer", "all"))
+    ] = "answer"
+    skip_long: Annotated[bool, Option("leave out prompts that alone fill max_length")] = False
+    group_by: Annotated[
+        str | None, Option("a plan for each value of this field, which groups the samples")
+    ] = None
+    group: Annotated[str | None, Option("take the samples of this one group alone")] = None
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.loss_on not in LOSS_ON:
-            raise UserError(f"loss_on={self.loss_on}: there are {', '.join(LOSS_ON)}")
+        check_options(self, "calibration")
         if self.group is not None and self.group_by is None:
             raise UserError(f"group={self.group} needs the field that says it: group_by=<field>")
         if self.group_by is not None and self.pack:
@@ -73,7 +70,7 @@ class Texts:
             )
 
     def documents(self) -> Iterable[Document]:
-        """The documents, in order; may be endless."""
+        """The documents, in order; may be endless. UserError where they cannot be had."""
         raise NotImplementedError
 
     def grouped(self, field: str) -> Iterable[tuple[str, Document]]:

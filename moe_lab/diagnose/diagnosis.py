@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What is looked at beside the profile, which costs nothing more.
+class Diagnosis(Plugin):
+    """What is looked at beside the profile, which costs nothing more."""
 
-    weights: read all experts, for the similarity of their weights. num_samples: run every expert on
-    every token of the first so many calibration samples, for the similarity of their outputs; 0
-    leaves it out.
-    """
-
-    weights: bool = True
-    num_samples: int = 16
+    weights: Annotated[bool, Option("similarity of the experts' weights: all are read once")] = True
+    num_samples: Annotated[
+        int,
+        Option(
+            "similarity of the experts' outputs: each runs on every token of so many calibration "
+            "samples, 0 for none",
+            least=0,
+        ),
+    ] = 16
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise UserError(f"diagnose.num_samples={self.num_samples}: it must be at least 0")
+        check_options(self, "diagnose")
 
     def check(self, profile: str, layers: Sequence[LayerInfo]) -> None:
         """Refuse a profile of the routers alone, and rows of routers without experts of their own.

@@ -4,43 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from moe_lab.data.source import Texts
+from moe_lab.data.source import Source
 from moe_lab.evaluate.tasks import harness
 from moe_lab.evaluate.tasks.tiny.tasks import TINY_NAMES
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
 
 
 @dataclass(frozen=True)
-class Suite:
-    """What is evaluated.
+class Suite(Plugin):
+    """What is evaluated. Where there is a mirror, datasets are read from it alone."""
 
-    tasks: names that lm-eval knows, or of our own (`tasks/`); num_items: per embedded task
-    (tiny); limit: of items per other task; num_fewshot: examples before each item (None is the
-    task's own number); metrics: which accuracy of a task enters the average (default: acc);
-    mirror: a folder with copies of the hub's datasets as <owner>/<name>, from which alone they are
-    then read; top_k: numbers of experts per token at which every variant is evaluated beside its
-    own (None: that which the recipe ends with); group_task: which task, or tasks, a group of the
-    calibration set is evaluated on, its name in the place of {group}; held_out: a text source for
-    the divergence from the dense model, None for none.
-    """
-
-    tasks: Sequence[str] = ()
-    num_items: int = 200
-    limit: int | None = None
-    num_fewshot: int | None = None
-    metrics: Mapping[str, str] | None = None
-    mirror: str | None = None
-    top_k: Sequence[int] | None = None
-    group_task: str | Sequence[str] | None = None
-    held_out: Texts | None = None
+    tasks: Annotated[Sequence[str], Option("lm-eval's names, or ours such as tiny_prose")] = ()
+    num_items: Annotated[int, Option("items of each embedded task", least=1)] = 200
+    limit: Annotated[int | None, Option("items of each other task, null for all", least=1)] = None
+    num_fewshot: Annotated[
+        int | None, Option("examples before each item, null for the task's own number", least=0)
+    ] = None
+    metrics: Annotated[
+        Mapping[str, str] | None,
+        Option("by task, which accuracy enters the average in the place of acc"),
+    ] = None
+    mirror: Annotated[
+        str | None, Option("a folder with the tasks' datasets as <owner>/<name>, not the hub's")
+    ] = None
+    top_k: Annotated[
+        Sequence[int] | None,
+        Option(
+            "experts per token at which all variants are evaluated too, null for the number that "
+            "the recipe ends with",
+            least=1,
+        ),
+    ] = None
+    group_task: Annotated[
+        str | Sequence[str] | None,
+        Option("the tasks of a group of calibration.group_by, its name in the place of {group}"),
+    ] = None
+    held_out: Annotated[
+        Source | None, Option("text for the divergence from the dense model, null for none")
+    ] = None
 
     def check(self) -> None:
         """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""
-        for name, least in (("num_items", 1), ("limit", 1), ("num_fewshot", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"eval.{name} must be at least {least}, got {value}")
+        check_options(self, "eval")
         _check_tasks(self.tasks, self.mirror, "eval.tasks")
 
     def check_groups(self, groups: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_lab.evaluate.suite import Suite
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.routers import set_top_k
@@ -14,16 +13,15 @@ from moe_lab.types import LayerInfo, UserError
 
 
 def with_top_k(
-    variants: dict[str, Checkpoint], wanted: Sequence[int], suite: Suite | None
+    variants: dict[str, Checkpoint], wanted: Sequence[int], named: Sequence[int] | None
 ) -> dict[str, Checkpoint]:
     """The variants, each followed by itself with other numbers of experts per token.
 
     Those are named <variant>_top_<k>. A variant that has fewer experts, or no MoE layer any more,
     has no such follower, nor has one with repeated experts, where a token's second would be its
-    first once more; one that has that k as its own only where the suite names it, so that all can
-    be compared.
+    first once more; one that has that k as its own only where it is among the named, which a
+    suite asks for, so that all can be compared.
     """
-    named = getattr(suite, "top_k", None) or ()
     if not wanted:
         return variants
     every = {}
@@ -33,22 +31,21 @@ def with_top_k(
         for top_k in wanted if layers else ():
             own = top_k == layers[0].top_k
             possible = top_k <= _most_top_k(layers) and not checkpoint.repeats_experts
-            if top_k in named if own else possible:
+            if top_k in (named or ()) if own else possible:
                 every[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
     return every
 
 
 def other_top_k(
-    suite: Suite | None, recipe: object, config: Any, layers: Sequence[LayerInfo]
+    named: Sequence[int] | None, final: int | None, config: Any, layers: Sequence[LayerInfo]
 ) -> list[int]:
     """At which numbers of experts per token all variants are evaluated beside their own.
 
-    Those that the suite names, else the one that the recipe ends with. UserError for impossible
-    ones, and for a model of this config whose routers do not obey.
+    named: what a suite asks for, None where it leaves it to the recipe; final: what a recipe ends
+    with, None for the model's own. UserError for impossible ones, and for a model of this config
+    whose routers do not obey.
     """
-    wanted = getattr(suite, "top_k", None)
-    if wanted is None:
-        wanted = [k] if (k := getattr(recipe, "top_k", None)) else []
+    wanted = named if named is not None else [final] if final else []
     most = _most_top_k(layers)
     for top_k in wanted:
         if not 1 <= top_k <= most:

@@ -6,23 +6,23 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
+from moe_lab.finetune.recipe import Recipe, Trains, check_moe_left
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
 from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.routers import restricted, set_top_k
+from moe_lab.option import Option
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
-FORCES = ("half", "end")
 ROUTED = ("hidden_states", "top_k_index", "top_k_weights")  # what experts modules take
 
 
@@ -35,30 +35,25 @@ class ExpertDropping(Recipe):
     with alpha_e < beta / Z go, Z the number alive in the layer. As many as a token gets stay
     until one is forced.
 
-    windows: equal parts of the training, or of its first half with force=half. beta: the share of
-    an even use below which an expert goes. force: "half" (the paper's eager dropping), at half of
-    the training only the expert with the largest alpha stays in each layer, every token gets it,
-    and the rest trains as a dense model; "end" (its staged dropping), the same when the training
-    is over; None, never. trains: "experts" (shared ones too), "routers", "both", or "all"
-    parameters.
+    Windows divide the training, or its first half with force=half: then only the expert with the
+    largest alpha stays in each layer, every token gets it, and the rest trains as a dense model
+    (the paper's eager dropping). With force=end that happens when the training is over (its staged
+    dropping).
     """
 
-    windows: int = 8
-    beta: float = 0.8
-    force: str | None = "half"
-    trains: str = "both"
+    windows: Annotated[int, Option("equal parts of the training, each ends in a drop", least=1)] = 8
+    beta: Annotated[float, Option("share of an even use below which an expert goes", above=0)] = 0.8
+    force: Annotated[
+        str | None,
+        Option(
+            "when each layer is left one expert: at half of the training (the paper's eager "
+            "dropping), in the end (its staged one), or null for never",
+            among=("half", "end"),
+        ),
+    ] = "half"
+    trains: Trains = "both"
 
     needs_edits = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.windows < 1:
-            raise UserError(f"finetune.windows={self.windows}: there must be at least 1")
-        if self.beta <= 0:
-            raise UserError(f"finetune.beta={self.beta}: it must be above 0, or nothing is dropped")
-        if self.force is not None and self.force not in FORCES:
-            raise UserError(f"finetune.force={self.force}: there are {', '.join(FORCES)} and null")
-        check_trains(self.trains)
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan after which no MoE layer is left to train."""

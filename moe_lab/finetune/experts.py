@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from moe_lab.models.checkpoint import Model
 from moe_lab.models.edits.base import Edit, GatedParts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import SHARED_NAMES
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
@@ -25,15 +27,18 @@ class Experts(Distilling):
     is made of those experts (its constant gates lie folded in the down projection). Constants that
     stand in for pruned experts train with the experts. Neither padding nor prompts enter the loss.
 
-    experts: whether the experts train. gates: whether each constant gate of a condensed layer
-    learns a factor, folded back at the end. distillation: the share in the loss that the divergence
-    from the intact model has, the cross entropy having the rest (Hinton et al., 1503.02531); 0, as
-    in the paper, for none.
+    The factors that gates learn are folded back at the end. Distillation (Hinton et al.,
+    1503.02531), of which the paper has none, leaves the cross entropy the rest of the loss.
     """
 
-    experts: bool = True
-    gates: bool = False
-    distillation: float = 0.0
+    experts: Annotated[bool, Option("whether the experts train")] = True
+    gates: Annotated[
+        bool, Option("whether each constant gate of a condensed layer learns a factor")
+    ] = False
+    distillation: Annotated[
+        float,
+        Option("share of the loss that the divergence from the intact model has", least=0, most=1),
+    ] = 0.0
 
     @property
     def distils(self) -> bool:
@@ -42,11 +47,6 @@ class Experts(Distilling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.distillation <= 1:
-            raise UserError(
-                f"finetune.distillation={self.distillation}: it is a share of the loss, from 0 "
-                "(the text alone) to 1 (the intact model alone)"
-            )
         if not (self.experts or self.gates):
             raise UserError(
                 "finetune.experts=false finetune.gates=false trains nothing: set one of them to "

@@ -1,78 +1,60 @@
-"""Fine-tuning recipes: what is trainable, which loss; and the phases that a recipe goes through.
-
-A recipe is its options. It has `phases`, `dtype`, `gradient_checkpointing`, `gradient_clip` and
-`validate_every` (a `Recipe`); `needs_edits`, whether it only makes sense behind a compression;
-`distils`, whether it learns from the intact model (a `Distilling` recipe); `check(plan)` and
-`check_model(config, layers)`, which refuse the impossible before any work; and
-`prepare(model, plan)`, which gives the `Tuning` that a training loop works with.
-"""
+"""Fine-tuning recipes: what is trainable, which loss; and the phases that a recipe goes through."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any
 
-from moe_lab.data.tokens import Tokenizer, Tokens
+from moe_lab.data.source import Source
 from moe_lab.finetune.tuning import Tuning
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.edits.plan import Plan
+from moe_lab.option import Option, Plugin, check_options, declared_by
 from moe_lab.types import LayerInfo, UserError
 
 SCHEDULES = ("linear", "cosine", "constant")
 COMPUTING_DTYPES = ("float32", "bfloat16")
-TRAINS = ("experts", "routers", "both", "all")
-
-
-class Source(Protocol):
-    """Where text comes from (`data/`)."""
-
-    def tokens(self, tokenizer: Tokenizer) -> Tokens:
-        """Its samples."""
-        ...
-
-    def sources(self) -> Sequence[str]:
-        """Each source with its split, in words."""
-        ...
+# What trains, for recipes that ask.
+Trains = Annotated[
+    str,
+    Option(
+        "which parameters train: of MoE layers the experts (shared ones too), the routers or both; "
+        "or all of the model's",
+        among=("experts", "routers", "both", "all"),
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Phase:
     """One pass of a recipe over its own data, with an optimizer of its own.
 
-    data, validation: sources of text, or of prompts with answers, which say their own max_length
-    (validation may be null); batch_size: samples in one forward; gradient_accumulation: forwards
-    whose gradients add up to one step; num_steps: steps in all, in the place of `epochs`;
-    schedule: of the learning rate, after it has risen over `warmup_ratio` of the steps.
+    Its sources are of text, or of prompts with answers, and say their own max_length.
     """
 
-    data: Source
-    validation: Source | None = None
-    epochs: int = 1
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float = 1e-5
-    schedule: str = "linear"
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
-    num_steps: int | None = None
+    data: Annotated[Source, Option("the text that is learned")]
+    validation: Annotated[Source | None, Option("the text of the curve's validation loss")] = None
+    epochs: Annotated[int, Option("passes over the text", least=1)] = 1
+    batch_size: Annotated[int, Option("samples in a forward", least=1)] = 8
+    gradient_accumulation: Annotated[
+        int, Option("forwards whose gradients add up to one step", least=1)
+    ] = 1
+    learning_rate: Annotated[float, Option("the highest, behind the warm-up", above=0)] = 1e-5
+    schedule: Annotated[
+        str, Option("how the learning rate falls behind the warm-up", among=SCHEDULES)
+    ] = "linear"
+    warmup_ratio: Annotated[
+        float, Option("share of the steps in which the learning rate rises", least=0, most=1)
+    ] = 0.1
+    weight_decay: Annotated[float, Option("AdamW's", least=0)] = 0.0
+    num_steps: Annotated[int | None, Option("steps in all, in the place of epochs", least=1)] = None
 
     def check(self, name: str) -> None:
         """Refuse impossible numbers with a UserError that says `name`, the phase's own."""
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"{name}.schedule={self.schedule}: there are {', '.join(SCHEDULES)}")
-        for field in ("epochs", "batch_size", "gradient_accumulation"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{name}.{field}={getattr(self, field)}: it must be at least 1")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise UserError(f"{name}.num_steps={self.num_steps}: it must be at least 1, or null")
-        if self.learning_rate <= 0:
-            raise UserError(f"{name}.learning_rate={self.learning_rate}: it must be above 0")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"{name}.warmup_ratio={self.warmup_ratio}: it must be from 0 to 1")
-        if self.weight_decay < 0:
-            raise UserError(f"{name}.weight_decay={self.weight_decay}: it must be at least 0")
+        check_options(self, name)
 
     def steps(self, num_samples: int) -> int:
         """Steps over so many samples of data."""
@@ -105,26 +87,58 @@ def sources(phases: Mapping[str, Phase]) -> dict[str, Source]:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What all recipes say: their phases, and how to compute.
+class Recipe(Plugin):
+    """The base of recipes: their phases, and how to compute.
 
-    phases: a Phase by name, in order; null leaves one out. dtype: of the computing; what trains is
-    kept in float32. gradient_checkpointing: compute a layer's activations again in the backward
-    pass. gradient_clip: largest norm of a step's gradient. validate_every: steps.
+    A recipe says what trains and with which loss: `prepare` gives the `Tuning` that the training
+    loop works with. All else has an answer here. What trains is kept in float32 whatever the dtype.
     """
 
-    phases: dict[str, Phase]
-    dtype: str = "float32"
-    gradient_checkpointing: bool = False
-    gradient_clip: float = 1.0
-    validate_every: int = 100
+    phases: Annotated[dict[str, Phase], Option("by name, in order; null leaves one out")]
+    dtype: Annotated[str, Option("of the computing", among=COMPUTING_DTYPES)] = "float32"
+    gradient_checkpointing: Annotated[
+        bool, Option("compute a layer's activations again in the backward pass, to save memory")
+    ] = False
+    gradient_clip: Annotated[float, Option("largest norm of a step's gradient", above=0)] = 1.0
+    validate_every: Annotated[int, Option("steps between validations", least=1)] = 100
 
-    needs_edits = True
+    @property
+    def needs_edits(self) -> bool:
+        """Whether it only makes sense behind a compression."""
+        return True
 
     @property
     def distils(self) -> bool:
-        """Whether there is a teacher."""
+        """Whether it learns from the intact model; then it is a `Distilling` recipe."""
         return False
+
+    @property
+    def twins(self) -> float:
+        """The largest share of the parameters that saving may add as copies of experts."""
+        return 0.0
+
+    @property
+    def final_top_k(self) -> int | None:
+        """Experts per token in the end, at which all variants are compared; None: the model's."""
+        return None
+
+    @classmethod
+    def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a report says of its composed options: those that are its own, null ones too."""
+        own = declared_by(cls).keys() - declared_by(Recipe).keys()
+        return {
+            name: value
+            for name, value in options.items()
+            if name in own and not isinstance(value, Mapping)
+        }
+
+    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Its composed options without where text comes from: fingerprints say what that is."""
+        kept = copy.deepcopy(dict(options))
+        for phase in kept["phases"].values():
+            for name in ("data", "validation"):
+                (phase or {}).pop(name, None)
+        return kept
 
     def __post_init__(self) -> None:
         given = {name: phase for name, phase in (self.phases or {}).items() if phase is not None}
@@ -133,12 +147,7 @@ class Recipe:
             raise UserError("finetune.phases is empty: give one, or leave it out: finetune=none")
         for name, phase in given.items():
             phase.check(f"finetune.phases.{name}")
-        if self.dtype not in COMPUTING_DTYPES:
-            raise UserError(f"finetune.dtype={self.dtype}: there are {', '.join(COMPUTING_DTYPES)}")
-        if self.gradient_clip <= 0:
-            raise UserError(f"finetune.gradient_clip={self.gradient_clip}: it must be above 0")
-        if self.validate_every < 1:
-            raise UserError(f"finetune.validate_every={self.validate_every}: it must be at least 1")
+        check_options(self, "finetune")
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan that leaves nothing to train, before any weight is read."""
@@ -150,10 +159,6 @@ class Recipe:
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse a model of this config with which the recipe cannot work."""
 
-    def code(self) -> list[object]:
-        """The modules that decide the result beside the recipe's own."""
-        return []
-
     def prepare(self, model: Model, plan: Plan) -> Tuning:
         """The recipe at work on a loaded model that the plan was carried out on."""
         raise NotImplementedError
@@ -163,28 +168,16 @@ class Recipe:
 class Distilling(Recipe):
     """A recipe that may learn from the intact model's next-token distributions (`teacher`).
 
-    temperature: T of both softmaxes. teacher_top_k: the likeliest tokens of each distribution that
-    are kept, the others counting as one; None keeps all.
+    Of a distribution's tokens those that are not kept count as one.
     """
 
-    temperature: float = 1.0
-    teacher_top_k: int | None = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise UserError(f"finetune.temperature={self.temperature}: it must be above 0")
-        if self.teacher_top_k is not None and self.teacher_top_k < 1:
-            raise UserError(
-                f"finetune.teacher_top_k={self.teacher_top_k}: it must be at least 1, or null for "
-                "the whole vocabulary"
-            )
-
-
-def check_trains(trains: str) -> None:
-    """Refuse what is none of TRAINS."""
-    if trains not in TRAINS:
-        raise UserError(f"finetune.trains={trains}: there are {', '.join(TRAINS)}")
+    temperature: Annotated[
+        float, Option("of the intact model's and the trained one's softmax", above=0)
+    ] = 1.0
+    teacher_top_k: Annotated[
+        int | None,
+        Option("likeliest tokens that are kept of the intact model's, null for all", least=1),
+    ] = 128
 
 
 def check_moe_left(plan: Plan) -> None:

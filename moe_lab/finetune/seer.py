@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from moe_lab.finetune.gate_entropy import GateEntropy
-from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
+from moe_lab.finetune.recipe import Recipe, Trains, check_moe_left
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
 from moe_lab.models import routers
 from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
+from moe_lab.option import Option
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -51,46 +52,43 @@ class Seer(Recipe):
     where p is the router's full distribution and H(p) = -sum_i p_i log p_i in nats; over valid
     tokens here, padding left out. Meanwhile the number k of experts for each token goes from the
     model's to `top_k`, which is then written into the config. How it goes there the paper does not
-    say, nor how the mean is taken.
+    say, nor how the mean is taken; its lambda is 0.1.
 
-    top_k: experts per token in the end; None keeps the model's. entropy: lambda, 0 for none (the
-    paper: 0.1). annealing: how k changes, "linear" or "staircase", or "at_once" for no annealing;
-    annealed_at: the share of all steps after which k is `top_k`. trains: "experts" (shared ones
-    too), "routers", "both", or "all" parameters. twins: the largest share of the parameters that
-    may be added as copies of experts, to load in stock transformers where layers differ in their
-    number of experts: with one expert for each token an expert's twin changes nothing.
-
-    With one expert for each token and renormalised weights (Mixtral's), that weight is always 1:
-    then the entropy alone trains the routers.
+    With one expert for each token an expert's twin changes nothing, and where layers differ in
+    their number of experts twins let them load in stock transformers. With one expert for each
+    token and renormalised weights (Mixtral's), that weight is always 1: then the entropy alone
+    trains the routers.
     """
 
-    top_k: int | None = 1
-    entropy: float = 0.1
-    annealing: str = "linear"
-    annealed_at: float = 0.8
-    trains: str = "both"
-    twins: float = 1.0
+    top_k: Annotated[
+        int | None, Option("experts per token in the end, null for the model's", least=1)
+    ] = 1
+    entropy: Annotated[
+        float, Option("lambda, the weight of the routers' entropy in the loss", least=0)
+    ] = 0.1
+    annealing: Annotated[
+        str,
+        Option("how the number of experts per token falls", among=tuple(ANNEALING)),
+    ] = "linear"
+    annealed_at: Annotated[
+        float, Option("share of the steps after which it has fallen", least=0, most=1)
+    ] = 0.8
+    trains: Trains = "both"
+    twins: Annotated[
+        float,
+        Option(
+            "largest share of the parameters that may be added as copies of experts, with one "
+            "expert per token in the end, to load in stock transformers",
+            least=0,
+        ),
+    ] = 1.0
 
     needs_edits = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"finetune.top_k={self.top_k}: a token needs at least 1 expert")
-        if self.entropy < 0:
-            raise UserError(
-                f"finetune.entropy={self.entropy}: it must be at least 0; below, routers would be "
-                "rewarded for being undecided"
-            )
-        if self.annealing not in ANNEALING:
-            raise UserError(
-                f"finetune.annealing={self.annealing}: there are {', '.join(ANNEALING)}"
-            )
-        if not 0 <= self.annealed_at <= 1:
-            raise UserError(f"finetune.annealed_at={self.annealed_at}: it must be from 0 to 1")
-        check_trains(self.trains)
-        if self.twins < 0:
-            raise UserError(f"finetune.twins={self.twins}: it must be at least 0")
+    @property
+    def final_top_k(self) -> int | None:
+        """As `top_k` says."""
+        return self.top_k
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan after which no MoE layer is left to train."""
@@ -137,10 +135,6 @@ class Seer(Recipe):
             return int(wanted(step))
         before = sum(wanted(number) % 1 for number in range(step))
         return math.floor(wanted(step)) + int(before + wanted(step) % 1) - int(before)
-
-    def code(self) -> list[object]:
-        """The modules that decide the result beside this one."""
-        return [GateEntropy]
 
     def prepare(self, model: Model, plan: Plan) -> SeerTuning:
         """The recipe at work on a loaded model."""

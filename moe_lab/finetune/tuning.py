@@ -98,7 +98,7 @@ def target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
 
 
 def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[str, nn.Parameter]:
-    """Names and parameters that train, by one of TRAINS."""
+    """Names and parameters that train, by one of `recipe.Trains`."""
     if trains == "all":
         return dict(model.named_parameters())
     chosen: dict[str, nn.Parameter] = {}

@@ -14,12 +14,13 @@ from moe_lab.lookup import require_kind
 from moe_lab.methods.base import Method
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.methods.grouping.base import (
+    GROUPING_FILES,
     Grouping,
     Groups,
     MergeCandidates,
     as_grouping,
     described,
-    options_of,
+    grouping_options,
 )
 from moe_lab.methods.layer_choice import check_layers, choose_layers
 from moe_lab.methods.ratios import budget
@@ -64,7 +65,10 @@ class Merge(Method):
         int | None, Option("experts that stay in each layer, in the place of ratio", least=1)
     ] = None
     ratio: Annotated[Ratio | None, Option("how many experts stay in each layer")] = None
-    grouping: Annotated[Grouping | str, Option("which experts become one")] = "m_smoe"
+    grouping: Annotated[
+        Grouping | str,
+        Option("which experts become one", files_of=GROUPING_FILES),
+    ] = "m_smoe"
     layers: Annotated[
         str | Sequence[int],
         Option("all; cosine (that change the state least), first, last, random; or a list"),
@@ -181,7 +185,7 @@ class Merge(Method):
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that the plan depends on, those that the grouping's paper sets filled in."""
         own: dict[str, Any] = {name: self._own(name) for name in ("align", "router", "propagate")}
-        grouping = options_of(self._grouping, options.get("grouping"))
+        grouping = grouping_options(self._grouping, options.get("grouping"))
         own["grouping"] = {"name": self._grouping.name} | self._grouping.identity(grouping)
         if self.num_experts is None and self.ratio is not None:
             own["ratio"] = self.ratio.identity(options["ratio"])
@@ -252,7 +256,7 @@ class Merge(Method):
         if not grouping.needs_outputs:
             return {}
         names = grouping.outputs_options
-        options = options_of(grouping, vars(grouping)).items()
+        options = grouping_options(grouping, vars(grouping)).items()
         question = {"question": f"grouping/{grouping.name}"}
         question |= {name: value for name, value in options if names is None or name in names}
         return answers(

@@ -1,28 +1,28 @@
 """The composed options against what the code takes, before anything is made from them.
 
 Every node with a `_target_` is compared with that function's or class's signature: a name that it
-does not have and a value of the wrong kind are refused, with the name under which a user set it.
-By hand: structured configs would declare each option a second time, beside that signature.
+does not have, a value of the wrong kind and one out of range are refused, with the name under which
+a user set it. What has no `_target_` is declared here. By hand: structured configs would declare
+each option a second time, beside that signature.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
 import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pydoc import locate
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from moe_lab.option import Declared, Option, declared_by
 from moe_lab.runs.moved import refusal_of_option, refusal_of_target
 from moe_lab.types import UserError
 
-TOP = {"seed": int, "store": str, "run_dir": str, "resume": bool}
 NODES = ("table",)  # beside the groups, checked as they are
 PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
@@ -33,20 +33,42 @@ CONFIG_REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to one name, not made from o
 Node = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class TopOptions:
+    """The options that stand in no group."""
+
+    seed: Annotated[int, Option("of all random choices", least=0)]
+    resume: Annotated[bool, Option("leave out jobs whose folder holds a finished report")]
+    store: Annotated[str, Option("folder of finished stages, shared by all runs")]
+    run_dir: Annotated[str, Option("folder of a run's own files; a sweep's is hydra.sweep.dir")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is compressed."""
+
+    name: Annotated[str, Option("what reports and tables call it")]
+    path: Annotated[str, Option("a folder, owner/name on the hub, or shipped:<name>")]
+    revision: Annotated[str | None, Option("a branch, tag or commit on the hub")]
+    dtype: Annotated[str, Option("of the weights in memory; auto, as they are stored")]
+
+
+WITHOUT_TARGET = {"model": ModelOptions}  # groups whose options nothing is made from
+
+
 def check_request(options: Node, raw: Node, groups: Collection[str]) -> None:
-    """Refuse unknown names and values of the wrong kind with a UserError.
+    """Refuse unknown names, values of the wrong kind and values out of range with a UserError.
 
     options: the composed config as plain data; raw: the same with its ${references} in place, from
     which a message takes the name that a user knows; groups: the config groups there are.
     """
     chosen = [group for group in groups if "/" not in group and "@" not in group]
-    known = [*chosen, *NODES, *TOP]
+    top = declared_by(TopOptions)
+    known = [*chosen, *NODES, *top]
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"{unknown[0]} is no group and no option; there are {', '.join(known)}")
-    for name, kind in TOP.items():
-        require(name, options[name], kind)
-    if options["seed"] < 0:
-        raise UserError(f"seed={options['seed']}: it must be at least 0")
+    for name, declared in top.items():
+        _check_value(name, options[name], declared)
     for name, value in options.items():
         _check_node(value, raw[name], name, raw)
 
@@ -64,7 +86,7 @@ def require(name: str, value: Any, hint: Any) -> None:
     if value == "???":
         raise UserError(f"{name} must be given: {name}=<value>")
     if not _fits(value, hint):
-        raise UserError(f"{name}={value}: it must be {_words(hint)}")
+        raise UserError(f"{name}={value}: it must be {kind_in_words(hint)}")
 
 
 def refusal(error: BaseException | None) -> str | None:
@@ -108,14 +130,26 @@ def _check_node(node: Any, raw: Any, name: str, root: Node) -> None:
             _check_node(value, raw[index], f"{name}[{index}]", root)
     if not isinstance(node, Mapping):
         return
-    hints = _hints(node["_target_"]) if "_target_" in node else None
+    declared = declared_for(node, name)
     for key, value in node.items():
-        if hints is not None and key not in HYDRA_KEYS:
+        if declared is not None and key not in HYDRA_KEYS:
             inner, _ = _where(raw[key], f"{name}.{key}", root)
-            if key not in hints:
-                raise refusal_of_option(inner, list(hints))
-            require(inner, value, hints[key])
+            if key not in declared:
+                raise refusal_of_option(inner, list(declared))
+            _check_value(inner, value, declared[key])
         _check_node(value, raw[key], f"{name}.{key}", root)
+
+
+def declared_for(node: Node, name: str) -> dict[str, Declared] | None:
+    """The options that the code behind a node takes; None where none stands behind it."""
+    if "_target_" in node:
+        return declared_by(target_of(node["_target_"]))
+    return declared_by(WITHOUT_TARGET[name]) if name in WITHOUT_TARGET else None
+
+
+def _check_value(name: str, value: Any, declared: Declared) -> None:
+    require(name, value, declared.kind)
+    declared.check(name, value)
 
 
 def _where(raw: Any, name: str, root: Node) -> tuple[str, Any]:
@@ -127,25 +161,18 @@ def _where(raw: Any, name: str, root: Node) -> tuple[str, Any]:
     return name, raw
 
 
-def _hints(path: str) -> dict[str, Any]:
-    """The parameters of what a `_target_` names, with their annotations."""
-    named = target_of(path)
-    # A dataclass's fields may come from bases in other modules, whose names they are written in.
-    plain_class = inspect.isclass(named) and not dataclasses.is_dataclass(named)
-    hints = typing.get_type_hints(named.__init__ if plain_class else named)
-    return {name: hints.get(name, Any) for name in inspect.signature(named).parameters}
-
-
 def _kind(hint: Any) -> Any:
     """The hint without its element types, lists of all kinds being Sequence."""
     origin = typing.get_origin(hint) or hint
+    if origin is Annotated:
+        return _kind(hint.__origin__)
     if origin in (list, tuple, Sequence):
         return Sequence
     return Mapping if origin in (dict, Mapping) else origin
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    kind, inner = _kind(hint), [part for part in typing.get_args(hint) if part is not Ellipsis]
+    kind, inner = _kind(hint), _parts(hint)
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in inner)
     if kind is Sequence:
@@ -159,10 +186,17 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if kind in WORDS else True
 
 
-def _words(hint: Any) -> str:
-    kind, inner = _kind(hint), typing.get_args(hint)
+def _parts(hint: Any) -> list[Any]:
+    """The hints inside one: of a list's items, or of a union's members."""
+    hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    return [part for part in typing.get_args(hint) if part is not Ellipsis]
+
+
+def kind_in_words(hint: Any) -> str:
+    """What a value must be: "a whole number or null"."""
+    kind, inner = _kind(hint), _parts(hint)
     if kind in (typing.Union, types.UnionType):
-        return " or ".join(_words(part) for part in inner)
+        return " or ".join(kind_in_words(part) for part in inner)
     if kind is Sequence and inner and _kind(inner[0]) in PLURALS:
         return f"a list [a,b] of {PLURALS[_kind(inner[0])]}"
-    return WORDS.get(kind, str(hint))
+    return WORDS.get(kind) or f"a {getattr(kind, '__name__', str(kind)).lower()}"

@@ -7,21 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc import ErrorDuringImport
-from typing import Any
+from typing import Any, TypeGuard
 
 from moe_lab.files import PLAN
 from moe_lab.models.edits.plan import Plan
-from moe_lab.option import Plugin
+from moe_lab.option import Plugin, plain_options
 from moe_lab.report.frame import REQUEST, RESULT_KEYS
 from moe_lab.runs.options import target_of
 from moe_lab.store import commit
 from moe_lab.track.tracker import stable_hash
 from moe_lab.types import UserError
 
-RECIPE_OPTIONS = (
-    "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
-    "distillation", "temperature", "teacher_top_k",
-)  # fmt: skip
 NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume")  # of no result's making
 
 
@@ -56,8 +52,8 @@ class Description:
 
 def tags_of(job: Description) -> list[str]:
     """Model, method, criterion and recipe."""
-    groups = ["model", "method", *(["metric"] if job.choices["method"] == "prune" else []),
-              "finetune"]  # fmt: skip
+    criterion = ["metric"] if "metric" in _groups_of_method(job) else []
+    groups = ["model", "method", *criterion, "finetune"]
     return [job.choices[group] for group in groups if job.choices[group] != "none"]
 
 
@@ -67,25 +63,61 @@ def settings_of_report(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report_head(job: Description) -> dict[str, Any]:
-    """What a report says before its job begins: the settings and where it comes from."""
-    method, config = job.choices["method"], job.config
+    """What a report says before its job begins: the settings and where it comes from.
+
+    What is asked for need not be right: jobs that will be refused are told apart, too.
+    """
+    config = job.config
     head: dict[str, Any] = {"status": "running", "error": None}
-    head |= {"model": config["model"]["name"], "method": method, "metric": None, "ratio": None}
-    own = _own_options(method, config["method"])
-    if method == "prune":
-        head |= {"metric": job.choices["metric"]} | _options("metric", config["metric"])
-    if method == "prune" or (method == "merge" and f"{method}/num_experts" not in own):
-        budget = _options("ratio", config["ratio"])
-        share = budget.pop("ratio/ratio", None)
-        head |= {"ratio": None if "ratio/target_gib" in budget else share}
-        head |= {"ratio_method": job.choices["ratio"]} | budget
-    head |= own
+    head |= {"model": config["model"]["name"], "method": job.choices["method"]}
+    head |= {"metric": None, "ratio": None} | _method(job)
     head |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
-    head |= _options("calibration", config["calibration"])
-    head |= {f"finetune/{key}": _word(config["finetune"][key]) for key in RECIPE_OPTIONS
-              if key in config["finetune"]}  # fmt: skip
+    head |= _told("calibration", config["calibration"]) | _told("finetune", config["finetune"])
     head |= {"seed": config["seed"], "commit": commit(), REQUEST: _request(config)}
     return head | {"sweep": job.sweep, "job": job.name}
+
+
+def _method(job: Description) -> dict[str, Any]:
+    """The settings of a method and of the groups that belong to it."""
+    groups = _groups_of_method(job)
+    told: dict[str, Any] = {}
+    if "metric" in groups:
+        told |= {"metric": job.choices["metric"]} | _told("metric", job.config["metric"])
+    if "ratio" in groups:
+        budget = _told("ratio", job.config["ratio"])
+        share = budget.pop("ratio/ratio", None)
+        told |= {"ratio": None if "ratio/target_gib" in budget else share}
+        told |= {"ratio_method": job.choices["ratio"]} | budget
+    method = job.choices["method"]
+    return told | _told(method, job.config["method"])
+
+
+def _groups_of_method(job: Description) -> tuple[str, ...]:
+    """The config groups that belong to a job's method."""
+    options = job.config["method"]
+    target = _target(options)
+    return target.groups(options) if _is_plugin(target) else ()
+
+
+def _told(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the code behind a node says of its options, as <group>/<option> or as named there."""
+    target = _target(options)
+    settings = target.settings(options) if _is_plugin(target) else plain_options(options)
+    return {
+        key if "/" in key else f"{group}/{key}": _word(value) for key, value in settings.items()
+    }
+
+
+def _is_plugin(target: Any) -> TypeGuard[type[Plugin]]:
+    return isinstance(target, type) and issubclass(target, Plugin)
+
+
+def _target(options: Mapping[str, Any]) -> Any:
+    """What a node's `_target_` names; None where there is none, which the job will refuse."""
+    try:
+        return target_of(options["_target_"]) if "_target_" in options else None
+    except (UserError, ErrorDuringImport):
+        return None
 
 
 def _request(config: Mapping[str, Any]) -> str:
@@ -95,31 +127,12 @@ def _request(config: Mapping[str, Any]) -> str:
     return stable_hash(json.dumps(plain, sort_keys=True))[:12]
 
 
-def _own_options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """What the class behind a group says of its options; of one that is refused, all of them."""
-    try:
-        told = target_of(node["_target_"]).settings(node)
-    except (UserError, ErrorDuringImport):
-        told = Plugin.settings(node)
-    return {key if "/" in key else f"{name}/{key}": _word(value) for key, value in told.items()}
-
-
-def _options(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain options of a group as <name>/<option>, as far as they are given."""
-    return {
-        f"{name}/{key}": _word(value)
-        for key, value in node.items()
-        if not key.startswith("_") and value is not None and not isinstance(value, Mapping)
-    }
-
-
 def planned_layers(folder: Path) -> dict[str, str]:
     """The layers that the run's plan edits, in order of choice where it has one."""
     if not (folder / PLAN).is_file():
         return {}
     plan = Plan.load(folder / PLAN)
-    edited = [chain.index for chain in plan.chains() if chain.changes]
-    return {"plan/layers": json.dumps(plan.layer_order or edited)}
+    return {"plan/layers": json.dumps(plan.layer_order or [edit.index for edit in plan.edited()])}
 
 
 def _word(value: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -52,7 +51,7 @@ class FineTuning:
         identity = {
             "checkpoint": self.compressed.fingerprint,
             "plan": self.plan.key,
-            "recipe": _without_sources(self.options),
+            "recipe": self.recipe.identity(self.options),
             "data": {name: part.fingerprint for name, part in self.tokens.items()},
             "seed": self.seed,
             "code": code_version(finetune, self.recipe, *plan.kinds()),
@@ -74,22 +73,12 @@ def finetune(context: Context, asked: FineTuning) -> Artifact:
         Training(
             model, plan, recipe, tokens, asked.seed, context.compute, folder, teacher, context.log
         ).run()
-        twins = getattr(recipe, "twins", 0.0)
-        source = asked.compressed.path
-        form = save_checkpoint(model.cpu(), folder / CHECKPOINT, source, twins=twins)
+        place, source = folder / CHECKPOINT, asked.compressed.path
+        form = save_checkpoint(model.cpu(), place, source, twins=recipe.twins)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
     return context.store.get("finetune", asked.identity(plan), make)
-
-
-def _without_sources(options: dict[str, Any]) -> dict[str, Any]:
-    """The options without where text comes from: its fingerprints say what it is."""
-    options = copy.deepcopy(options)
-    for phase in options["phases"].values():
-        for name in ("data", "validation"):
-            (phase or {}).pop(name, None)
-    return options
 
 
 def told_of_training(folder: Path, dense: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moe_lab.compute import Compute
-from moe_lab.data.source import Texts
+from moe_lab.data.source import Source
 from moe_lab.diagnose.diagnosis import Diagnosis
 from moe_lab.evaluate.suite import Suite
 from moe_lab.finetune.recipe import Recipe
@@ -23,7 +23,7 @@ class Parts:
     """
 
     compute: Compute
-    calibration: Texts
+    calibration: Source
     method: Method
     finetune: Recipe | None = None
     eval: Suite | None = None

@@ -80,7 +80,9 @@ def prepare(
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
     announce_form(dense, method, layers)
-    top_k = other_top_k(parts.eval, parts.finetune, dense.config, layers)
+    named = parts.eval.top_k if parts.eval else None
+    final = parts.finetune.final_top_k if parts.finetune else None
+    top_k = other_top_k(named, final, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
     figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint

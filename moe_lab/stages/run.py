@@ -71,7 +71,8 @@ class Run:
     @functools.cached_property
     def all_variants(self) -> dict[str, Checkpoint]:
         """The variants, and each at further numbers of experts per token, once all are there."""
-        return with_top_k(self.variants, self.further_top_k, self.parts.eval)
+        named = self.parts.eval.top_k if self.parts.eval else None
+        return with_top_k(self.variants, self.further_top_k, named)
 
     def add_result(self, name: str, result: Artifact) -> None:
         """Note how long a result took (when it was made), if it was there, and what it is.

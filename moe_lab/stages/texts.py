@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from moe_lab.data.source import Source
 from moe_lab.data.tokens import Tokenizer, Tokens
-from moe_lab.finetune.recipe import Source, sources
+from moe_lab.finetune.recipe import sources
 from moe_lab.stages.parts import Parts
 from moe_lab.types import UserError
 
@@ -40,7 +41,7 @@ def _check_groups(parts: Parts) -> None:
         raise UserError(
             f"{asked} and no checkpoint that could be fine-tuned: set finetune=none{one}"
         )
-    if getattr(parts.eval, "top_k", None):
+    if parts.eval and parts.eval.top_k:
         raise UserError(f"{asked}, evaluated with the model's own number of experts: leave out "
                         f"eval.top_k{one}")  # fmt: skip
 

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
+from moe_lab.option import Option
 from moe_lab.report.figures import DEFAULT_VALUES, MISSING
 from moe_lab.report.frame import (
     NONE,
@@ -43,26 +44,36 @@ At = tuple[tuple[str, str], ...]  # a column's settings
 
 @dataclass(frozen=True)
 class Request:
-    """What a table is to look like; the `table` options of a sweep.
+    """What a table is to look like; the `table` options of a sweep. Keys are those of report.json.
 
-    rows: settings, by default those that differ between reports, seeds aside; columns: settings
-    that are spread out, each value once for each; values: figures, by default those of
-    DEFAULT_VALUES that are there. baseline: what differences are told from, each "dense" or
-    "key=value,key=value": the cell with these settings instead. best: settings within which the
-    best is bold, by default a model's and those that say how much is removed; an empty list: over
-    all rows. expected: a CSV file of published figures.
-    filters: only reports in which each key is, as text, one of these. sort: keys of rows or values,
-    "-" before one for descending.
+    Seeds are no rows by themselves; values are by default those of DEFAULT_VALUES that are there.
+    A baseline "key=value,key=value" is the cell with these settings in the place of its own.
     """
 
-    rows: list[str] | None = None
-    columns: list[str] | None = None
-    values: list[str] | None = None
-    baseline: list[str] | None = None
-    best: list[str] | None = None
-    expected: str | None = None
-    filters: dict[str, list[str]] = field(default_factory=dict)
-    sort: list[str] | None = None
+    rows: Annotated[
+        list[str] | None, Option("settings that make its rows, null for those that differ")
+    ] = None
+    columns: Annotated[
+        list[str] | None, Option("settings that are spread out, a column for each value")
+    ] = None
+    values: Annotated[list[str] | None, Option("figures, null for the usual ones")] = None
+    baseline: Annotated[
+        list[str] | None, Option("what differences are told from, each dense or key=value")
+    ] = None
+    best: Annotated[
+        list[str] | None,
+        Option(
+            "settings within which the best is bold, null for the model and how much is removed, "
+            "[] for over all rows"
+        ),
+    ] = None
+    expected: Annotated[str | None, Option("published figures to compare with, a CSV file")] = None
+    filters: Annotated[
+        dict[str, list[str]], Option("only reports in which each key is one of these")
+    ] = field(default_factory=dict)
+    sort: Annotated[
+        list[str] | None, Option("keys of rows or values, - before one for descending")
+    ] = None
 
 
 @dataclass(frozen=True)

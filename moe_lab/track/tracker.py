@@ -12,7 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from moe_lab.option import Plugin
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +49,18 @@ class TrackedArtifact:
         return plain
 
 
-class Tracker(Protocol):
+class Tracker(Plugin):
     """Where a run is tracked: `start`, then any of the others in any order, then `finish`.
 
     One run at a time; it may be started again after `finish`, as in a sweep of several jobs in
     one process. Nothing here raises because of the service behind it, and nothing happens
-    between `finish` and the next `start`.
+    between `finish` and the next `start`. The base tracks nothing.
     """
 
     @property
     def url(self) -> str | None:
         """Where the run can be seen; None unless it is online."""
+        return None
 
     def start(
         self,

@@ -13,8 +13,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from moe_lab.option import Option, check_options
 from moe_lab.track.tracker import (
     Guard,
     Points,
@@ -25,9 +26,7 @@ from moe_lab.track.tracker import (
     short,
     stable_hash,
 )
-from moe_lab.types import UserError
 
-MODES = ("online", "offline", "off")
 CONNECT_SECONDS = 20.0  # how long a run waits for the server before it goes on offline
 START_SECONDS = 120.0  # how long W&B's own process may take to start on a busy machine
 UPLOAD_SECONDS = 120.0  # how long a finished run waits for its uploads
@@ -39,9 +38,8 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 class WandbTracker(Tracker):
     """One W&B run at a time, as `Tracker` says.
 
-    mode: "online" (falls back to offline without an API key or a server), "offline" (files under
-    the run's folder and no network, for `wandb sync` later) or "off". upload_checkpoints: whether
-    a checkpoint's artifact has its weights, or only says where they lie.
+    Online it falls back to offline without an API key or a server; offline it writes files under
+    the run's folder and needs no network, for `wandb sync` later.
 
     A run with an identity has a stable id and W&B's resume="allow". Online, a restarted job goes
     on with the run that the server has. Offline, each start writes another folder
@@ -52,17 +50,20 @@ class WandbTracker(Tracker):
 
     def __init__(
         self,
-        mode: str = "offline",
-        project: str = "moe_lab",
-        entity: str | None = None,
-        upload_checkpoints: bool = False,
+        mode: Annotated[
+            str, Option("how a run is tracked", among=("online", "offline", "off"))
+        ] = "offline",
+        project: Annotated[str, Option("W&B's project")] = "moe_lab",
+        entity: Annotated[str | None, Option("W&B's user or team, null for your own")] = None,
+        upload_checkpoints: Annotated[
+            bool, Option("upload checkpoints' weights, and not only say where they lie")
+        ] = False,
     ) -> None:
-        if mode not in MODES:
-            raise UserError(f"track mode {mode!r} is unknown; track={'|'.join(MODES)}")
         self.mode = mode
         self.project = project
         self.entity = entity
         self.upload_checkpoints = upload_checkpoints
+        check_options(self, "track")
         self._guard = Guard("Weights & Biases", "")
         self._points = Points(None)
         self._run: Any = None

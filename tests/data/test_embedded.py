@@ -55,7 +55,7 @@ def test_the_standard_questions(tokenizer: Any) -> None:
         assert found == [32, 32]
     sums = StandardQuestions(8, 99, domains=("arithmetic",)).tokens(tokenizer)
     assert all("=" in whole for whole in decoded(sums, tokenizer))
-    with pytest.raises(UserError, match="no questions in 'prose'; there are arithmetic, recall"):
+    with pytest.raises(UserError, match=r"domains=\[prose\]: there are arithmetic, recall"):
         StandardQuestions(8, 99, domains=("prose",)).tokens(tokenizer)
 
 

@@ -10,7 +10,7 @@ import pytest
 from documents import QUESTIONS, ROWS, TEMPLATES, Endless, answers, decoded, files
 
 from moe_lab.data.embedded import StandardLibrary, StandardQuestions
-from moe_lab.data.source import Pair, Texts
+from moe_lab.data.source import Pair, Source
 from moe_lab.types import UserError
 
 
@@ -79,7 +79,7 @@ class Merging:
 
 
 def test_a_token_across_the_border_belongs_to_the_answer() -> None:
-    class One(Texts):
+    class One(Source):
         def documents(self) -> Any:
             yield Pair("cca", "bd")
 

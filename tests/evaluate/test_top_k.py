@@ -10,7 +10,6 @@ import pytest
 from families import tiny_model
 from running import Outcome
 
-from moe_lab.evaluate.suite import Suite
 from moe_lab.evaluate.top_k import other_top_k, with_top_k
 from moe_lab.models import routers as model_routers
 from moe_lab.models.checkpoint import Checkpoint
@@ -24,8 +23,8 @@ def test_no_more_experts_than_a_tokens_groups_have() -> None:
     model = tiny_model("deepseek_v3")  # 2 groups of 4 experts, a token may use 1 of them
     layers = [layer.info for layer in moe_layers(model)]
     with pytest.raises(UserError, match=r"eval.top_k=\[5\]: a token can get 1 to 4 experts"):
-        other_top_k(Suite(top_k=[5]), None, model.config, layers)
-    assert other_top_k(Suite(top_k=[4, 1]), None, model.config, layers) == [4, 1]
+        other_top_k([5], None, model.config, layers)
+    assert other_top_k([4, 1], None, model.config, layers) == [4, 1]
 
 
 def test_a_variant_without_moe_layers_has_no_other_k(job: Callable[..., Outcome]) -> None:
@@ -49,5 +48,5 @@ def test_twins_are_no_second_expert(limit: float, named: list[str], tmp_path: Pa
         prune_layer(layer, range(3 + number))
     form = save_checkpoint(model, tmp_path / "checkpoint", tmp_path / "source", twins=limit)
     (tmp_path / "form.json").write_text(json.dumps(form.to_json()))
-    found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], Suite(top_k=[1, 2]))
+    found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], [1, 2])
     assert list(found) == named

@@ -248,9 +248,9 @@ def test_its_loss_is_the_plain_one(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "windows": ({"windows": 0}, r"finetune\.windows=0: there must be at least 1"),
+    "windows": ({"windows": 0}, r"finetune\.windows=0: it must be at least 1"),
     "beta": ({"beta": 0.0}, r"finetune\.beta=0\.0: it must be above 0"),
-    "force": ({"force": "third"}, r"finetune\.force=third: there are half, end and null"),
+    "force": ({"force": "third"}, r"finetune\.force=third: there are half, end, or null"),
     "trains": ({"trains": "norms"}, r"finetune\.trains=norms: there are experts, routers"),
 }
 

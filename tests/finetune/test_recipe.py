@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 from trainings import recipe_of
 
 from moe_lab.finetune.experts import Experts
-from moe_lab.finetune.recipe import Phase
+from moe_lab.finetune.recipe import Phase, Recipe
+from moe_lab.finetune.seer import Seer
+from moe_lab.option import Option
 from moe_lab.types import UserError
 
 
@@ -59,6 +63,36 @@ def test_impossible_recipes_are_refused(name: str) -> None:
 def test_a_recipe_without_phases_is_refused(phases: dict | None) -> None:
     with pytest.raises(UserError, match=r"finetune.phases is empty.*finetune=none"):
         Experts(phases=phases)
+
+
+@dataclass(frozen=True)
+class Own(Recipe):
+    """A recipe as one's own code has it: what it does not say, the base says."""
+
+    depth: Annotated[int, Option("how deep", least=1)] = 1
+
+
+def test_a_recipe_needs_not_say_more_than_its_options() -> None:
+    recipe = Own({"lm": Phase(None)})
+    assert (recipe.needs_edits, recipe.distils) == (True, False)
+    assert (recipe.twins, recipe.final_top_k) == (0.0, None)
+    seer = Seer({"lm": Phase(None)}, top_k=2, twins=0.5)
+    assert (seer.needs_edits, seer.twins, seer.final_top_k) == (False, 0.5, 2)
+
+
+def test_a_report_tells_what_the_recipe_itself_declares() -> None:
+    options = {"_target_": "a", "depth": None, "dtype": "float32", "phases": {}, "unknown": 3}
+    assert Own.settings(options) == {"depth": None}
+    given = {"temperature": 2.0, "experts": True, "validate_every": 3, "phases": {"lm": {}}}
+    assert Experts.settings(given) == {"temperature": 2.0, "experts": True}
+
+
+def test_where_text_comes_from_is_not_what_a_result_depends_on() -> None:
+    lm = {"data": {"files": ["a"]}, "validation": None, "epochs": 2}
+    options = {"depth": 1, "phases": {"lm": lm, "sft": None}}
+    kept = Own({"lm": Phase(None)}).identity(options)
+    assert kept == {"depth": 1, "phases": {"lm": {"epochs": 2}, "sft": None}}
+    assert options["phases"]["lm"] is lm and "data" in lm, "what was given stays as it is"
 
 
 def test_a_phase_can_be_left_out() -> None:

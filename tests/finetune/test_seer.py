@@ -14,7 +14,6 @@ from families import FAMILIES, tiny_batch, tiny_model
 from running import Outcome, run_killed
 from transformers import AutoConfig
 
-from moe_lab.evaluate.suite import Suite
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.models import routers as model_routers
 from moe_lab.models.checkpoint import meta_model
@@ -33,14 +32,14 @@ def test_routers_that_do_not_obey_are_refused() -> None:
     recipe_of(top_k=2).check_model(config, layers)
     recipe_of(top_k=None).check_model(config, layers)
     with pytest.raises(UserError, match="'phimoe' choose 2 experts for each token whatever"):
-        other_top_k(Suite(top_k=[1]), None, config, layers)
-    assert other_top_k(Suite(top_k=[2]), None, config, layers) == [2]
+        other_top_k([1], None, config, layers)
+    assert other_top_k([2], None, config, layers) == [2]
 
 
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"top_k": 0}, "finetune.top_k=0: a token needs at least 1"),
+        ({"top_k": 0}, "finetune.top_k=0: it must be at least 1"),
         ({"entropy": -0.1}, "finetune.entropy=-0.1: it must be at least 0"),
         ({"annealing": "cosine"}, "there are linear, staircase, at_once"),
         ({"annealed_at": 1.5}, "finetune.annealed_at=1.5"),
@@ -56,7 +55,7 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
 def test_bad_input_is_refused_before_any_work(job: Callable[..., Outcome]) -> None:
     for options, message in (
         (["finetune.top_k=4"], "finetune.top_k=4: the model gives a token 3 experts"),
-        (["finetune.top_k=0"], "a token needs at least 1 expert"),
+        (["finetune.top_k=0"], "finetune.top_k=0: it must be at least 1, or null"),
         (["finetune.entropy=-1"], "must be at least 0"),
         (["eval=tiny", "eval.top_k=[9]"], r"a token can get 1 to 8 experts"),
     ):

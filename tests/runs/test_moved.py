@@ -36,7 +36,7 @@ def test_every_new_path_exists(path: str) -> None:
         ("finetune.Phase", "finetune.recipe.Phase"),
         ("finetune.Tuning", "finetune.tuning.Tuning"),
         ("data.StandardLibrary", "data.embedded.StandardLibrary"),
-        ("data.Texts", "data.source.Texts"),
+        ("data.Texts", "data.source.Source"),
         ("stages.evaluate.Suite", "evaluate.suite.Suite"),
         ("stages.measure.Measurement", "measure.Measurement"),
         ("track.Tracker", "track.wandb.WandbTracker"),

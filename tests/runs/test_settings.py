@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from running import Outcome
 from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
+from moe_lab.option import Plugin
 from moe_lab.runs.settings import Description, planned_layers, report_head, tags_of
 
 
@@ -58,6 +59,45 @@ def test_one_key_says_how_many_layers_whatever_the_method(
         assert head["condense/num_layers"] == 3, method
         assert f"{method}/num_layers" not in {*head} - {"condense/num_layers"}
     assert "condense/num_layers" not in report_head(asked("method=merge", "method.layers=all"))
+
+
+def test_a_report_tells_a_recipe_s_own_options(asked: Callable[..., Description]) -> None:
+    head = report_head(asked("finetune=expert_dropping", "finetune.force=null"))
+    own = {key: value for key, value in head.items() if key.startswith("finetune/")}
+    assert own == {"finetune/trains": "both", "finetune/windows": 8, "finetune/beta": 0.8,
+                   "finetune/force": None}  # fmt: skip
+
+
+class OwnMethod(Plugin):
+    """A method that says which groups belong to it, and calls an option as others do."""
+
+    @classmethod
+    def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"share": options["share"], "condense/num_layers": 2}
+
+    @classmethod
+    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("metric",) if options["share"] else ()
+
+
+def test_a_method_says_its_settings_and_its_groups(asked: Callable[..., Description]) -> None:
+    job = asked("metric=reap")
+    job.choices["method"] = "mine"
+    job.config["method"] = {"_target_": f"{__name__}.OwnMethod", "share": 0.5, "more": 1}
+    head = report_head(job)
+    assert (head["mine/share"], head["condense/num_layers"]) == (0.5, 2)
+    assert (head["metric"], head["ratio"]) == ("reap", None)
+    assert "mine/more" not in head and "ratio_method" not in head
+    assert "reap" in tags_of(job)
+    job.config["method"]["share"] = 0
+    assert report_head(job)["metric"] is None and "reap" not in tags_of(job)
+
+
+def test_what_does_not_exist_is_told_as_it_was_asked_for(asked: Callable[..., Description]) -> None:
+    job = asked("calibration=stdlib", "finetune=seer")
+    job.config["finetune"]["_target_"] = "no.such.Recipe"
+    head = report_head(job)
+    assert (head["finetune/entropy"], head["finetune/dtype"]) == (0.1, "float32")
 
 
 def test_layers_come_in_their_order_of_choice(tmp_path: Path) -> None:

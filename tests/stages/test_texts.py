@@ -57,7 +57,7 @@ def test_each_text_has_the_name_of_its_use(parts: Callable[..., Parts], tokenize
         ),
         ("finetune.phases.lm.validation.field=x", r"^finetune\.phases\.lm\.validation: .*'x'"),
         ("eval.held_out.field=x", r"^[^:]*rows without text in the field 'x'"),
-        ("eval.num_items=0", r"eval\.num_items must be at least 1"),
+        ("eval.num_items=0", r"eval\.num_items=0: it must be at least 1"),
     ],
 )
 def test_a_mistake_is_told_where_it_is(

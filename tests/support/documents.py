@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.data.files import Files
-from moe_lab.data.source import Texts
+from moe_lab.data.source import Source
 from moe_lab.data.tokens import IGNORED, Tokens
 
 ROWS = [f"document {number} " + "x" * number for number in range(12)]
@@ -20,7 +20,7 @@ def decoded(tokens: Tokens, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(list(sample)) for sample in tokens.samples]
 
 
-class Endless(Texts):
+class Endless(Source):
     """Documents that all say the same, without end."""
 
     def documents(self) -> Any:

@@ -125,5 +125,5 @@ def test_off_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_mode_lists_what_exists() -> None:
-    with pytest.raises(UserError, match=r"'ofline' is unknown; track=online\|offline\|off"):
+    with pytest.raises(UserError, match=r"track\.mode=ofline: there are online, offline, off"):
         WandbTracker("ofline")

@@ -21,6 +21,8 @@ from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import Choice, LayerInfo, UserError
 
+EXPERTS, LAYERS, GATES = (f"{__package__}.{kind}" for kind in ("experts", "layers", "gates"))
+
 
 @dataclass
 class Condense(Method):
@@ -33,12 +35,16 @@ class Condense(Method):
     num_layers: Annotated[int, Option("layers that are condensed, where layers is none", least=1)]
     num_routed: Annotated[int, Option("routed experts kept in each", least=0)]
     experts: Annotated[
-        str | Sequence[int], Option("a search for them, or a list for every layer alike")
+        str | Sequence[int],
+        Option("a search for them, or a list for every layer alike", files_of=(EXPERTS,)),
     ] = "greedy_js"
     layers: Annotated[
-        str | Sequence[int], Option("a search for them, or a list of decoder layers")
+        str | Sequence[int],
+        Option("a search for them, or a list of decoder layers", files_of=(LAYERS,)),
     ] = "greedy_js"
-    gates: Annotated[str, Option("constants in the router's place")] = "mean_selected"
+    gates: Annotated[str, Option("constants in the router's place", files_of=(GATES,))] = (
+        "mean_selected"
+    )
     beam: Annotated[int, Option("sets of layers that a greedy search carries on", least=1)] = 1
     seed: Annotated[int, Option("seed of random experts and layers")] = 0
     padding: Annotated[

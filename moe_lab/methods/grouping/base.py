@@ -24,6 +24,7 @@ from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
 BASES = ("alignment", "base")  # the files of this package that are no groupings
+GROUPING_FILES = (str(__package__), *BASES)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def as_grouping(given: Grouping | str) -> Grouping:
     return grouping
 
 
-def options_of(grouping: Grouping, given: object) -> dict[str, Any]:
+def grouping_options(grouping: Grouping, given: object) -> dict[str, Any]:
     """All its own options; given: its composed node, or its name, which leaves the defaults."""
     chosen = given if isinstance(given, Mapping) else {}
     declared = declared_by(type(grouping)).items()
@@ -116,7 +117,7 @@ def options_of(grouping: Grouping, given: object) -> dict[str, Any]:
 
 
 def described(given: object) -> dict[str, Any]:
-    """What a report says of a grouping, given as for `options_of`: its name and its own options."""
+    """What a report says of a grouping, given as for `grouping_options`: its name and its own options."""
     if isinstance(given, Mapping):
         file = str(given.get("_target_")).rpartition(".")[0]
         return {"grouping": file.rpartition(".")[2]} | plain_options(given)
@@ -124,7 +125,7 @@ def described(given: object) -> dict[str, Any]:
         grouping = as_grouping(str(given))
     except UserError:  # told when the method is checked
         return {"grouping": given}
-    return {"grouping": grouping.name} | plain_options(options_of(grouping, given))
+    return {"grouping": grouping.name} | plain_options(grouping_options(grouping, given))
 
 
 def grouped(

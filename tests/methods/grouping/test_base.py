@@ -21,7 +21,7 @@ from moe_lab.methods.grouping.base import (
     MergeCandidates,
     as_grouping,
     described,
-    options_of,
+    grouping_options,
 )
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.ratios.uniform import Uniform
@@ -173,8 +173,8 @@ def test_a_grouping_of_ones_own_is_a_path_or_an_object() -> None:
     path = f"{__name__}.Pairs"
     assert as_grouping(path) == Pairs() and as_grouping("ream") == ream.Ream()
     assert as_grouping(Pairs(2.0)) == Pairs(2.0)
-    assert options_of(Pairs(), path) == {"scale": 1.0}
-    assert options_of(Pairs(), {"_target_": path, "scale": 2.0}) == {"scale": 2.0}
+    assert grouping_options(Pairs(), path) == {"scale": 1.0}
+    assert grouping_options(Pairs(), {"_target_": path, "scale": 2.0}) == {"scale": 2.0}
     name = __name__.rpartition(".")[2]
     assert described(path) == {"grouping": name, "scale": 1.0}
     assert described({"_target_": path, "scale": 2.0}) == {"grouping": name, "scale": 2.0}
