@@ -117,7 +117,10 @@ def grouping_options(grouping: Grouping, given: object) -> dict[str, Any]:
 
 
 def described(given: object) -> dict[str, Any]:
-    """What a report says of a grouping, given as for `grouping_options`: its name and its own options."""
+    """What a report says of a grouping: its name and its own options.
+
+    given: as for `grouping_options`.
+    """
     if isinstance(given, Mapping):
         file = str(given.get("_target_")).rpartition(".")[0]
         return {"grouping": file.rpartition(".")[2]} | plain_options(given)
