@@ -68,7 +68,9 @@ def dense(checkpoint: Path) -> Checkpoint:
 def planned(store: Store, dense: Checkpoint, tokens: Tokens, ratio: float = 0.5) -> Artifact:
     method = Prune(frequency.frequency, Uniform(ratio))
     profiled = profile(store, dense, tokens, COMPUTE)
-    return plan(store, dense, profiled, tokens, method, {"ratio": {"ratio": ratio}}, COMPUTE)
+    return plan(
+        store, dense, profiled, tokens, method, {"metric": {}, "ratio": {"ratio": ratio}}, COMPUTE
+    )
 
 
 def source(rows: Path, **options: Any) -> Files:

@@ -92,7 +92,7 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
         compute = Compute("cpu", **options)
         profiled = profile(store, checkpoint, tokens(), compute)
         method = Prune(soft_count, Uniform(0.25))
-        asked = {"ratio": {"ratio": 0.25}}
+        asked = {"metric": {}, "ratio": {"ratio": 0.25}}
         planned = plan(store, checkpoint, profiled, tokens(), method, asked, compute)
         return profiled, (planned.folder / "plan.json").read_text()
 
