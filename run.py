@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,22 +26,8 @@ def main(config: DictConfig) -> None:
     """One job: the pipeline, then its report, whatever happened."""
     # Imported here, so that --help and a misspelt option answer at once.
     from moe_lab.runs import job
-    from moe_lab.runs.settings import Description
 
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    # A single job that is put into a sweep's folder is none of its own.
-    place = sweep.place(folder) if hydra_config.mode == RunMode.MULTIRUN else None
-    named = place.told if place else hydra_config.job.override_dirname
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    description = Description(
-        folder=folder,
-        sweep=folder.parent.name,
-        name=named or config.model.name,
-        choices=dict(hydra_config.runtime.choices),
-        config=plain,
-        place=place,
-    )
+    description = sweep.description_of(config)
     options.target_of(config.track._target_)  # made before the job, which checks the others
     tracker = instantiate(config.track)
 
@@ -54,7 +38,7 @@ def main(config: DictConfig) -> None:
         from moe_lab.stages.parts import Parts
 
         parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
-        pipeline.pipeline(description.config, parts, report, folder, tracker.log_curve)
+        pipeline.pipeline(description.config, parts, report, description.folder, tracker.log_curve)
 
     exit_codes.append(job.run(description, tracker, work))
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What every room may import.
 GROUND = {
-    "types": "the values that pass between stages: LayerInfo, Routing, Edit, Plan",
+    "types": "the values that pass between rooms: LayerInfo, Routing, Choice; UserError",
     "files": "the names of the files that moe_lab writes",
     "option": "plug-ins and their options: type, range, help",
     "lookup": "what a name in an option stands for",
@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "methods": ("from a profile to a plan", ("profile", "models")),
     "finetune": ("recipes, and the loop", ("models", "data.tokens", "compute", "store")),
     "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
-    "report": ("report.json; its tables, pictures, card, page", ("store",)),
+    "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
     "tables": ("many reports as one table", ("report",)),
     "diagnose": ("what experts do", ("profile", "models", "report.plots")),
     "track": ("W&B, TensorBoard", ("store",)),
@@ -42,7 +42,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
          "finetune", "evaluate", "report", "diagnose"),
     ),
-    "runs": ("jobs and sweeps, from start to end", ("report", "tables", "track", "store")),
+    "runs": (
+        "jobs and sweeps, from start to end",
+        ("report", "tables", "track", "store", "models.edits"),
+    ),
     "run.py": ("Hydra's entry", ("stages", "runs")),
 }  # fmt: skip
 # The package's own face: lazy entry points, so that `import moe_lab` stays light.
@@ -79,6 +82,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.condense.experts": (),
     "methods.condense.layers": (),
     "methods.condense.gates": (),
+    "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
     "track": ("tracker", "artifacts"),
 }

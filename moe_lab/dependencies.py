@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 OURS = __name__.partition(".")[0]
 # Modules of ours that stages and plug-ins import and that decide no result, and why.
@@ -57,15 +58,19 @@ def modules_of(*objects: object) -> set[str]:
 
 def imported_by(name: str) -> tuple[str, ...]:
     """The modules of ours, or of a user's own, that a module imports, also inside functions."""
-    path = _own_file(name)
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    modules = (_module_in(full) for full in _imports(_read(path), package))
+    package = name if _own_file(name).name == "__init__.py" else name.rpartition(".")[0]
+    modules = (_module_in(full) for full in _imports(source_of(name), package))
     return tuple(module for module in modules if module and module != name)
 
 
 def version_of(name: str) -> str:
     """A module's name, and 12 hexadecimal digits over its code."""
-    return f"{name} {_digest(_without_words(_read(_own_file(name))))}"
+    return f"{name} {_digest(_without_words(source_of(name)))}"
+
+
+def source_of(name: str) -> str:
+    """A module's text as it was when that was first asked: what runs is not edited meanwhile."""
+    return _read(_own_file(name), sys.modules.get(name))
 
 
 def _defining(item: object) -> Iterator[str]:
@@ -82,8 +87,8 @@ def _defining(item: object) -> Iterator[str]:
             yield from _defining(getattr(item, field.name))
 
 
-@functools.cache  # by file, once: what runs is not what is edited meanwhile
-def _read(path: Path) -> str:
+@functools.cache
+def _read(path: Path, module: ModuleType | None) -> str:
     return path.read_text(encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ other commands are composed. docs/reference.md is held against reports and plans
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -33,12 +34,13 @@ from safetensors.torch import load_file, save_file
 
 import moe_lab
 from moe_lab import files
-from moe_lab.report.figures import better
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.plan import Plan, known_kinds, read_edit
+from moe_lab.report.figures import FIGURES, better
 from moe_lab.report.report import read_report
 from moe_lab.runs import moved, options
 from moe_lab.runs.__main__ import _arguments as arguments_of_runs
 from moe_lab.tables.__main__ import _arguments as arguments_of_tables
-from moe_lab.types import Edit, EditName, Plan
 
 DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 OURS = [*sorted(ROOT.glob("*.md")), *DOCS]
@@ -47,6 +49,7 @@ READ_FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]  # all comman
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 ADDING = ROOT / "docs" / "adding.md"
 REFERENCE = ROOT / "docs" / "reference.md"
+figures = load_module("figures_of_the_docs", ROOT / "docs" / "figures.py")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Job = Callable[..., Outcome]
 
@@ -202,7 +205,7 @@ def plan_of(home: Path) -> Plan:
 
 
 def test_the_page_has_a_section_for_each_kind() -> None:
-    kinds = "metric ratio grouping condensing recipe edit family figure experiment".split()
+    kinds = "metric ratio grouping condensing recipe edit family figure stage experiment".split()
     assert [title.split()[-1] for title in SECTIONS if title != "A condensing choice"] == [
         kind for kind in kinds if kind != "condensing"
     ]
@@ -286,6 +289,42 @@ def test_a_recipe(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None
     assert trained and all("norm" in name for name in trained)
 
 
+def test_an_edit(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("An edit", home)
+    report = run_one(command, job, home, monkeypatch).report
+    plan = json.loads((home.parent / "job" / "plan.json").read_text(encoding="utf-8"))
+    assert [edit["edit"] for edit in plan["layers"]] == ["round"] * 3
+    assert plan["layers"][0]["bits"] == report["round_experts/bits"] == 3
+    assert report["compressed/stock"] is True
+    weights = load_file(Path(report["compressed/checkpoint"]) / "model.safetensors")
+    row = weights["model.layers.2.mlp.experts.5.up_proj.weight"][0]
+    assert len(row.abs().unique()) <= 4  # 0, 1, 2, 3 times the step
+    # Its file is part of the result's key.
+    file = home / "research" / "round_experts.py"
+    file.write_text(file.read_text(encoding="utf-8").replace("1e-12", "1e-9"), encoding="utf-8")
+    for name in [name for name in sys.modules if name.startswith("research")]:
+        del sys.modules[name]
+    again = run_one(command, job, home, monkeypatch)
+    assert again.report["cached/profile"] and not again.report["cached/compress"]
+
+
+def test_what_a_kind_of_edit_may_say_is_there() -> None:
+    table = section_of(ADDING, "An edit").partition("| it | says |")[2]
+    named = set(re.findall(r"`(\w+)`", table.partition("\n\n")[0])) - {"EditOfExperts"}
+    assert len(named) > 10
+    for name in named - {"kept"}:
+        assert hasattr(Edit, name), name
+
+
+def test_a_stage(workshop: Path, small: list[str], tmp_path: Path) -> None:
+    few = [*small, f"store={tmp_path / 'store'}", "measure=none"]
+    report, _ = run_in(workshop, "A stage", tmp_path / "run", *few)
+    assert report["compressed/tally"] == 3 * 4, "of three layers half is left"
+    assert report["cached/tally"] is False and report["artifact/tally"].startswith("tally/")
+    again, _ = run_in(workshop, "A stage", tmp_path / "again", *few)
+    assert again["cached/tally"] is True and again["compressed/tally"] == 12
+
+
 def test_a_family(home: Path, job: Job, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = follow("A family", home)
     as_in_the_package(home, "moe_lab.models.families", monkeypatch)
@@ -347,7 +386,8 @@ def test_what_was_added_keeps_to_the_rooms(workshop: Path) -> None:
 def run_in(workshop: Path, title: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """The command of a section in the copy, in a process of its own: its report, what it said."""
     (command,) = commands_of(section_of(ADDING, title))
-    words = [sys.executable, *shlex.split(command)[1:], *more, "eval=none", f"run_dir={folder}"]
+    given = shlex.split(command.removeprefix("PYTHONPATH=. "))[1:]
+    words = [sys.executable, *given, *more, "eval=none", f"run_dir={folder}"]
     done = subprocess.run(
         words, cwd=workshop, capture_output=True, text=True, timeout=600,
         env=os.environ | OFFLINE | {"PYTHONPATH": str(workshop)},
@@ -356,25 +396,19 @@ def run_in(workshop: Path, title: str, folder: Path, *more: str) -> tuple[dict[s
     return read_report(folder), done.stdout
 
 
-def test_an_edit(workshop: Path, tmp_path: Path, small: list[str]) -> None:
-    more = [*small, "measure=none", f"store={tmp_path / 'store'}"]
-    report, _ = run_in(workshop, "An edit", tmp_path / "run", *more)
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
-    assert [edit["edit"] for edit in plan["layers"]] == ["round"] * 3
-    assert plan["layers"][0]["bits"] == report["round_experts/bits"] == 3
-    assert report["compressed/stock"] is True
-    weights = load_file(Path(report["compressed/checkpoint"]) / "model.safetensors")
-    row = weights["model.layers.2.mlp.experts.5.up_proj.weight"][0]
-    assert len(row.abs().unique()) <= 4  # 0, 1, 2, 3 times the step
-
-
 def test_a_report_figure(workshop: Path, tmp_path: Path, small: list[str]) -> None:
     quick = ["measure.repeats=1", "measure.prompt_length=8", "measure.decode_tokens=1"]
     more = [*small, *quick, f"store={tmp_path / 'store'}"]
     report, said = run_in(workshop, "A report figure", tmp_path / "run", *more)
-    assert (report["dense/routed_experts"], report["compressed/routed_experts"]) == (24, 12)
+    assert (report["dense/experts"], report["compressed/experts"]) == (24, 12)
     (line,) = (line for line in said.splitlines() if "routed experts" in line)
     assert re.findall(r"\d+", line) == ["24", "12"]
+    card = (Path(report["compressed/checkpoint"]) / "README.md").read_text(encoding="utf-8")
+    assert "| routed experts | 24 | 12 |" in card
+    script = [sys.executable, "docs/figures.py"]
+    subprocess.run(script, cwd=workshop, check=True, env=os.environ | {"PYTHONPATH": str(workshop)})
+    reference = (workshop / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert "\n| `<variant>/experts` |" in reference
 
 
 # --------------------------------------------------------------------------- what is named
@@ -575,6 +609,22 @@ def test_every_key_of_the_reference_is_one() -> None:
             assert re.search(rf"[\"'/]{last}[\"'/]", code), f"{key} is no key of a report"
 
 
+def test_the_tables_of_figures_are_up_to_date() -> None:
+    """After a change of moe_lab/report/figures.py: python docs/figures.py."""
+    page = REFERENCE.read_text(encoding="utf-8")
+    assert page == figures.with_tables(page)
+    hidden = page.replace("| less |", "| more |")
+    assert figures.with_tables(hidden) == page != hidden
+
+
+def test_every_figure_is_in_the_reference() -> None:
+    """Those with a line of their own, and those that the line of a pattern has."""
+    told = [pattern_of(key) for key in table_keys("report.json")]
+    for figure in FIGURES:
+        example = re.sub(r"<rank>", "1", figure.key.replace("<variant>", "dense"))
+        assert any(one.fullmatch(example) for one in told), figure.key
+
+
 def test_which_way_is_better() -> None:
     """The column of that name says what tables and pictures take for better."""
     words = {"more": 1, "less": -1, "–": 0}
@@ -591,13 +641,16 @@ def test_fields_of_a_plan() -> None:
     text = section_of(REFERENCE, "plan.json").partition("### A layer's edit")[2]
     rows = re.findall(r"^\| `(\w+)` \|.*?\| (`.*) \|$", text, re.MULTILINE)
     fields = {kind: re.findall(r"`(\w+)`", cell.rpartition(" | ")[2]) for kind, cell in rows}
-    assert fields.keys() == set(get_args(EditName))
+    ours = {
+        kind: one for kind, one in known_kinds().items() if one.__module__.startswith("moe_lab")
+    }
+    assert fields.keys() == ours.keys()
     examples = [json.loads(line) for line in re.findall(r'^\{"index".*\}$', text, re.MULTILINE)]
     assert {example["edit"] for example in examples} == fields.keys()
     for example in examples:
-        assert Edit.from_json(example).to_json() == example
-    for kind in get_args(EditName):
-        given = set(Edit(0, "a", kind, replacement="zero").to_json()) - {"index", "name", "edit"}
+        assert read_edit(example).to_json() == example
+    for kind, one in ours.items():
+        given = {field.name for field in dataclasses.fields(one)} - {"index", "name"}
         assert given == set(fields[kind])
 
 

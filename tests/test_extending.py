@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from moe_lab.types import Plan
+from moe_lab.models.edits.plan import Plan
 
 METRIC = '''
 from torch import Tensor

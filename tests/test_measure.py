@@ -20,7 +20,7 @@ from moe_lab.measure import (
     peak_memory_bytes,
 )
 from moe_lab.models import routers as model_routers
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import num_parameters
 
 

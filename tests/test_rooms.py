@@ -10,7 +10,7 @@ import pytest
 from running import ROOT, rooms
 
 CONF = ROOT / "conf"
-OF_EVERY_FILE = ("logger", "main")
+OF_EVERY_FILE = ("logger", "main", "STAGE")
 # The room, or the part of one, of each config group.
 HOMES = {
     "calibration": "data",
@@ -212,6 +212,8 @@ def test_the_floors_are_above_what_they_import() -> None:
         ("methods.prune", "from moe_lab.methods.grouping.base import Groups"),
         ("methods.ratios.uniform", "from moe_lab.methods.prune import Prune"),
         ("finetune.seer", "from moe_lab.finetune.experts import Experts"),
+        ("models.edits.prune", "from moe_lab.models.edits.merge import MergeExperts"),
+        ("report.run_files", "from moe_lab.models.layers import moe_layers"),
         ("stages.plan", "import wandb"),
         ("track.wandb", "from hydra import main"),
         ("run.py", "import wandb"),
@@ -238,6 +240,8 @@ def test_the_test_can_fail(module: str, line: str) -> None:
         ("methods.grouping.ream", "from moe_lab.methods.metrics.reap import reap"),
         ("methods.condense.experts.greedy_js", "from moe_lab.methods.condense import divergence"),
         ("finetune.training", "from moe_lab.data.tokens import Tokens"),
+        ("methods.prune", "from moe_lab.models.edits.prune import PruneExperts"),
+        ("report.run_files", "from moe_lab.models.edits.plan import Plan"),
         ("models.layers", "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS"),
         ("track.wandb", "import wandb.util"),
         ("track.wandb", "from moe_lab.files import PLAN"),

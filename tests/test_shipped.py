@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from moe_lab.data import standard_library
 from moe_lab.evaluate.tasks.tiny import tasks
 from moe_lab.models import checkpoint, saving
-from moe_lab.models.editing import apply_plan, part_widths
+from moe_lab.models.editing import part_widths
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
-from moe_lab.types import Edit, Plan
 
 MODELS = {  # experts, per token, a dense layer 0, shared experts
     "tiny_deepseek": (32, 4, True, True),
@@ -72,8 +73,8 @@ def test_parameters_are_the_closed_form(
     infos = shipped.layers()
     chosen = random.Random(num_layers).sample(infos, num_layers)
     edits = [
-        Edit(
-            info.index, info.name, "condense", experts=tuple(range(num_routed)),
+        CondenseLayer(
+            info.index, info.name, experts=tuple(range(num_routed)),
             gates=(0.1,) * num_routed, shared_gate=0.5,
             widths=part_widths(info, range(num_routed)),
         )

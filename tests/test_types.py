@@ -1,54 +1,33 @@
-"""Plans: what lies on disk is what was made."""
+"""The values that pass between rooms: light to import, and whole after a way through JSON."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+import dataclasses
+import json
+import subprocess
+import sys
 
-import torch
+import pytest
 from families import tiny_model
-from stand_ins import replaced
 
-from moe_lab.types import Edit, Plan
-
-
-def test_a_plan_keeps_its_tensors_beside_it(tmp_path: Path) -> None:
-    plan = replaced(tiny_model("mixtral"), "constant", "zero")
-    plan.write_tensors(tmp_path / "plan.json")
-    (tmp_path / "plan.json").write_text(plan.to_text())
-    read = Plan.load(tmp_path / "plan.json")
-    assert read == plan
-    [name] = read.tensors
-    assert torch.equal(read.tensors[name], plan.tensors[name])
-    plain = Plan((Edit(0, "x", "prune", kept=(1, 2)),))
-    plain.write_tensors(tmp_path / "other.json")
-    assert not (tmp_path / "other.safetensors").exists()
-    assert "replacement" not in plain.to_text()
+from moe_lab.models.layers import moe_layers
+from moe_lab.types import LayerInfo, UserError
 
 
-def test_plans_that_differ_in_a_layer_differ_in_a_line() -> None:
-    """So that two can be compared with diff."""
-    edits = tuple(Edit(i, f"layers.{i}", "prune", kept=(0, 1, 3), scores=(0.5,) * 4)
-                  for i in range(4))  # fmt: skip
-    one = Plan(edits, layer_order=(2, 1), layer_divergence=(0.1, 0.2), notes={"scores": "of reap"})
-    other = replace(one, edits=(*edits[:2], replace(edits[2], kept=(1, 2, 3)), edits[3]))
-    lines = list(zip(one.to_text().splitlines(), other.to_text().splitlines(), strict=True))
-    assert [a == b for a, b in lines].count(False) == 1
-    assert len(lines) > len(edits)
+def test_a_layer_is_described_in_json() -> None:
+    infos = [layer.info for layer in moe_layers(tiny_model("deepseek_v3"))]
+    assert infos
+    for info in infos:
+        assert LayerInfo(**json.loads(json.dumps(dataclasses.asdict(info)))) == info
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            info.top_k = 1
 
 
-def test_an_edit_says_only_what_its_kind_uses() -> None:
-    kinds: dict[str, set[str]] = {
-        "keep": {"scores"},
-        "prune": {"kept", "scores"},
-        "merge": {"kept", "groups", "weights", "align", "router", "scores"},
-        "condense": {"experts", "gates", "shared_gate", "divergence", "widths"},
-    }
-    for kind, fields in kinds.items():
-        edit = Edit(3, "x", kind)
-        assert edit.to_json().keys() == {"index", "name", "edit"} | fields
-        assert Edit.from_json(edit.to_json()) == edit
-    assert [Edit(3, "x", "prune", replacement=one).keeps_rows for one in ("nothing", "zero")] == [
-        False, True,
-    ]  # fmt: skip
-    assert "replacement" in Edit(3, "x", "prune", replacement="copy").to_json()
+def test_a_mistake_in_a_request_is_a_wrong_value() -> None:
+    assert issubclass(UserError, ValueError)
+
+
+def test_importing_the_ground_is_light() -> None:
+    code = "import sys, moe_lab.types; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -21,7 +21,7 @@ from moe_lab.finetune.recipe import Phase
 from moe_lab.finetune.seer import Seer
 from moe_lab.finetune.training import Training
 from moe_lab.models import checkpoint
-from moe_lab.types import Plan
+from moe_lab.models.edits.plan import Plan
 
 LIMIT, ROUNDS = 1.1, 7
 ROWS, LENGTH = 16, 128

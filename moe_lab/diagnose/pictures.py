@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -66,47 +67,65 @@ def by_pair(
     """Small pictures of matrices [E, E], twelve layers a page, all in the same colours.
 
     Writes <path>.png, or <path>_<page>.png where there are several, and returns them. The diagonal
-    is left grey. factors: of values around 1, as powers of two; those beyond 4 times more or less
-    take the last colour.
+    and what has no value are left grey. factors: of values around 1, as powers of two; those beyond
+    4 times more or less, 0 among them, take the last colour.
     """
     shown = {index: _without_diagonal(matrix) for index, matrix in matrices.items()}
     if factors:
-        with np.errstate(divide="ignore"):
-            shown = {index: np.log2(matrix) for index, matrix in shown.items()}
-    limits = (
-        (-2, 2) if factors else style.limits_of(np.concatenate([m.ravel() for m in shown.values()]))
-    )
+        limits: tuple[float, float] = (-2, 2)
+        shown = {index: _powers_of_two(matrix, limits) for index, matrix in shown.items()}
+    else:
+        limits = style.limits_of(np.concatenate([matrix.ravel() for matrix in shown.values()]))
     indices, written = list(shown), []
     pages = [indices[start : start + PER_PAGE] for start in range(0, len(indices), PER_PAGE)]
     for number, page in enumerate(pages, start=1):
         many = len(pages) > 1
         file = path.with_name(f"{path.name}_{number}.png" if many else f"{path.name}.png")
         name = f"{title} ({number} of {len(pages)})" if many else title
-        columns = min(4, len(page))
-        rows = math.ceil(len(page) / columns)
-        with style.figure(file, 1.6 + 2.3 * columns, 0.5 + 2.6 * rows, name) as made:
-            grid = made.subplots(rows, columns, squeeze=False).ravel()
-            for axes in grid[len(page) :]:
-                axes.remove()
-            for axes, index in zip(grid, page, strict=False):
-                colours = style.SIGNED if factors else style.AMOUNT
-                drawn = style.heat(axes, shown[index], limits, colours, False, "equal")
-                style.ticks(axes, range(len(shown[index])), range(len(shown[index])), most=4)
-                axes.set_title(f"layer {index}", fontsize="medium")
-            bar = made.colorbar(drawn, ax=list(grid[: len(page)]), label=unit,
-                                  extend="both" if factors else "neither")  # fmt: skip
-            made.supxlabel("expert", fontsize="medium")
-            made.supylabel("expert", fontsize="medium")
-            if factors:
-                bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
+        _draw_page({index: shown[index] for index in page}, limits, file, name, unit, factors)
         written.append(file)
     return written
+
+
+def _draw_page(
+    matrices: LayerMatrices,
+    limits: tuple[float, float],
+    file: Path,
+    title: str,
+    unit: str,
+    factors: bool,
+) -> None:
+    """One page of small pictures, up to four in a row, with a bar of the colours."""
+    columns = min(4, len(matrices))
+    rows = math.ceil(len(matrices) / columns)
+    with style.figure(file, 1.6 + 2.3 * columns, 0.5 + 2.6 * rows, title) as made:
+        grid = made.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(matrices) :]:
+            axes.remove()
+        for axes, (index, matrix) in zip(grid, matrices.items(), strict=False):
+            colours = style.SIGNED if factors else style.AMOUNT
+            drawn = style.heat(axes, matrix, limits, colours, False, "equal")
+            style.ticks(axes, range(len(matrix)), range(len(matrix)), most=4)
+            axes.set_title(f"layer {index}", fontsize="medium")
+        bar = made.colorbar(drawn, ax=list(grid[: len(matrices)]), label=unit,
+                            extend="both" if factors else "neither")  # fmt: skip
+        made.supxlabel("expert", fontsize="medium")
+        made.supylabel("expert", fontsize="medium")
+        if factors:
+            bar.set_ticks([-2, -1, 0, 1, 2], labels=["¼", "½", "1", "2", "4"])
 
 
 def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
     shown = matrix.astype(float)
     np.fill_diagonal(shown, np.nan)
     return shown
+
+
+def _powers_of_two(matrix: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Logarithms within the limits: that of 0 is the least, not what has no value."""
+    with np.errstate(divide="ignore"):
+        powers: np.ndarray = np.log2(matrix)
+    return powers.clip(*limits)
 
 
 def draw_experts(
@@ -116,51 +135,11 @@ def draw_experts(
     folder: Path,
 ) -> None:
     """All pictures of a diagnosis. lifts: of pairs, by layer; similar: by kind and layer."""
-    layers, experts = tables.layers, tables.experts
-    style.draw_by_expert(
-        experts,
-        "usage",
-        folder / "usage.png",
-        "Usage of the experts (dead ones ringed)",
-        "share of routed slots × experts (1 = even)",
-        marked="dead",
-    )
-    style.draw_by_expert(
-        experts,
-        "mean_norm",
-        folder / "norms.png",
-        "Mean norm of the experts' outputs",
-        "mean l2 norm over routed tokens",
-        logarithmic=True,
-    )
-    style.draw_by_expert(
-        experts,
-        "max_activation",
-        folder / "max_activation.png",
-        "Largest activation of the experts' outputs (super experts ringed)",
-        "max |component| over routed tokens",
-        logarithmic=True,
-        marked="super",
-    )
-    style.draw_by_expert(
-        experts, "router_norm", folder / "router_norm.png", "Norm of the routers' rows", "l2 norm"
-    )
-    style.draw_by_expert(
-        experts,
-        "gate_norm_correlation",
-        folder / "gate_norm_correlation.png",
-        "Router weight and output norm",
-        "Pearson correlation over routed tokens",
-        signed=True,
-    )
+    for column, (name, title, unit, options) in BY_EXPERT.items():
+        path = folder / f"{name}.png"
+        style.draw_by_expert(tables.experts, column, path, title, unit, **options)
     by_rank(tables.ranks, folder / "ranks.png", "Weight by rank among a token's experts")
-    there = set(layers.columns[layers.notna().any()])
-    panels = [
-        (label, {key: name for key, name in lines.items() if key in there})
-        for label, lines in PANELS
-        if there & set(lines)
-    ]
-    over_depth(layers, panels, folder / "depth.png", "The layers over depth")
+    _depth(tables.layers, folder / "depth.png")
     by_pair(
         lifts,
         folder / "coactivation",
@@ -169,12 +148,51 @@ def draw_experts(
         factors=True,
     )
     for kind, matrices in similar.items():
-        what = {"weight": "weights", "router": "router rows", "output": "outputs"}[kind]
-        by_pair(
-            matrices, folder / f"similarity_{kind}", f"Similarity of the experts' {what}", "cosine"
-        )
+        title = f"Similarity of the experts' {SIMILAR[kind]}"
+        by_pair(matrices, folder / f"similarity_{kind}", title, "cosine")
 
 
+def _depth(layers: pd.DataFrame, path: Path) -> None:
+    """The panels over depth that have figures."""
+    there = set(layers.columns[layers.notna().any()])
+    panels = [
+        (label, {key: name for key, name in lines.items() if key in there})
+        for label, lines in PANELS
+        if there & set(lines)
+    ]
+    over_depth(layers, panels, path, "The layers over depth")
+
+
+# Heat maps of layers by experts: a column of the experts' table, and the picture's name, title,
+# unit and options.
+BY_EXPERT: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
+    "usage": (
+        "usage",
+        "Usage of the experts (dead ones ringed)",
+        "share of routed slots × experts (1 = even)",
+        {"marked": "dead"},
+    ),
+    "mean_norm": (
+        "norms",
+        "Mean norm of the experts' outputs",
+        "mean l2 norm over routed tokens",
+        {"logarithmic": True},
+    ),
+    "max_activation": (
+        "max_activation",
+        "Largest activation of the experts' outputs (super experts ringed)",
+        "max |component| over routed tokens",
+        {"logarithmic": True, "marked": "super"},
+    ),
+    "router_norm": ("router_norm", "Norm of the routers' rows", "l2 norm", {}),
+    "gate_norm_correlation": (
+        "gate_norm_correlation",
+        "Router weight and output norm",
+        "Pearson correlation over routed tokens",
+        {"signed": True},
+    ),
+}
+SIMILAR = {"weight": "weights", "router": "router rows", "output": "outputs"}
 PANELS: Sequence[tuple[str, Mapping[str, str]]] = (
     ("deviation of usage / its mean", {"usage_deviation": "usage"}),
     ("slots of the most used expert", {"most_used_share": "share"}),

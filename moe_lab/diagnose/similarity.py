@@ -6,17 +6,55 @@ expert in a row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.models.layers import MoELayer, by_expert
+from moe_lab.models.layers import MoELayer, by_expert, num_parameters
 from moe_lab.models.remapped import Experts
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.all_experts import AllExperts, ExpertSample
+from moe_lab.progress import progress
 
+logger = logging.getLogger(__name__)
 CHUNK = 2**24  # numbers of all experts together that are held in float32 at a time
+
+
+def of_model(stream: LayerStream, weights: bool, outputs: bool) -> dict[str, Tensor]:
+    """The matrices of all MoE layers, as <layer index>/<kind>, each layer's weights read once.
+
+    weights, outputs: whether those of `of_weights`, and of `of_outputs` on the stream's tokens.
+    """
+    if weights:
+        numbers = sum(num_parameters(layer.experts) for layer in stream.moe.values())
+        logger.info("diagnose: the weights of all experts are read, %.3g numbers", numbers)
+    runner = ExpertSample(stream) if outputs else None
+    matrices: dict[str, Tensor] = {}
+    for index in progress(sorted(stream.moe), "diagnose"):
+        with _opened(stream, runner, index) as experts:
+            of_layer = of_weights(stream.moe[index]) if weights else {}
+            if experts is not None:
+                of_layer |= of_outputs(experts.chunks())
+        matrices |= {f"{index}/{kind}": one.contiguous() for kind, one in of_layer.items()}
+    return matrices
+
+
+@contextmanager
+def _opened(
+    stream: LayerStream, runner: ExpertSample | None, index: int
+) -> Iterator[AllExperts | None]:
+    """The layer with its weights in memory: every expert's outputs, or None without a sample."""
+    if runner is None:
+        with stream.layer(index):
+            yield None
+        return
+    with runner.open(index) as experts:
+        yield experts
 
 
 class Outputs(Protocol):

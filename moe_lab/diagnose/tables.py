@@ -75,12 +75,6 @@ def tables(
     return Tables(**made)
 
 
-def usage(layer: LayerStatistics) -> Tensor:
-    """Each expert's share of the routed slots times the number of experts, [E]: 1 is even."""
-    info = layer.info
-    return layer["count"] * info.num_experts / (layer["tokens"] * info.top_k)
-
-
 def gate_norm_correlation(layer: LayerStatistics) -> tuple[Tensor, Tensor]:
     """Pearson correlation of router weight and l2 norm of the output, over routed tokens.
 
@@ -150,7 +144,7 @@ def _layer(
         "experts": info.num_experts,
         "top_k": info.top_k,
         "tokens": int(tokens),
-        "usage_deviation": float(usage(layer).std(correction=0)),
+        "usage_deviation": float(layer.usage().std(correction=0)),
         "most_used": int(layer["count"].argmax()),
         "most_used_share": float(layer["count"].max() / layer["count"].sum()),
         "dead_experts": int(experts["dead"].sum()),
@@ -177,7 +171,7 @@ def _experts(
         "layer": layer.info.index,
         "expert": range(layer.info.num_experts),
         "tokens": count.long(),
-        "usage": usage(layer),
+        "usage": layer.usage(),
         "mean_weight": layer.mean("gate_sum") * seen,
         "mean_norm": layer.mean("norm_sum") * seen,
         "max_activation": layer["max_activation"].double() * seen,

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.observing import observe_routers
+from moe_lab.models.predictions import divergence_terms, log_probabilities, next_token_logits
 from moe_lab.models.remapped import RemappedExperts, stand_in_rows
 from moe_lab.models.routers import at_top_k, scoring
 from moe_lab.profile.layer import LayerStatistics
@@ -64,12 +65,12 @@ def compare_held_out(
         target = batch["input_ids"][:, 1:][valid]
         with observe_routers(model, add, whole=True) as observation:
             observation.valid = batch["attention_mask"].bool()
-            q = _log_probabilities(model, batch, valid)
+            q = log_probabilities(next_token_logits(model, batch, valid))
         p = q
         if dense is not model or dense_top_k:
             with at_top_k(dense, dense_top_k):
-                p = _log_probabilities(dense, batch, valid)
-        divergence += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+                p = log_probabilities(next_token_logits(dense, batch, valid))
+        divergence += divergence_terms(p, q).sum(dtype=torch.float64).item()
         loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
         count += len(target)
     figures = {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
@@ -112,8 +113,3 @@ def _stand_ins(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _log_probabilities(model: Model, batch: dict[str, Tensor], valid: Tensor) -> Tensor:
-    logits: Tensor = model(**batch, use_cache=False).logits[:, :-1]
-    return logits[valid].float().log_softmax(dim=-1)

@@ -16,9 +16,10 @@ from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
 from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.routers import restricted, set_top_k
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
 FORCES = ("half", "end")

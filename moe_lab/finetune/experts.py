@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from moe_lab.finetune.recipe import Distilling
 from moe_lab.finetune.tuning import DistillingTuning, Tuning
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.edits.base import Edit, GatedParts
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import SHARED_NAMES
-from moe_lab.types import Edit, Plan, UserError
-
-TRAINED_EDITS = ("prune", "merge", "condense")
+from moe_lab.types import UserError
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,21 @@ class Experts(Distilling):
 
     def check(self, plan: Plan) -> None:
         """Refuse a plan in which nothing can train, before any weight is read."""
-        kinds = {edit.edit for edit in plan.edited()}
-        if not kinds & set(TRAINED_EDITS):
+        kinds = {edit.kind for edit in plan.edited()}
+        if all(edit.trains == "nothing" for edit in plan.edited()):
             raise UserError(
                 "fine-tuning trains what stays in layers that a plan prunes, merges or condenses; "
                 f"this one edits none so ({', '.join(sorted(kinds)) or 'it changes nothing'}):"
                 " finetune=none"
             )
         super().check(plan)
-        if "condense" not in kinds and not self.experts:
+        if not (self.experts or any(edit.gated_parts for edit in plan.edited())):
             raise UserError(
                 "finetune.gates=true trains the gates of condensed layers, and this plan condenses "
                 "none: finetune.experts=true, or method=condense"
             )
-        for edit in plan.edited() if self.gates else ():
-            if edit.edit == "condense" and not edit.widths:
-                raise UserError(
-                    f"the plan does not say how wide the parts of layer {edit.index} are, so their "
-                    "gates cannot be told apart: make the plan again, or finetune.gates=false"
-                )
+        if self.gates:
+            _check_gates(plan)
 
     def prepare(self, model: Model, plan: Plan) -> Tuning:
         """With `gates` their factors are put into the model, until it is finished."""
@@ -82,11 +78,34 @@ class Experts(Distilling):
         for edit in plan.edited():
             block = model.get_submodule(edit.name)
             for name, parameter in block.named_parameters() if self.experts else ():
-                if edit.edit == "condense" or name.split(".")[0] in ("experts", *SHARED_NAMES):
+                if _trains(edit, name):
                     named[f"{edit.name}.{name}"] = parameter
-            if self.gates and edit.edit == "condense":
-                named[f"{edit.name}.gates"] = Gates(block, edit).factor
+            if self.gates and edit.gated_parts:
+                gates = Gates(block, edit.index, edit.gated_parts)
+                named[f"{edit.name}.gates"] = gates.factor
         return ExpertTuning(model, named, self.distillation, self.temperature)
+
+
+def _trains(edit: Edit, name: str) -> bool:
+    """Whether a parameter trains, by its name in the edited block."""
+    of_experts = name.split(".")[0] in ("experts", *SHARED_NAMES)
+    return edit.trains == "all" or (edit.trains == "experts" and of_experts)
+
+
+def _check_gates(plan: Plan) -> None:
+    """Refuse a plan by which the parts of a condensed layer cannot be told apart."""
+    last = {edit.index: edit for edit in plan.edited()}
+    for edit in plan.edited():
+        if edit.gated_parts and not edit.gated_parts.widths:
+            raise UserError(
+                f"the plan does not say how wide the parts of layer {edit.index} are, so their "
+                "gates cannot be told apart: make the plan again, or finetune.gates=false"
+            )
+        if edit.gated_parts and last[edit.index] is not edit:
+            raise UserError(
+                f"the plan edits layer {edit.index} again ({last[edit.index].kind}) behind what "
+                "has gates, which may change its parts: finetune.gates=false"
+            )
 
 
 class ExpertTuning(DistillingTuning):
@@ -109,21 +128,21 @@ class Gates(nn.Module):
 
     part_W: Tensor
 
-    def __init__(self, block: nn.Module, edit: Edit):
+    def __init__(self, block: nn.Module, index: int, parts: GatedParts):
         super().__init__()
         weight = block.get_parameter("down_proj.weight")
-        padding = weight.shape[1] - sum(edit.widths)
-        shared = len(edit.widths) - len(edit.experts)
+        padding = weight.shape[1] - sum(parts.widths)
+        shared = len(parts.widths) - parts.num_experts
         if padding < 0 or shared not in (0, 1):
             raise UserError(
-                f"the plan gives layer {edit.index} parts of {list(edit.widths)} hidden units for "
-                f"{len(edit.experts)} experts, but it has {weight.shape[1]}: this plan is not the "
+                f"the plan gives layer {index} parts of {list(parts.widths)} hidden units for "
+                f"{parts.num_experts} experts, but it has {weight.shape[1]}: this plan is not the "
                 "one that the checkpoint was made with"
             )
-        widths = torch.tensor([*edit.widths, padding])
-        parts = torch.arange(len(widths)).repeat_interleave(widths)
-        self.register_buffer("part_W", parts.to(weight.device), persistent=False)
-        ones = torch.ones(len(edit.widths), dtype=torch.float32, device=weight.device)
+        widths = torch.tensor([*parts.widths, padding])
+        part_W = torch.arange(len(widths)).repeat_interleave(widths)
+        self.register_buffer("part_W", part_W.to(weight.device), persistent=False)
+        ones = torch.ones(len(parts.widths), dtype=torch.float32, device=weight.device)
         self.factor = nn.Parameter(ones)
         down = block.get_submodule("down_proj")
         self.hook = down.register_forward_pre_hook(lambda _, args: self(args[0]))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_lab.models import routers
 from moe_lab.models.layers import MoELayer
+from moe_lab.models.predictions import exact
 from moe_lab.types import UserError
 
 
@@ -73,7 +74,7 @@ def entropy(logits_TE: Tensor, scoring: str) -> Tensor:
     p is the softmax of the logits, or another scoring's scores divided by their sum; computed in
     at least float32.
     """
-    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    logits_TE = exact(logits_TE)
     if scoring == "softmax":
         log_p = logits_TE.log_softmax(dim=-1)
     else:

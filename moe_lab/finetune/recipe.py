@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from moe_lab.data.tokens import Tokenizer, Tokens
 from moe_lab.finetune.tuning import Tuning
 from moe_lab.models.checkpoint import Model
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.models.edits.plan import Plan
+from moe_lab.types import LayerInfo, UserError
 
 SCHEDULES = ("linear", "cosine", "constant")
 COMPUTING_DTYPES = ("float32", "bfloat16")
@@ -143,7 +144,7 @@ class Recipe:
         """Refuse a plan that leaves nothing to train, before any weight is read."""
         if self.needs_edits and not plan.edited():
             raise UserError("the plan changes nothing, so this recipe has nothing to train")
-        if "drop_block" in (kinds := {edit.edit for edit in plan.edited()}) and len(kinds) > 1:
+        if len({edit.removes_decoder for edit in plan.edited()}) > 1:
             raise UserError("a plan that drops whole layers and edits others cannot be fine-tuned")
 
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
@@ -188,6 +189,5 @@ def check_trains(trains: str) -> None:
 
 def check_moe_left(plan: Plan) -> None:
     """Refuse a plan after which no MoE layer is left to train."""
-    gone = ("condense", "drop_layer", "drop_block")
-    if plan.edits and all(edit.edit in gone for edit in plan.edits):
+    if plan.edits and not any(chain.leaves_moe for chain in plan.chains()):
         raise UserError("this recipe trains MoE layers, and the plan leaves none")

@@ -10,8 +10,9 @@ from moe_lab.finetune.recipe import Distilling, check_moe_left
 from moe_lab.finetune.tuning import DistillingTuning, Tuning, trained
 from moe_lab.models import routers as model_routers
 from moe_lab.models.checkpoint import Model, meta_model
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from moe_lab.finetune.recipe import Recipe, check_moe_left, check_trains
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
 from moe_lab.models import routers
 from moe_lab.models.checkpoint import Model, meta_model
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 
 def linear(progress: float, first: int, last: int) -> float:

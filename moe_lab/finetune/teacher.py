@@ -25,6 +25,7 @@ from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
+from moe_lab.models.predictions import divergence_terms, exact, log_probabilities
 from moe_lab.models.stream import LayerStream
 from moe_lab.progress import progress
 from moe_lab.store import write_whole
@@ -42,7 +43,7 @@ def coarsened(logits_NV: Tensor, ids_NK: Tensor | None, temperature: float) -> T
     """
     scaled_NV = logits_NV / temperature
     if ids_NK is None:
-        return scaled_NV.log_softmax(dim=-1)
+        return log_probabilities(scaled_NV)
     others_NV = scaled_NV.scatter(1, ids_NK, float("-inf"))
     parts = scaled_NV.gather(1, ids_NK), others_NV.logsumexp(dim=-1, keepdim=True)
     return torch.cat(parts, dim=1) - scaled_NV.logsumexp(dim=-1, keepdim=True)
@@ -57,7 +58,7 @@ def divergence(teacher: dict[str, Tensor], logits_NV: Tensor, temperature: float
     log_p = teacher[LOG_PROBABILITIES]
     ids_NK = teacher[IDS].long() if IDS in teacher else None
     log_q = coarsened(logits_NV, ids_NK, temperature)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return temperature**2 * divergence_terms(log_p, log_q).sum(dim=-1)
 
 
 def distinct_samples(texts: Iterable[Tokens]) -> Tokens:
@@ -144,10 +145,9 @@ def _distributions(
             vocabulary = logits_LV.shape[1]
             chosen = logits_LV[is_target.to(logits_LV.device)]
             for rows in chosen.split(max(1, CHUNK_VALUES // vocabulary)):
-                exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-                kept = _kept(top_k, vocabulary)
-                ids = None if kept is None else exact.topk(kept, dim=-1).indices
-                row = {LOG_PROBABILITIES: coarsened(exact, ids, temperature).float().cpu()}
+                logits, kept = exact(rows), _kept(top_k, vocabulary)
+                ids = None if kept is None else logits.topk(kept, dim=-1).indices
+                row = {LOG_PROBABILITIES: coarsened(logits, ids, temperature).float().cpu()}
                 yield row if ids is None else row | {IDS: ids.int().cpu()}
 
 

@@ -27,9 +27,10 @@ from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.models import observing
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
 from moe_lab.progress import progress
-from moe_lab.types import Plan, UserError
+from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 STATE = "training_state.safetensors"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +12,7 @@ from moe_lab.data.tokens import IGNORED
 from moe_lab.finetune import teacher
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import SHARED_NAMES, MoELayer
+from moe_lab.models.predictions import exact, next_token_logits
 
 CHOOSING = "correction_bias"  # what routers add only to choose: no gradient reaches it
 OVER_TARGETS = ("loss", "distillation")  # losses that are means over targets, not valid tokens
@@ -92,11 +92,9 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def target_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The logits [N, V], in float32 or better, and the ids [N] of a batch's targets (`labels`)."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     targets = labels != IGNORED
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return logits[targets].to(exact), labels[targets]
+    return exact(next_token_logits(model, inputs, targets)), labels[targets]
 
 
 def trained(model: nn.Module, layers: Sequence[MoELayer], trains: str) -> dict[str, nn.Parameter]:

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Plugin, check_options
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Edit, LayerInfo, Plan
+from moe_lab.types import LayerInfo
 
 
 class Method(Plugin, ABC):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.methods.dropping import Dropping
+from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -19,7 +20,7 @@ class DropBlocks(Dropping):
     """
 
     name = "drop_blocks"
-    edit = "drop_block"
+    edit = DropBlock
     cosine = "block"
 
     @property

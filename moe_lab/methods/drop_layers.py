@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from moe_lab.methods.dropping import Dropping
+from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.option import Option
 
 
@@ -23,7 +24,7 @@ class DropLayers(Dropping):
     ] = 0.01
 
     name = "drop_layers"
-    edit = "drop_layer"
+    edit = DropLayer
     cosine = "layer"
 
     @property

@@ -9,9 +9,13 @@ from typing import Annotated, Any, ClassVar
 
 from moe_lab.methods.base import Method
 from moe_lab.methods.layer_choice import check_layers, choose_layers, example_layers
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Edit, EditName, LayerInfo, Plan
+from moe_lab.types import LayerInfo
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Dropping(Method):
 
     of_condense = ("num_layers", "padding")
     name: ClassVar[str]
-    edit: ClassVar[EditName]
+    edit: ClassVar[type[DropLayer | DropBlock]]
     cosine: ClassVar[str]
 
     @property
@@ -44,10 +48,10 @@ class Dropping(Method):
         super().check(layers)
         check_layers(self.name, self.layers, self.num_layers, ["cosine"], layers)
 
-    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[DropLayer | DropBlock, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
         return tuple(
-            Edit(info.index, info.name, self.edit)
+            self.edit(info.index, info.name)
             for info in example_layers(self.layers, self.num_layers, layers)
         )
 
@@ -55,11 +59,8 @@ class Dropping(Method):
         """One edit per MoE layer, its score the mean similarity."""
         order = choose_layers(self.layers, self.num_layers, profile.statistics, self.cosine)
         edits = tuple(
-            Edit(
-                one.info.index,
-                one.info.name,
-                self.edit if one.info.index in order else "keep",
-                scores=(one.mean_cosine(self.cosine),),
+            (self.edit if one.info.index in order else KeepLayer)(
+                one.info.index, one.info.name, scores=(one.mean_cosine(self.cosine),)
             )
             for one in profile.statistics
         )

@@ -24,6 +24,10 @@ from moe_lab.methods.grouping.base import (
 from moe_lab.methods.layer_choice import check_layers, choose_layers
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import check_kept, check_own_rows
 from moe_lab.models.merging import permutation_name
 from moe_lab.option import Option
@@ -31,7 +35,7 @@ from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
-from moe_lab.types import AlignName, Edit, LayerInfo, Plan, RouterName, UserError
+from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
 FROM_ACTIVATIONS = ("activations", "both")
@@ -158,9 +162,9 @@ class Merge(Method):
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; which experts become one is not known, so that none do."""
         return tuple(
-            Edit(info.index, info.name, "merge", kept=tuple(range(info.num_experts)),
-                 groups=tuple((expert,) for expert in range(info.num_experts)),
-                 router=self._own("router"))
+            MergeExperts(info.index, info.name, kept=tuple(range(info.num_experts)),
+                         groups=tuple((expert,) for expert in range(info.num_experts)),
+                         router=self._own("router"))
             for info in self._known(layers)
         )  # fmt: skip
 
@@ -307,11 +311,10 @@ class Merge(Method):
     def _edit(self, one: LayerStatistics, groups: Groups | None) -> Edit:
         info = one.info
         if groups is None:
-            return Edit(info.index, info.name, "keep")
-        return Edit(
+            return KeepLayer(info.index, info.name)
+        return MergeExperts(
             info.index,
             info.name,
-            "merge",
             scores=tuple(self._grouping.scores(one).tolist()),
             align=self._own("align"),
             router=self._own("router"),

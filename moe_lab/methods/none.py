@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_lab.methods.base import Method
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Edit, Plan
 
 
 @dataclass(frozen=True)
@@ -18,4 +19,4 @@ class Nothing(Method):
     def plan(self, profile: Profile) -> Plan:
         """Each layer is kept."""
         infos = [layer.info for layer in profile.statistics]
-        return Plan(tuple(Edit(info.index, info.name, "keep") for info in infos))
+        return Plan(tuple(KeepLayer(info.index, info.name) for info in infos))

@@ -16,13 +16,16 @@ from moe_lab.methods.metrics.base import Metric, Score, as_metric
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
 from moe_lab.models.editing import constants_name
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import check_own_rows
 from moe_lab.option import Option
 from moe_lab.profile.collect import super_experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
-from moe_lab.types import Edit, LayerInfo, Plan, ReplacementName, UserError
+from moe_lab.types import LayerInfo, ReplacementName, UserError
 
 PROTECTIONS = ("super_experts", "outliers")
 
@@ -85,8 +88,8 @@ class Prune(Method):
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; how many experts go is not known, so that none does."""
         return tuple(
-            Edit(
-                info.index, info.name, "prune", kept=tuple(range(info.num_experts)),
+            PruneExperts(
+                info.index, info.name, kept=tuple(range(info.num_experts)),
                 replacement=self._replacement,
             )
             for info in layers
@@ -139,7 +142,7 @@ class Prune(Method):
             if self.replacement == "constant" and len(kept) < layer.info.num_experts:
                 tensors[constants_name(index)] = mean_outputs(layer, kept)
             scores = tuple(score_E.tolist())
-            return Edit(index, name, "prune", kept, scores, replacement=self._replacement)
+            return PruneExperts(index, name, kept, self._replacement, scores)
 
         def edit_again(layer: LayerStatistics) -> Edit:
             score = self._metric.score(layer)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +34,9 @@ from moe_lab.models.families.base import (
     family_of,
     known_family,
 )
-from moe_lab.models.layers import check_kept, moe_layers, num_parameters
+from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.routers import set_top_k
-from moe_lab.types import Edit, LayerInfo, UserError
+from moe_lab.types import LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
 SHIPPED = "shipped:"
@@ -383,13 +383,3 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def check_plan(layers: Iterable[LayerInfo], edits: Iterable[Edit]) -> None:
-    """Refuse a plan that names layers which are not there or keeps too few experts."""
-    known = {info.index: info for info in layers}
-    for edit in edits:
-        if edit.index not in known:
-            raise UserError(f"layer {edit.index} is no MoE layer; they are {sorted(known)}")
-        if edit.edit in ("prune", "merge"):
-            check_kept(known[edit.index], len(edit.kept), edit.keeps_rows)

@@ -1,7 +1,7 @@
-"""Editing the MoE layers of a loaded model: removing, merging, condensing and dropping.
+"""Operations on the MoE layers of a loaded model: removing, condensing and dropping.
 
-What an edit leaves computes the edited function at once; `forms.py` finds the form in which stock
-transformers can hold it.
+Which of them an edit takes is said in `edits/`. What they leave computes the edited function at
+once; `forms.py` finds the form in which stock transformers can hold it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from moe_lab.models.depth import drop_decoders
 from moe_lab.models.layers import (
     MoELayer,
     by_expert,
-    check_own_rows,
-    decoders_path,
     expert_forward,
     expert_parameters,
     hidden_of,
-    moe_layers,
     routed_modules,
 )
-from moe_lab.models.merging import merge_experts, permutation_name
 from moe_lab.models.remapped import places_of, remap, shared_places
-from moe_lab.types import Edit, LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 
 class DenseMLP(nn.Module):
@@ -102,64 +96,65 @@ def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None
 
 
 @torch.no_grad()
-def keep_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
-    """The structure of a prune or merge edit: the kept experts stay, with or without all rows."""
-    num_rows, kept = layer.info.num_experts, edit.kept
-    if not edit.keeps_rows or len(kept) == num_rows:
-        prune_layer(layer, kept)
-        return
+def replace_experts(
+    layer: MoELayer, kept: Sequence[int], stand_in: str, constants_RD: Tensor | None = None
+) -> None:
+    """Keep only the `kept` experts, in place, and all router rows: the others get a stand-in.
+
+    stand_in, constants_RD: as of `remapped.remap`, the R removed experts in ascending order.
+    """
+    places = places_of(kept, layer.info.num_experts)
     prune_layer(layer, kept, rows=False)
-    if edit.router == "all":
-        remap(layer.experts, shared_places(edit.groups, num_rows))
-        return
-    constants = _constants(layer, edit, tensors) if edit.replacement == "constant" else None
-    remap(layer.experts, places_of(kept, num_rows), edit.replacement, constants)
+    remap(layer.experts, places, stand_in, constants_RD)
 
 
-def _constants(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The constants [R, D] of an edit, in ascending order of the experts that they stand for."""
-    reference, name = layer.experts.down_proj, constants_name(edit.index)
-    shape = layer.info.num_experts - len(edit.kept), layer.info.hidden_size
-    if reference.is_meta:
-        return reference.new_empty(shape)
+@torch.no_grad()
+def share_experts(layer: MoELayer, kept: Sequence[int], groups: Sequence[Sequence[int]]) -> None:
+    """Keep only the `kept` experts, in place, and all router rows: groups[i] lead to kept[i]."""
+    places = shared_places(groups, layer.info.num_experts)
+    prune_layer(layer, kept, rows=False)
+    remap(layer.experts, places)
+
+
+@torch.no_grad()
+def merge_router_rows(
+    layer: MoELayer,
+    kept: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]] | None,
+) -> None:
+    """Make kept[i]'s router row the sum of those of groups[i], times weights[i], in place.
+
+    weights: None for the plain sum. Entries of the router's biases are summed alike.
+    """
+    for module, _, tensor, dimension in by_expert(layer):
+        if module is layer.experts:
+            continue
+        rows = tensor.movedim(dimension, 0)
+        merged = []
+        for place, members in enumerate(groups):
+            shares = [1.0] * len(members) if weights is None else weights[place]
+            factor = rows.new_tensor(shares, dtype=torch.float64)
+            merged.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
+        rows[list(kept)] = torch.stack(merged).to(rows.dtype)
+
+
+def plan_tensor(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], why: str
+) -> Tensor:
+    """One of a plan's tensors; why: what needs it, for the UserError where it is not as needed."""
     given = tuple(tensors[name].shape) if name in tensors else None
     if given != shape:
         raise UserError(
-            f"the plan replaces experts of layer {edit.index} by constants: its tensor {name} must "
-            f"have the shape {shape}, and "
+            f"{why}: its tensor {name} must have the shape {shape}, and "
             + (f"has {given}" if given else "is missing (plan.safetensors lies beside plan.json)")
         )
-    return tensors[name].to(reference)
+    return tensors[name]
 
 
 def constants_name(index: int) -> str:
     """What a plan calls the constants of decoder layer `index` among its tensors."""
     return f"layers.{index}.constants"
-
-
-@torch.no_grad()
-def merge_layer(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
-    """Carry out a merge edit: average each group into the expert that stays; the others go.
-
-    tensors: has the permutation [E, I] of `merge_experts` where the edit's alignment was found
-    from activations. M-SMoE (2310.01334) and HC-SMoE (2410.08589) let all router rows live on and
-    lead to the merged experts (`router` all). A stock model cannot send two rows to one expert:
-    there a group keeps one, that of the expert that stays (dominant), or the weighted mean (mean)
-    or plain sum (sum) of the group's rows, with its entries of the router's biases alike.
-    """
-    permutation_EI = tensors.get(permutation_name(edit.index))
-    merge_experts(layer.experts, edit.kept, edit.groups, edit.weights, edit.align, permutation_EI)
-    for module, _, tensor, dimension in by_expert(layer) if edit.router in ("mean", "sum") else ():
-        if module is layer.experts:
-            continue
-        rows = tensor.movedim(dimension, 0)
-        merged = []
-        for members, shares in zip(edit.groups, edit.weights, strict=True):
-            factor = rows.new_tensor(shares, dtype=torch.float64)
-            factor = torch.ones_like(factor) if edit.router == "sum" else factor
-            merged.append(torch.einsum("g,g...->...", factor, rows[list(members)].double()))
-        rows[list(edit.kept)] = torch.stack(merged).to(rows.dtype)
-    keep_experts(layer, edit, tensors)
 
 
 @torch.no_grad()
@@ -250,56 +245,12 @@ def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:
     return previous
 
 
-def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
-    """Carry out a plan on a loaded model, in place; condensed layers become `DenseMLP`s.
-
-    The model computes the edited function at once; `forms.py` finds the form in which
-    stock transformers can hold it. Decoder layers behind a dropped one get new numbers.
-    """
-    layers = {layer.info.index: layer for layer in moe_layers(model)}
-    for edit in plan.edited():
-        if edit.index not in layers:
-            raise UserError(
-                f"the plan edits layer {edit.index}, which is no MoE layer of this model; its MoE "
-                f"layers are {sorted(layers)}"
-            )
-        _apply(model, layers[edit.index], edit, plan.tensors)
-    dropped = {edit.index: edit for edit in plan.edited() if edit.edit == "drop_block"}
-    if dropped:
-        name = next(iter(dropped.values())).name
-        drop_decoders(model, decoders_path(name), dropped)
-
-
-def _apply(
-    model: PreTrainedModel, layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]
-) -> None:
-    if edit.edit in ("prune", "merge"):
-        _edit_experts(layer, edit, tensors)
-    elif edit.edit == "condense":
-        dense = condensed(layer, edit.experts, edit.gates, edit.shared_gate)
-        set_block(model, layer.info.name, dense)
-    elif edit.edit == "drop_layer":
-        set_block(model, layer.info.name, no_mlp(layer))
-
-
-def _edit_experts(layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor]) -> None:
-    check_own_rows(layer.info)
-    if edit.edit == "prune":
-        keep_experts(layer, edit, tensors)
-    elif edit.edit == "merge":
-        merge_layer(layer, edit, tensors)
-    else:
-        raise ValueError(f"{edit.edit} does not edit the experts of a layer")
-
-
 @torch.no_grad()
-def edited_block(
-    layer: MoELayer, edit: Edit, tensors: Mapping[str, Tensor] | None = None
-) -> nn.Module:
-    """A copy of the layer's block with one prune or merge edit carried out; the layer stays.
+def copied_layer(layer: MoELayer) -> MoELayer:
+    """A copy of a layer whose block can be edited while the layer stays.
 
-    tensors: the plan's own, by name, where the edit needs some (`Plan.tensors`). The copy shares
-    the model's config, so that it computes its experts as the model does, and has no hooks.
+    It shares the model's config, so that it computes its experts as the model does, and has no
+    hooks.
     """
     config = layer.experts.config
     block = copy.deepcopy(layer.block, {id(config): config})
@@ -309,5 +260,4 @@ def edited_block(
     copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
     parts = ("block", "router", "experts", "shared", "shared_gate")
     copies: dict[str, Any] = {name: copied.get(getattr(layer, name)) for name in parts}
-    _edit_experts(replace(layer, **copies), edit, tensors or {})
-    return block
+    return replace(layer, **copies)

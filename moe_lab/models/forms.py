@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.checkpoint import meta_model
-from moe_lab.models.editing import apply_plan, edited_blocks, width_of
+from moe_lab.models.editing import edited_blocks, width_of
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.layers import (
     COUNT_FIELDS,
     MoELayer,
@@ -24,10 +26,9 @@ from moe_lab.models.layers import (
     moe_layers,
     num_parameters,
 )
-from moe_lab.models.own_form import own_config
+from moe_lab.models.own_form import own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
-from moe_lab.types import Edit, Plan
 
 PADDING = 0.01  # the largest share of a model's parameters that may be zeros, unless it is given
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
@@ -61,9 +62,7 @@ def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) ->
     padding: see `save`. Raises UserError for blocks that cannot be dropped from this family.
     """
     model = meta_model(config)
-    # Of what a merged expert is the average does not matter here, and averaging needs weights.
-    shapes = [replace(e, edit="prune") if e.edit == "merge" else e for e in edits]
-    apply_plan(model, Plan(tuple(shapes)))
+    restructure_model(model, edits)
     return choose_form(model, padding_limit(config, padding))
 
 
@@ -78,9 +77,10 @@ def padding_limit(config: Any, padding: float | None) -> float:
 def choose_form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> Form:
     """The family's own form where it can say the model with few enough zeros, else ours."""
     layers, edited = moe_layers(model), edited_blocks(model)
-    config, obstacle = _native_config(model, layers, edited)
+    own = own_structures(model, layers)
+    config, obstacle = _native_config(model, layers, edited, own)
     placed = any(layer.info.real_experts for layer in layers)
-    if len(counts := _counts(layers)) > 1 and not placed:
+    if len(counts := _counts(layers)) > 1 and not placed and not own:
         form, obstacle = _with_twins(model, layers, edited, twins, max(counts), obstacle)
         if form:
             return form
@@ -107,7 +107,10 @@ def choose_form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> F
 
 
 def _native_config(
-    model: PreTrainedModel, layers: list[MoELayer], edited: dict[str, nn.Module]
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    edited: dict[str, nn.Module],
+    own: dict[int, dict[str, Any]],
 ) -> tuple[Any, str | None]:
     """The config with which the family itself builds this model, and what is in the way."""
     config = copy.deepcopy(model.config)
@@ -115,6 +118,10 @@ def _native_config(
         del config.moe_lab
     if placed := [layer for layer in layers if layer.info.real_experts]:
         return None, _remapped_obstacle(placed, config.model_type)
+    if own:
+        kinds = ", ".join(sorted({kind for written in own.values() for kind in written}))
+        where = f"layers {sorted(own)} have a structure of the edit {kinds}"
+        return None, f"{where}, which {config.model_type} cannot say"
     counts = _counts(layers)
     if len(counts) > 1:
         numbers = " and ".join(map(str, counts))

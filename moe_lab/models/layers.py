@@ -41,6 +41,9 @@ class MoELayer:
     shared_gate: nn.Module | None
 
 
+Standing = MoELayer | nn.Module  # at a layer: a plain block where it is no MoE layer any more
+
+
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
     modules = dict(model.named_modules())
@@ -53,6 +56,12 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         layers.append(_moe_layer(model, modules, block_path, experts, decoder_path))
     _set_sizes(model, layers)
     return layers
+
+
+def standing_at(model: PreTrainedModel, name: str) -> Standing:
+    """What stands at the path of an MoE block: the layer, or the block that took its place."""
+    layers = {layer.info.name: layer for layer in moe_layers(model)}
+    return layers[name] if name in layers else model.get_submodule(name)
 
 
 def _are_experts(module: nn.Module) -> TypeGuard[Experts]:

@@ -1,6 +1,8 @@
 """moe_lab's own form: layer structures that no family can say, in `config.json` under "moe_lab".
 
 Written by `own_config`, and replayed by `apply_structure` on the model before its weights come in.
+How many experts and router rows a layer has, and how wide a dense block is, is said here, whatever
+edit left it so; under "own" stands what kinds of edits say themselves (`Edit.written`), by kind.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block, width_of
-from moe_lab.models.layers import MoELayer, layer_index, moe_layers
+from moe_lab.models.edits.plan import known_kinds
+from moe_lab.models.layers import MoELayer, layer_index, moe_layers, standing_at
 from moe_lab.models.remapped import RemappedExperts, remap
+from moe_lab.types import LayerInfo, UserError
 
 
 def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
@@ -24,14 +28,32 @@ def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         layer = layers.get(index)
         if layer is None:
             continue
+        wanted = dict(wanted)
+        own = wanted.pop("own", {})
         if "width" in wanted:
             block: nn.Module = no_mlp(layer)
             if wanted["width"]:
                 act = layer.experts.act_fn
                 block = DenseMLP(layer.info.hidden_size, wanted["width"], act)
             set_block(model, layer.info.name, block)
-        elif not layer.info.real_experts:
+        elif wanted and not layer.info.real_experts:
             _keep(layer, **wanted)
+        for kind, written in own.items():
+            _replay(model, layer.info, kind, written)
+
+
+def _replay(model: PreTrainedModel, info: LayerInfo, name: str, written: dict[str, Any]) -> None:
+    """Build what a kind of edits wrote down itself, unless it stands there already."""
+    kind = known_kinds().get(name)
+    if kind is None:
+        raise UserError(
+            f"layer {info.index} of this checkpoint has a structure of the edit {name!r}, which is "
+            f"not known; known are {', '.join(sorted(known_kinds()))}. Import the module that "
+            "defines it before the checkpoint is loaded"
+        )
+    standing = standing_at(model, info.name)
+    if kind.written(standing) != written:
+        set_block(model, info.name, kind.replay(standing, written))
 
 
 def _keep(
@@ -57,8 +79,22 @@ def own_config(
     config = copy.deepcopy(model.config)
     structure = {str(one.info.index): _experts_structure(one) for one in layers}
     structure |= {str(layer_index(name)): {"width": width_of(b)} for name, b in edited.items()}
+    for index, own in own_structures(model, layers).items():
+        structure[str(index)] = structure.get(str(index), {}) | {"own": own}
     config.moe_lab = {"version": 1, "padding": padding, "layers": structure}
     return config
+
+
+def own_structures(model: nn.Module, layers: list[MoELayer]) -> dict[int, dict[str, Any]]:
+    """What kinds of edits say of a model's layers themselves: by index, then by kind."""
+    by_name = {layer.info.name: layer for layer in layers}
+    kinds, found = known_kinds().items(), dict[int, dict[str, Any]]()
+    for path, module in model.named_modules():
+        standing = by_name.get(path, module)
+        written = {name: kind.written(standing) for name, kind in kinds}
+        if own := {name: said for name, said in written.items() if said is not None}:
+            found[layer_index(path)] = own
+    return found
 
 
 def _experts_structure(layer: MoELayer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.predictions import divergence_terms, log_probabilities
 from moe_lab.models.routers import restricted
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class IntactPredictions:
 
     def divergence(self, kept: Mapping[int, Sequence[int]]) -> float:
         """The mean over positions of KL(p || q), in nats."""
-        return self._mean(kept, lambda p, q: (p.exp() * (p - q)).sum(dim=-1))
+        return self._mean(kept, lambda p, q: divergence_terms(p, q).sum(dim=-1))
 
     @torch.inference_mode()
     def _mean(
@@ -58,7 +59,7 @@ class IntactPredictions:
                 logits = self._valid_logits(batch)
                 parts = (logits.split(POSITIONS_AT_ONCE), intact.split(POSITIONS_AT_ONCE))
                 for ours, theirs in zip(*parts, strict=True):
-                    p, q = _logarithms(theirs.to(ours.device)), _logarithms(ours)
+                    p, q = log_probabilities(theirs.to(ours.device)), log_probabilities(ours)
                     total += float(measure(p, q).sum(dtype=torch.float64))
         return total / self.num_positions
 
@@ -66,8 +67,3 @@ class IntactPredictions:
         """[T, V]."""
         logits: Tensor = self.model(**batch, use_cache=False).logits
         return logits[batch["attention_mask"].bool()]
-
-
-def _logarithms(logits: Tensor) -> Tensor:
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return exact.log_softmax(dim=-1)

@@ -161,6 +161,10 @@ class LayerStatistics:
             raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
         return self.sums[name]
 
+    def usage(self) -> Tensor:
+        """Each expert's share of the routed slots times the number of experts, [E]: 1 is even."""
+        return self["count"] * self.info.num_experts / (self["tokens"] * self.info.top_k)
+
     def mean_cosine(self, name: str) -> float:
         """Mean over tokens of the `name` ("block" or "layer") cosine."""
         return float(self[f"{name}_cosine_sum"] / self["tokens"])

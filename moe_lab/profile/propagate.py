@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_lab.models.editing import edited_block
+from moe_lab.models.editing import copied_layer
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.layers import standing_at
 from moe_lab.models.stream import LayerStream, States, swapped
 from moe_lab.profile import collect
 from moe_lab.profile.all_experts import AllExperts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.progress import progress
-from moe_lab.types import Edit
 
 logger = logging.getLogger(__name__)
 # What a plan says of its statistics, by whether they were propagated.
@@ -26,7 +27,7 @@ MEASURED = {False: "intact model", True: "re-measured behind compressed layers"}
 
 def propagated(
     profile: Profile,
-    edit_of: Callable[..., Edit],
+    edit_of: Callable[..., Edit | Sequence[Edit]],
     tensors: Mapping[str, Tensor] | None = None,
     experts_on: int | None = 0,
 ) -> list[Edit]:
@@ -36,7 +37,7 @@ def propagated(
     every earlier MoE layer is edited already. tensors: where `edit_of` puts what its edits need
     beside their text (`Plan.tensors`). experts_on: with how many documents, the first ones (None:
     all), `edit_of` gets a second argument, the layer's `AllExperts` on them; 0: with none it gets
-    the statistics alone. Edits are prune, merge or keep.
+    the statistics alone. It gives an edit, or several that follow one another.
     """
     stream = profile.open_stream()
     logger.info("statistics are measured again behind each compressed layer: each layer is "
@@ -50,16 +51,28 @@ def propagated(
             statistics = _measured(stream, states, index)
             statistics.info = layer.info
             if experts_on == 0:
-                edit = edit_of(statistics)
+                made = edit_of(statistics)
             else:
                 with _opened(stream, states, index, experts_on) as experts:
-                    edit = edit_of(statistics, experts)
-            changed = edit.edit != "keep"
-            block = edited_block(stream.moe[index], edit, tensors) if changed else None
-            with swapped(stream, index, block):
+                    made = edit_of(statistics, experts)
+            some = [made] if isinstance(made, Edit) else list(made)
+            with swapped(stream, index, _edited(stream, index, some, tensors or {})):
                 states.pass_through(index, functools.partial(stream.replay, index))
-        edits.append(edit)
+        edits += some
     return edits
+
+
+@torch.no_grad()
+def _edited(
+    stream: LayerStream, index: int, edits: Sequence[Edit], tensors: Mapping[str, Tensor]
+) -> nn.Module | None:
+    """A copy of a layer's block after its edits; None where they change nothing."""
+    layer, block = stream.moe[index], None
+    for edit in (edit for edit in edits if edit.changes):
+        with swapped(stream, index, block):
+            found = standing_at(stream.model, layer.info.name) if block else copied_layer(layer)
+        block = edit.apply(found, tensors)
+    return block
 
 
 def _measured(stream: LayerStream, states: States, index: int) -> LayerStatistics:

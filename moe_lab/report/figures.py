@@ -1,39 +1,229 @@
-"""The figures of a report: their titles, how they are written, which way is better."""
+"""The figures of a report: one table of them, and what follows from it.
+
+An entry of FIGURES is all that a figure costs beside the code that computes it: how it is written
+and which way is better follow from it, titles, rows, columns and axes in tables, pictures and page,
+and its line in docs/reference.md (`python docs/figures.py` writes it there).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_VALUES = (
-    "dense/eval/average compressed/eval/average finetuned/eval/average compressed/kl finetuned/kl "
-    "compressed/parameter_ratio compressed/memory_ratio compressed/prefill_speedup "
-    "compressed/decode_speedup"
-).split()
-VARIANTS = ("dense", "compressed", "finetuned")
-MISSING = "–"
-TITLES = {
-    "average": "average accuracy",
-    "kl": "KL to dense",
-    "active_parameters": "active parameters",
-    "parameter_ratio": "parameters left",
-    "flops_per_token": "FLOPs per token",
-    "bytes": "size on disk",
-    "bytes_ratio": "size on disk, of dense",
-    "memory_ratio": "peak memory",
-    "prefill_speedup": "prefill speed",
-    "decode_speedup": "decode speed",
-}
-# A task may give several metrics; the first of these that it has stands for it.
-MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "byte_perplexity")
-SHARES = frozenset({"acc_norm", "acc", "exact_match", "f1"})  # 0 to 1, shown in percent
-MORE_IS_BETTER = re.compile(rf"({'|'.join(SHARES)}|average|\w+_speedup)$")
-LESS_IS_BETTER = re.compile(
-    r"(kl|loss|\w*perplexity|bits_per_byte|parameters|active_parameters|parameter_ratio|"
-    r"flops_per_token|bytes|bytes_ratio|peak_memory_bytes|memory_ratio|\w*seconds)$"
+from moe_lab.report.units import (
+    AS_MEASURED,
+    BYTES,
+    COUNT,
+    NATS,
+    NATS_PER_TOKEN,
+    NUMBER,
+    OPERATIONS,
+    PART,
+    PATH,
+    SECONDS,
+    SECONDS_OF_STAGE,
+    SHARE,
+    SHARE_OF_DENSE,
+    SMALL_NUMBER,
+    TIMES_DENSE,
+    TRUTH,
+    Unit,
+    percent,
 )
+
+VARIANTS = ("dense", "compressed", "finetuned")
+EDITED = VARIANTS[1:]
+COMPRESSED = VARIANTS[1:2]
+MISSING = "–"
+MORE, LESS = 1, -1  # which way a figure is better
+QUALITY, COST, EXPERTS = "Quality", "Cost", "What the experts do"  # headings of docs/reference.md
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a report, or all whose keys fit its pattern.
+
+    key: in report.json; `<...>` stands for what differs. title: without its unit; by default the
+    parts of the key. better: MORE, LESS, or 0 where nobody can say.
+
+    Where it is shown: row: in the table of a run and of its model card (of a task's metric: it may
+    stand for the task there). columns: the variants that a sweep's table shows it of by default.
+    axis: quality is drawn against it where it is of section COST, and it is that quality where it
+    is of QUALITY; 0: neither. Of costs the lowest number is proposed first; of qualities all those
+    of the lowest number that were measured are drawn, and the page names those of the very lowest.
+    picture: a cost that is drawn in a sweep's pictures too, not on its page alone.
+
+    section, about, when: its heading, what it is and when it is there, for docs/reference.md.
+    """
+
+    key: str
+    title: str = ""
+    unit: Unit = NUMBER
+    better: int = 0
+    row: bool = False
+    columns: tuple[str, ...] = ()
+    axis: int = 0
+    picture: bool = False
+    section: str = ""
+    about: str = ""
+    when: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its key without the variant: "eval/average"."""
+        head, _, rest = self.key.partition("/")
+        return rest if head in ("<variant>", *VARIANTS) else self.key
+
+
+# One entry a figure, in the order in which tables and pages show them.
+FIGURES = (
+    Figure("<variant>/eval/<task>/acc_norm", unit=SHARE, better=MORE, row=True),
+    Figure("<variant>/eval/<task>/acc", unit=SHARE, better=MORE, row=True),
+    Figure("<variant>/eval/<task>/exact_match", unit=SHARE, better=MORE, row=True),
+    Figure("<variant>/eval/<task>/f1", unit=SHARE, better=MORE, row=True),
+    Figure("<variant>/eval/<task>/bits_per_byte", better=LESS, row=True),
+    Figure("<variant>/eval/<task>/byte_perplexity", better=LESS, row=True),
+    Figure("<variant>/eval/<task>/<text>_perplexity", better=LESS),
+    Figure("<variant>/eval/<task>/perplexity", better=LESS),
+    Figure("<variant>/eval/<task>/<metric>", unit=AS_MEASURED, section=QUALITY, when="tasks",
+           about="lm-eval's metric of a task; accuracies (`acc`, `acc_norm`, `exact_match`, `f1`) "
+           "as shares"),
+    Figure("<variant>/eval/average", "average accuracy", SHARE, MORE,
+           row=True, columns=VARIANTS, axis=1, section=QUALITY, when="a task with accuracy",
+           about="mean over the tasks of each one's accuracy: `acc`, or what `eval.metrics` says"),
+    Figure("<variant>/kl", "KL to dense", NATS_PER_TOKEN, LESS,
+           row=True, columns=EDITED, axis=1, section=QUALITY, when="held-out text",
+           about="KL(dense ‖ variant) of the next-token distributions, mean over positions of the "
+           "held-out text; 0 for dense"),
+    Figure("<variant>/eval/held_out/perplexity", "perplexity of held-out text", NUMBER, LESS,
+           axis=2, section=QUALITY, when="held-out text", about="of the held-out text"),
+    Figure("<variant>/eval/routing/top_k", "experts per token", SMALL_NUMBER, row=True,
+           section=QUALITY, when="held-out text, MoE layers", about="experts that a token gets"),
+    Figure("<variant>/eval/routing/entropy", "router entropy", NATS, row=True,
+           section=QUALITY, when="held-out text, MoE layers, a known scoring, no twins",
+           about="of the router's full distribution, mean over MoE layers and tokens"),
+    Figure("<variant>/eval/routing/weight_<rank>", unit=PART,
+           section=QUALITY, when="held-out text, MoE layers",
+           about="share of a token's routed weight that its heaviest, second, … expert has"),
+    Figure("<variant>/eval/routing/stand_ins",
+           section=QUALITY, when="held-out text, MoE layers, `method.replacement`",
+           about="how many of a token's experts only stand in for removed ones"),
+    Figure("compressed/eval/groups", section=QUALITY, when="`calibration.group_by`",
+           about="how many groups were evaluated, each with its own experts"),
+    Figure("<variant>/parameters", "parameters", COUNT, LESS,
+           row=True, axis=6, section=COST, when="measured, or groups",
+           about="of the whole model, tied ones once; of groups the mean"),
+    Figure("<variant>/active_parameters", "active parameters", COUNT, LESS,
+           row=True, axis=5, section=COST, when="measured",
+           about="that one token uses: all but the routed experts, and K of those"),
+    Figure("<variant>/parameter_ratio", "parameters left", SHARE_OF_DENSE, LESS,
+           columns=COMPRESSED, axis=1, picture=True, section=COST, when="measured, or groups",
+           about="of dense"),
+    Figure("<variant>/flops_per_token", "FLOPs per token", OPERATIONS, LESS,
+           row=True, axis=4, picture=True, section=COST, when="measured",
+           about="of a forward over `measure.prompt_length` tokens; a multiply-add is two"),
+    Figure("<variant>/bytes", "size on disk", BYTES, LESS,
+           row=True, axis=3, picture=True, section=COST, when="measured",
+           about="its safetensors files"),
+    Figure("<variant>/bytes_ratio", "size on disk, of dense", SHARE_OF_DENSE, LESS,
+           section=COST, when="measured", about="of dense"),
+    Figure("<variant>/peak_memory_bytes", unit=BYTES, better=LESS, section=COST, when="measured",
+           about="most memory of live tensors in a prefill, weights among them"),
+    Figure("<variant>/memory_ratio", "peak memory of a forward", SHARE_OF_DENSE, LESS,
+           row=True, columns=COMPRESSED, axis=2, picture=True, section=COST, when="measured",
+           about="of dense"),
+    Figure("<variant>/prefill_seconds", unit=SECONDS, better=LESS, section=COST, when="measured",
+           about="median over `measure.repeats` turns"),
+    Figure("<variant>/prefill_speedup", "prefill speed", TIMES_DENSE, MORE,
+           row=True, columns=COMPRESSED, axis=7, picture=True, section=COST, when="measured",
+           about="dense ÷ variant"),
+    Figure("<variant>/decode_seconds_per_token", unit=SECONDS, better=LESS, section=COST,
+           when="measured", about="median, one step through the cache"),
+    Figure("<variant>/decode_speedup", "decode speed", TIMES_DENSE, MORE,
+           row=True, columns=COMPRESSED, axis=8, picture=True, section=COST, when="measured",
+           about="dense ÷ variant"),
+    Figure("<variant>/checkpoint", unit=PATH, section=COST, about="its folder",
+           when="always; with `calibration.group_by` the dense one alone"),
+    Figure("<variant>/stock", "loads in stock transformers", TRUTH, row=True, section=COST,
+           when="always", about="whether stock transformers loads it"),
+    Figure("<variant>/repeated_parameters", section=COST, when="there are some",
+           about="of copies of experts that fill layers up (`finetune.twins`)"),
+    Figure("finetuned/trainable_parameters", section=COST, when="a recipe", about="that trained"),
+    Figure("finetuned/trainable_share", unit=PART, section=COST, when="a recipe",
+           about="of the dense model's"),
+    Figure("finetune/used_expert_<rank>", unit=PART, section=COST, when="`finetune=seer`",
+           about="share of all training tokens that had a first, second, … expert"),
+    Figure("finetune/experts_alive", section=COST, when="`finetune=expert_dropping`",
+           about="mean number of experts left in a layer"),
+    Figure("diagnosis/dead_experts", section=EXPERTS, when="`diagnose=full`",
+           about="experts that no token was sent to, in all layers"),
+    Figure("diagnosis/super_experts", section=EXPERTS, when="`diagnose=full`",
+           about="experts with extreme activations (2507.23279), in all layers"),
+    Figure("diagnosis/usage_deviation", section=EXPERTS, when="`diagnose=full`",
+           about="standard deviation of the usage, 1 being even"),
+    Figure("diagnosis/gate_entropy", unit=NATS, section=EXPERTS,
+           when="`diagnose=full`, a known scoring", about="of the router's full distribution"),
+    Figure("diagnosis/gate_norm_correlation", section=EXPERTS, when="`diagnose=full`",
+           about="Pearson's, of router weight and output norm"),
+    Figure("diagnosis/weight_similarity", section=EXPERTS, when="`diagnose.weights`",
+           about="mean cosine of two experts' weights"),
+    Figure("diagnosis/output_similarity", section=EXPERTS, when="`diagnose.num_samples` above 0",
+           about="mean cosine of two experts' outputs"),
+    Figure("seconds/<stage>", unit=SECONDS_OF_STAGE, better=LESS),
+    Figure("cached/<stage>", unit=TRUTH),
+)  # fmt: skip
+
+
+def _of_tasks(figure: Figure) -> bool:
+    return figure.name.startswith("eval/<task>/")
+
+
+def _axes(section: str) -> tuple[Figure, ...]:
+    """The figures of a section that are axes, in the order in which they are proposed."""
+    found = (figure for figure in FIGURES if figure.section == section and figure.axis)
+    return tuple(sorted(found, key=lambda figure: figure.axis))
+
+
+RESULT_ROWS = tuple(figure for figure in FIGURES if figure.row and not _of_tasks(figure))
+DEFAULT_VALUES = tuple(
+    f"{variant}/{figure.name}" for figure in FIGURES for variant in figure.columns
+)
+QUALITIES, COSTS = _axes(QUALITY), _axes(COST)
+MAIN_QUALITIES = tuple(one for one in QUALITIES if one.axis == QUALITIES[0].axis)
+# A task may give several metrics; the first of these that it has stands for it.
+MAIN_METRICS = tuple(
+    figure.name.rpartition("/")[2] for figure in FIGURES if figure.row and _of_tasks(figure)
+)
+SHARES = frozenset(  # metrics of tasks, 0 to 1, shown in percent
+    figure.name.rpartition("/")[2] for figure in FIGURES if _of_tasks(figure)
+    and figure.unit is SHARE
+)  # fmt: skip
+
+
+@functools.cache
+def figure_of(key: str) -> Figure | None:
+    """The figure that a report's key is one of, by the end of the key; None for what is none.
+
+    Of several whose patterns fit, that with the fewest placeholders: `eval/routing/top_k` is no
+    metric of a task.
+    """
+
+    def fits(figure: Figure) -> bool:
+        pattern = re.sub(r"<\w+>", ".+", re.escape(figure.name))
+        return re.fullmatch(rf"(.*/)?{pattern}", key) is not None
+
+    found = filter(fits, FIGURES)
+    return min(found, key=lambda figure: figure.name.count("<"), default=None)
+
+
+def unit_of(key: str) -> Unit:
+    """What a figure is counted in; of what is no figure, that of numbers."""
+    figure = figure_of(key)
+    return figure.unit if figure else NUMBER
 
 
 def main_metric(metrics: Iterable[str]) -> str:
@@ -43,24 +233,22 @@ def main_metric(metrics: Iterable[str]) -> str:
 
 
 def figure_text(key: str, value: Any) -> str:
-    """One figure as text, by the last part of its key: 12.3 %, 1.20×, 3.9 M, 0.1352."""
+    """One figure as text, in its unit: 12.3 %, 1.20×, 3.9 M, 0.1352."""
     if finite(value) is None:
         return MISSING
-    name = key.rpartition("/")[2]
-    text = _percent(value) if name in SHARES else FORMATS.get(name, "{:.3f}".format)(value)
+    text = unit_of(key).write(value)
     return text if re.search("[1-9]", text) else text.removeprefix("-")
 
 
 def better(key: str) -> int:
-    """1 where more of a figure is better, -1 where less is, 0 where neither; by its last part."""
-    name = "seconds" if key.startswith("seconds/") else key.rpartition("/")[2]
-    return bool(MORE_IS_BETTER.match(name)) - bool(LESS_IS_BETTER.match(name))
+    """1 where more of a figure is better, -1 where less is, 0 where nobody can say."""
+    figure = figure_of(key)
+    return figure.better if figure else 0
 
 
 def difference_text(key: str, value: float) -> str:
     """A difference of figures with its sign: points of a percentage, else as it is shown."""
-    name = key.rpartition("/")[2]
-    if name in SHARES or FORMATS.get(name) is _percent:
+    if unit_of(key).write is percent:
         return signed(100 * value)
     size = figure_text(key, abs(value))
     return size if size == figure_text(key, 0.0) else ("+" if value > 0 else "−") + size
@@ -68,7 +256,7 @@ def difference_text(key: str, value: float) -> str:
 
 def is_truth(key: str) -> bool:
     """Whether a figure is a yes or a no."""
-    return FORMATS.get(key.rpartition("/")[2]) is _yes_or_no
+    return unit_of(key) is TRUTH
 
 
 def titles_of(key: str) -> tuple[str, str]:
@@ -76,8 +264,9 @@ def titles_of(key: str) -> tuple[str, str]:
     variant, _, rest = key.partition("/")
     if not rest or variant.partition("_top_")[0] not in VARIANTS:
         return "", key
+    figure = figure_of(key)
     task, _, metric = rest.removeprefix("eval/").rpartition("/")
-    name = f"{task} {metric}" if task else TITLES.get(metric, metric)
+    name = figure.title if figure and figure.title else f"{task} {metric}".strip()
     return variant.replace("_top_", " top-"), name
 
 
@@ -90,52 +279,3 @@ def signed(points: float) -> str:
     """A difference with its sign, a typographic minus, and no sign on zero."""
     text = f"{points:+.1f}".replace("-", "−")
     return "0.0" if text[1:] == "0.0" else text
-
-
-def _scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three or so digits and a thousands' prefix: 12.3 M."""
-    power = 0
-    while abs(value) >= 999.95 and power < len(units) - 1:
-        value /= 1000
-        power += 1
-    return f"{value:.{1 if power else 0}f} {units[power]}".strip()
-
-
-def _count(value: float) -> str:
-    return _scaled(value, ("", "k", "M", "B", "T"))
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _yes_or_no(value: float) -> str:
-    """Yes, no, or of several reports how many say yes."""
-    words: dict[float, str] = {0: "no", 1: "yes"}
-    return words.get(value) or f"{100 * value:.0f} % yes"
-
-
-FORMATS: dict[str, Callable[[Any], str]] = {
-    "average": _percent,
-    "kl": "{:.4f}".format,
-    "parameters": _count,
-    "active_parameters": _count,
-    "flops_per_token": _count,
-    "top_k": "{:g}".format,
-    "parameter_ratio": _percent,
-    "bytes": _bytes,
-    "bytes_ratio": _percent,
-    "peak_memory_bytes": _bytes,
-    "prefill_seconds": "{:.3f} s".format,
-    "decode_seconds_per_token": "{:.3f} s".format,
-    "memory_ratio": _percent,
-    "prefill_speedup": "{:.2f}×".format,
-    "decode_speedup": "{:.2f}×".format,
-    "stock": _yes_or_no,
-    "seconds": "{:.1f} s".format,
-    "cached": _yes_or_no,
-}

@@ -16,6 +16,9 @@ import yaml
 
 from moe_lab import store
 from moe_lab.files import DIAGNOSIS, HYDRA
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.chain import Chain
+from moe_lab.models.edits.plan import chains_of, read_edit
 
 CONFIG_FOLDER = r"^    - path: (.+)\n +schema: file\n +provider: command-line$"
 LOG_LINES, LOG_BYTES = 300, 100_000
@@ -23,16 +26,48 @@ LISTED = (HYDRA, DIAGNOSIS)  # the folders of a run whose files are ours
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """A plan to four digits, and its scores by layer: runs often differ in the plan alone."""
+def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[int, list[float]]]:
+    """A plan to four digits, and its scores by layer: runs often differ in the plan alone.
+
+    Its edits (`layers` and `searched`) come as `_row` has them, in words that no kind is told by.
+    """
     try:
         plan = json.loads(text, parse_float=_short, parse_constant=_nothing) if text else None
     except ValueError:  # killed while it was written
         return None, {}
     if not isinstance(plan, dict) or "layers" not in plan:
         return None, {}
-    scores = {edit["index"]: edit.pop("scores") for edit in plan["layers"] if "scores" in edit}
-    return plan, {index: values for index, values in scores.items() if len(values) > 1}
+    scores = {}
+    for key in ("searched", "layers"):
+        chains = chains_of(read_edit(values) for values in plan.get(key, ()))
+        plan[key] = [row for chain in chains for row in _rows(chain)]
+        scores = {chain.index: chain.expert_scores for chain in chains}
+    return plan, {index: list(values) for index, values in scores.items() if len(values) > 1}
+
+
+def _rows(chain: Chain) -> Iterator[dict[str, Any]]:
+    """What the page shows of each edit of a layer; kept: what it and those before it leave."""
+    for number, edit in enumerate(chain.edits, start=1):
+        yield _row(edit, Chain(chain.edits[:number]).experts_kept)
+
+
+def _row(edit: Edit, kept: tuple[int, ...] | None) -> dict[str, Any]:
+    """An edit for the page: its words, and experts by their numbers before any edit.
+
+    num_experts: how many the layer has at least, by the experts that the edit names.
+    """
+    cells = {column: items for column, items in edit.cells.items() if items}
+    return {
+        "index": edit.index,
+        "name": edit.name,
+        "edit": edit.kind,
+        "title": edit.title,
+        "changes": edit.changes,
+        "kept": kept,
+        "num_experts": max(edit.named_experts, default=-1) + 1,
+        "cells": cells,
+        "divergence": edit.divergence,
+    }
 
 
 def read_usage(text: str | None) -> dict[str, list[float | None]]:

@@ -8,36 +8,29 @@ from typing import Any
 from rich.table import Table
 
 from moe_lab.report.figures import (
+    MAIN_QUALITIES,
     MISSING,
-    SHARES,
-    TITLES,
+    RESULT_ROWS,
     VARIANTS,
     figure_text,
+    finite,
     main_metric,
     signed,
+    unit_of,
 )
+from moe_lab.report.units import SHARE
 
 
 def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The result table as text: a head with the variants present, then a row per figure."""
     variants = _variants(report)
     body = [
-        [f"{task} ({metric})", *_scores(report, variants, f"eval/{task}/{metric}", metric)]
+        [f"{task} ({metric})", *_cells(report, variants, f"eval/{task}/{metric}")]
         for task, metric in _tasks(report, variants)
     ]
     figures = [
-        ["average accuracy", *_scores(report, variants, "eval/average", "acc")],
-        ["KL to dense (nats per token)", *_figures(report, variants, "kl")],
-        ["experts per token", *_figures(report, variants, "eval/routing/top_k")],
-        ["router entropy (nats)", *_figures(report, variants, "eval/routing/entropy")],
-        ["parameters", *_figures(report, variants, "parameters")],
-        ["active parameters", *_figures(report, variants, "active_parameters")],
-        ["FLOPs per token", *_figures(report, variants, "flops_per_token")],
-        ["size on disk", *_figures(report, variants, "bytes")],
-        ["peak memory of a forward", *_figures(report, variants, "memory_ratio")],
-        ["prefill speed", *_figures(report, variants, "prefill_speedup")],
-        ["decode speed", *_figures(report, variants, "decode_speedup")],
-        ["loads in stock transformers", *_figures(report, variants, "stock")],
+        [figure.unit.above(figure.title), *_cells(report, variants, figure.name)]
+        for figure in RESULT_ROWS
     ]
     body += [row for row in figures if any(cell != MISSING for cell in row[1:])]
     return [["", *(name.replace("_top_", " top-") for name in variants)], *body]
@@ -45,11 +38,12 @@ def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def summary_line(report: Mapping[str, Any]) -> str:
     """A finished job in half a line: "average accuracy: dense 87.8 %, compressed 84.0 %"."""
-    for key, variants in (("eval/average", VARIANTS), ("kl", VARIANTS[1:])):
-        there = [name for name in variants if report.get(f"{name}/{key}") is not None]
+    for figure in MAIN_QUALITIES:
+        keys = {name: f"{name}/{figure.name}" for name in figure.columns}
+        there = {name: key for name, key in keys.items() if report.get(key) is not None}
         if there:
-            told = (f"{name} {figure_text(key, report[f'{name}/{key}'])}" for name in there)
-            return f"{TITLES[key.rpartition('/')[2]]}: {', '.join(told)}"
+            told = (f"{name} {figure_text(key, report[key])}" for name, key in there.items())
+            return f"{figure.title}: {', '.join(told)}"
     return ""
 
 
@@ -59,8 +53,8 @@ def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
     body = [
         [
             stage,
-            figure_text("seconds", report.get(f"seconds/{stage}")),
-            figure_text("cached", report.get(f"cached/{stage}")),
+            _took(report[f"seconds/{stage}"]),
+            figure_text(f"cached/{stage}", report.get(f"cached/{stage}")),
         ]
         for stage in stages
     ]
@@ -106,10 +100,10 @@ def _tasks(report: Mapping[str, Any], variants: list[str]) -> list[tuple[str, st
     return [(task, main_metric(names)) for task, names in metrics.items()]
 
 
-def _scores(report: Mapping[str, Any], variants: list[str], key: str, metric: str) -> list[str]:
-    """One task's cells: shares in percent, with the difference to dense in points."""
-    cells = _figures(report, variants, key)
-    if metric not in SHARES:
+def _cells(report: Mapping[str, Any], variants: list[str], key: str) -> list[str]:
+    """A figure's cells; of shares with the difference to dense in points."""
+    cells = [figure_text(key, report.get(f"{variant}/{key}")) for variant in variants]
+    if unit_of(key) is not SHARE:
         return cells
     dense = report.get(f"dense/{key}")
     for position, variant in enumerate(variants):
@@ -119,8 +113,8 @@ def _scores(report: Mapping[str, Any], variants: list[str], key: str, metric: st
     return cells
 
 
-def _figures(report: Mapping[str, Any], variants: list[str], key: str) -> list[str]:
-    return [figure_text(key, report.get(f"{variant}/{key}")) for variant in variants]
+def _took(seconds: float | None) -> str:
+    return MISSING if finite(seconds) is None else f"{seconds:.1f} s"
 
 
 def _rich(lines: list[list[str]]) -> Table:

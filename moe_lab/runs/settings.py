@@ -10,12 +10,13 @@ from pydoc import ErrorDuringImport
 from typing import Any
 
 from moe_lab.files import PLAN
+from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Plugin
 from moe_lab.report.frame import REQUEST, RESULT_KEYS
 from moe_lab.runs.options import target_of
 from moe_lab.store import commit
 from moe_lab.track.tracker import stable_hash
-from moe_lab.types import Plan, UserError
+from moe_lab.types import UserError
 
 RECIPE_OPTIONS = (
     "top_k", "entropy", "annealing", "annealed_at", "trains", "windows", "beta", "force",
@@ -117,7 +118,8 @@ def planned_layers(folder: Path) -> dict[str, str]:
     if not (folder / PLAN).is_file():
         return {}
     plan = Plan.load(folder / PLAN)
-    return {"plan/layers": json.dumps(plan.layer_order or [edit.index for edit in plan.edited()])}
+    edited = [chain.index for chain in plan.chains() if chain.changes]
+    return {"plan/layers": json.dumps(plan.layer_order or edited)}
 
 
 def _word(value: object) -> object:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,7 +28,7 @@ from moe_lab.files import PAGE, REPORT, SWEEP
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_lab.runs.settings import Place
+    from moe_lab.runs.settings import Description, Place
 
 
 class Sweep(Callback):
@@ -130,6 +132,21 @@ def jobs(config: DictConfig) -> list[list[str]] | None:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     (of_jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
     return of_jobs
+
+
+def description_of(config: DictConfig) -> Description:
+    """The job that Hydra is at, as its sweep knows it."""
+    from moe_lab.runs.settings import Description
+
+    around = HydraConfig.get()
+    folder = Path(around.runtime.output_dir)
+    # A single job that is put into a sweep's folder is none of its own.
+    where = place(folder) if around.mode == RunMode.MULTIRUN else None
+    named = where.told if where else around.job.override_dirname
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    choices = dict(around.runtime.choices)
+    name = named or config.model.name
+    return Description(folder, folder.parent.name, name, choices, plain, where)
 
 
 def place(folder: Path) -> Place | None:

@@ -3,34 +3,61 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_lab.compute import Compute
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
-from moe_lab.models import depth, editing, forms, layers, merging, own_form, remapped, saving
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.store import Artifact, Store
-from moe_lab.types import Plan
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import Artifact
+
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
 
 
-def compress(store: Store, checkpoint: Checkpoint, plan: Artifact, compute: Compute) -> Artifact:
+@dataclass(frozen=True)
+class Compression:
+    """A model, and the result of the plan for it."""
+
+    dense: Checkpoint
+    plan: Artifact
+
+
+def compress(context: Context, asked: Compression) -> Artifact:
     """A folder with checkpoint/ and form.json, which says whether stock transformers loads it."""
 
+    plan = Plan.load(asked.plan.folder / PLAN)
+
     def make(folder: Path) -> None:
-        model = checkpoint.load()
-        edits = Plan.load(plan.folder / PLAN)
-        apply_plan(model, edits)
-        padding = edits.notes.get("padding")
-        form = save_checkpoint(model, folder / CHECKPOINT, checkpoint.path, padding)
+        model = asked.dense.load()
+        apply_plan(model, plan)
+        padding = plan.notes.get("padding")
+        form = save_checkpoint(model, folder / CHECKPOINT, asked.dense.path, padding)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
 
     identity = {
-        "model": checkpoint.fingerprint,
-        "dtype": checkpoint.dtype,
-        "plan": plan.key,
-        "code": code_version(depth, editing, merging, layers, saving, forms, own_form, remapped),
+        "model": asked.dense.fingerprint,
+        "dtype": asked.dense.dtype,
+        "plan": asked.plan.key,
+        "code": code_version(compress, *plan.kinds()),
     }
-    return store.get("compress", identity, make)
+    return context.store.get("compress", identity, make)
+
+
+def _inputs(run: Run) -> dict[str, Compression]:
+    """A plan for each group of the calibration set changes no checkpoint."""
+    planned = run.results["plan"]
+    edited = Plan.load(planned.folder / PLAN).edited()
+    return {"compress": Compression(run.dense, planned)} if edited else {}
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    run.add_made("compressed", result)
+
+
+STAGE = Stage(_inputs, compress, _read)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.diagnose import pictures, similarity
@@ -22,58 +21,85 @@ from moe_lab.diagnose.diagnosis import Diagnosis
 from moe_lab.files import DIAGNOSIS
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
-from moe_lab.profile import all_experts, collect
+from moe_lab.profile import collect
 from moe_lab.profile import layer as profile_layer
-from moe_lab.progress import progress
-from moe_lab.report.plots import style
-from moe_lab.store import DONE, Artifact, Store, write_whole
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import DONE, Artifact, write_whole
+
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
 
 logger = logging.getLogger(__name__)
 MATRICES, FIGURES_FILE = "similarities.safetensors", "figures.json"
 Matrices = dict[int, dict[str, Tensor]]  # by layer index and kind
 
 
-def diagnose(
-    store: Store,
-    checkpoint: Checkpoint,
-    profile: Artifact,
-    tokens: Tokens,
-    how: Diagnosis,
-    compute: Compute,
-) -> Artifact:
-    """A folder with the tables (CSV), pictures (PNG and PDF), matrices, and figures.json.
+@dataclass(frozen=True)
+class Diagnosing:
+    """A model, its profile on the calibration set, and what is looked at."""
 
-    The matrices have their own place (kind `similarity`): other tables and pictures of them cost
-    neither weights nor outputs again.
-    """
-    sample = tokens.take(range(min(how.num_samples, len(tokens.samples))))
-    similar = {
-        "model": checkpoint.fingerprint,
-        "dtype": checkpoint.dtype,
-        "data": sample.fingerprint if sample.samples else None,
-        "weights": how.weights,
-        "code": code_version(similarity, all_experts),
-    }
+    checkpoint: Checkpoint
+    profile: Artifact
+    tokens: Tokens
+    how: Diagnosis
 
-    def measure(folder: Path) -> None:
-        matrices: dict[str, Tensor] = {}
-        for index, of_layer in _similarities(store, checkpoint, sample, how.weights, compute):
-            matrices |= {
-                f"{index}/{kind}": matrix.contiguous() for kind, matrix in of_layer.items()
-            }
-        save_file(matrices, folder / MATRICES)
+    @property
+    def sample(self) -> Tokens:
+        """The samples on which every expert runs."""
+        return self.tokens.take(range(len(self.tokens.samples))[: self.how.num_samples])
+
+
+def diagnose(context: Context, asked: Diagnosing) -> Artifact:
+    """A folder with the tables (CSV), pictures (PNG and PDF), matrices, and figures.json."""
+    similar = _similarity_identity(asked)
 
     def make(folder: Path) -> None:
-        source = store.get("similarity", similar, measure).folder / MATRICES
-        shutil.copy(source, folder)
-        _tell(collect.load_statistics(profile.folder), _by_layer(load_file(source)), folder)
+        matrices = _similarities(context, asked, similar).folder / MATRICES
+        shutil.copy(matrices, folder)
+        layers = collect.load_statistics(asked.profile.folder)
+        _tell(layers, _by_layer(load_file(matrices)), folder)
 
-    code = code_version(diagnose_tables, style, pictures, collect, profile_layer)
-    identity = {"profile": profile.key, "similarity": similar, "code": code}
-    return store.get("diagnose", identity, make)
+    identity = {
+        "profile": asked.profile.key,
+        "similarity": similar,
+        "code": code_version(diagnose),
+    }
+    return context.store.get("diagnose", identity, make)
+
+
+def _similarity_identity(asked: Diagnosing) -> dict[str, Any]:
+    sample = asked.sample
+    return {
+        "model": asked.checkpoint.fingerprint,
+        "dtype": asked.checkpoint.dtype,
+        "data": sample.fingerprint if sample.samples else None,
+        "weights": asked.how.weights,
+        "code": code_version(similarity),
+    }
+
+
+def _similarities(context: Context, asked: Diagnosing, identity: dict[str, Any]) -> Artifact:
+    """The matrices have their own place (kind `similarity`).
+
+    Other tables and pictures of them cost neither weights nor outputs again.
+    """
+
+    def make(folder: Path) -> None:
+        matrices: dict[str, Tensor] = {}
+        sample, weights, compute = asked.sample, asked.how.weights, context.compute
+        if weights or sample.samples:
+            batches = sample.batches(compute.batch_size, compute.device)
+            limit = int(compute.cache_gib * 2**30)
+            cache = Activations(limit, context.store.root, compute.device)
+            model = LayerwiseModel(asked.checkpoint, compute.device)
+            stream = LayerStream(model, batches, cache)
+            matrices = similarity.of_model(stream, weights, outputs=bool(sample.samples))
+        save_file(matrices, folder / MATRICES)
+
+    return context.store.get("similarity", identity, make)
 
 
 def copy_diagnosis(diagnosed: Artifact, folder: Path) -> dict[str, float]:
@@ -83,40 +109,6 @@ def copy_diagnosis(diagnosed: Artifact, folder: Path) -> dict[str, float]:
     logger.info("diagnose: tables and pictures are in %s", home)
     figures = json.loads((diagnosed.folder / FIGURES_FILE).read_text())
     return {f"{DIAGNOSIS}/{name}": value for name, value in figures.items()}
-
-
-def _similarities(
-    store: Store, checkpoint: Checkpoint, sample: Tokens, weights: bool, compute: Compute
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Each MoE layer's matrices, its weights being read once for all."""
-    if not weights and not sample.samples:
-        return
-    batches = sample.batches(compute.batch_size, compute.device)
-    cache = Activations(int(compute.cache_gib * 2**30), store.root, compute.device)
-    stream = LayerStream(LayerwiseModel(checkpoint, compute.device), batches, cache)
-    if weights:
-        numbers = sum(num_parameters(layer.experts) for layer in stream.moe.values())
-        logger.info("diagnose: the weights of all experts are read, %.3g numbers", numbers)
-    runner = all_experts.ExpertSample(stream) if sample.samples else None
-    for index in progress(sorted(stream.moe), "diagnose"):
-        with _opened(stream, runner, index) as experts:
-            matrices = similarity.of_weights(stream.moe[index]) if weights else {}
-            if experts is not None:
-                matrices |= similarity.of_outputs(experts.chunks())
-        yield index, matrices
-
-
-@contextmanager
-def _opened(
-    stream: LayerStream, runner: all_experts.ExpertSample | None, index: int
-) -> Iterator[all_experts.AllExperts | None]:
-    """The layer with its weights in memory: every expert's outputs, or None without a sample."""
-    if runner is None:
-        with stream.layer(index):
-            yield None
-        return
-    with runner.open(index) as experts:
-        yield experts
 
 
 def _by_layer(flat: dict[str, Tensor]) -> Matrices:
@@ -154,3 +146,18 @@ def _shown(similarities: Matrices) -> dict[str, dict[int, np.ndarray]]:
             if matrix is not None:
                 shown.setdefault(kind, {})[index] = matrix.numpy()
     return shown
+
+
+def _inputs(run: Run) -> dict[str, Diagnosing]:
+    how = run.parts.diagnose
+    if how is None:
+        return {}
+    profiled, tokens = run.results["profile"], run.texts["calibration"]
+    return {"diagnose": Diagnosing(run.dense, profiled, tokens, how)}
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    run.report |= copy_diagnosis(result, run.folder)
+
+
+STAGE = Stage(_inputs, diagnose, _read)

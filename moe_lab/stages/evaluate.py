@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lab.compute import Compute
 from moe_lab.data.embedded import standard_library_fingerprint
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
-from moe_lab.evaluate.held_out import compare_held_out
+from moe_lab.evaluate.held_out import HeldOut, compare_held_out
 from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
-from moe_lab.evaluate.tasks.tiny import items
-from moe_lab.evaluate.tasks.tiny import tasks as tiny_tasks
-from moe_lab.files import PLAN, PLANS
-from moe_lab.models import layers, observing, remapped, routers
-from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.routers import restricted
-from moe_lab.profile import collect
-from moe_lab.store import Artifact, Store, write_whole
-from moe_lab.types import Plan
+from moe_lab.models.checkpoint import Checkpoint, Model
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import Artifact, write_whole
+
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
 
 logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"
@@ -34,100 +32,68 @@ ROUTING = "routing.json"
 NAMED = ("tasks", "group_task", "mirror", "held_out", "top_k")
 
 
-def evaluate(
-    store: Store,
-    variant: Checkpoint,
-    dense: Checkpoint,
-    suite: Suite,
-    options: dict[str, Any],
-    held_out: Tokens | None,
-    compute: Compute,
-) -> Artifact:
+@dataclass(frozen=True)
+class Evaluation:
+    """A variant of a model and the model itself, a suite with its composed options and its text."""
+
+    variant: Checkpoint
+    dense: Checkpoint
+    suite: Suite
+    options: Mapping[str, Any]
+    held_out: Tokens | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {
+            "checkpoint": self.variant.fingerprint,
+            "dense": self.dense.fingerprint,
+            "dtype": self.variant.dtype,
+            "held_out": self.held_out.fingerprint if self.held_out else None,
+            "code": code_version(evaluate),
+        } | asked_of(self.suite.tasks, self.suite.mirror, self.options)
+
+
+def evaluate(context: Context, asked: Evaluation) -> Artifact:
     """A folder with results.json: <task>/<metric>, average, and HeldOut's figures, flat.
 
     Beside it routing.json, HeldOut's `routed`, where there is held-out text.
-
-    options: the suite's composed config. Where its texts and datasets lie is no part of the
-    result's identity; what is in them is.
     """
 
     def make(folder: Path) -> None:
-        model = variant.load(compute.device)
+        suite, compute = asked.suite, context.compute
+        model = asked.variant.load(compute.device)
         logger.info("evaluate: %s", ", ".join(suite.tasks) or "held-out text")
         results: dict[str, float] = {}
         if suite.tasks:
-            results |= run_tasks(model, variant.tokenizer(), suite, folder, compute.batch_size)
-        if held_out is not None:
-            same = variant.path == dense.path  # perhaps at another number of experts per token
-            reference = model if same else dense.load(compute.device)
-            top_k = dense.layers()[0].top_k if variant.top_k and same else None
-            batches = held_out.batches(compute.batch_size, compute.device)
-            compared = compare_held_out(reference, model, batches, top_k)
+            tokenizer = asked.variant.tokenizer()
+            results |= run_tasks(model, tokenizer, suite, folder, compute.batch_size)
+        if asked.held_out is not None:
+            compared = _compared(asked, asked.held_out, model, compute)
             results |= compared.figures
             write_whole(folder / ROUTING, json.dumps(compared.routed) + "\n")
-        write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+        write_results(folder, results)
 
-    identity = {
-        "checkpoint": variant.fingerprint,
-        "dense": dense.fingerprint,
-        "dtype": variant.dtype,
-        "held_out": held_out.fingerprint if held_out else None,
-        "code": code_version(*_code(), compare_held_out, collect, observing),
-    }
-    return store.get("evaluate", identity | _asked(suite.tasks, suite.mirror, options), make)
+    return context.store.get("evaluate", asked.identity(), make)
 
 
-def evaluate_groups(
-    store: Store,
-    dense: Checkpoint,
-    planned: Artifact,
-    suite: Suite,
-    options: dict[str, Any],
-    compute: Compute,
-) -> Artifact:
-    """The same for the plans of groups: each group's tasks on the dense model with its experts.
+def _compared(asked: Evaluation, text: Tokens, model: Model, compute: Compute) -> HeldOut:
+    variant, dense = asked.variant, asked.dense
+    same = variant.path == dense.path  # perhaps at another number of experts per token
+    reference = model if same else dense.load(compute.device)
+    top_k = dense.layers()[0].top_k if variant.top_k and same else None
+    return compare_held_out(
+        reference, model, text.batches(compute.batch_size, compute.device), top_k
+    )
 
-    Results as `evaluate` has them; average is over the groups, and groups how many there are. No
-    weight is changed: a group's plan only says which experts its routers choose among.
+
+def asked_of(
+    tasks: Sequence[str], mirror: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of an identity that says what is asked, and of which data.
+
+    options: a suite's composed ones. Where its texts and datasets lie is no part of the result's
+    identity; what is in them is.
     """
-    groups = Plan.load(planned.folder / PLAN).notes["groups"]
-
-    def make(folder: Path) -> None:
-        model, tokenizer = dense.load(compute.device), dense.tokenizer()
-        results: dict[str, float] = {}
-        averages = []
-        for number, group in enumerate(groups):
-            tasks = suite.tasks_of(group)
-            logger.info("evaluate: group %s: %s", group, ", ".join(tasks))
-            plan = Plan.load(planned.folder / PLANS / f"{number}.json")
-            kept = {edit.index: edit.kept for edit in plan.edited()}
-            with restricted(model, kept):
-                of_group = run_tasks(
-                    model, tokenizer, replace(suite, tasks=tasks), folder, compute.batch_size
-                )
-            averages += [of_group.pop("average")] if "average" in of_group else []
-            results |= of_group
-        if averages:
-            results["average"] = sum(averages) / len(averages)
-        results["groups"] = len(groups)
-        write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
-
-    tasks = [name for group in groups for name in suite.tasks_of(group)]
-    identity = {
-        "dense": dense.fingerprint,
-        "dtype": dense.dtype,
-        "plan": planned.key,
-        "code": code_version(*_code()),
-    }
-    return store.get("evaluate", identity | _asked(tasks, suite.mirror, options), make)
-
-
-def _code() -> list[object]:
-    return [evaluate, run_tasks, Suite, layers, routers, remapped, tiny_tasks, items, harness]
-
-
-def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The part of an identity that says what is asked, and of which data."""
     others = others_of(tasks)
     embedded = len(others) < len(tasks)
     own = {name: (harness.SST5 / f"{name}.yaml").read_text() for name in harness.HARNESS_NAMES}
@@ -140,7 +106,40 @@ def _asked(tasks: Sequence[str], mirror: str | None, options: dict[str, Any]) ->
     }
 
 
+def write_results(folder: Path, results: Mapping[str, float]) -> None:
+    """Put scores where `results_of` reads them."""
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+
+
 def results_of(artifact: Artifact) -> dict[str, float]:
-    """What `evaluate` found."""
+    """The scores in the result of an evaluation."""
     results: dict[str, float] = json.loads((artifact.folder / RESULTS_FILE).read_text())
     return results
+
+
+def tell_scores(report: dict[str, Any], variant: str, results: Mapping[str, float]) -> None:
+    """Put a variant's scores into a report; no entropy where experts are repeated in it.
+
+    A repeated expert shares its probability with its twin: more entropy, and the same function.
+    """
+    repeated = f"{variant.partition('_top_')[0]}/repeated_parameters" in report
+    for key, value in results.items():
+        if not (repeated and key == "routing/entropy"):
+            report[f"{variant}/kl" if key == "kl" else f"{variant}/eval/{key}"] = value
+
+
+def _inputs(run: Run) -> dict[str, Evaluation]:
+    suite = run.parts.eval
+    options, text = run.config["eval"], run.texts.get("held_out")
+    return {
+        f"evaluate_{name}": Evaluation(variant, run.dense, suite, options, text)
+        for name, variant in (run.all_variants.items() if suite else ())
+        if suite
+    }
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    tell_scores(run.report, name.removeprefix("evaluate_"), results_of(result))
+
+
+STAGE = Stage(_inputs, evaluate, _read)

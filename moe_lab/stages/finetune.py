@@ -5,71 +5,82 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
-from moe_lab.files import CHECKPOINT, FORM, PLAN
-from moe_lab.finetune.recipe import Phase, Recipe, sources
+from moe_lab.files import CHECKPOINT, CURVE, FORM, PLAN, TRAINABLE
+from moe_lab.finetune.recipe import Recipe
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.training import STATE, Training
-from moe_lab.finetune.tuning import Tuning
-from moe_lab.models import editing, forms, layers, observing, own_form, remapped, routers, saving
-from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.layers import num_parameters
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.store import Artifact, Store
-from moe_lab.types import Plan
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import Artifact
+
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
+
+TOLD_OF_TRAINING = ("used_expert_", "experts_alive")  # what recipes say of a whole training
 
 
-def finetune(
-    store: Store,
-    compressed: Checkpoint,
-    plan: Artifact,
-    recipe: Recipe,
-    options: dict[str, Any],
-    tokens: dict[str, Tokens],
-    seed: int,
-    compute: Compute,
-    taught: Artifact | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
-) -> Artifact:
-    """A folder with checkpoint/, form.json, curve.jsonl and trainable.json.
+@dataclass(frozen=True)
+class FineTuning:
+    """A checkpoint and the plan that it was made with; a recipe, its composed options and texts.
 
-    options: the recipe's composed config; tokens: by the names that
-    `sources` gives, others are not used; taught: what `teach` made, where the recipe distils; log:
-    takes each row of the curve while it trains.
+    tokens: by the names that `recipe.sources` gives; taught: what `teach` made, where the recipe
+    distils.
     """
-    edits = Plan.load(plan.folder / PLAN)
-    recipe.check(edits)
-    tokens = {name: tokens[name] for name in sources(recipe.phases)}
-    code = [finetune, Training, Phase, Tuning, recipe, editing, layers, observing, routers]
-    code += [saving, forms, own_form, remapped]
-    identity = {
-        "checkpoint": compressed.fingerprint,
-        "plan": plan.key,
-        "recipe": _without_sources(options),
-        "data": {name: part.fingerprint for name, part in tokens.items()},
-        "seed": seed,
-        "code": code_version(*code, *recipe.code()),
-    }
-    if taught:
-        identity["teacher"] = taught.key
+
+    compressed: Checkpoint
+    plan: Artifact
+    recipe: Recipe
+    options: dict[str, Any]
+    tokens: Mapping[str, Tokens]
+    seed: int
+    taught: Artifact | None = None
+
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        """What the tuned checkpoint depends on."""
+        identity = {
+            "checkpoint": self.compressed.fingerprint,
+            "plan": self.plan.key,
+            "recipe": _without_sources(self.options),
+            "data": {name: part.fingerprint for name, part in self.tokens.items()},
+            "seed": self.seed,
+            "code": code_version(finetune, self.recipe, *plan.kinds()),
+        }
+        return identity | ({"teacher": self.taught.key} if self.taught else {})
+
+
+def finetune(context: Context, asked: FineTuning) -> Artifact:
+    """A folder with checkpoint/, form.json, curve.jsonl and trainable.json."""
+    recipe, plan = asked.recipe, Plan.load(asked.plan.folder / PLAN)
+    recipe.check(plan)
 
     def make(folder: Path) -> None:
         # Weights that do not train stay as they are stored, unless all is computed in float32.
         dtype = "float32" if recipe.dtype == "float32" else "auto"
-        model = dataclasses.replace(compressed, dtype=dtype).load(compute.device)
-        teacher = Teacher(taught.folder, tokens.values()) if taught else None
-        Training(model, edits, recipe, tokens, seed, compute, folder, teacher, log).run()
+        model = dataclasses.replace(asked.compressed, dtype=dtype).load(context.compute.device)
+        tokens = dict(asked.tokens)
+        teacher = Teacher(asked.taught.folder, tokens.values()) if asked.taught else None
+        Training(
+            model, plan, recipe, tokens, asked.seed, context.compute, folder, teacher, context.log
+        ).run()
         twins = getattr(recipe, "twins", 0.0)
-        form = save_checkpoint(model.cpu(), folder / CHECKPOINT, compressed.path, twins=twins)
+        source = asked.compressed.path
+        form = save_checkpoint(model.cpu(), folder / CHECKPOINT, source, twins=twins)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
-    return store.get("finetune", identity, make)
+    return context.store.get("finetune", asked.identity(plan), make)
 
 
 def _without_sources(options: dict[str, Any]) -> dict[str, Any]:
@@ -79,3 +90,41 @@ def _without_sources(options: dict[str, Any]) -> dict[str, Any]:
         for name in ("data", "validation"):
             (phase or {}).pop(name, None)
     return options
+
+
+def told_of_training(folder: Path, dense: Checkpoint) -> dict[str, Any]:
+    """How many parameters trained, their share of the dense model's, and the text they saw.
+
+    And from the curve's last row, which share of all tokens had a k-th expert, and the like.
+    """
+    trained = json.loads((folder / TRAINABLE).read_text())
+    total = num_parameters(meta_model(dense.config))
+    told = {
+        "finetuned/trainable_parameters": trained["parameters"],
+        "finetuned/trainable_share": trained["parameters"] / total,
+    }
+    told |= {f"finetune/{text}": ", ".join(seen) for text, seen in trained["texts"].items()}
+    last = json.loads((folder / CURVE).read_text().splitlines()[-1])
+    ends = {key: value for key, value in last.items() if key.startswith(TOLD_OF_TRAINING)}
+    return told | {f"finetune/{key}": value for key, value in ends.items()}
+
+
+def _inputs(run: Run) -> dict[str, FineTuning]:
+    recipe = run.parts.finetune
+    if recipe is None or not run.tunes:
+        return {}
+    return {
+        "finetune": FineTuning(
+            run.compressed, run.results["plan"], recipe, run.config["finetune"],
+            run.tuning_texts, run.config["seed"], run.results.get("teacher"),
+        )
+    }  # fmt: skip
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    run.add_made("finetuned", result)
+    run.report |= told_of_training(result.folder, run.dense)
+    shutil.copy(result.folder / CURVE, run.folder / CURVE)
+
+
+STAGE = Stage(_inputs, finetune, _read)

@@ -4,56 +4,88 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_lab.compute import Compute
 from moe_lab.dependencies import code_version
 from moe_lab.measure import REFERENCE, Measurement, bytes_on_disk, counted, measure
-from moe_lab.models import remapped
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.routers import at_top_k
-from moe_lab.store import Artifact, Store, write_whole
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import Artifact, write_whole
+
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
 
 MEASURED_FILE = "figures.json"
 
 
-def measure_stage(
-    store: Store, variants: Mapping[str, Checkpoint], how: Measurement, compute: Compute
-) -> Artifact:
-    """A folder with figures.json: `measure` and `<variant>/bytes` of all variants, flat.
+@dataclass(frozen=True)
+class Measuring:
+    """Variants by name, "dense" among them, and how they are measured.
 
     A variant at another number of experts per token is no model of its own: it is counted on the
-    one that has its weights, and has active_parameters and flops_per_token alone. The machine is
-    part of the identity: a speed is a property of it as much as of the model.
+    one that has its weights, and has active_parameters and flops_per_token alone.
     """
 
-    def make(folder: Path) -> None:
-        whole = {name: one for name, one in variants.items() if one.top_k is None}
-        models = {name: checkpoint.load(compute.device) for name, checkpoint in whole.items()}
-        vocabulary = next(iter(models.values())).config.vocab_size
-        figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
-        model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
-        for name in (name for name in variants if name not in whole):
-            with at_top_k(model := model_of[variants[name].path], variants[name].top_k):
-                figures |= counted(name, model, how.prompt_length)
-        for name, checkpoint in whole.items():
-            figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
-            dense_bytes = bytes_on_disk(variants[REFERENCE].path)
-            figures[f"{name}/bytes_ratio"] = figures[f"{name}/bytes"] / dense_bytes
-        write_whole(folder / MEASURED_FILE, json.dumps(figures, indent=1) + "\n")
+    variants: Mapping[str, Checkpoint]
+    how: Measurement
 
+
+def measure_variants(context: Context, asked: Measuring) -> Artifact:
+    """A folder with figures.json: `measure` and `<variant>/bytes` of all variants, flat.
+
+    The machine is part of the identity: a speed is a property of it as much as of the model.
+    """
+    variants = asked.variants
     identity = {
         "checkpoints": {name: checkpoint.fingerprint for name, checkpoint in variants.items()},
         "dtypes": {name: checkpoint.dtype for name, checkpoint in variants.items()},
-        "how": asdict(how),
-        "machine": compute.machine(),
-        "code": code_version(measure_stage, measure, remapped),
+        "how": asdict(asked.how),
+        "machine": context.compute.machine(),
+        "code": code_version(measure_variants),
     }
-    return store.get("measure", identity, make)
+
+    def make(folder: Path) -> None:
+        figures = _measured(variants, asked.how, context.compute.device)
+        write_whole(folder / MEASURED_FILE, json.dumps(figures, indent=1) + "\n")
+
+    return context.store.get("measure", identity, make)
+
+
+def _measured(
+    variants: Mapping[str, Checkpoint], how: Measurement, device: str
+) -> dict[str, float]:
+    whole = {name: one for name, one in variants.items() if one.top_k is None}
+    models = {name: checkpoint.load(device) for name, checkpoint in whole.items()}
+    vocabulary = next(iter(models.values())).config.vocab_size
+    figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
+    model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
+    for name in (name for name in variants if name not in whole):
+        with at_top_k(model := model_of[variants[name].path], variants[name].top_k):
+            figures |= counted(name, model, how.prompt_length)
+    dense_bytes = bytes_on_disk(variants[REFERENCE].path)
+    for name, checkpoint in whole.items():
+        figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
+        figures[f"{name}/bytes_ratio"] = figures[f"{name}/bytes"] / dense_bytes
+    return figures
 
 
 def figures_of(artifact: Artifact) -> dict[str, float]:
-    """What `measure_stage` found."""
+    """What `measure_variants` found."""
     figures: dict[str, float] = json.loads((artifact.folder / MEASURED_FILE).read_text())
     return figures
+
+
+def _inputs(run: Run) -> dict[str, Measuring]:
+    how = run.parts.measure
+    return {"measure": Measuring(run.all_variants, how)} if how else {}
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    run.report |= figures_of(result)
+
+
+STAGE = Stage(_inputs, measure_variants, _read)

@@ -4,139 +4,160 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import PLAN, PLANS
-from moe_lab.finetune.recipe import Recipe
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, Model, check_plan
-from moe_lab.models.forms import form_of
+from moe_lab.models.checkpoint import Checkpoint, Model
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan, check_plan
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile
-from moe_lab.store import Artifact, Store, write_whole
-from moe_lab.types import Edit, LayerInfo, Plan
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import Artifact, write_whole
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
+
 ANSWER = "answer.json"
 
 
-def plan(
-    store: Store,
-    checkpoint: Checkpoint,
-    profile: Artifact,
-    tokens: Tokens,
-    method: Method,
-    options: dict[str, Any],
-    compute: Compute,
-) -> Artifact:
-    """A folder with plan.json. options: the method's composed config, its identity.
+@dataclass(frozen=True)
+class Planning:
+    """A model, its profile on the calibration set, and a method with its composed options."""
+
+    checkpoint: Checkpoint
+    profile: Artifact
+    tokens: Tokens
+    method: Method
+    options: dict[str, Any]
+
+
+def plan(context: Context, asked: Planning) -> Artifact:
+    """A folder with plan.json.
 
     Where the profile has groups, plans/<number>.json has a plan for each, and plan.json changes
     nothing but names the groups by number.
-    What a search finds on the way is kept too, step by step (kind `search`): searches go on where
-    they were stopped, and plans that ask the same questions share the answers.
     """
-    code = code_version(method, *method.parts())
+    method = asked.method
+    identity = {
+        "profile": asked.profile.key,
+        "method": method.identity(asked.options),
+        "code": code_version(plan, method, *method.parts()),
+    }
+    return context.store.get("plan", identity, lambda folder: _write(context, asked, folder))
 
-    def make(folder: Path) -> None:
-        common = collect.load_statistics(profile.folder)
-        groups = collect.load_groups(profile.folder)
-        for number, layers in enumerate(groups.values()):
-            (folder / PLANS).mkdir(exist_ok=True)
-            write(planned(layers), folder / PLANS / f"{number}.json")
-        made = _keep_all(common, list(groups)) if groups else planned(common)
-        write(made, folder / PLAN)
 
-    def write(made: Plan, path: Path) -> None:
-        made.write_tensors(path)
-        write_whole(path, made.to_text())
-
-    @functools.cache
-    def stored() -> dict[int, LayerInfo]:
-        return {info.index: info for info in checkpoint.layers()}
+def _write(context: Context, asked: Planning, folder: Path) -> None:
+    model, profiled = IntactModel(context, asked), asked.profile.folder
+    stored = {info.index: info for info in asked.checkpoint.layers()}
 
     def planned(layers: list[LayerStatistics]) -> Plan:
         for layer in layers:  # profiled as the model computes; sizes count as it is saved
-            layer.info = stored()[layer.info.index]
-        made = method.plan(Profile(layers, open_stream, open_model, remember))
+            layer.info = stored[layer.info.index]
+        made = asked.method.plan(model.profile(layers))
         check_plan([layer.info for layer in layers], made.edited())
         return made
 
-    def batches(num_samples: int | None) -> list[dict[str, Tensor]]:
-        sample = tokens.take(range(min(num_samples or len(tokens.samples), len(tokens.samples))))
-        return sample.batches(compute.batch_size, compute.device)
+    common, groups = collect.load_statistics(profiled), collect.load_groups(profiled)
+    for number, layers in enumerate(groups.values()):
+        (folder / PLANS).mkdir(exist_ok=True)
+        _save(planned(layers), folder / PLANS / f"{number}.json")
+    _save(_keep_all(common, list(groups)) if groups else planned(common), folder / PLAN)
 
-    def open_model(num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
-        return checkpoint.load(compute.device), batches(num_samples)
 
-    def open_stream(num_samples: int | None = None) -> LayerStream:
-        limit = int(compute.cache_gib * 2**30)
-        cache = Activations(limit, folder=store.root, device=compute.device)
-        model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
-        return LayerStream(model, batches(num_samples), cache)
-
-    def remember(
-        identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
-    ) -> Answer:
-        def answer(folder: Path) -> None:
-            write_whole(folder / ANSWER, json.dumps(work()) + "\n")
-
-        question = identity | {"profile": profile.key, "code": code_version(*code)}
-        kept = store.get("search", question, answer)
-        known: Answer = json.loads((kept.folder / ANSWER).read_text())
-        return known
-
-    identity = {
-        "profile": profile.key,
-        "method": method.identity(options),
-        "code": code,
-    }
-    return store.get("plan", identity, make)
+def _save(made: Plan, path: Path) -> None:
+    made.write_tensors(path)
+    write_whole(path, made.to_text())
 
 
 def _keep_all(layers: list[LayerStatistics], groups: list[str]) -> Plan:
-    edits = tuple(Edit(layer.info.index, layer.info.name, "keep") for layer in layers)
+    edits = tuple(KeepLayer(layer.info.index, layer.info.name) for layer in layers)
     return Plan(edits, notes={"groups": groups})
 
 
-def check_recipe(
-    checkpoint: Checkpoint, method: Method, recipe: Recipe | None, layers: list[LayerInfo]
-) -> None:
-    """Refuse a recipe that cannot work with the model, or that the plan leaves nothing to train.
+class IntactModel:
+    """What a method may ask of the model beside its statistics, made when it asks.
 
-    Known before any work from the shape of the plan's edits, where the method tells it.
+    What a search finds on the way is kept, step by step (kind `search`): searches go on where
+    they were stopped, and plans that ask the same questions share the answers.
     """
-    if not recipe:
-        return
-    recipe.check_model(checkpoint.config, layers)
-    if edits := method.example(layers):
-        indices = {edit.index for edit in edits}
-        others = (info for info in layers if info.index not in indices)
-        kept = tuple(Edit(info.index, info.name, "keep") for info in others)
-        recipe.check(Plan((*edits, *kept)))
+
+    def __init__(self, context: Context, asked: Planning):
+        self.context, self.asked = context, asked
+
+    def profile(self, layers: list[LayerStatistics]) -> Profile:
+        """What the method looks at."""
+        return Profile(layers, self.open_stream, self.open_model, self.remember)
+
+    def open_model(self, num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
+        """The model, whole, and the first samples of the calibration set (None: all)."""
+        return self.asked.checkpoint.load(self.context.compute.device), self._batches(num_samples)
+
+    def open_stream(self, num_samples: int | None = None) -> LayerStream:
+        """Its decoder layers over these samples, one in memory at a time."""
+        compute, checkpoint = self.context.compute, self.asked.checkpoint
+        limit = int(compute.cache_gib * 2**30)
+        cache = Activations(limit, folder=self.context.store.root, device=compute.device)
+        model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
+        return LayerStream(model, self._batches(num_samples), cache)
+
+    def remember(
+        self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
+    ) -> Answer:
+        """What `work` gave for this question and code before, or now."""
+        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
+        kept = self.context.store.get("search", question, functools.partial(_answer, work))
+        known: Answer = json.loads((kept.folder / ANSWER).read_text())
+        return known
+
+    def _batches(self, num_samples: int | None) -> list[dict[str, Tensor]]:
+        tokens, compute = self.asked.tokens, self.context.compute
+        sample = tokens.take(range(len(tokens.samples))[: num_samples or None])
+        return sample.batches(compute.batch_size, compute.device)
 
 
-def announce_form(checkpoint: Checkpoint, method: Method, layers: list[LayerInfo]) -> None:
-    """Say beforehand where the result will not load in stock transformers, or only with padding."""
-    if checkpoint.repeats_experts:
-        logger.warning(
-            "%s has layers filled up with copies of their experts, which statistics, pruning and "
-            "more than one expert per token take for experts of their own; made with "
-            "finetune.twins=0 it has none", checkpoint.path,
-        )  # fmt: skip
-    if edits := method.example(layers):
-        form = form_of(checkpoint.config, edits, method.padding)
-        if not form.plain:
-            logger.info("the result will be saved %s", form.reason)
+def _answer(work: Callable[[], Any], folder: Path) -> None:
+    write_whole(folder / ANSWER, json.dumps(work()) + "\n")
+
+
+def copy_plan(planned: Artifact, folder: Path) -> Plan:
+    """Put plan.json, its tensors and the groups' plans/ into the run's folder; the plan."""
+    if (planned.folder / PLANS).is_dir():
+        shutil.copytree(planned.folder / PLANS, folder / PLANS, dirs_exist_ok=True)
+    tensors = planned.folder / PLAN.replace(".json", ".safetensors")
+    if tensors.is_file():
+        shutil.copyfile(tensors, folder / tensors.name)
+    shutil.copyfile(planned.folder / PLAN, folder / PLAN)
+    return Plan.load(folder / PLAN)
+
+
+def _inputs(run: Run) -> dict[str, Planning]:
+    return {
+        "plan": Planning(
+            run.dense, run.results["profile"], run.texts["calibration"],
+            run.parts.method, run.config["method"],
+        )
+    }  # fmt: skip
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    notes = copy_plan(result, run.folder).notes
+    if "statistics" in notes:
+        run.report["statistics"] = notes["statistics"]
+
+
+STAGE = Stage(_inputs, plan, _read)

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from safetensors import safe_open
 from torch import Tensor
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
-from moe_lab.methods.base import Method
-from moe_lab.methods.metrics.base import names_from_routers
-from moe_lab.models import layers, observing, remapped, routers
+from moe_lab.files import LAYERS, USAGE
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
 from moe_lab.models.stream import LayerStream
-from moe_lab.profile import collect, layer, weights
+from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.progress import progress
-from moe_lab.store import Artifact, Store, key_of
-from moe_lab.types import UserError
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
+from moe_lab.store import Artifact, key_of
+from moe_lab.types import LayerInfo
+
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
 
 Batches = Sequence[tuple[int, dict[str, Tensor]]]
 
 
-def check_profile(compute: Compute, method: Method) -> None:
-    """Refuse a profile of the routers alone where the method needs more."""
-    if compute.profile == "routers" and not getattr(method, "from_routers", False):
-        raise UserError(
-            "compute.profile=routers is enough for method=prune with metric="
-            f"{', '.join(names_from_routers())}, and for method=none; what was asked for "
-            "needs the experts' outputs too: compute.profile=all"
-        )
+@dataclass(frozen=True)
+class Profiling:
+    """A model, and the calibration set."""
+
+    checkpoint: Checkpoint
+    tokens: Tokens
 
 
-def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compute) -> Artifact:
+def profile(context: Context, asked: Profiling) -> Artifact:
     """A folder with one safetensors file of sums per MoE layer, and the same for each group.
 
     What is collected, and whether layer by layer, are resources: the key is
     that of all statistics, since those of the routers are the same values.
     """
+    checkpoint, tokens, compute = asked.checkpoint, asked.tokens, context.compute
     identity = {
         "model": checkpoint.fingerprint,
         "dtype": checkpoint.dtype,
         "data": tokens.fingerprint,
-        "code": code_version(collect, layer, weights, observing, routers, layers, remapped),
+        "code": code_version(profile),
     }
-    only_routers = compute.profile == "routers" and store.find("profile", identity) is None
+    only_routers = compute.profile == "routers" and context.store.find("profile", identity) is None
 
     def make(folder: Path) -> None:
         parts = tokens.by_group()
@@ -59,14 +65,16 @@ def profile(store: Store, checkpoint: Checkpoint, tokens: Tokens, compute: Compu
             for number, part in enumerate(parts.values())
             for batch in part.batches(compute.batch_size, compute.device)
         ]
-        collection = collect_profile(checkpoint, batches, only_routers, compute, store.root)
+        root = context.store.root
+        collection = collect_profile(checkpoint, batches, only_routers, compute, root)
         groups = [collection.of_group(number) for number in range(len(parts))]
         collect.save_statistics(collect.added(groups), folder)
         if tokens.groups:
             collect.save_groups(dict(zip(parts, groups, strict=True)), folder)
 
     collected = {"statistics": "routers"} if only_routers else {}
-    return replace(store.get("profile", identity | collected, make), key=key_of(identity))
+    made = context.store.get("profile", identity | collected, make)
+    return replace(made, key=key_of(identity))
 
 
 def collect_profile(
@@ -98,3 +106,32 @@ def _layer_by_layer(stream: LayerStream, groups: Sequence[int], only_routers: bo
                         hidden = stream.replay(index, number, stream.cache["input", number])
                         stream.cache["input", number] = hidden
     return collection
+
+
+def write_usage(profiled: Artifact, folder: Path) -> None:
+    """Put usage.csv into the run's folder: layer, expert, tokens, and usage, 1 being even."""
+    rows = ["layer,expert,tokens,usage"]
+    for values in json.loads((profiled.folder / LAYERS).read_text()):
+        info = LayerInfo(**values)
+        path = profiled.folder / f"layer_{info.index:03d}.safetensors"
+        with safe_open(path, framework="pt") as file:  # two of the sums, of which some are large
+            sums = {name: file.get_tensor(name) for name in ("count", "tokens")}
+        usage = LayerStatistics(info, sums).usage()
+        rows += [
+            f"{info.index},{expert},{tokens:.0f},{share:.6g}"
+            for expert, (tokens, share) in enumerate(
+                zip(sums["count"].tolist(), usage.tolist(), strict=True)
+            )
+        ]
+    (folder / USAGE).write_text("\n".join(rows) + "\n")
+
+
+def _inputs(run: Run) -> dict[str, Profiling]:
+    return {"profile": Profiling(run.dense, run.texts["calibration"])}
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    write_usage(result, run.folder)
+
+
+STAGE = Stage(_inputs, profile, _read)

@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.finetune import teacher
-from moe_lab.finetune.recipe import Distilling, sources
-from moe_lab.models import activations, layers, layerwise, remapped, stream
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.stages.context import Context
+from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, Store, check_writable
 from moe_lab.types import UserError
 
-
-def check_teacher(
-    store: Store, dense: Checkpoint, recipe: Distilling, tokens: dict[str, Tokens]
-) -> None:
-    """Refuse a teacher for which the disk has no room, with a UserError."""
-    if store.find("teacher", _identity(dense, recipe, tokens)) is None:
-        vocabulary = dense.config.get_text_config().vocab_size
-        texts = _texts(recipe, tokens)
-        size = teacher.teacher_bytes(texts, vocabulary, recipe.teacher_top_k)
-        try:
-            check_writable(store.root, size)
-        except UserError as error:
-            kept = recipe.teacher_top_k or vocabulary
-            raise UserError(
-                f"finetune.teacher_top_k={recipe.teacher_top_k} keeps {kept:,} probabilities for "
-                f"each token of the tuning text: {error}; or ask for fewer probabilities, or text"
-            ) from error
+if TYPE_CHECKING:
+    from moe_lab.stages.run import Run
 
 
-def teach(
-    store: Store,
-    dense: Checkpoint,
-    recipe: Distilling,
-    tokens: dict[str, Tokens],
-    compute: Compute,
-) -> Artifact:
-    """A folder that `teacher.Teacher` reads: shared by all jobs that tune on the same text.
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher, the texts that it reads, and what is kept of its distributions (`Distilling`)."""
 
-    tokens: by the names that `sources` gives, validation among them; others are not used.
-    """
+    dense: Checkpoint
+    texts: tuple[Tokens, ...]
+    top_k: int | None
+    temperature: float
+
+    def identity(self) -> dict[str, Any]:
+        """What its distributions depend on."""
+        return {
+            "model": self.dense.fingerprint,
+            "dtype": self.dense.dtype,
+            "data": sorted({text.fingerprint for text in self.texts}),
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "code": code_version(teach),
+        }
+
+
+def teach(context: Context, asked: Teaching) -> Artifact:
+    """A folder that `teacher.Teacher` reads: shared by all jobs that tune on the same text."""
 
     def make(folder: Path) -> None:
-        texts, top_k = _texts(recipe, tokens), recipe.teacher_top_k
-        teacher.write_teacher(dense, texts, top_k, recipe.temperature, compute, folder)
+        teacher.write_teacher(
+            asked.dense, asked.texts, asked.top_k, asked.temperature, context.compute, folder
+        )
 
-    return store.get("teacher", _identity(dense, recipe, tokens), make)
-
-
-def _texts(recipe: Distilling, tokens: dict[str, Tokens]) -> list[Tokens]:
-    return [tokens[name] for name in sources(recipe.phases)]
+    return context.store.get("teacher", asked.identity(), make)
 
 
-def _identity(dense: Checkpoint, recipe: Distilling, tokens: dict[str, Tokens]) -> dict[str, Any]:
-    return {
-        "model": dense.fingerprint,
-        "dtype": dense.dtype,
-        "data": sorted({text.fingerprint for text in _texts(recipe, tokens)}),
-        "top_k": recipe.teacher_top_k,
-        "temperature": recipe.temperature,
-        "code": code_version(teacher, layerwise, stream, activations, layers, remapped),
-    }
+def check_teacher(store: Store, asked: Teaching) -> None:
+    """Refuse a teacher for which the disk has no room, with a UserError."""
+    if store.find("teacher", asked.identity()) is not None:
+        return
+    vocabulary = asked.dense.config.get_text_config().vocab_size
+    try:
+        check_writable(store.root, teacher.teacher_bytes(asked.texts, vocabulary, asked.top_k))
+    except UserError as error:
+        kept = asked.top_k or vocabulary
+        raise UserError(
+            f"finetune.teacher_top_k={asked.top_k} keeps {kept:,} probabilities for "
+            f"each token of the tuning text: {error}; or ask for fewer probabilities, or text"
+        ) from error
+
+
+def teaching_of(run: Run) -> Teaching | None:
+    """What the run's recipe is taught, where it learns from the intact model."""
+    recipe = run.distilling
+    if recipe is None:
+        return None
+    texts = tuple(run.tuning_texts.values())
+    return Teaching(run.dense, texts, recipe.teacher_top_k, recipe.temperature)
+
+
+def _inputs(run: Run) -> dict[str, Teaching]:
+    asked = teaching_of(run) if run.tunes else None
+    return {"teacher": asked} if asked else {}
+
+
+def _read(run: Run, name: str, result: Artifact) -> None:
+    """Only the tuning reads it."""
+
+
+STAGE = Stage(_inputs, teach, _read)

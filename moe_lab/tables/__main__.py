@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from moe_lab.report.figures import FIGURES
 from moe_lab.report.frame import read_reports
 from moe_lab.tables.outputs import ENDINGS, make_comparison, make_table, write_outputs
 from moe_lab.tables.pivot import Request
@@ -39,10 +40,18 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--values compressed/eval/average,compressed/kl --baseline metric=random",
     )
     parser.add_argument("folder", type=Path, help="a sweep, a run, or a folder of them")
+    _add_what_is_shown(parser)
+    _add_where_it_goes(parser)
+    asked = parser.parse_args(given)
+    _refuse_what_does_not_go_together(parser, asked)
+    return asked
+
+
+def _add_what_is_shown(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("rows", "settings that make rows; default: those that differ"),
         ("columns", "settings to spread over columns"),
-        ("values", "figures; default: accuracy, KL, parameters, memory, speed"),
+        ("values", f"figures; default: {', '.join(one.title for one in FIGURES if one.columns)}"),
         ("sort", "keys of rows or values to sort by, --sort=-KEY for descending; default: as run"),
         ("best", "the best is bold among rows alike in these; default: model and size; '': of all"),
     ):
@@ -64,6 +73,9 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="compare with published figures instead: a CSV file with columns figure, value, "
         "tolerance, and a column for each setting that picks the reports",
     )  # fmt: skip
+
+
+def _add_where_it_goes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=(*ENDINGS.values(), TERMINAL))
     parser.add_argument("--output", type=Path, help="a file .md, .csv or .tex, instead of printing")
     parser.add_argument(
@@ -71,7 +83,11 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="tables in all formats, pictures and index.html into the folder, as a sweep does at "
         "its end; without other options the table that it was asked for",
     )  # fmt: skip
-    asked = parser.parse_args(given)
+
+
+def _refuse_what_does_not_go_together(
+    parser: argparse.ArgumentParser, asked: argparse.Namespace
+) -> None:
     if asked.write and (asked.output or asked.format):
         parser.error("--write makes all formats in the folder: leave out --output and --format")
     if (
@@ -85,7 +101,6 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--expected is a table of its own: of the other options it takes --filter")
     if asked.output and not asked.format and asked.output.suffix.lower() not in ENDINGS:
         parser.error(f"--output {asked.output}: it ends in {', '.join(ENDINGS)}, or say --format")
-    return asked
 
 
 def _request(asked: argparse.Namespace) -> Request:

@@ -41,6 +41,22 @@ def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
     """
     expected = _read(path)
     asked = [key for key in keys_of(expected) if key not in (*TOLD_COLUMNS, *FIGURE_COLUMNS)]
+    rows, lacking = _beside_ours(expected, asked, frame)
+    unknown = [key for key in asked if key not in frame]
+    notes = (*_notes(rows, lacking, path), *(
+        f"no report has {key}, which {path.name} asks for" for key in unknown
+        if any(one not in ("", NONE) for one in expected[key])
+    ))  # fmt: skip
+    return _table(expected, asked, rows, notes)
+
+
+def _beside_ours(
+    expected: pd.DataFrame, asked: list[str], frame: pd.DataFrame
+) -> tuple[list[FileRow], Counter[str]]:
+    """The rows of the file that have one of ours beside them; why the others have none, counted.
+
+    asked: the file's columns that are settings.
+    """
     done = frame[frame[STATUS] == OK]
     rows: list[FileRow] = []
     lacking: Counter[str] = Counter()
@@ -57,11 +73,13 @@ def compare_to_published(frame: pd.DataFrame, path: Path) -> Table:
             rows.append(_row(one, ours))
         else:
             lacking[_why(one, frame, matching)] += 1
-    unknown = [key for key in asked if key not in frame]
-    notes = (*_notes(rows, lacking, path), *(
-        f"no report has {key}, which {path.name} asks for" for key in unknown
-        if any(one not in ("", NONE) for one in expected[key])
-    ))  # fmt: skip
+    return rows, lacking
+
+
+def _table(
+    expected: pd.DataFrame, asked: list[str], rows: list[FileRow], notes: tuple[str, ...]
+) -> Table:
+    """The rows as they are shown: settings that differ as labels, the others told below."""
     same = {key: rows[0][key] for key in asked if rows and len({row[key] for row in rows}) == 1}
     told = "; ".join(f"{key}={value}" for key, value in same.items() if value)
     labels = [key for key in ("table", "variant", *asked) if key in expected and key not in same]

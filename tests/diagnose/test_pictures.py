@@ -9,6 +9,7 @@ import pandas as pd
 from pictured_runs import check
 
 from moe_lab.diagnose import pictures
+from moe_lab.diagnose.tables import Tables
 
 
 def drawn(folder: Path, name: str, *matrices: np.ndarray, factors: bool = False) -> list[bytes]:
@@ -44,6 +45,32 @@ def test_factors_beyond_four_take_the_last_colour(tmp_path: Path) -> None:
     )
     assert more == much_more and less == much_less
     assert more != less and even not in (more, less)
+
+
+def test_a_lift_of_nothing_is_the_lowest_colour_and_no_hole(tmp_path: Path) -> None:
+    """Experts that no token chose together; grey is where none was to be expected."""
+    never, seldom, unknown = (
+        drawn(tmp_path, name, np.full((4, 4), value), factors=True)
+        for name, value in (("never", 0.0), ("seldom", 0.01), ("unknown", np.nan))
+    )
+    assert never == seldom != unknown
+
+
+def test_all_pictures_of_a_diagnosis(tmp_path: Path) -> None:
+    experts = pd.DataFrame({"layer": [1, 1, 2, 2], "expert": [0, 1, 0, 1]})
+    for number, column in enumerate(pictures.BY_EXPERT):
+        experts[column] = [0.1 + number, 0.5, 0.2, 0.9]
+    experts["dead"] = experts["super"] = [False, True, False, False]
+    layers = pd.DataFrame({"layer": [1, 2], "usage_deviation": [0.5, 0.7], "chosen_norm": np.nan})
+    shares = [(layer, rank, share) for layer in (1, 2) for rank, share in ((1, 0.7), (2, 0.3))]
+    ranks = pd.DataFrame(shares, columns=["layer", "rank", "share"])
+    matrices = {1: np.eye(2) + 0.5, 2: np.eye(2) + 0.25}
+    made = Tables(layers, experts, ranks, pd.DataFrame())
+    pictures.draw_experts(made, matrices, {"weight": matrices, "output": matrices}, tmp_path)
+    names = "coactivation depth gate_norm_correlation max_activation norms ranks router_norm"
+    expected = [*names.split(), "similarity_output", "similarity_weight", "usage"]
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == expected
+    assert sorted(path.stem for path in tmp_path.glob("*.pdf")) == expected
 
 
 def test_lines_and_bars_are_pictures(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 from distilling import KEPT, teach
 from families import tiny_model
 
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("qwen2_moe")
     model.save_pretrained(folder / "dense")
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
-    plan = Plan(tuple(Edit(index, names[index], "prune", kept=KEPT[index]) for index in KEPT))
+    plan = Plan(tuple(PruneExperts(index, names[index], kept=KEPT[index]) for index in KEPT))
     apply_plan(model, plan)
     save_checkpoint(model, folder / "pruned", folder / "dense")
     (folder / "plan.json").write_text(plan.to_text())

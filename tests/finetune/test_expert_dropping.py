@@ -20,10 +20,13 @@ from moe_lab.finetune.expert_dropping import survivors
 from moe_lab.finetune.tuning import next_token_loss
 from moe_lab.models.checkpoint import load
 from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def curve(folder: Path) -> list[dict]:
@@ -231,9 +234,9 @@ def test_it_works_behind_pruning(tmp_path: Path) -> None:
     assert {layer.info.num_experts for layer in moe_layers(model)} == {1}
     assert not recipe_of().needs_edits
     recipe_of().check(NOTHING)
-    recipe_of().check(Plan((Edit(1, "model.layers.1.mlp", "prune", kept=(0, 1, 2)),)))
+    recipe_of().check(Plan((PruneExperts(1, "model.layers.1.mlp", kept=(0, 1, 2)),)))
     with pytest.raises(UserError, match="the plan leaves none"):
-        recipe_of().check(Plan((Edit(1, "model.layers.1.mlp", "drop_layer"),)))
+        recipe_of().check(Plan((DropLayer(1, "model.layers.1.mlp"),)))
 
 
 def test_its_loss_is_the_plain_one(tmp_path: Path) -> None:

@@ -17,11 +17,15 @@ from transformers import AutoConfig
 from moe_lab.finetune.experts import Experts, Gates
 from moe_lab.finetune.recipe import Phase
 from moe_lab.models.checkpoint import load, meta_model
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.observing import OBSERVING
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def test_training_reaches_the_experts_that_stay(tmp_path: Path) -> None:
@@ -163,8 +167,8 @@ def test_the_trainable_share_of_deepseek_moe_16b() -> None:
     )  # fmt: skip
     model = meta_model(config)
     edits = [
-        Edit(
-            layer.info.index, layer.info.name, "condense", experts=tuple(range(6)),
+        CondenseLayer(
+            layer.info.index, layer.info.name, experts=tuple(range(6)),
             gates=(0.1,) * 6, widths=(2816, *(1408,) * 6),
         )
         for layer in moe_layers(model)[:9]
@@ -180,11 +184,11 @@ def test_the_trainable_share_of_deepseek_moe_16b() -> None:
 
 def test_a_plan_in_which_nothing_can_train_is_refused() -> None:
     model = tiny_model("qwen2_moe")
-    prune = Edit(1, "model.layers.1.mlp", "prune", kept=(0, 1, 2))
-    block = Edit(2, "model.layers.2", "drop_block")
+    prune = PruneExperts(1, "model.layers.1.mlp", kept=(0, 1, 2))
+    block = DropBlock(2, "model.layers.2")
     for recipe, edits, message in (
         (recipe_of(), (), "it changes nothing"),
-        (recipe_of(), (Edit(1, "model.layers.1.mlp", "keep"),), "it changes nothing"),
+        (recipe_of(), (KeepLayer(1, "model.layers.1.mlp"),), "it changes nothing"),
         (recipe_of(), (block,), r"edits none so \(drop_block\): finetune=none"),
         (recipe_of(), (prune, block), "drops whole layers and edits others"),
         (recipe_of(gates=True, experts=False), (prune,), "this plan condenses none"),

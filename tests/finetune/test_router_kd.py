@@ -28,10 +28,12 @@ from moe_lab.data.tokens import IGNORED, Tokens
 from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.router_kd import RouterKD
 from moe_lab.models.checkpoint import Checkpoint, load, meta_model
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def divergence_of(home: Path, model: torch.nn.Module, tokens: Tokens) -> float:
@@ -96,7 +98,7 @@ def test_routers_of_every_family_train(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     groups = moe_layers(model)[0].info.groups
     kept = (0, 1, 2, 4, 5, 6) if groups > 1 else (0, 1, 3, 4, 6)
-    edits = [Edit(one.info.index, one.info.name, "prune", kept=kept) for one in moe_layers(model)]
+    edits = [PruneExperts(one.info.index, one.info.name, kept=kept) for one in moe_layers(model)]
     apply_plan(model, plan := Plan(tuple(edits[:1])))
     tuning = recipe_of(RouterKD).prepare(model.requires_grad_(False), plan)
     routers = [one.router for one in moe_layers(model)]
@@ -135,9 +137,9 @@ def test_routers_learn_whatever_their_rows_lead_to(home: Path, tmp_path: Path) -
     groups = ((0, 1, 2), (3, 4, 5), (6, 7))
     merged = dict(kept=(0, 3, 6), groups=groups, weights=((1 / 3,) * 3, (1 / 3,) * 3, (0.5, 0.5)))
     edits = (
-        Edit(1, names[1], "prune", kept=(0, 1, 2, 5, 7)),
-        Edit(2, names[2], "prune", kept=(3, 4, 6), replacement="constant"),
-        Edit(3, names[3], "merge", router="all", align="none", **merged),
+        PruneExperts(1, names[1], kept=(0, 1, 2, 5, 7)),
+        PruneExperts(2, names[2], kept=(3, 4, 6), replacement="constant"),
+        MergeExperts(3, names[3], router="all", align="none", **merged),
     )
     plan = Plan(edits, tensors={"layers.2.constants": torch.linspace(-1, 1, 160).view(5, 32)})
     apply_plan(model, plan)

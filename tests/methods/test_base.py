@@ -19,11 +19,12 @@ from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.stream import LayerStream
 from moe_lab.option import Option
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Plan, UserError
+from moe_lab.types import UserError
 
 METHODS = {
     "none": Nothing(),
@@ -50,7 +51,7 @@ def test_a_plan_has_an_edit_for_each_layer(name: str, tmp_path: Path) -> None:
     assert [(e.index, e.name) for e in plan.edits] == [(one.index, one.name) for one in infos]
     example = method.example(infos)
     assert (example is None) == (name == "none")
-    assert {edit.edit for edit in plan.edited()} == {edit.edit for edit in example or ()} - {"keep"}
+    assert {edit.kind for edit in plan.edited()} == {edit.kind for edit in example or ()} - {"keep"}
     assert bool(plan.edited()) == (name != "none")
     (tmp_path / "plan.json").write_text(plan.to_text())
     assert Plan.load(tmp_path / "plan.json") == plan

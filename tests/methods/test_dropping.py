@@ -14,10 +14,11 @@ from running import Outcome
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers
 from moe_lab.models.checkpoint import load
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 INFOS = [LayerInfo(i, f"model.layers.{i}.mlp", 8, 2, 32, num_decoders=4) for i in (1, 2, 3)]
 
@@ -36,13 +37,13 @@ def test_the_most_similar_goes_first(family: str) -> None:
     made = DropLayers(num_layers=2).plan(Profile(statistics))
     assert made.layer_order == (indices[1], indices[2])
     assert {edit.index for edit in made.edited()} == {indices[1], indices[2]}
-    assert {edit.edit for edit in made.edited()} == {"drop_layer"}
+    assert {edit.kind for edit in made.edited()} == {"drop_layer"}
     for edit, one in zip(made.edits, statistics, strict=True):
         assert edit.scores == (one.mean_cosine("layer"),)
     blocks = DropBlocks(num_layers=2).plan(Profile(statistics))
     similarity = {one.info.index: one.mean_cosine("block") for one in statistics}
     assert blocks.layer_order == tuple(sorted(similarity, key=lambda i: -similarity[i])[:2])
-    assert {edit.edit for edit in blocks.edited()} == {"drop_block"}
+    assert {edit.kind for edit in blocks.edited()} == {"drop_block"}
     assert {edit.scores[0] for edit in blocks.edits} == set(similarity.values())
 
 

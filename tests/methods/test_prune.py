@@ -19,7 +19,7 @@ from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.methods.prune import Prune, lifted, mean_outputs
 from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.uniform import Uniform
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collect_statistics

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from moe_lab.models import saving
 from moe_lab.models.checkpoint import Checkpoint, load, resolve
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_a_compressed_model_is_compressed_again(tmp_path: Path) -> None:
     source = tmp_path / "first" / "model"
     model, batch = load(source), tiny_batch()
     assert [layer.info.num_experts for layer in moe_layers(model)] == [4, 8]
-    apply_plan(model, Plan((Edit(3, "model.layers.3.mlp", "prune", kept=(7, 6, 5, 4)),)))
+    apply_plan(model, Plan((PruneExperts(3, "model.layers.3.mlp", kept=(7, 6, 5, 4)),)))
     with torch.no_grad():
         logits = model(**batch).logits
     assert save_checkpoint(
@@ -110,7 +111,7 @@ def test_sizes_are_those_of_the_model_that_is_saved(
         kept = {info.index: 8 - 2 * (place + 1) if family != "deepseek_v3" else 4
                 for place, info in enumerate(infos[:2])}  # fmt: skip
         gone = [(info, 8 - kept[info.index]) for info in infos[:2]]
-        edits = (Edit(info.index, info.name, "prune", kept=tuple(range(8))[: kept[info.index]])
+        edits = (PruneExperts(info.index, info.name, kept=tuple(range(8))[: kept[info.index]])
                  for info in infos[:2])  # fmt: skip
         apply_plan(loaded, Plan(tuple(edits)))
         after = {id(p): p.numel() for p in loaded.parameters()}

@@ -12,9 +12,10 @@ from families import EACH_FAMILY, FAMILIES, logits_of, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_lab.models.checkpoint import load
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def passes_by(module: torch.nn.Module, args: tuple, output: object) -> object:
@@ -96,6 +97,6 @@ def test_a_family_that_cannot_say_it_is_refused_and_left_as_it_was() -> None:
     before = logits_of(model)
     first = moe_layers(model)[0].info
     with pytest.raises(UserError, match=r"cannot say which.*method=drop_layers"):
-        apply_plan(model, Plan((Edit(first.index, first.name, "drop_block"),)))
+        apply_plan(model, Plan((DropBlock(first.index, first.name),)))
     assert model.config.num_hidden_layers == 4
     assert torch.equal(logits_of(model), before)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from moe_lab.models import routers as model_routers
 from moe_lab.models.checkpoint import Checkpoint, load, resolve
 from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.plan import read_edit
 from moe_lab.models.forms import form_of
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit
 
 
 def test_uniformly_pruned_models_are_stock_in_every_family(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_form_is_known_without_weights(tmp_path: Path) -> None:
             folder = tmp_path / f"{family}{padding}"
             stock = edited(family, edits, folder, padding)
             names = {one.info.index: one.info.name for one in moe_layers(tiny_model(family))}
-            plan = [Edit(name=names[edit["index"]], **edit) for edit in edits]
+            plan = [read_edit({"name": names[edit["index"]], **edit}) for edit in edits]
             form = form_of(resolve(folder / "source").config, plan, padding)
             assert form.stock == stock, form.reason
             assert form.config.num_hidden_layers == load(folder / "model").config.num_hidden_layers

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe_lab.models.checkpoint import Checkpoint, load, resolve
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel, routers_only
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def is_empty(layer) -> bool:
@@ -48,7 +49,7 @@ def test_a_checkpoint_in_our_own_form_comes_from_disk_too(tmp_path: Path) -> Non
     tiny_model("qwen2_moe").save_pretrained(tmp_path / "source")
     model = load(tmp_path / "source")
     layer = moe_layers(model)[1]
-    edit = Edit(layer.info.index, layer.info.name, "condense", experts=(4,), gates=(0.3,))
+    edit = CondenseLayer(layer.info.index, layer.info.name, experts=(4,), gates=(0.3,))
     apply_plan(model, Plan((edit,)))
     assert not save_checkpoint(model, tmp_path / "condensed", tmp_path / "source", padding=0).stock
     source = LayerwiseModel(Checkpoint(tmp_path / "condensed"))

@@ -8,10 +8,9 @@ from edited_models import make_identical
 from families import EACH_FAMILY, logits_of, tiny_model
 from torch import Tensor, nn
 
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
 from moe_lab.models.merging import matching
-from moe_lab.types import Edit, Plan
 
 GROUPS = ((0, 3, 5), (1,), (4, 2), (6, 7))  # of 8 experts; deepseek_v3's router has 0-3 and 4-7
 KEPT = tuple(group[0] for group in GROUPS)
@@ -25,7 +24,8 @@ def merge(index: int, shares: tuple = (0.25, 0.5, 0.25), **options: object) -> d
 
 def apply(model: nn.Module, edits: list[dict]) -> nn.Module:
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
-    apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
+    named = ({"name": names[edit["index"]]} | edit for edit in edits)
+    apply_plan(model, Plan(tuple(map(read_edit, named))))
     return model
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from stand_ins import saved
 
 from moe_lab.models.checkpoint import load
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def test_what_a_family_cannot_say_is_loaded_by_us_and_refused_loudly_by_stock(
@@ -48,7 +49,7 @@ def test_what_was_dropped_is_compressed_again(tmp_path: Path) -> None:
     assert not edited("mixtral", [drop("drop_layer", 2)], tmp_path / "first")
     model = load(tmp_path / "first" / "model")
     assert [layer.info.index for layer in moe_layers(model)] == [0, 1, 3]
-    apply_plan(model, Plan((Edit(1, "model.layers.1.mlp", "drop_block"),)))
+    apply_plan(model, Plan((DropBlock(1, "model.layers.1.mlp"),)))
     expected = logits_of(model)
     assert not save_checkpoint(model, tmp_path / "second", tmp_path / "first" / "model").stock
     again = load(tmp_path / "second")

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from moe_lab.finetune.expert_dropping import ExpertDropping
 from moe_lab.finetune.recipe import Phase
-from moe_lab.models.checkpoint import check_plan, load
-from moe_lab.models.editing import apply_plan, constants_name, edited_block
+from moe_lab.models.checkpoint import load
+from moe_lab.models.editing import constants_name, copied_layer
+from moe_lab.models.edits.plan import Plan, apply_plan, check_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
 from moe_lab.models.layers import MoELayer, check_kept, hidden_of, moe_layers, num_parameters
 from moe_lab.models.observing import OBSERVING
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 
 def slow_block(layer: MoELayer, x_TD: Tensor, kept: tuple[int, ...], stand_in) -> Tensor:
@@ -57,7 +59,7 @@ def test_stand_ins_equal_a_slow_reference(family: str, kind: str) -> None:
 
     expected = slow_block(layer, x_TD, edit.kept, stand_in)
     before = hidden_of(layer.block(x_TD[None]))
-    block = edited_block(layer, edit, plan.tensors)
+    block = edit.apply(copied_layer(layer), plan.tensors)
     found = hidden_of(block(x_TD[None]))[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(hidden_of(layer.block(x_TD[None])), before)  # the layer itself stays
@@ -124,7 +126,7 @@ def test_replacing_nothing_is_the_identity() -> None:
     model, batch = tiny_model("mixtral"), tiny_batch()
     before = logits_of(model, batch)
     edits = [
-        Edit(layer.info.index, layer.info.name, "prune", kept=tuple(range(8)), replacement="copy")
+        PruneExperts(layer.info.index, layer.info.name, kept=tuple(range(8)), replacement="copy")
         for layer in moe_layers(model)
     ]
     assert form_of(model.config, edits).stock
@@ -142,7 +144,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         apply_plan(tiny_model("mixtral"), Plan(plan.edits, tensors=short))
     model = tiny_model("mixtral")
     before = [layer.info for layer in moe_layers(model)]
-    one = Edit(0, before[0].name, "prune", kept=(5,), replacement="zero")
+    one = PruneExperts(0, before[0].name, kept=(5,), replacement="zero")
     check_plan(before, [one])  # fewer than top_k: the router still has rows enough
     with pytest.raises(UserError, match="0 of 8 experts would stay"):
         check_kept(before[0], 0, keeps_rows=True)
@@ -151,7 +153,7 @@ def test_what_cannot_be_done_is_refused() -> None:
     assert info.obstacle is not None
     with pytest.raises(UserError, match="cannot be pruned or merged once more"):
         check_kept(info, 6)
-    for again in (Edit(0, info.name, "prune", kept=(0, 1)), merged(model).edits[0]):
+    for again in (PruneExperts(0, info.name, kept=(0, 1)), merged(model).edits[0]):
         with pytest.raises(UserError, match="cannot be pruned or merged once more"):
             apply_plan(model, Plan((again,)))
     recipe = ExpertDropping({"one": Phase(data=None)})

@@ -11,9 +11,9 @@ from families import tiny_model
 from safetensors.torch import load_file
 
 from moe_lab.models.checkpoint import load
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3"])
@@ -38,7 +38,7 @@ def test_untouched_tensors_keep_every_bit(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "source")
     before = load_file(tmp_path / "source" / "model.safetensors")
     model = load(tmp_path / "source", dtype="float32")
-    apply_plan(model, Plan((Edit(2, "model.layers.2.mlp", "prune", kept=(0, 1, 2, 4, 5, 6)),)))
+    apply_plan(model, Plan((PruneExperts(2, "model.layers.2.mlp", kept=(0, 1, 2, 4, 5, 6)),)))
     save_checkpoint(model, tmp_path / "out", tmp_path / "source")
     after = load_file(tmp_path / "out" / "model.safetensors")
     untouched = [name for name in after if ".layers.2.mlp" not in name]

@@ -27,6 +27,7 @@ from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import load, resolve
 from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import MoELayer, expert_forward, expert_parameters, moe_layers
 from moe_lab.profile import collect
 from moe_lab.profile.collect import (
@@ -39,7 +40,6 @@ from moe_lab.profile.collect import (
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.stages.profile import collect_profile as profile
-from moe_lab.types import Plan
 
 # One of each kind of router, and what of the family's config makes it so.
 KINDS: dict[str, tuple[str, dict]] = {
@@ -373,7 +373,7 @@ def test_statistics_and_plans_survive_the_disk(tmp_path: Path) -> None:
     plan = Prune(metric=reap, ratio=Uniform(0.25)).plan(Profile(again))
     (tmp_path / "plan.json").write_text(plan.to_text())
     assert Plan.load(tmp_path / "plan.json") == plan
-    assert all(len(edit.kept) == 6 and edit.edit == "prune" for edit in plan.edits)
+    assert all(len(edit.kept) == 6 and edit.kind == "prune" for edit in plan.edits)
     assert not Nothing().plan(Profile(again)).edited()
 
 

@@ -15,7 +15,8 @@ from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.editing import apply_plan, prune_layer
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream

@@ -7,7 +7,7 @@ import torch
 from families import EACH_FAMILY, tiny_model
 from stand_ins import KEPT, replaced
 
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile import weights
 from moe_lab.types import UserError

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.report.run_files import (
     LOG_LINES,
     commands_of,
@@ -19,14 +25,13 @@ from moe_lab.report.run_files import (
     versions_of,
 )
 from moe_lab.store import Store
-from moe_lab.types import Edit, Plan
 
 
 def test_a_plan_comes_to_four_digits_with_its_scores_apart() -> None:
     edits = (
-        Edit(1, "a", "prune", kept=(0, 2), scores=(0.123456, float("nan"), 2.0)),
-        Edit(2, "b", "drop_layer", scores=(0.5,)),
-        Edit(3, "c", "keep"),
+        PruneExperts(1, "a", kept=(0, 2), scores=(0.123456, float("nan"), 2.0)),
+        DropLayer(2, "b", scores=(0.5,)),
+        KeepLayer(3, "c"),
     )
     text = Plan(edits, notes={"share": 1 / 3}).to_text()
     found, scores = read_plan(text)
@@ -34,8 +39,36 @@ def test_a_plan_comes_to_four_digits_with_its_scores_apart() -> None:
     assert found["share"] == 0.3333
     assert [edit["edit"] for edit in found["layers"]] == ["prune", "drop_layer", "keep"]
     assert not any("scores" in edit for edit in found["layers"])
+    assert found["layers"][0] == {
+        "index": 1, "name": "a", "edit": "prune", "title": "prune", "changes": True,
+        "kept": (0, 2), "num_experts": 3, "cells": {}, "divergence": (),
+    }  # fmt: skip
+    assert [edit["kept"] for edit in found["layers"][1:]] == [(), None]
     for nothing in (None, "", text[:40], "[1]", "{}"):
         assert read_plan(nothing) == (None, {})
+
+
+def test_a_plan_s_rows_are_in_the_edits_words() -> None:
+    edits = (
+        PruneExperts(1, "a", kept=(0, 2), replacement="zero"),
+        CondenseLayer(2, "b", experts=(5, 2), gates=(0.123456, 0.5)),
+        MergeExperts(3, "c", kept=(0, 4), groups=((0, 9), (4,))),
+    )
+    searched = (CondenseLayer(3, "c", experts=(1,), gates=(0.5,), divergence=(0.3, 0.2)),)
+    text = Plan(edits, searched=searched).to_text().replace('"edit": "merge"', '"edit": "of_mine"')
+    found, _ = read_plan(text)
+    told = [(row["edit"], row["title"], row["kept"], row["num_experts"], row["cells"],
+             row["divergence"])
+            for row in (*found["layers"], *found["searched"])]  # fmt: skip
+    assert told == [
+        ("prune", "prune (zero)", (0, 2), 3, {}, ()),
+        ("condense", "condense", (5, 2), 6, {"gates": [["shared", 1.0], 0.1235, 0.5]}, ()),
+        ("of_mine", "of_mine (not known here)", None, 0, {}, ()),
+        ("condense", "condense", (1,), 2, {"gates": [["shared", 1.0], 0.5]}, (0.3, 0.2)),
+    ]
+    merged, _ = read_plan(Plan(edits).to_text())
+    assert merged["layers"][2]["cells"] == {"groups merged": ["0+9"]}
+    assert merged["layers"][2]["num_experts"] == 10
 
 
 def test_usage_has_holes_where_a_row_is_missing() -> None:

@@ -44,7 +44,11 @@ def test_every_new_path_exists(path: str) -> None:
         ("statistics.collect", "profile.collect.collect"),
         ("methods.prune.Prune", None),
         ("finetune.experts.Experts", None),
-        ("types.Plan", None),
+        ("types.Plan", "models.edits.plan.Plan"),
+        ("types.Edit", "models.edits.base.Edit"),
+        ("types.LayerInfo", None),
+        ("editing.apply_plan", "models.edits.plan.apply_plan"),
+        ("editing.prune_layer", "models.editing.prune_layer"),
         ("nothing.here", None),
     ],
 )

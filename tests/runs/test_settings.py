@@ -10,8 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 from running import Outcome
 
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.runs.settings import Description, planned_layers, report_head, tags_of
-from moe_lab.types import Edit, Plan
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_one_key_says_how_many_layers_whatever_the_method(
 
 def test_layers_come_in_their_order_of_choice(tmp_path: Path) -> None:
     assert planned_layers(tmp_path) == {}
-    edits = (Edit(1, "a", "drop_layer"), Edit(2, "b", "keep"), Edit(4, "c", "drop_layer"))
+    edits = (DropLayer(1, "a"), KeepLayer(2, "b"), DropLayer(4, "c"))
     for order, told in (((4, 1), "[4, 1]"), ((), "[1, 4]")):
         (tmp_path / "plan.json").write_text(Plan(edits, layer_order=order).to_text())
         assert planned_layers(tmp_path) == {"plan/layers": told}

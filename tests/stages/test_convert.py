@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from moe_lab.compute import Compute
 from moe_lab.models.checkpoint import resolve, weight_files
+from moe_lab.stages.context import Context
 from moe_lab.stages.convert import convert
 from moe_lab.store import Store
 from moe_lab.types import UserError
@@ -22,7 +24,7 @@ def test_the_disk_is_looked_at_first(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
     with pytest.raises(UserError, match=r"needs about .* has 0.00 GiB free"):
-        convert(Store(tmp_path / "store"), resolve(published))
+        convert(Context(Store(tmp_path / "store"), Compute("cpu")), resolve(published))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -32,15 +32,15 @@ from moe_lab.methods.metrics import frequency
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint, resolve
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
-from moe_lab.stages.compress import compress
-from moe_lab.stages.evaluate import evaluate, evaluate_groups, results_of
-from moe_lab.stages.plan import plan
-from moe_lab.stages.profile import profile
+from moe_lab.stages.compress import Compression, compress
+from moe_lab.stages.context import Context
+from moe_lab.stages.evaluate import Evaluation, evaluate, results_of, tell_scores
+from moe_lab.stages.evaluate_groups import GroupEvaluation, evaluate_groups
+from moe_lab.stages.plan import Planning, plan
+from moe_lab.stages.profile import Profiling, profile
 from moe_lab.store import Artifact, Store
-from moe_lab.types import Plan
-
-COMPUTE = Compute("cpu", batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"))
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    return Context(Store(tmp_path_factory.mktemp("store")), Compute("cpu", batch_size=8))
 
 
 @pytest.fixture(scope="module")
@@ -65,31 +65,32 @@ def dense(checkpoint: Path) -> Checkpoint:
     return resolve(str(checkpoint), None, "float32")
 
 
-def planned(store: Store, dense: Checkpoint, tokens: Tokens, ratio: float = 0.5) -> Artifact:
+def planned(context: Context, dense: Checkpoint, tokens: Tokens, ratio: float = 0.5) -> Artifact:
     method = Prune(frequency.frequency, Uniform(ratio))
-    profiled = profile(store, dense, tokens, COMPUTE)
-    return plan(
-        store, dense, profiled, tokens, method, {"metric": {}, "ratio": {"ratio": ratio}}, COMPUTE
-    )
+    profiled = profile(context, Profiling(dense, tokens))
+    options = {"metric": {}, "ratio": {"ratio": ratio}}
+    return plan(context, Planning(dense, profiled, tokens, method, options))
 
 
 def source(rows: Path, **options: Any) -> Files:
     return Files(**{"num_samples": 8, "max_length": 32, "files": (str(rows),), **options})
 
 
-def test_masked_equals_pruned(store: Store, dense: Checkpoint, rows: Path, tokenizer: Any) -> None:
+def test_masked_equals_pruned(
+    context: Context, dense: Checkpoint, rows: Path, tokenizer: Any
+) -> None:
     """A group's figures are those of the checkpoint that its documents alone compress to."""
-    grouped = planned(store, dense, source(rows, group_by="domain").tokens(tokenizer))
-    found = results_of(evaluate_groups(store, dense, grouped, SUITE, {}, COMPUTE))
+    grouped = planned(context, dense, source(rows, group_by="domain").tokens(tokenizer))
+    found = results_of(evaluate_groups(context, GroupEvaluation(dense, grouped, SUITE, {})))
     expected: dict[str, float] = {}
     averages = []
     for group in GROUPS:
         only = source(rows, group_by="domain", group=group, num_samples=4).tokens(tokenizer)
-        one = planned(store, dense, only)
-        folder = compress(store, dense, one, COMPUTE)
+        one = planned(context, dense, only)
+        folder = compress(context, Compression(dense, one))
         checkpoint = Checkpoint(folder.folder / "checkpoint", dense.dtype, folder.key)
         suite = Suite(tasks=SUITE.tasks_of(group), num_items=2, num_fewshot=0)
-        results = results_of(evaluate(store, checkpoint, dense, suite, {}, None, COMPUTE))
+        results = results_of(evaluate(context, Evaluation(checkpoint, dense, suite, {})))
         averages.append(results.pop("average"))
         expected |= results
     assert found.pop("groups") == 2
@@ -103,7 +104,7 @@ def test_masked_equals_pruned(store: Store, dense: Checkpoint, rows: Path, token
 
 
 def test_the_dense_model_is_left_as_it_was(
-    store: Store, dense: Checkpoint, rows: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    context: Context, dense: Checkpoint, rows: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is loaded once for all groups, and a forward after them gives the same logits."""
     loaded: list[Any] = []
@@ -115,9 +116,9 @@ def test_the_dense_model_is_left_as_it_was(
 
     monkeypatch.setattr(Checkpoint, "load", kept_load)
     tokens = source(rows, group_by="domain").tokens(tokenizer)
-    grouped = planned(store, dense, tokens, ratio=0.25)
+    grouped = planned(context, dense, tokens, ratio=0.25)
     loaded.clear()
-    evaluate_groups(store, dense, grouped, SUITE, {}, COMPUTE)
+    evaluate_groups(context, GroupEvaluation(dense, grouped, SUITE, {}))
     assert len(loaded) == 1
     batch = tokens.batches(4)[0]
     with torch.inference_mode():
@@ -196,3 +197,12 @@ def test_seer_on_a_mirror(
         assert scores[subject] == sum(right) / len(right)
     identity = json.loads(next(outcome.store.glob("evaluate/*/artifact.json")).read_text())
     assert str(mirror) not in json.dumps(identity)
+
+
+def test_the_entropy_of_repeated_experts_is_not_told() -> None:
+    report: dict[str, Any] = {"compressed/repeated_parameters": 5}
+    for name in ("dense", "compressed", "compressed_top_1"):
+        tell_scores(report, name, {"routing/entropy": 1.0, "kl": 0.5, "average": 0.7})
+    assert {key for key in report if "entropy" in key} == {"dense/eval/routing/entropy"}
+    assert report["compressed_top_1/kl"] == 0.5
+    assert report["compressed/eval/average"] == 0.7

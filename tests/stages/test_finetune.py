@@ -10,8 +10,8 @@ from trainings import compressed, recipe_of, samples
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.models.checkpoint import Checkpoint, load
-from moe_lab.stages import finetune
-from moe_lab.stages.outputs import RunReport
+from moe_lab.stages.context import Context
+from moe_lab.stages.finetune import FineTuning, finetune, told_of_training
 from moe_lab.store import Artifact, Store
 
 
@@ -20,17 +20,15 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
     planned = tmp_path / "planned"
     planned.mkdir()
     (planned / "plan.json").write_text(plan.to_text())
-    store, recipe = Store(tmp_path / "store"), recipe_of(gates=True)
-    tokens = {"lm/data": samples(1, 8), "lm/validation": samples(2, 4), "held_out": samples(5, 2)}
+    context, recipe = Context(Store(tmp_path / "store"), Compute("cpu")), recipe_of(gates=True)
+    tokens = {"lm/data": samples(1, 8), "lm/validation": samples(2, 4)}
 
     def run(path: str, **changes: Tokens) -> Artifact:
         options = {"gates": True, "phases": {"lm": {"data": {"files": [path]}}, "sft": None}}
         artifact = Artifact("plan", "key", planned, True, 0.0)
         dense = Checkpoint(tmp_path / "compressed", "float32")
         given = tokens | {name.replace("_", "/", 1): part for name, part in changes.items()}
-        return finetune.finetune(
-            store, dense, artifact, recipe, options, given, seed=0, compute=Compute("cpu")
-        )
+        return finetune(context, FineTuning(dense, artifact, recipe, options, given, seed=0))
 
     first = run("here.jsonl")
     assert not first.cached
@@ -39,17 +37,10 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
     tuned = load_file(first.folder / "checkpoint" / "model.safetensors")
     assert tuned.keys() == load_file(tmp_path / "compressed" / "model.safetensors").keys()
     assert run("there.jsonl").key == first.key
-    assert run("here.jsonl", heldout=samples(6, 2)).key == first.key
     assert run("here.jsonl", lm_data=samples(7, 8)).key != first.key
-    recorder = RunReport({}, tmp_path)
-    recorder.add_checkpoints(
-        {
-            "dense": Checkpoint(tmp_path / "source"),
-            "finetuned": Checkpoint(first.folder / "checkpoint"),
-        }
-    )
+    told = told_of_training(first.folder, Checkpoint(tmp_path / "source"))
     dense = load(tmp_path / "source").num_parameters()
     number = 2 * 3 * 32 * 56 + 5
-    assert recorder.report["finetuned/trainable_parameters"] == number
-    assert recorder.report["finetuned/trainable_share"] == number / dense
-    assert recorder.report["finetune/lm/data"] == "the standard library's train split"
+    assert told["finetuned/trainable_parameters"] == number
+    assert told["finetuned/trainable_share"] == number / dense
+    assert told["finetune/lm/data"] == "the standard library's train split"

@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from running import Outcome
 
-from moe_lab.types import Plan
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
+from moe_lab.stages.plan import copy_plan
+from moe_lab.store import Store
 
 BY_GROUP = ["calibration.group_by=subject", "metric=frequency", "ratio.ratio=0.5"]
 
@@ -68,3 +73,28 @@ def test_ways_to_choose_layers_share_what_was_searched(job: Callable[..., Outcom
         asked.append(len(list((outcome.store / "search").glob("*/answer.json"))))
     # The experts of three layers and a step of the order; then one question more; then none.
     assert asked == [4, 5, 5]
+
+
+def test_a_plan_comes_into_the_run_s_folder_with_all_that_it_needs(tmp_path: Path) -> None:
+    constants = torch.ones(4, 32)
+    edit = PruneExperts(1, "model.layers.1.mlp", (0, 1, 2, 3), "constant")
+    common = Plan((KeepLayer(1, "model.layers.1.mlp"),), notes={"statistics": "intact model"})
+    alone = Plan((edit,), tensors={"layers.1.constants": constants})
+
+    def write(folder: Path) -> None:
+        (folder / "plan.json").write_text(common.to_text())
+        (folder / "plans").mkdir()
+        (folder / "plans" / "0.json").write_text(alone.to_text())
+
+    def write_alone(folder: Path) -> None:
+        (folder / "plan.json").write_text(alone.to_text())
+        alone.write_tensors(folder / "plan.json")
+
+    store = Store(tmp_path / "store")
+    for name in ("grouped", "alone"):
+        (tmp_path / name).mkdir()
+    assert copy_plan(store.get("plan", {"a": 1}, write), tmp_path / "grouped") == common
+    assert Plan.load(tmp_path / "grouped" / "plan.json") == common
+    assert Plan.load(tmp_path / "grouped" / "plans" / "0.json") == alone
+    copied = copy_plan(store.get("plan", {"a": 2}, write_alone), tmp_path / "alone")
+    assert copied == alone and torch.equal(copied.tensors["layers.1.constants"], constants)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from counting import assert_alike, batches, samples
-from families import tiny_model
+from families import tiny_batch, tiny_model
 from running import Outcome
 
 from moe_lab.compute import PROFILES, Compute
 from moe_lab.data.tokens import Tokens
-from moe_lab.methods.merge import Merge
-from moe_lab.methods.metrics.frequency import frequency
-from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.metrics.soft_count import soft_count
-from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.profile.collect import collect_statistics, load_groups, load_statistics
-from moe_lab.stages.plan import plan
-from moe_lab.stages.profile import check_profile, profile
-from moe_lab.stages.profile import collect_profile as collect_profile
+from moe_lab.profile.collect import (
+    collect_statistics,
+    load_groups,
+    load_statistics,
+    save_statistics,
+)
+from moe_lab.stages.context import Context
+from moe_lab.stages.plan import Planning, plan
+from moe_lab.stages.profile import Profiling, collect_profile, profile, write_usage
 from moe_lab.store import Artifact, Store
-from moe_lab.types import UserError
 
 
 def test_a_job_that_needs_more_than_the_routers_is_refused(job: Callable[..., Outcome]) -> None:
@@ -89,11 +89,11 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "model")
 
     def run(store: Store, **options) -> tuple[Artifact, str]:
-        compute = Compute("cpu", **options)
-        profiled = profile(store, checkpoint, tokens(), compute)
+        context = Context(store, Compute("cpu", **options))
+        profiled = profile(context, Profiling(checkpoint, tokens()))
         method = Prune(soft_count, Uniform(0.25))
         asked = {"metric": {}, "ratio": {"ratio": 0.25}}
-        planned = plan(store, checkpoint, profiled, tokens(), method, asked, compute)
+        planned = plan(context, Planning(checkpoint, profiled, tokens(), method, asked))
         return profiled, (planned.folder / "plan.json").read_text()
 
     store = Store(tmp_path / "first")
@@ -109,25 +109,12 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
     assert len(list((store.root / "plan").glob("*/plan.json"))) == 1
 
 
-def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
-    routers = Compute("cpu", profile="routers")
-    for method in (Prune(functools.partial(frequency), Uniform(0.25)), Nothing()):
-        check_profile(routers, method)
-    for method in (Prune(functools.partial(reap), Uniform(0.25)), Merge(1, 4)):
-        check_profile(Compute("cpu"), method)
-        with pytest.raises(UserError, match=r"aimer, frequency, .*soft_count.*compute.profile=all"):
-            check_profile(routers, method)
-    for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
-        with pytest.raises(UserError, match="there are"):
-            Compute("cpu", **wrong).start()
-
-
 def test_groups_are_the_whole_in_parts(tmp_path: Path) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path / "model")
-    checkpoint, store = Checkpoint(tmp_path / "model"), Store(tmp_path / "store")
-    compute = Compute("cpu", batch_size=3)
-    whole = profile(store, checkpoint, tokens(), compute)
-    grouped = profile(store, checkpoint, tokens(groups=True), compute)
+    checkpoint = Checkpoint(tmp_path / "model")
+    context = Context(Store(tmp_path / "store"), Compute("cpu", batch_size=3))
+    whole = profile(context, Profiling(checkpoint, tokens()))
+    grouped = profile(context, Profiling(checkpoint, tokens(groups=True)))
     assert whole.key != grouped.key
     assert load_groups(whole.folder) == {} and not (whole.folder / "groups").exists()
     assert_alike(load_statistics(grouped.folder), load_statistics(whole.folder), rtol=1e-5)
@@ -137,3 +124,18 @@ def test_groups_are_the_whole_in_parts(tmp_path: Path) -> None:
         assert_alike(
             groups[name], collect_statistics(checkpoint.load(), part.batches(2)), rtol=1e-5
         )
+
+
+def test_usage_is_1_where_all_are_used_alike(tmp_path: Path) -> None:
+    statistics = collect_statistics(tiny_model("qwen2_moe"), [tiny_batch()])
+    store = Store(tmp_path / "store")
+    profiled = store.get("profile", {"a": 1}, lambda folder: save_statistics(statistics, folder))
+    write_usage(profiled, tmp_path)
+    found = pd.read_csv(tmp_path / "usage.csv").set_index("layer")
+    assert list(found.columns) == ["expert", "tokens", "usage"]
+    for layer in statistics:
+        rows = found.loc[layer.info.index]
+        assert rows["tokens"].tolist() == layer["count"].tolist()
+        assert rows["tokens"].sum() == 3 * layer["tokens"], "top-3"
+        expected = rows["tokens"] / rows["tokens"].mean()
+        assert rows["usage"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)

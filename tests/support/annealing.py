@@ -15,7 +15,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.recipe import Phase
 from moe_lab.finetune.seer import Seer
-from moe_lab.types import Plan
+from moe_lab.models.edits.plan import Plan
 
 NOTHING = Plan(())
 

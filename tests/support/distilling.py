@@ -19,7 +19,7 @@ from moe_lab.finetune.recipe import Phase
 from moe_lab.finetune.router_kd import RouterKD
 from moe_lab.finetune.teacher import IDS, LOG_PROBABILITIES, Teacher
 from moe_lab.models.checkpoint import Checkpoint, load
-from moe_lab.types import Plan
+from moe_lab.models.edits.plan import Plan
 
 KEPT = {1: (0, 1, 2, 5), 2: (3, 4, 6, 7), 3: (0, 2, 4, 6)}
 COMPUTE = Compute("cpu", batch_size=4)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_lab.models import checkpoint as model_checkpoint
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.merging import HiddenUnits
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan
 
 
 def saved_bytes(folder: Path) -> tuple[int, int]:
@@ -36,9 +36,7 @@ def pruned_logits(family: str, kept: dict[int, tuple[int, ...]], batch: dict) ->
     """Of a model that is really pruned, in double precision at the valid positions."""
     model = tiny_model(family)
     names = {one.info.index: one.info.name for one in moe_layers(model)}
-    apply_plan(
-        model, Plan(tuple(Edit(i, names[i], "prune", kept=some) for i, some in kept.items()))
-    )
+    apply_plan(model, Plan(tuple(PruneExperts(i, names[i], kept=some) for i, some in kept.items())))
     with torch.no_grad():
         logits = model(**batch).logits.double()
     return logits[batch["attention_mask"].bool()]
@@ -85,7 +83,8 @@ def edited(
     model, batch = tiny_model(family, **changes), tiny_batch()
     model.save_pretrained(folder / "source")
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
-    apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
+    named = ({"name": names[edit["index"]]} | edit for edit in edits)
+    apply_plan(model, Plan(tuple(map(read_edit, named))))
     with torch.no_grad():
         logits = model(**batch).logits
     stock = save_checkpoint(model, folder / "model", folder / "source", padding).stock
@@ -114,7 +113,8 @@ def drop(kind: str, index: int) -> dict:
 def applied(family: str, edits: list[dict]) -> torch.nn.Module:
     model = tiny_model(family)
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
-    apply_plan(model, Plan(tuple(Edit(name=names[edit["index"]], **edit) for edit in edits)))
+    named = ({"name": names[edit["index"]]} | edit for edit in edits)
+    apply_plan(model, Plan(tuple(map(read_edit, named))))
     return model
 
 

@@ -6,11 +6,11 @@ from families import tiny_batch
 from torch import nn
 
 from moe_lab.methods.merge import Merge
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Plan
 
 KINDS = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss")
 

@@ -9,8 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moe_lab.models.edits.base import Edit, EditOfExperts
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.report.report import write_report
-from moe_lab.types import Edit, Plan
 
 
 def save_report(folder: Path, **values: Any) -> Path:
@@ -37,34 +43,35 @@ def save_usage(folder: Path, sizes: dict[int, int]) -> None:
     pd.DataFrame(rows, columns=columns).to_csv(folder / "usage.csv", index=False)
 
 
-def scored(edit: str, sizes: dict[int, int], scores: Any = None, **other: Any) -> Plan:
-    """Every layer keeps its first half."""
+def scored(
+    kind: type[EditOfExperts], sizes: dict[int, int], scores: Any = None, **other: Any
+) -> Plan:
+    """Every layer keeps its first half; merged, each of it has one of the second half in it."""
     found = scores or (lambda size: tuple(float(number) for number in range(size, 0, -1)))
-    return Plan(
-        tuple(
-            Edit(index, f"layers.{index}", edit, tuple(range(size // 2)), found(size),
-                 groups=tuple((e, e + size // 2) for e in range(size // 2 * (edit == "merge"))),
-                 **other)
-            for index, size in sizes.items()
-        )
-    )  # fmt: skip
+    edits = []
+    for index, size in sizes.items():
+        kept = tuple(range(size // 2))
+        groups = {"groups": tuple((e, e + size // 2) for e in kept)}
+        own = groups if kind is MergeExperts else {}
+        edits.append(kind(index, f"layers.{index}", kept, scores=found(size), **own, **other))
+    return Plan(tuple(edits))
 
 
 def condensed(search: bool = True) -> Plan:
     divergence = (0.3, 0.2, 0.1) if search else ()
     edits = (
-        Edit(1, "a", "condense", experts=(3, 0), gates=(0.1, 0.2), divergence=divergence),
-        Edit(2, "b", "keep"),
-        Edit(4, "c", "condense", experts=(5, 2), gates=(0.1, 0.2), divergence=divergence),
+        CondenseLayer(1, "a", experts=(3, 0), gates=(0.1, 0.2), divergence=divergence),
+        KeepLayer(2, "b"),
+        CondenseLayer(4, "c", experts=(5, 2), gates=(0.1, 0.2), divergence=divergence),
     )
-    searched = (Edit(2, "b", "condense", experts=(1, 6), divergence=divergence),)
+    searched = (CondenseLayer(2, "b", experts=(1, 6), divergence=divergence),)
     values = (0.01, 0.02) if search else ()
     return Plan(edits, layer_order=(4, 1), layer_divergence=values, searched=searched)
 
 
-def dropped(edit: str) -> Plan:
+def dropped(kind: type[Edit]) -> Plan:
     edits = tuple(
-        Edit(index, "x", edit if index == 2 else "keep", scores=(0.5 + index / 10,))
+        (kind if index == 2 else KeepLayer)(index, "x", scores=(0.5 + index / 10,))
         for index in range(4)
     )
     return Plan(edits, layer_order=(2,), notes={"scores": "mean cosine of x and y: highest first"})
@@ -93,19 +100,19 @@ def names(paths: list[Path]) -> list[str]:
 
 EVEN, UNEVEN = {1: 8, 2: 8}, {0: 8, 1: 4, 5: 2}
 PLANS = {
-    "prune": (scored("prune", EVEN), ["scores", "kept"]),
-    "uneven": (scored("prune", UNEVEN, replacement="constant"), ["scores", "kept"]),
-    "equal": (scored("prune", EVEN, lambda size: (0.0,) * size), ["scores", "kept"]),
+    "prune": (scored(PruneExperts, EVEN), ["scores", "kept"]),
+    "uneven": (scored(PruneExperts, UNEVEN, replacement="constant"), ["scores", "kept"]),
+    "equal": (scored(PruneExperts, EVEN, lambda size: (0.0,) * size), ["scores", "kept"]),
     "infinite": (
-        scored("prune", EVEN, lambda size: (-np.inf, np.nan, *range(size - 2))),
+        scored(PruneExperts, EVEN, lambda size: (-np.inf, np.nan, *range(size - 2))),
         ["scores", "kept"],
     ),
-    "unknown": (scored("prune", EVEN, lambda size: (-np.inf,) * size), ["scores", "kept"]),
-    "missing": (scored("prune", EVEN, lambda size: ()), ["kept"]),
-    "merge": (scored("merge", UNEVEN), ["scores", "kept"]),
+    "unknown": (scored(PruneExperts, EVEN, lambda size: (-np.inf,) * size), ["scores", "kept"]),
+    "missing": (scored(PruneExperts, EVEN, lambda size: ()), ["kept"]),
+    "merge": (scored(MergeExperts, UNEVEN), ["scores", "kept"]),
     "condense": (condensed(), ["kept", "divergence"]),
     "unsearched": (condensed(search=False), ["kept"]),
-    "no_expert": (Plan((Edit(1, "a", "condense"), Edit(2, "b", "keep"))), []),
-    "drop_block": (dropped("drop_block"), ["scores"]),
-    "large": (scored("prune", dict.fromkeys(range(27), 64)), ["scores", "kept"]),
+    "no_expert": (Plan((CondenseLayer(1, "a"), KeepLayer(2, "b"))), []),
+    "drop_block": (dropped(DropBlock), ["scores"]),
+    "large": (scored(PruneExperts, dict.fromkeys(range(27), 64)), ["scores", "kept"]),
 }

@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lab.models.editing import apply_plan, constants_name
+from moe_lab.models.editing import constants_name
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan
 
 KEPT = {"constant": (6, 1, 3, 4), "copy": (0, 2, 5, 7, 1), "zero": (3, 2, 0)}
 GROUPS = ((0, 1, 2), (3,), (5, 4), (7, 6))  # within the two router groups of deepseek_v3
@@ -25,7 +27,7 @@ def replaced(model: nn.Module, *kinds: str) -> Plan:
     edits, tensors = [], {}
     for layer, kind in zip(moe_layers(model), kinds, strict=False):
         index, kept = layer.info.index, KEPT[kind]
-        edits.append(Edit(index, layer.info.name, "prune", kept=kept, replacement=kind))
+        edits.append(PruneExperts(index, layer.info.name, kept=kept, replacement=kind))
         if kind == "constant":
             generator = torch.Generator().manual_seed(index)
             tensors[constants_name(index)] = torch.randn(8 - len(kept), 32, generator=generator)
@@ -36,7 +38,7 @@ def merged(model: nn.Module, router: str = "all") -> Plan:
     kept = tuple(group[0] for group in GROUPS)
     weights = tuple((1 / len(group),) * len(group) for group in GROUPS)
     edits = (
-        Edit(one.info.index, one.info.name, "merge", kept=kept, groups=GROUPS, weights=weights,
+        MergeExperts(one.info.index, one.info.name, kept=kept, groups=GROUPS, weights=weights,
              router=router)
         for one in moe_layers(model)
     )  # fmt: skip

@@ -16,15 +16,19 @@ from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.experts import Experts
 from moe_lab.finetune.recipe import Phase
 from moe_lab.models.checkpoint import load
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.types import Edit, Plan
 
 PLANS = {
     "condense": [
-        dict(index=1, edit="condense", experts=(5, 2), gates=(0.4, 0.3), widths=(24, 16, 16)),
-        dict(index=3, edit="condense", experts=(0,), gates=(0.2,), widths=(24, 16)),
+        dict(
+            index=1, edit="condense", experts=(5, 2), gates=(0.4, 0.3), widths=(24, 16, 16),
+            shared_gate=0.5,
+        ),
+        dict(
+            index=3, edit="condense", experts=(0,), gates=(0.2,), widths=(24, 16), shared_gate=0.5
+        ),
     ],
     "prune": [dict(index=2, edit="prune", kept=(0, 1, 2, 5))],
     "merge": [
@@ -73,7 +77,7 @@ def compressed(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
     model = tiny_model("qwen2_moe").to(dtype)
     model.save_pretrained(folder / "source")
     names = {layer.info.index: layer.info.name for layer in moe_layers(model)}
-    edits = (Edit(name=names[edit["index"]], shared_gate=0.5, **edit) for edit in PLANS[kind])
+    edits = (read_edit({"name": names[edit["index"]]} | edit) for edit in PLANS[kind])
     plan = Plan(tuple(edits))
     model = load(folder / "source", dtype="float32")
     apply_plan(model, plan)
@@ -92,7 +96,7 @@ def steps_of(folder: Path) -> list[dict]:
 def train_one(folder: Path) -> torch.Tensor:
     """Train through both phases what lies in the folder's parent; what a layer became."""
     edits = json.loads((folder.parent / "edits.json").read_text())
-    plan = Plan(tuple(Edit.from_json(values) for values in edits))
+    plan = Plan(tuple(read_edit(values) for values in edits))
     model = load(folder.parent / "compressed", dtype="float32")
     done = training(model, plan, folder, supervised=True)
     done.run()

@@ -12,12 +12,13 @@ import torch
 from moe_lab.methods.condense.base import ExpertCandidates, choice_named, draws, shared_gate
 from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer
 from moe_lab.models.editing import check_is_sum, part_widths
+from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.remapped import Experts
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile
 from moe_lab.progress import progress
-from moe_lab.types import Choice, Edit
+from moe_lab.types import Choice
 
 
 class Asked(Protocol):
@@ -40,7 +41,7 @@ class ExpertChoices:
     def __init__(self, method: Asked, profile: Profile):
         self.method, self.profile = method, profile
         self.statistics = {one.info.index: one for one in profile.statistics}
-        self.chosen: dict[int, Edit] = {}
+        self.chosen: dict[int, CondenseLayer] = {}
         self._states: IntactStates | None = None
         by_name = isinstance(method.experts, str)
         self._identity = {
@@ -77,7 +78,7 @@ class ExpertChoices:
         """What was found before for the same question, options and data."""
         return self.profile.remember(self._identity | identity, work, self.method.searches())
 
-    def edits(self, indices: Iterable[int]) -> dict[int, Edit]:
+    def edits(self, indices: Iterable[int]) -> dict[int, CondenseLayer]:
         """Condensing edits of these layers, in order of the layers."""
         indices = sorted(indices)
         missing = [index for index in indices if index not in self.chosen]
@@ -88,13 +89,12 @@ class ExpertChoices:
         self.chosen = dict(sorted(self.chosen.items()))
         return {index: self.chosen[index] for index in indices}
 
-    def _edit(self, statistics: LayerStatistics) -> Edit:
+    def _edit(self, statistics: LayerStatistics) -> CondenseLayer:
         gates = choice_named("gates", self.method.gates)(statistics)
         choice = self._choice(statistics, gates)
-        return Edit(
+        return CondenseLayer(
             statistics.info.index,
             statistics.info.name,
-            "condense",
             experts=choice.chosen,
             gates=tuple(float(gates[expert]) for expert in choice.chosen),
             shared_gate=shared_gate(statistics),

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence
 from moe_lab.models.editing import condensed
+from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.stream import LayerStream, swapped
 from moe_lab.profile.profile import Answer
 from moe_lab.progress import progress
-from moe_lab.types import Choice, Edit
+from moe_lab.types import Choice
 
 
 class Remembering(Protocol):
@@ -38,7 +39,7 @@ class CondensedSets:
     def __init__(
         self,
         open_stream: Callable[[], LayerStream],
-        edits: dict[int, Edit],
+        edits: dict[int, CondenseLayer],
         remember: Remembering,
     ):
         self.edits, self._open_stream, self._remember = edits, open_stream, remember

@@ -14,9 +14,12 @@ from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.layer_choice import example_layers
 from moe_lab.models.editing import part_widths
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Choice, Edit, LayerInfo, Plan, UserError
+from moe_lab.types import Choice, LayerInfo, UserError
 
 
 @dataclass
@@ -108,14 +111,13 @@ class Condense(Method):
                 "has none: ask for condense.num_routed of at least 1"
             )
 
-    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[CondenseLayer, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
         number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
         return tuple(
-            Edit(
+            CondenseLayer(
                 info.index,
                 info.name,
-                "condense",
                 experts=tuple(range(number)),
                 gates=(1.0,) * number,
                 widths=part_widths(info, range(number)),
@@ -152,9 +154,9 @@ class Condense(Method):
         experts = ExpertChoices(self, profile)
         order = self._choose_layers(experts)
         edits = experts.edits(order.chosen)
-        kept = {i: Edit(i, s.info.name, "keep") for i, s in experts.statistics.items()}
+        kept = {i: KeepLayer(i, s.info.name) for i, s in experts.statistics.items()}
         return Plan(
-            tuple((kept | edits).values()),
+            tuple(edits.get(i, keep) for i, keep in kept.items()),
             layer_order=order.chosen,
             layer_divergence=order.divergence,
             searched=tuple(e for i, e in experts.chosen.items() if i not in order.chosen),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from moe_lab.methods.ratios.budget import Ratio, Scores, floor_of
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import check_kept
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,18 @@ def _check_number(info: LayerInfo, number: int, source: str) -> None:
 def _numbers_of(path: str) -> dict[int, int]:
     """The experts that the layers of a plan keep; layers that it does not change are left out."""
     try:
-        edited = Plan.load(Path(path)).edited()
+        chains = Plan.load(Path(path)).chains()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"ratio.plan={path} cannot be read as a plan: {error!r}") from error
-    for edit in edited:
-        if edit.edit not in ("prune", "merge"):
+    numbers = {}
+    for chain in (chain for chain in chains if chain.changes):
+        if chain.num_experts_left is None:
             raise UserError(
-                f"ratio.plan={path}: its layer {edit.index} ends as {edit.edit!r}, which is no "
-                "number of experts; a plan of method=prune or method=merge has them"
+                f"ratio.plan={path}: its layer {chain.index} ends as {chain.edits[-1].kind!r}, "
+                "which is no number of experts; a plan of method=prune or method=merge has them"
             )
-    return {edit.index: len(edit.kept) for edit in edited}
+        numbers[chain.index] = chain.num_experts_left
+    return numbers
 
 
 def _word(kept: Sequence[int] | Mapping[int, int] | None) -> str:

@@ -7,22 +7,38 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lab.report.figures import DEFAULT_VALUES, better, figure_text, is_truth
+from moe_lab.report.figures import (
+    COSTS,
+    DEFAULT_VALUES,
+    FIGURES,
+    MAIN_QUALITIES,
+    better,
+    figure_text,
+    is_truth,
+)
 from moe_lab.report.frame import ORIGIN_KEYS, keys_of, label_of, setting_keys, varying_keys
 
-AXIS_TITLES = {
-    "eval/average": "average accuracy",
-    "kl": "KL to dense, nats per token",
-    "parameters": "parameters",
-    "active_parameters": "active parameters",
-    "parameter_ratio": "parameters, share of dense",
-    "flops_per_token": "FLOPs per token",
-    "bytes": "size on disk",
-    "memory_ratio": "peak memory of a forward, share of dense",
-    "prefill_speedup": "prefill speed, times dense",
-    "decode_speedup": "decode speed, times dense",
-    "ratio": "ratio: share removed",
-}
+RATIO = "ratio"  # the setting that is a cost itself: the more removed, the better
+
+
+def axes() -> dict[str, Any]:
+    """What the page knows of figures that are axes, by their names without the variant.
+
+    titles: of qualities and costs, in the order of FIGURES; costs: in the order in which they are
+    proposed; quality: what is proposed to be drawn against them; of_dense: figures that are 1 of
+    the dense model itself.
+    """
+    titles = {
+        figure.name: figure.unit.on_page(figure.title)
+        for figure in FIGURES
+        if figure in (*MAIN_QUALITIES, *COSTS)
+    }
+    return {
+        "titles": titles | {RATIO: "ratio: share removed"},
+        "costs": [*(figure.name for figure in COSTS), RATIO],
+        "quality": MAIN_QUALITIES[0].name,
+        "of_dense": [figure.name for figure in FIGURES if figure.unit.of_dense],
+    }
 
 
 def columns_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -39,7 +55,7 @@ def columns_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
             "setting": key in settings,
             "varies": key in varying,
             "shown": shown.index(key) if key in shown else None,
-            "better": 1 if key == "ratio" else better(key),  # the more removed
+            "better": 1 if key == RATIO else better(key),
             "format": _format(key),
             **_values(key, frame[key], key in settings),
         }

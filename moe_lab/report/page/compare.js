@@ -53,7 +53,7 @@ function figuresCompared(a, b) {
 
 /** What two edits of a layer share: experts that both keep, and that one keeps alone. */
 function overlapOf(one, other) {
-  const [kept, theirs] = [one && keptOf(one), other && keptOf(other)];
+  const [kept, theirs] = [one?.kept, other?.kept];
   if (!kept || !theirs) return null;
   const both = kept.filter((expert) => theirs.includes(expert));
   const onlyOne = kept.filter((expert) => !theirs.includes(expert));
@@ -63,7 +63,7 @@ function overlapOf(one, other) {
 }
 
 function pairedLayers([one, other]) {
-  const byIndex = [one, other].map((details) => new Map(layersOf(details).map((edit) => [edit.index, edit])));
+  const byIndex = [one, other].map(outcomesOf);
   const indices = [...new Set(byIndex.flatMap((map) => [...map.keys()]))].sort((a, b) => a - b);
   return indices.map((index) => [index, byIndex[0].get(index), byIndex[1].get(index)]);
 }
@@ -91,7 +91,7 @@ function plansCompared(both, names) {
 
 /** Which layers both plans change, and which only one does. */
 function layersEdited(layers, names) {
-  const edited = (edit) => Boolean(edit) && edit.edit !== "keep";
+  const edited = (edit) => Boolean(edit?.changes);
   const where = (one, other) => layers.filter(([, a, b]) => edited(a) === one && edited(b) === other)
     .map(([index]) => index).join(", ") || "none";
   return make("p", null, `Layers edited in both: ${where(true, true)}; ` +

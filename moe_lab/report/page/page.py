@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from moe_lab import store
 from moe_lab.files import CURVE, DIAGNOSIS, HYDRA, LOG, PAGE, PLAN, PLOTS, USAGE
 from moe_lab.report.frame import STATUS, read_reports, reason_of
-from moe_lab.report.page.columns import AXIS_TITLES, columns_of
+from moe_lab.report.page.columns import axes, columns_of
 from moe_lab.report.report import OK
 from moe_lab.report.run_files import (
     LOADER,
@@ -56,7 +56,7 @@ def write_page(folder: Path, title: str | None = None) -> Path:
         "why": [None if one.get(STATUS) == OK else reason_of(one)
                 for one in every],
         "columns": columns_of(frame),
-        "titles": AXIS_TITLES,
+        **axes(),
         "files": [name for name in ("table.md", "table.csv", "table.tex", "multirun.yaml")
                   if (folder / name).is_file()],
         "plots": pictures.of(folder / PLOTS),

@@ -1,8 +1,5 @@
 // Quality against cost: the runs that are in the table, and the front of the best of them.
 
-const COSTS = ["parameter_ratio", "memory_ratio", "bytes", "flops_per_token", "active_parameters",
-  "parameters", "prefill_speedup", "decode_speedup", "ratio"];
-
 /** Figures that variants have, and settings that are numbers and differ. */
 function plottable() {
   const numeric = SWEEP.columns.filter(({ values }) => values.some((value) => typeof value === "number"));
@@ -24,7 +21,7 @@ function columnOf(name) {
 function pointsOf(rows, x, y) {
   const at = (variant, name, row) => {
     const value = numberOf(keyOf(variant, name), row);
-    const itself = variant === "dense" && /_(ratio|speedup)$/.test(name);
+    const itself = variant === "dense" && SWEEP.of_dense.includes(name);
     return value ?? (itself ? 1 : null);
   };
   return rows
@@ -58,13 +55,13 @@ function stepLine(front, scale) {
 function paretoSection(rowsNow) {
   const { figures, settings } = plottable();
   if (figures.length === 0) return null;
-  const ys = figures.filter((name) => !COSTS.includes(name));
-  const xs = [...COSTS.filter((name) => figures.includes(name)), ...settings, ...ys];
-  const average = figures.includes("eval/average") ? "eval/average"
+  const ys = figures.filter((name) => !SWEEP.costs.includes(name));
+  const xs = [...SWEEP.costs.filter((name) => figures.includes(name)), ...settings, ...ys];
+  const quality = figures.includes(SWEEP.quality) ? SWEEP.quality
     : figures.find((name) => columnOf(name).better > 0);
   const groups = [...SWEEP.columns.filter(({ setting, shown: place }) => setting && place !== null)
     .sort((a, b) => a.shown - b.shown).map(({ key }) => key), "variant"];
-  const y = average ?? ys[0] ?? figures[0];
+  const y = quality ?? ys[0] ?? figures[0];
   const state = { x: xs.find((name) => name !== y) ?? y, y, group: groups[0],
     variants: new Set(VARIANTS.filter((name) => name !== "dense")) };
   const marks = make("div");

@@ -1,27 +1,26 @@
 // A plan: its notes, its layers, and which experts stay.
 
-/** The experts that a layer's edit keeps; null where that is not the question. */
-function keptOf(edit) {
-  if (edit.edit === "condense") return edit.experts ?? [];
-  if (edit.edit === "drop_layer" || edit.edit === "drop_block") return [];
-  return edit.kept ?? null;
-}
-
-function layersOf(details) {
-  return details.plan?.layers ?? [];
+/** What a plan leaves of each layer, by its index: the last of its edits, and the kinds of all. */
+function outcomesOf(details) {
+  const outcomes = new Map();
+  for (const edit of details.plan?.layers ?? []) {
+    const before = outcomes.get(edit.index);
+    outcomes.set(edit.index, !before ? edit : {
+      ...edit, edit: `${before.edit}, ${edit.edit}`, changes: before.changes || edit.changes });
+  }
+  return outcomes;
 }
 
 /** How many experts a layer has, as far as scores, usage or the edit tell. */
 function expertsOf(details, edit) {
-  const named = [...(edit.kept ?? []), ...(edit.experts ?? []), ...(edit.groups ?? []).flat()];
   const counts = [details.scores?.[edit.index]?.length ?? 0, details.usage?.[edit.index]?.length ?? 0];
-  return Math.max(...counts, ...named.map((expert) => expert + 1), 0);
+  return Math.max(...counts, edit.num_experts);
 }
 
 /** "layer/expert" of everything that is kept. */
 function keptSet(details) {
-  return new Set(layersOf(details).flatMap((edit) =>
-    (keptOf(edit) ?? []).map((expert) => `${edit.index}/${expert}`)));
+  return new Set([...outcomesOf(details).values()].flatMap((edit) =>
+    (edit.kept ?? []).map((expert) => `${edit.index}/${expert}`)));
 }
 
 function asGrid(byLayer) {
@@ -57,14 +56,14 @@ function notesOf(notes) {
 }
 
 function layerTable(edits, details, name) {
+  const further = new Set(edits.flatMap((edit) => Object.keys(edit.cells)));
+  const listOf = (items) => items?.map(textOfItem).join("  ");
   const columns = [
     ["layer", (edit) => String(edit.index)],
-    ["edit", (edit) => edit.edit + (edit.replacement ? ` (${edit.replacement})` : "")],
+    ["edit", (edit) => edit.title],
     ["experts kept", (edit) => keptCell(edit, details)],
-    ["gates", gatesCell],
-    ["groups merged", (edit) => (edit.groups ?? []).filter((group) => group.length > 1)
-      .map((group) => group.join("+")).join("  ")],
-    ["divergence", (edit) => edit.divergence && numbers(edit.divergence)],
+    ...[...further].map((title) => [title, (edit) => listOf(edit.cells[title])]),
+    ["divergence", (edit) => listOf(edit.divergence)],
     ["module", (edit) => edit.name],
   ].filter(([title, read]) => ["layer", "edit"].includes(title) || edits.some((edit) => read(edit)));
   return tableOf(columns.map(([title]) => title), edits.map((edit) => columns.map(([title, read]) => {
@@ -73,12 +72,13 @@ function layerTable(edits, details, name) {
   })), name);
 }
 
-function gatesCell({ gates, shared_gate: shared }) {
-  return gates && numbers([...(shared === undefined ? [] : [`shared ${short(shared)}`]), ...gates]);
+/** A text or number of a cell, or several that belong together. */
+function textOfItem(item) {
+  return Array.isArray(item) ? item.map(short).join(" ") : short(item);
 }
 
 function keptCell(edit, details) {
-  const kept = keptOf(edit);
+  const { kept } = edit;
   if (!kept) return "";
   const total = expertsOf(details, edit);
   const gone = [...Array(total).keys()].filter((expert) => !kept.includes(expert));
@@ -89,10 +89,6 @@ function keptCell(edit, details) {
 
 function short(value) {
   return typeof value === "number" ? String(Number(value.toPrecision(4))) : String(value ?? MISSING);
-}
-
-function numbers(values) {
-  return values.map(short).join("  ");
 }
 
 function scoreMap(details, title = "Scores of the experts") {

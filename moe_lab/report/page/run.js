@@ -80,9 +80,9 @@ function stagesSection(row) {
     .map(({ key }) => key.slice("seconds/".length));
   if (stages.length === 0) return null;
   const seconds = (stage) => shown(valueOf(`seconds/${stage}`, row), ["fixed", 1, " s"]);
-  const cached = (stage) => ({ true: "yes", false: "no" })[valueOf(`cached/${stage}`, row)];
   return section("Stages", tableOf(["stage", ["number", "took"], "cached", "result"], stages.map((stage) =>
-    [stage, ["number", seconds(stage)], cached(stage), textOf(`artifact/${stage}`, row)]), "stages"),
+    [stage, ["number", seconds(stage)], ...["cached", "artifact"].map((kind) => textOf(`${kind}/${stage}`, row))]),
+    "stages"),
     quiet("A cached result took this long when it was made."));
 }
 

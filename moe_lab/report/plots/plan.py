@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moe_lab.models.edits.base import Edit, State
+from moe_lab.models.edits.plan import Plan
 from moe_lab.report.plots import style
-from moe_lab.types import Edit, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
 
-DROPPED = ("drop_layer", "drop_block")
 MOST_WORDS = 200  # numbers in the cells of a picture: more take seconds, and nobody reads them
-REMOVED, KEPT, JOINED = "removed", "kept", "joined"
+REMOVED: State = "removed"
+KEPT: State = "kept"
+JOINED: State = "joined"
+WORDS_OF_JOINED = ("others merged into it", "experts merged into it")  # where no edit has any
 SEARCHES = {  # condense.layers and condense.experts -> what their search looks at
     "greedy_js": "JS divergence (nats)",
     "greedy_kl": "KL divergence (nats)",
@@ -44,16 +47,17 @@ def draw_plan(
 
 def _scores(plan: Plan, told: Mapping[str, Any], path: Path) -> Path | None:
     """The scores of the experts, layer by expert, those that go crossed out."""
-    scored = [edit for edit in plan.edits if edit.scores and edit.edit in ("prune", "merge")]
-    rows = [(edit.index, expert, score, expert not in edit.kept)
-            for edit in scored for expert, score in enumerate(edit.scores)]  # fmt: skip
+    chains = [chain for chain in plan.chains() if chain.expert_scores]
+    rows = [(chain.index, expert, score, chain.fate(expert).state == REMOVED)
+            for chain in chains for expert, score in enumerate(chain.expert_scores)]  # fmt: skip
     if not rows:
         return None
     table = pd.DataFrame(rows, columns=["layer", "expert", "score", "goes"])
     finite = table["score"][np.isfinite(table["score"])]
     wide = len(finite) > 0 and finite.min() > 0 and finite.max() > 10 * finite.min()
     metric = told.get("metric") or plan.notes.get("scores")
-    goes = "merged away" if any(edit.edit == "merge" for edit in scored) else "removed"
+    words = (edit.gone for chain in chains for edit in chain.edits)
+    goes = next((word for word in words if word != REMOVED), REMOVED)
     style.draw_by_expert(
         table, "score", path, f"Scores of the experts ({goes}: crossed out)",
         f"score: {metric}" if metric else "score", logarithmic=wide, marked="goes", crossed=True,
@@ -63,15 +67,16 @@ def _scores(plan: Plan, told: Mapping[str, Any], path: Path) -> Path | None:
 
 def _layers(plan: Plan, path: Path) -> Path | None:
     """The score of each layer over depth, those that go crossed out."""
-    scored = [edit for edit in plan.edits if len(edit.scores) == 1]
+    scored = [(chain.index, score, chain.drops_layer)
+              for chain in plan.chains() if (score := chain.layer_score) is not None]  # fmt: skip
     if not scored:
         return None
     with style.figure(path, 5.5, 3.2, "Scores of the layers") as made:
         axes = made.add_subplot()
-        axes.plot([e.index for e in scored], [e.scores[0] for e in scored], c="0.7", lw=1)
+        axes.plot(*zip(*(point for *point, _ in scored), strict=True), c="0.7", lw=1)
         for number, (goes, name) in enumerate([(False, "kept"), (True, "dropped")]):
-            some = [edit for edit in scored if (edit.edit in DROPPED) == goes]
-            axes.plot([e.index for e in some], [e.scores[0] for e in some], ls="none", ms=8,
+            some = [point for *point, dropped in scored if dropped == goes]
+            axes.plot([index for index, _ in some], [score for _, score in some], ls="none", ms=8,
                       c=style.COLOURS[number], marker="X" if goes else "o", label=name)  # fmt: skip
         style.whole_numbers(axes.xaxis)
         what = str(plan.notes.get("scores", "score")).partition(":")[0]
@@ -89,28 +94,16 @@ def states(plan: Plan, sizes: Mapping[int, int]) -> pd.DataFrame:
     expert that a removed one was merged into, -1 elsewhere; whole: its whole layer goes. A layer
     of unknown size is as large as the largest known; where none is known there is no row.
     """
-    known = {edit.index: len(edit.scores) for edit in plan.edits if len(edit.scores) > 1}
-    known |= sizes
-    named = [e for edit in (*plan.edits, *plan.searched) for e in (*edit.experts, *edit.kept)]
+    chains = plan.chains()
+    known = {chain.index: len(chain.expert_scores) for chain in chains}
+    known = {index: size for index, size in known.items() if size > 1} | dict(sizes)
+    named = [expert for edit in (*plan.edits, *plan.searched) for expert in edit.named_experts]
     most = max([*known.values(), *(expert + 1 for expert in named)], default=0)
     rows = []
-    for edit in plan.edits:
-        for expert in range(known.get(edit.index, most)):
-            rows.append((edit.index, expert, *_state(edit, expert), edit.edit in DROPPED))
+    for chain in chains:
+        for expert in range(known.get(chain.index, most)):
+            rows.append((chain.index, expert, *chain.fate(expert), chain.drops_layer))
     return pd.DataFrame(rows, columns=["layer", "expert", "state", "number", "into", "whole"])
-
-
-def _state(edit: Edit, expert: int) -> tuple[str, int, int]:
-    if edit.edit == "condense":
-        chosen = expert in edit.experts
-        return (JOINED, edit.experts.index(expert) + 1, -1) if chosen else (REMOVED, 0, -1)
-    for kept, group in zip(edit.kept, edit.groups, strict=False):
-        if expert == kept:
-            return (JOINED if len(group) > 1 else KEPT), len(group), -1
-        if expert in group:
-            return REMOVED, 0, kept
-    stays = edit.edit == "keep" or expert in edit.kept
-    return (KEPT if stays else REMOVED), 0, -1
 
 
 def _kept(plan: Plan, sizes: Mapping[int, int], path: Path) -> Path | None:
@@ -120,8 +113,7 @@ def _kept(plan: Plan, sizes: Mapping[int, int], path: Path) -> Path | None:
         return None
     layers, columns = sorted(table["layer"].unique()), range(table["expert"].max() + 1)
     width, height, cell = style.grid_size(len(layers), len(columns))
-    condensed = any(edit.edit == "condense" for edit in plan.edits)
-    what = "order of choice" if condensed else "experts merged into it"
+    joined, what = next((edit.joined for edit in plan.edits if edit.joined), WORDS_OF_JOINED)
     with style.figure(path, width, height + 0.3, "What is kept of the experts") as made:
         axes, shades = made.add_subplot(), _shades(table)
         colours = np.ones((len(layers), len(columns), 4))
@@ -140,7 +132,7 @@ def _kept(plan: Plan, sizes: Mapping[int, int], path: Path) -> Path | None:
             axes.axhspan(row - 0.5, row + 0.5, fc="none", ec="0.4", hatch="////", lw=0)
         style.ticks(axes, columns, layers)
         axes.set(xlabel="expert", ylabel="layer")
-        style.legend_below(made, _legend(table, condensed, _says_into(table, cell)), width)
+        style.legend_below(made, _legend(table, joined, _says_into(table, cell)), width)
         if table["state"].eq(JOINED).any():
             bar = made.colorbar(shades, ax=axes, label=what)
             style.whole_numbers(bar.ax.yaxis)
@@ -180,12 +172,11 @@ def _words(axes: Axes, table: pd.DataFrame, cell: float) -> None:
             axes.text(expert, row, f"→{to}", color="0.25", **look)
 
 
-def _legend(table: pd.DataFrame, condensed: bool, arrows: bool) -> dict[str, Any]:
+def _legend(table: pd.DataFrame, joined: str, arrows: bool) -> dict[str, Any]:
     from matplotlib.patches import Patch
 
     merged = "merged (→ into which)" if arrows else "merged into others"
     gone = merged if (table["into"] >= 0).any() else "removed"
-    joined = "part of the condensed layer" if condensed else "others merged into it"
     whole, partial = table["whole"], set(table["state"][~table["whole"]])
     legend = {"kept": Patch(fc=FACES[KEPT])} if KEPT in partial else {}
     if JOINED in partial:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from moe_lab.files import CURVE, PLAN, PLOTS, REPORT, USAGE
+from moe_lab.models.edits.plan import Plan
 from moe_lab.report.plots import curve, plan, style
 from moe_lab.report.report import read_report
-from moe_lab.types import Plan
 
 
 def draw_run(folder: Path) -> list[Path]:

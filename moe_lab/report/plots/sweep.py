@@ -9,13 +9,14 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from moe_lab.files import CURVE, PLOTS
+from moe_lab.report import figures
+from moe_lab.report.figures import Figure
 from moe_lab.report.frame import NONE, STATUS, free_keys, label_of
 from moe_lab.report.plots import cloud, curve, style
 from moe_lab.report.report import OK
@@ -24,37 +25,7 @@ LEVEL: dict[str, Any] = {"color": "0.35", "marker": "", "linestyle": (0, (5, 3))
 VARIANT_LABELS = {"compressed": "compressed (hollow)", "finetuned": "fine-tuned (filled)"}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the reports on an axis.
-
-    key: below the variant; label: with the unit, into which `scale` brings it; lower: is better;
-    relative: drawn as a share of the dense model's.
-    """
-
-    key: str
-    label: str
-    scale: float = 1.0
-    lower: bool = True
-    relative: bool = False
-
-    def of(self, frame: pd.DataFrame, variant: str) -> pd.Series:
-        """Its values, NaN where a report has none."""
-        values = _numbers(frame, f"{variant}/{self.key}") * self.scale
-        return values / _numbers(frame, f"dense/{self.key}") if self.relative else values
-
-
-COSTS = (
-    Figure("parameter_ratio", "parameters left (%)", 100),
-    Figure("bytes", "size on disk (% of dense)", 100, relative=True),
-    Figure("memory_ratio", "peak memory of a forward (% of dense)", 100),
-    Figure("flops_per_token", "FLOPs per token (% of dense)", 100, relative=True),
-    Figure("prefill_speedup", "prefill speed (× dense)", lower=False),
-    Figure("decode_speedup", "decode speed (× dense)", lower=False),
-)
-ACCURACY = Figure("eval/average", "average accuracy (%)", 100, lower=False)
-KL = Figure("kl", "KL to the intact model (nats per token)")
-HELD_OUT = Figure("eval/held_out/perplexity", "perplexity of held-out text")
+DRAWN_COSTS = tuple(cost for cost in figures.COSTS if cost.picture)
 # What tells the points of a sweep apart is the first of these that differs, else what is text.
 FIRST = (
     "method metric condense/experts condense/layers condense/gates merge/grouping ratio_method "
@@ -79,15 +50,20 @@ def draw_sweep(folder: Path, frame: pd.DataFrame) -> list[Path]:
     home, quality = folder / PLOTS, _quality(frame)
     written = []
     if quality:
-        for cost in COSTS:
-            name = f"pareto_{cost.key}"
+        for cost in DRAWN_COSTS:
+            name = f"pareto_{_as_file(cost.name)}"
             written.append(_pareto(frame, cost, quality, home / f"{name}.png"))
     for setting in free_keys(frame):
         if _is_number(frame[setting]):
-            name = re.sub(r"\W+", "_", setting)
-            written.append(_along(frame, setting, home / f"by_{name}.png"))
+            written.append(_along(frame, setting, home / f"by_{_as_file(setting)}.png"))
     written.append(_all_curves(folder, frame, home / "curves.png"))
     return [path for path in written if path]
+
+
+def values_of(figure: Figure, frame: pd.DataFrame, variant: str) -> pd.Series:
+    """A figure's values as a picture shows them, NaN where a report has none."""
+    values = _numbers(frame, f"{variant}/{figure.name}") * figure.unit.scale
+    return values / _numbers(frame, f"dense/{figure.name}") if figure.unit.relative else values
 
 
 def points(frame: pd.DataFrame, x: Figure, y: Figure, names: pd.Series) -> pd.DataFrame:
@@ -98,7 +74,9 @@ def points(frame: pd.DataFrame, x: Figure, y: Figure, names: pd.Series) -> pd.Da
     settings = [key for key in free_keys(frame) if key != "model"]
     known = frame[settings].map(label_of).assign(model=_models(frame), name=names)
     every = pd.concat(
-        known.assign(variant=variant, x=x.of(frame, variant), y=y.of(frame, variant))
+        known.assign(
+            variant=variant, x=values_of(x, frame, variant), y=values_of(y, frame, variant)
+        )
         for variant in VARIANT_LABELS
     )
     keys = [*settings, "model", "name", "variant"]
@@ -142,15 +120,16 @@ def _pareto(frame: pd.DataFrame, cost: Figure, quality: Figure, path: Path) -> P
         "Pareto front": style.swatch(0, **cloud.FRONT),
     }
     models = list(table["model"].unique())
-    title = f"{_start(quality)} against {_start(cost)}"
+    title = f"{quality.title} against {cost.title}"
     title = title[0].upper() + title[1:]
     with style.panels(path, 1, len(models), title, legend) as grid:
         for axes, model in zip(grid[0], models, strict=True):
             dense = frame[_models(frame) == model]
-            at = cost.of(dense, "dense").mean(), quality.of(dense, "dense").mean()
+            x, y = (values_of(one, dense, "dense").mean() for one in (cost, quality))
             cloud.draw_points(axes, table[table["model"] == model], list(names.unique()))
-            cloud.steps(axes, table[table["model"] == model], at, cost.lower, quality.lower)
-            axes.set(xlabel=cost.label, ylabel=textwrap.fill(quality.label, 26))
+            cloud.steps(axes, table[table["model"] == model], (x, y), cost.better < 0,
+                        quality.better < 0)  # fmt: skip
+            axes.set(xlabel=cost.unit.in_picture(cost.title), ylabel=_upright(quality))
             axes.set_title(model, fontsize="medium")
     return path
 
@@ -158,14 +137,17 @@ def _pareto(frame: pd.DataFrame, cost: Figure, quality: Figure, path: Path) -> P
 def _along(frame: pd.DataFrame, setting: str, path: Path) -> Path | None:
     """Quality along one swept number: a line for each name, a row of panels for each variant."""
     names, said = naming(frame, (setting,), numbers=True)
-    shown = [f for f in (ACCURACY, KL) if _there(frame, f)] or [HELD_OUT]
+    there = [one for one in figures.QUALITIES if _there(frame, one)]
+    shown = [one for one in there if one.axis == there[0].axis]
+    if not shown:
+        return None
     every = pd.concat(
-        pd.DataFrame({f.key: f.of(frame, variant) for f in shown}).assign(
+        pd.DataFrame({one.name: values_of(one, frame, variant) for one in shown}).assign(
             name=names, at=pd.to_numeric(frame[setting]), model=_models(frame),
             row=_models(frame) + f", {VARIANT_LABELS[variant].partition(' ')[0]}",
         )
         for variant in VARIANT_LABELS
-    ).dropna(subset=["at"]).dropna(subset=[f.key for f in shown], how="all")  # fmt: skip
+    ).dropna(subset=["at"]).dropna(subset=[one.name for one in shown], how="all")  # fmt: skip
     if every["at"].nunique() < 2:
         return None
     rest = [key for key in free_keys(frame) if key not in (*said, setting, "model")]
@@ -181,9 +163,9 @@ def _along(frame: pd.DataFrame, setting: str, path: Path) -> Path | None:
         for (row, here), line in zip(rows, grid, strict=True):
             dense = frame[_models(frame) == here["model"].iloc[0]]
             for axes, figure in zip(line, shown, strict=True):
-                cloud.lines(axes, here, figure.key, list(names.unique()))
-                axes.axhline(figure.of(dense, "dense").mean(), **LEVEL)
-                axes.set(xlabel=_spoken(setting), ylabel=textwrap.fill(figure.label, 26))
+                cloud.lines(axes, here, figure.name, list(names.unique()))
+                axes.axhline(values_of(figure, dense, "dense").mean(), **LEVEL)
+                axes.set(xlabel=_spoken(setting), ylabel=_upright(figure))
                 axes.set_title(row, fontsize="medium")
     return path
 
@@ -221,12 +203,13 @@ def _numbers(frame: pd.DataFrame, key: str) -> pd.Series:
 
 
 def _there(frame: pd.DataFrame, figure: Figure) -> bool:
-    return any(figure.of(frame, variant).notna().any() for variant in VARIANT_LABELS)
+    values = (values_of(figure, frame, variant) for variant in VARIANT_LABELS)
+    return any(one.notna().any() for one in values)
 
 
 def _quality(frame: pd.DataFrame) -> Figure | None:
     """What stands for the quality that is left: the first of these that was measured."""
-    return next((one for one in (ACCURACY, KL, HELD_OUT) if _there(frame, one)), None)
+    return next((one for one in figures.QUALITIES if _there(frame, one)), None)
 
 
 def _models(frame: pd.DataFrame) -> pd.Series:
@@ -258,6 +241,10 @@ def _spoken(setting: str) -> str:
     return SETTINGS.get(setting, setting.replace("/", ": ").replace("_", " "))
 
 
-def _start(figure: Figure) -> str:
-    """Its label without the unit, for a title."""
-    return figure.label.partition(" (")[0]
+def _upright(figure: Figure) -> str:
+    """What stands beside an upright axis."""
+    return textwrap.fill(figure.unit.in_picture(figure.title), 26)
+
+
+def _as_file(key: str) -> str:
+    return re.sub(r"\W+", "_", key)

@@ -10,10 +10,11 @@ from moe_lab.dependencies import modules_of
 from moe_lab.methods.condense.base import choice_named, draws, shared_gate
 from moe_lab.methods.condense.gates import mean_selected
 from moe_lab.methods.condense.method import Condense
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile.collect import collect_statistics
-from moe_lab.types import Edit, Plan, UserError
+from moe_lab.types import UserError
 
 SEEDED = 3
 
@@ -61,7 +62,7 @@ def test_condensing_all_experts_with_the_true_gates_is_the_layer() -> None:
         gates = mean_selected.choose(found)
         assert gates.tolist() == pytest.approx([1 / 8] * 8)
         assert shared_gate(found) == 0.5
-        edits.append(Edit(found.info.index, found.info.name, "condense", experts=tuple(range(8)),
+        edits.append(CondenseLayer(found.info.index, found.info.name, experts=tuple(range(8)),
                           gates=tuple(gates.tolist()), shared_gate=0.5))  # fmt: skip
     apply_plan(model, Plan(tuple(edits)))
     torch.testing.assert_close(logits_of(model, batch), before, rtol=1e-4, atol=1e-4)

@@ -14,8 +14,8 @@ from condensing import (
 from torch.nn import functional as F
 
 from moe_lab.methods.condense.layer_search import CondensedSets, greedy_layers
+from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.stream import LayerStream
-from moe_lab.types import Edit
 
 
 def test_layer_search_equals_brute_force(searched) -> None:
@@ -98,8 +98,8 @@ def test_the_layer_search_needs_few_layer_evaluations(measured) -> None:
     stream = LayerStream(model, batches)
     experts = experts_of(planned(measured)[0])
     edits = {
-        layer.info.index: Edit(
-            layer.info.index, layer.info.name, "condense",
+        layer.info.index: CondenseLayer(
+            layer.info.index, layer.info.name,
             experts=tuple(experts[layer.info.index]), gates=(0.3, 0.3),
         )
         for layer in found

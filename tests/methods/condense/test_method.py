@@ -14,7 +14,7 @@ from moe_lab.methods.condense.base import shared_gate
 from moe_lab.methods.condense.method import Condense
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.editing import apply_plan
+from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream

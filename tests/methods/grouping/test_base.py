@@ -25,13 +25,15 @@ from moe_lab.methods.grouping.base import (
 )
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.ratios.uniform import Uniform
-from moe_lab.models.editing import apply_plan, prune_layer
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.option import Option
 from moe_lab.profile.all_experts import AllExperts, ExpertSample
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.types import Edit, LayerInfo, Plan, UserError
+from moe_lab.types import LayerInfo, UserError
 
 GROUPINGS = names_in("moe_lab.methods.grouping", BASES)
 
@@ -81,7 +83,7 @@ def test_groups_of_one_change_nothing() -> None:
         same = torch.eye(8).double() if grouping == "ream" else 1 - torch.eye(8).double()
         groups = as_grouping(grouping).choose(MergeCandidates(one, 8, same))
         assert groups.groups == tuple((expert,) for expert in range(8))
-        edit = Edit(one.info.index, one.info.name, "merge", router="all", **vars(groups))
+        edit = MergeExperts(one.info.index, one.info.name, router="all", **vars(groups))
         apply_plan(model, Plan((edit,)))
         assert torch.equal(logits_of(model), before)
 

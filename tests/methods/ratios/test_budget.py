@@ -18,10 +18,11 @@ from moe_lab.methods.ratios.evolutionary import Evolutionary
 from moe_lab.methods.ratios.sensitivity import Sensitivity
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import check_kept
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Plan, UserError
+from moe_lab.types import UserError
 
 
 def test_shares_may_be_of_parameters_or_bytes() -> None:

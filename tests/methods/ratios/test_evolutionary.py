@@ -13,10 +13,11 @@ from running import Outcome
 from moe_lab.methods.ratios import budget as ratios_budget
 from moe_lab.methods.ratios.evolutionary import Evolutionary, first_generation, shared_out
 from moe_lab.methods.ratios.uniform import Uniform
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.profile import Profile
-from moe_lab.types import Plan, UserError
+from moe_lab.types import UserError
 
 QUICK = {"num_samples": 2, "population": 4, "generations": 3, "parents": 2}
 

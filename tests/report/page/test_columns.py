@@ -10,7 +10,7 @@ from tabled import write
 
 from moe_lab.report.figures import figure_text
 from moe_lab.report.frame import read_reports
-from moe_lab.report.page.columns import columns_of
+from moe_lab.report.page.columns import axes, columns_of
 
 
 def columns(folder: Path) -> dict[str, dict[str, Any]]:
@@ -38,6 +38,28 @@ def test_numbers_and_truths_are_different_texts(tmp_path: Path) -> None:
         write(tmp_path, number, option=value)
     found = columns(tmp_path)["option"]
     assert (found["texts"], found["codes"]) == (["1", "True", "1.0", "1"], [0, 1, 2, 3])
+
+
+def test_what_the_page_knows_of_axes() -> None:
+    found = axes()
+    assert found["titles"] == {
+        "eval/average": "average accuracy",
+        "kl": "KL to dense, nats per token",
+        "parameters": "parameters",
+        "active_parameters": "active parameters",
+        "parameter_ratio": "parameters left, share of dense",
+        "flops_per_token": "FLOPs per token",
+        "bytes": "size on disk",
+        "memory_ratio": "peak memory of a forward, share of dense",
+        "prefill_speedup": "prefill speed, times dense",
+        "decode_speedup": "decode speed, times dense",
+        "ratio": "ratio: share removed",
+    }
+    first = "parameter_ratio memory_ratio bytes flops_per_token active_parameters parameters"
+    assert found["costs"] == [*first.split(), "prefill_speedup", "decode_speedup", "ratio"]
+    assert found["quality"] == "eval/average"
+    ratios = "parameter_ratio bytes_ratio memory_ratio prefill_speedup decode_speedup"
+    assert found["of_dense"] == ratios.split()
 
 
 def test_the_format_writes_what_python_does(tmp_path: Path) -> None:

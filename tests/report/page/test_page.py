@@ -14,10 +14,10 @@ import pytest
 from browser import launched, opened
 
 from moe_lab.files import PAGE
-from moe_lab.report.figures import DEFAULT_VALUES, figure_text
+from moe_lab.report.figures import DEFAULT_VALUES, FIGURES, figure_text
 from moe_lab.report.frame import read_reports
 from moe_lab.report.page import page
-from moe_lab.report.page.columns import _format
+from moe_lab.report.page.columns import _format, axes
 from moe_lab.report.page.page import write_page
 from moe_lab.report.report import read_report, write_report
 from moe_lab.types import UserError
@@ -278,7 +278,7 @@ def test_differences_to_dense(shown: Any, sweep: Path) -> None:
     go(shown, "#run=3")
     row = shown.locator("tr", has=shown.get_by_text("average accuracy", exact=True))
     points = 100 * (one["compressed/eval/average"] - one["dense/eval/average"])
-    expected = f"{figure_text('average', one['compressed/eval/average'])} (−{abs(points):.1f})"
+    expected = f"{figure_text('eval/average', one['compressed/eval/average'])} (−{abs(points):.1f})"
     assert row.locator("td").nth(1).inner_text() == expected
     row = shown.locator("tr", has=shown.get_by_text("parameters", exact=True))
     assert row.locator("td").nth(1).inner_text() == "12.3 B (−25.0 %)"
@@ -359,6 +359,26 @@ def test_the_plot_has_the_points_and_their_front(shown: Any, sweep: Path) -> Non
         assert [one["front"] == "true" for one in found] == best
         assert shown.locator("path.front").count() == 2  # the line and its legend
         assert len(points_of(shown, "dense")) == 1
+
+
+def test_the_plot_proposes_the_axes_that_python_names(shown: Any) -> None:
+    options = "nodes => nodes.map((node) => [node.value, node.textContent])"
+    x = shown.eval_on_selector_all("#pareto-choices select[aria-label=x] option", options)
+    y = shown.eval_on_selector_all("#pareto-choices select[aria-label=y] option", options)
+    known = axes()
+    there = set(figures("dense", 0.0, 1.0)) | {"dense/ratio"}
+    costs = [name for name in known["costs"] if f"dense/{name}" in there]
+    qualities = [name for name, _ in y]
+    assert [name for name, _ in x] == [*costs, "seed", *qualities]
+    assert not set(qualities) & set(costs) and "kl" in qualities
+    assert all(known["titles"].get(name, name) == text for name, text in [*x, *y])
+
+
+def test_no_script_has_figures_of_its_own() -> None:
+    for name in page.SCRIPTS:
+        script = (Path(page.__file__).parent / f"{name}.js").read_text(encoding="utf-8")
+        quoted = set(re.findall(r"""["'`/]([\w/]+)["'`]""", script))
+        assert quoted & {figure.name for figure in FIGURES} <= {"bytes"}, name  # a format's kind
 
 
 def test_the_front_keeps_equal_points_and_drops_beaten_ones(shown: Any) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from pictured_runs import PLANS, condensed, dropped, names, save_usage, scored
 
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.report.plots import plan
 from moe_lab.report.plots.run import draw_run
-from moe_lab.types import Edit, Plan
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -28,8 +31,8 @@ def test_states_of_the_experts() -> None:
         }
 
     removed, kept = ["removed", 0, -1], ["kept", 0, -1]
-    assert told(scored("prune", {3: 4})) == {3: [kept, kept, removed, removed]}
-    merged = Edit(0, "x", "merge", (0, 2), groups=((0, 1, 3), (2,)), weights=((), ()))
+    assert told(scored(PruneExperts, {3: 4})) == {3: [kept, kept, removed, removed]}
+    merged = MergeExperts(0, "x", (0, 2), groups=((0, 1, 3), (2,)), weights=((), ()))
     assert told(Plan((merged,)), {0: 4}) == {
         0: [["joined", 3, -1], ["removed", 0, 0], ["kept", 1, -1], ["removed", 0, 0]]
     }
@@ -40,7 +43,7 @@ def test_states_of_the_experts() -> None:
                         for e in range(7)]  # fmt: skip
     assert len(told(condensed(), {1: 9})[1]) == 9
     known = dict.fromkeys(range(4), 2)
-    assert plan.states(dropped("drop_layer"), known).query("whole")["layer"].tolist() == [2, 2]
+    assert plan.states(dropped(DropLayer), known).query("whole")["layer"].tolist() == [2, 2]
 
 
 def test_a_layer_without_routed_experts_has_as_many_as_were_used(tmp_path: Path) -> None:
@@ -51,5 +54,5 @@ def test_a_layer_without_routed_experts_has_as_many_as_were_used(tmp_path: Path)
 
 def test_dropped_layers_are_told_from_kept_ones(tmp_path: Path) -> None:
     save_usage(tmp_path, dict.fromkeys(range(4), 8))
-    (tmp_path / "plan.json").write_text(dropped("drop_layer").to_text())
+    (tmp_path / "plan.json").write_text(dropped(DropLayer).to_text())
     assert names(draw_run(tmp_path)) == ["usage", "scores", "kept"]

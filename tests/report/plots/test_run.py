@@ -9,10 +9,12 @@ from pathlib import Path
 
 from pictured_runs import PLANS, UNEVEN, names, save_curve, save_report, save_usage, scored
 
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.plan import Plan
 from moe_lab.report.frame import read_reports
 from moe_lab.report.plots.run import draw_run
 from moe_lab.report.plots.sweep import draw_sweep
-from moe_lab.types import Edit, Plan
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
@@ -24,7 +26,7 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     save_report(tmp_path / "0", **{"compressed/eval/average": None})
     save_report(tmp_path / "1", seed=1)
     assert draw_sweep(tmp_path, read_reports(tmp_path)) == []
-    kept = Plan((Edit(0, "x", "keep"),))
+    kept = Plan((KeepLayer(0, "x"),))
     (tmp_path / "0" / "plan.json").write_text(kept.to_text())
     (tmp_path / "0" / "curve.jsonl").write_text("")
     assert draw_run(tmp_path / "0") == []
@@ -35,7 +37,7 @@ def test_pictures_of_a_run_with_everything(tmp_path: Path) -> None:
     save_report(tmp_path, metric="reap")
     save_usage(tmp_path, UNEVEN)
     save_curve(tmp_path, ("lm", "sft"), entropy=1.0, top_k=2)
-    (tmp_path / "plan.json").write_text(scored("merge", UNEVEN).to_text())
+    (tmp_path / "plan.json").write_text(scored(MergeExperts, UNEVEN).to_text())
     assert names(draw_run(tmp_path)) == ["usage", "scores", "kept", "curves"]
 
 

@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 from pictured_runs import names, save_curve, save_report
 
+from moe_lab.report.figures import QUALITIES
 from moe_lab.report.frame import read_reports
-from moe_lab.report.plots.sweep import ACCURACY, COSTS, HELD_OUT, draw_sweep, naming, points
+from moe_lab.report.plots.sweep import DRAWN_COSTS, draw_sweep, naming, points, values_of
 
 DENSE = {"eval/average": 0.9, "kl": 0, "bytes": 1000, "flops_per_token": 50, "parameter_ratio": 1}
-PARAMETERS = COSTS[0]
+PARAMETERS = DRAWN_COSTS[0]
+ACCURACY, _, HELD_OUT = QUALITIES
 
 
 def sweep(folder: Path, models: tuple[str, ...] = ("tiny",), tuned: bool = False) -> pd.DataFrame:
@@ -62,10 +64,10 @@ def test_points_are_means_over_seeds(tmp_path: Path) -> None:
 
 def test_shares_are_of_the_dense_model(tmp_path: Path) -> None:
     frame = sweep(tmp_path)
-    size = next(cost for cost in COSTS if cost.key == "bytes")
-    assert list(size.of(frame, "compressed")) == [75.0, 75.0, 50.0, 50.0] * 2
-    assert list(size.of(frame, "dense")) == [100.0] * 8
-    assert HELD_OUT.of(frame, "dense").isna().all()
+    size = next(cost for cost in DRAWN_COSTS if cost.name == "bytes")
+    assert list(values_of(size, frame, "compressed")) == [75.0, 75.0, 50.0, 50.0] * 2
+    assert list(values_of(size, frame, "dense")) == [100.0] * 8
+    assert values_of(HELD_OUT, frame, "dense").isna().all()
 
 
 def test_what_tells_points_apart() -> None:

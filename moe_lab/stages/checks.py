@@ -1,0 +1,59 @@
+"""What is refused or announced before any work: what the parts of a run ask of each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from moe_lab.compute import Compute
+from moe_lab.finetune.recipe import Recipe
+from moe_lab.methods.base import Method
+from moe_lab.methods.metrics.base import names_from_routers
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.plan import Plan
+from moe_lab.models.forms import form_of
+from moe_lab.types import LayerInfo, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def check_profile(compute: Compute, method: Method) -> None:
+    """Refuse a profile of the routers alone where the method needs more."""
+    if compute.profile == "routers" and not method.from_routers:
+        raise UserError(
+            "compute.profile=routers is enough for method=prune with metric="
+            f"{', '.join(names_from_routers())}, and for method=none; what was asked for "
+            "needs the experts' outputs too: compute.profile=all"
+        )
+
+
+def check_recipe(
+    checkpoint: Checkpoint, method: Method, recipe: Recipe | None, layers: Sequence[LayerInfo]
+) -> None:
+    """Refuse a recipe that cannot work with the model, or that the plan leaves nothing to train.
+
+    Known before any work from the shape of the plan's edits, where the method tells it.
+    """
+    if not recipe:
+        return
+    recipe.check_model(checkpoint.config, layers)
+    if edits := method.example(layers):
+        indices = {edit.index for edit in edits}
+        others = (info for info in layers if info.index not in indices)
+        kept = tuple(KeepLayer(info.index, info.name) for info in others)
+        recipe.check(Plan((*edits, *kept)))
+
+
+def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo]) -> None:
+    """Say beforehand where the result will not load in stock transformers, or only with padding."""
+    if checkpoint.repeats_experts:
+        logger.warning(
+            "%s has layers filled up with copies of their experts, which statistics, pruning and "
+            "more than one expert per token take for experts of their own; made with "
+            "finetune.twins=0 it has none", checkpoint.path,
+        )  # fmt: skip
+    if edits := method.example(layers):
+        form = form_of(checkpoint.config, edits, method.padding)
+        if not form.plain:
+            logger.info("the result will be saved %s", form.reason)
