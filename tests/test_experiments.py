@@ -375,7 +375,7 @@ LIKE = {
     "seer_moe": {"tiny_deepseek": "tiny_mixtral"},
     "tiny": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio calibration finetune eval seed".split()
+OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
 OF_A_REPORT += ["cd_moe", "seer_moe"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}

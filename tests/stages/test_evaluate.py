@@ -68,7 +68,7 @@ def dense(checkpoint: Path) -> Checkpoint:
 def planned(context: Context, dense: Checkpoint, tokens: Tokens, ratio: float = 0.5) -> Artifact:
     method = Prune(frequency.frequency, Uniform(ratio))
     profiled = profile(context, Profiling(dense, tokens))
-    options = {"ratio": {"ratio": ratio}}
+    options = {"metric": {}, "ratio": {"ratio": ratio}}
     return plan(context, Planning(dense, profiled, tokens, method, options))
 
 

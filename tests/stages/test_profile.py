@@ -92,7 +92,7 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
         context = Context(store, Compute("cpu", **options))
         profiled = profile(context, Profiling(checkpoint, tokens()))
         method = Prune(soft_count, Uniform(0.25))
-        asked = {"ratio": {"ratio": 0.25}}
+        asked = {"metric": {}, "ratio": {"ratio": 0.25}}
         planned = plan(context, Planning(checkpoint, profiled, tokens(), method, asked))
         return profiled, (planned.folder / "plan.json").read_text()
 
