@@ -28,6 +28,7 @@ WITHOUT_RESULTS = {
     "moe_lab.store": "how results are kept, not what they are",
     "moe_lab.dependencies": "what their keys are made from",
     "moe_lab.compute": "where they are computed; what is the machine's has it in its key",
+    "moe_lab.option": "what options are called, and which values of them are refused",
     "moe_lab.data.source": "where text comes from: text enters keys by its tokens",
 }
 INSTALLED = {Path(place).resolve() for place in sysconfig.get_paths().values()}

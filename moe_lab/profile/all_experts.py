@@ -133,7 +133,7 @@ class AllExperts:
             outputs = x.new_empty(len(parameters), *x.shape)  # filled in place: never held twice
             for expert, weights in enumerate(parameters):
                 outputs[expert] = expert_forward(self.layer.experts, weights, x)
-            routed = combined_errors(outputs, index, weight)
+            routed = routed_sum(outputs, index, weight)
             chunk = Chunk(x, logits, index, weight, outputs, routed)
             for field in fields(Chunk):
                 self._cache[field.name, self._num_chunks] = getattr(chunk, field.name)
@@ -182,7 +182,7 @@ def can_keep(info: LayerInfo, kept: Sequence[int]) -> bool:
     return len(set(of_group)) == 1
 
 
-def combined_errors(outputs_ETD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def routed_sum(outputs_ETD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The routed sum [T, D], at least in float32: sum_k weight_k * outputs[index_k]."""
     token_T1 = torch.arange(len(index_TK), device=index_TK.device)[:, None]
     chosen_TKD = outputs_ETD[index_TK, token_T1]
@@ -272,7 +272,7 @@ def _input_of_experts(layer: MoELayer, caught: dict[str, Tensor]) -> Tensor:
     few = slice(0, 8)
     parameters = expert_parameters(layer.experts)
     outputs = torch.stack([expert_forward(layer.experts, one, x[few]) for one in parameters])
-    expected = combined_errors(outputs, caught["index"][few], caught["weight"][few])
+    expected = routed_sum(outputs, caught["index"][few], caught["weight"][few])
     output = caught["sum"].reshape(x.shape)[few].to(expected)
     if (output - expected).abs().max() > 0.02 * expected.abs().max():
         raise UserError(

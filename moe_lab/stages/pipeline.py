@@ -5,12 +5,12 @@ A new stage is a file beside this one and a line of `STAGES`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_lab.evaluate.top_k import other_top_k
+from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.stages import teach
 from moe_lab.stages.checks import announce_form, check_profile, check_recipe
@@ -56,8 +56,7 @@ def pipeline(
 
 def stage_named(name: str) -> Stage[Any]:
     """The stage of a line of STAGES."""
-    module = name if "." in name else f"{__package__}.{name}"
-    stage: Stage[Any] = importlib.import_module(module).STAGE
+    stage: Stage[Any] = named("the stage", name, str(__package__), "STAGE")
     return stage
 
 
@@ -80,9 +79,9 @@ def prepare(
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
     announce_form(dense, method, layers)
-    named = parts.eval.top_k if parts.eval else None
+    told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None
-    top_k = other_top_k(named, final, dense.config, layers)
+    top_k = other_top_k(told, final, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
     figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint

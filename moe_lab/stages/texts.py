@@ -32,7 +32,7 @@ def _check_groups(parts: Parts) -> None:
         return
     asked = f"calibration.group_by={source.group_by} makes a plan for each group"
     one = "; for a single group's checkpoint name it: calibration.group=<value>"
-    if not getattr(parts.method, "takes_groups", False):
+    if not parts.method.takes_groups:
         raise UserError(
             f"{asked}, which only method=prune can do, with statistics of the intact model alone "
             f"and nothing in the place of the experts that go{one}"

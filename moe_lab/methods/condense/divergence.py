@@ -23,6 +23,11 @@ def probability(hidden_TD: Tensor) -> Tensor:
     return exact.softmax(dim=-1).add_(EPSILON)
 
 
+def weighted_mean(weight_T: Tensor, value_T: Tensor) -> Tensor:
+    """The mean of values a token [T], by each token's share in it, in float64."""
+    return weight_T @ value_T.double()
+
+
 def js(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
     """Jensen-Shannon divergence [T]: KL(u||m)/2 + KL(v||m)/2 with m = (u + v)/2.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.methods.condense import divergence
-from moe_lab.methods.condense.divergence import Divergence
+from moe_lab.methods.condense.divergence import Divergence, weighted_mean
 from moe_lab.models.editing import check_is_sum
 from moe_lab.models.layers import expert_forward, expert_parameters
 from moe_lab.models.stream import LayerStream, States
@@ -59,7 +59,7 @@ class OpenLayer:
         total = 0.0
         for chunk, weight_T in enumerate(self._weights):
             value_T = measure(self.cache["target", chunk], self.finish(self.cache["base", chunk]))
-            total += float(weight_T @ value_T.double())
+            total += float(weighted_mean(weight_T, value_T))
         return total
 
     def divergences(self, measure: Divergence, experts: Sequence[int]) -> list[float]:
@@ -70,7 +70,7 @@ class OpenLayer:
             outputs = self.cache["outputs", chunk]
             gates = self.gates_E.to(base)
             values = [
-                weight_T @ measure(u, self.finish(base + gates[e] * outputs[e])).double()
+                weighted_mean(weight_T, measure(u, self.finish(base + gates[e] * outputs[e])))
                 for e in experts
             ]
             sums = [a + b for a, b in zip(sums, torch.stack(values).tolist(), strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.methods.condense import divergence
-from moe_lab.methods.condense.divergence import Divergence
+from moe_lab.methods.condense.divergence import Divergence, weighted_mean
 from moe_lab.models.editing import condensed
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.stream import LayerStream, swapped
@@ -97,7 +97,7 @@ class CondensedSets:
         def value(batch: int, hidden: Tensor) -> float:
             state = stream.finish(hidden)[stream.valid[batch]]
             value_T = measure(cache["intact last", batch], state)
-            return float(stream.token_weight[batch] @ value_T.double())
+            return float(weighted_mean(stream.token_weight[batch], value_T))
 
         return [sum(one) for one in self._at_end(sets, value)]
 
@@ -178,7 +178,7 @@ class CondensedSets:
                     intact = self._state(index + 1, nothing, batch)
                     u = divergence.probability(finish(intact)[valid])
                     value_T = divergence.js(u, finish(output)[valid])
-                    total += float(stream.token_weight[batch] @ value_T.double())
+                    total += float(weighted_mean(stream.token_weight[batch], value_T))
             values.append(total)
         return values
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lab.lookup import module_in, names_in
 from moe_lab.models.edits.base import EDIT_KINDS, Edit
 from moe_lab.models.edits.chain import Chain
 from moe_lab.types import LayerInfo, UserError
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moe_lab.models.layers import MoELayer, Standing
+
+OF_NO_KIND = ("base", "chain", "plan")  # the files of this folder that are no kinds of edits
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,9 @@ def known_kinds() -> dict[str, type[Edit]]:
 
 @functools.cache
 def _import_our_own() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{module.name}")
+    package = str(__package__)
+    for name in names_in(package, OF_NO_KIND):
+        module_in(package, name)
 
 
 def read_edit(values: Mapping[str, Any]) -> Edit:
