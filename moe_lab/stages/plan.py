@@ -139,6 +139,7 @@ def copy_plan(planned: Artifact, folder: Path) -> Plan:
     if (planned.folder / PLANS).is_dir():
         shutil.copytree(planned.folder / PLANS, folder / PLANS, dirs_exist_ok=True)
     tensors = planned.folder / PLAN.replace(".json", ".safetensors")
+    (folder / tensors.name).unlink(missing_ok=True)  # of what was asked for here before
     if tensors.is_file():
         shutil.copyfile(tensors, folder / tensors.name)
     shutil.copyfile(planned.folder / PLAN, folder / PLAN)

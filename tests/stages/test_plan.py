@@ -98,3 +98,4 @@ def test_a_plan_comes_into_the_run_s_folder_with_all_that_it_needs(tmp_path: Pat
     assert Plan.load(tmp_path / "grouped" / "plans" / "0.json") == alone
     copied = copy_plan(store.get("plan", {"a": 2}, write_alone), tmp_path / "alone")
     assert copied == alone and torch.equal(copied.tensors["layers.1.constants"], constants)
+    assert copy_plan(store.get("plan", {"a": 1}, write), tmp_path / "alone").tensors == {}

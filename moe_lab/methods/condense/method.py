@@ -32,7 +32,9 @@ class Condense(Method):
     in folders here, or the dotted path of a function of one's own.
     """
 
-    num_layers: Annotated[int, Option("layers that are condensed, where layers is none", least=1)]
+    num_layers: Annotated[
+        int, Option("layers that are condensed, where layers is no list", least=1)
+    ]
     num_routed: Annotated[int, Option("routed experts kept in each", least=0)]
     experts: Annotated[
         str | Sequence[int],
