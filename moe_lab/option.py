@@ -138,12 +138,14 @@ def declared_by(target: Callable[..., Any]) -> dict[str, Declared]:
 
 
 def check_options(one: Any, group: str, others: Mapping[str, str] | None = None) -> None:
-    """Refuse values of a dataclass's fields that are out of range; of other objects, nothing.
+    """Refuse values out of range: those of an object's attributes that are called as its options.
 
-    group: as users name it; others: by the names of fields, those of another group.
+    group: as users name it; others: by the names of options, those of another group.
     """
-    for name, declared in declared_by(type(one)).items() if dataclasses.is_dataclass(one) else ():
-        declared.check(f"{(others or {}).get(name, group)}.{name}", getattr(one, name))
+    held = vars(one)
+    for name, declared in declared_by(type(one)).items():
+        if name in held:
+            declared.check(f"{(others or {}).get(name, group)}.{name}", held[name])
 
 
 def word_of(value: Any) -> str:

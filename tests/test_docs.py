@@ -407,7 +407,7 @@ def test_what_was_added_keeps_to_the_rooms(workshop: Path) -> None:
         names = [name for _, name in rooms.imports(path.read_text(encoding="utf-8"))]
         assert not [reason for name in names if (reason := rooms.why_not(module, name))], module
     added = [path for path in MADE if path.startswith("moe_lab/") and not (ROOT / path).exists()]
-    assert len(added) == 3
+    assert len(added) == 2, "all else may lie outside the package"
     for path in added:
         assert rooms.is_plugin(rooms.module_of(rooms.ROOT / path)), path
 

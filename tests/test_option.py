@@ -75,6 +75,15 @@ def test_values_in_range_are_taken(given: dict[str, object]) -> None:
     check_options(Whole(**{"ratio": 0.5} | given), "ratio")
 
 
+def test_other_objects_are_refused_by_their_attributes() -> None:
+    check_options(Plain(4), "track")
+    with pytest.raises(UserError, match=r"track\.size=5: it must be from 1 to 4"):
+        check_options(Plain(5), "track")
+    hidden = Plain(4)
+    del hidden.size
+    check_options(hidden, "track")
+
+
 def test_ranges_in_words() -> None:
     assert Option("", least=1, most=4).range() == "from 1 to 4"
     assert Option("", above=0, below=0.5).range() == "above 0, below 0.5"

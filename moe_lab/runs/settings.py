@@ -132,7 +132,8 @@ def planned_layers(folder: Path) -> dict[str, str]:
     if not (folder / PLAN).is_file():
         return {}
     plan = Plan.load(folder / PLAN)
-    return {"plan/layers": json.dumps(plan.layer_order or [edit.index for edit in plan.edited()])}
+    edited = [chain.index for chain in plan.chains() if chain.changes]
+    return {"plan/layers": json.dumps(plan.layer_order or edited)}
 
 
 def _word(value: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,13 @@ def test_stages_are_told_as_they_end(
 ) -> None:
     """A report that is read while the plan is made has the profile, and where it lies."""
     seen = {}
-    from moe_lab.stages import pipeline
+    from moe_lab.stages import plan
 
     def look(*arguments: Any) -> Any:
         seen.update(json.loads((tmp_path / "job" / "report.json").read_text()))
-        return real(*arguments)
+        return plan.plan(*arguments)
 
-    real = pipeline.plan
-    monkeypatch.setattr(pipeline, "plan", look)
+    monkeypatch.setattr(plan, "STAGE", replace(plan.STAGE, make=look))
     outcome = job()
     assert seen["status"] == "running" and "seconds/plan" not in seen
     assert (outcome.store / seen["artifact/profile"] / "artifact.json").is_file()
