@@ -35,6 +35,7 @@ OF_NO_MODULE = {
     "test_experiments.py": "experiments/",
     "test_extending.py": "code from outside the package",
     "test_options_page.py": "docs/options.md and the help",
+    "test_mutations.py": "the list of mutations/",
     "test_rooms.py": "the package as a whole",
     "test_run.py": "run.py",
     "test_shipped.py": "the models in checkpoints/",

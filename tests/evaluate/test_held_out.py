@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -70,6 +71,25 @@ def test_routing_equals_an_independent_router(family: str, top_k: int) -> None:
     assert f"routing/weight_{top_k + 1}" not in figures
     assert found.routed["layers"] == [layer.info.index for layer in moe_layers(model)]
     assert found.routed["rank_count"] == counts
+
+
+@torch.no_grad()
+def test_divergence_and_perplexity_are_means_over_positions_with_a_next_token() -> None:
+    """Each sample alone, in float64, from the definitions."""
+    dense, model = tiny_model("mixtral"), tiny_model("mixtral")
+    model.lm_head.weight.mul_(1.5)
+    divergences, losses = [], []
+    for sample in SAMPLES:
+        p, q = (
+            one(torch.tensor([sample])).logits[0].double().softmax(dim=-1) for one in (dense, model)
+        )
+        for at, target in enumerate(sample[1:]):
+            divergences.append(float((p[at] * (p[at] / q[at]).log()).sum()))
+            losses.append(-math.log(float(q[at, target])))
+    found = compare_held_out(dense, model, TOKENS.batches(2)).figures
+    assert found["kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    perplexity = math.exp(sum(losses) / len(losses))
+    assert found["held_out/perplexity"] == pytest.approx(perplexity, rel=1e-5)
 
 
 def test_figures_do_not_depend_on_batches_and_nothing_stays_behind() -> None:

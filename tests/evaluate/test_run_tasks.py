@@ -11,6 +11,7 @@ from mirrors import HEAD, reviews, sst5_accuracy, suite, write_sst5
 from transformers import AutoModelForCausalLM
 
 from moe_lab.evaluate.run_tasks import run_tasks
+from moe_lab.evaluate.suite import Suite
 
 
 def test_examples_come_from_the_training_split(
@@ -41,3 +42,14 @@ def test_generation_is_greedy(sst5: Path, checkpoint: Path, tokenizer: Any, tmp_
     wanted = suite(sst5, tasks=["sst5_generate"], metrics={"sst5_generate": "exact_match"})
     found = run_tasks(model, tokenizer, wanted, tmp_path, batch_size=4)
     assert found == {"sst5_generate/exact_match": 0.5, "average": 0.5}
+
+
+def test_the_average_is_of_the_tasks_accuracies(
+    checkpoint: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    names = ["tiny_prose", "tiny_arithmetic", "tiny_recall", "tiny_perplexity_prose"]
+    wanted = Suite(tasks=names, num_items=5, num_fewshot=0)
+    found = run_tasks(model, tokenizer, wanted, tmp_path, batch_size=4)
+    scores = [found[f"{name}/acc"] for name in names[:3]]
+    assert found["average"] == sum(scores) / 3 and sum(scores) > 0

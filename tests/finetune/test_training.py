@@ -94,6 +94,36 @@ def test_phases_follow_each_other_with_fresh_optimizers(tmp_path: Path) -> None:
     }
 
 
+def test_a_loss_is_the_mean_over_targets(tmp_path: Path) -> None:
+    """Each sample alone, without padding: neither prompts nor first tokens are targets."""
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    trained = training(model, plan, tmp_path, supervised=True)
+    rows = trained.tokens["sft/data"]
+    found = trained._backward(rows, 4)["loss"].item()
+    losses = []
+    for sample, prompt in zip(rows.samples, rows.prompts, strict=True):
+        with torch.no_grad():
+            logits = trained.model(torch.tensor([sample])).logits[0].double()
+        logarithms = logits.log_softmax(dim=-1)
+        losses += [-logarithms[at - 1, sample[at]].item() for at in range(prompt, len(sample))]
+    assert len(losses) == rows.num_targets < rows.num_tokens - len(rows.samples)
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    trained = training(model, plan, tmp_path)  # 24 samples, 4 in a step
+    steps = [trained._rows("lm", step).samples for step in range(12)]
+    assert all(len(step) == 4 for step in steps)
+    epochs = [[one for step in steps[start : start + 6] for one in step] for start in (0, 6)]
+    every = sorted(trained.tokens["lm/data"].samples)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == every and epochs[0] != epochs[1]
+    again = training(model, plan, tmp_path)
+    assert [again._rows("lm", step).samples for step in range(12)] == steps, "a seed fixes it"
+
+
 @pytest.mark.parametrize("kind", PLANS)
 def test_accumulated_gradients_are_the_large_batch(kind: str, tmp_path: Path) -> None:
     """Samples differ in length: a mean of the forwards' means would be another gradient."""

@@ -359,6 +359,8 @@ def test_super_experts_stand_out_of_the_whole_model() -> None:
     assert not any(super_experts(even, include_last=True).values()), "none is above all others"
     faint = with_activations([*plain[1:], 5.0], plain, plain, [70.0, *plain[1:]])
     assert super_experts(faint, include_last=True)[1] == (), "less than a tenth of the largest"
+    loud = with_activations([*plain[1:], 8.0], plain, plain, [70.0, *plain[1:]])
+    assert super_experts(loud, include_last=True)[1] == (199,), "more than a tenth of it"
 
 
 def test_statistics_and_plans_survive_the_disk(tmp_path: Path) -> None:

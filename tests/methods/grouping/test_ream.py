@@ -7,6 +7,7 @@ from layer_statistics import routed_alike
 
 from moe_lab.methods.grouping import ream
 from moe_lab.methods.grouping.base import MergeCandidates
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import LayerInfo
 
 
@@ -41,3 +42,16 @@ def test_unused_experts_weigh_as_the_least_used_one() -> None:
         ream.Ream().choose(MergeCandidates(found, 2, torch.eye(4).double())).weights[0]
         == (1 / 3,) * 3
     )
+
+
+def test_experts_whose_logits_point_the_same_way_are_alike() -> None:
+    """1 - d / max d, d the distance of two experts' logits over all tokens, divided by their norms."""
+    logits_TE = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)).double()
+    logits_TE[:, 3] = 2.5 * logits_TE[:, 0]
+    found = LayerStatistics(LayerInfo(0, "x", 4, 2, 2))
+    found.sums["logit_product_sum"] = logits_TE.T @ logits_TE
+    unit_ET = (logits_TE / logits_TE.norm(dim=0)).T
+    distance = torch.cdist(unit_ET, unit_ET)
+    expected = 1 - distance / distance.max()
+    torch.testing.assert_close(ream.logit_similarity(found), expected, rtol=0, atol=1e-6)
+    assert ream.logit_similarity(found)[0, 3] > 1 - 1e-6 and expected.min() == 0
