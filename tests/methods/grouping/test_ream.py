@@ -45,7 +45,7 @@ def test_unused_experts_weigh_as_the_least_used_one() -> None:
 
 
 def test_experts_whose_logits_point_the_same_way_are_alike() -> None:
-    """1 - d / max d, d the distance of two experts' logits over all tokens, divided by their norms."""
+    """1 - d / max d, d the distance of two experts' logits divided by their norms."""
     logits_TE = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)).double()
     logits_TE[:, 3] = 2.5 * logits_TE[:, 0]
     found = LayerStatistics(LayerInfo(0, "x", 4, 2, 2))
