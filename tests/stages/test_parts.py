@@ -14,6 +14,7 @@ from moe_lab.compute import Compute
 from moe_lab.data.embedded import StandardLibrary
 from moe_lab.methods.prune import Prune
 from moe_lab.stages.parts import Parts
+from moe_lab.types import UserError
 
 make = partial(instantiate, _convert_="object")
 
@@ -34,3 +35,22 @@ def test_each_group_that_names_code_is_an_object(composed: Callable[..., Any]) -
 def test_what_is_left_out_is_none(group: str, composed: Callable[..., Any]) -> None:
     parts = Parts.made(composed(f"{group}=none"), make)
     assert getattr(parts, group) is None
+
+
+class Unbased:
+    """A method that does without the base of methods."""
+
+    def plan(self, profile: object) -> None:
+        """It plans nothing."""
+
+
+@pytest.mark.parametrize(
+    ("group", "given"), [("method", Unbased()), ("finetune", StandardLibrary(1, 8))]
+)
+def test_an_object_of_another_kind_is_refused(
+    group: str, given: object, composed: Callable[..., Any]
+) -> None:
+    config = composed("method=none", "finetune=none")
+    words = rf"^{group} is {type(given).__name__}, .*derived from moe_lab\."
+    with pytest.raises(UserError, match=words):
+        Parts.made(config, lambda node: given if node is config[group] else make(node))
