@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +104,20 @@ def as_grouping(given: Grouping | str) -> Grouping:
     found: object = given
     if isinstance(given, str):
         found = named("method.grouping", given, __package__, Grouping, BASES)
-    made = found() if inspect.isclass(found) else found
+    made = _with_defaults(found, given) if inspect.isclass(found) else found
     grouping: Grouping = require_kind("grouping", made, Grouping)
     return grouping
+
+
+def _with_defaults(kind: Callable[[], object], given: object) -> object:
+    declared = declared_by(kind).items()
+    required = [name for name, one in declared if one.default is inspect.Parameter.empty]
+    if required:
+        raise UserError(
+            f"method.grouping={given} has no default for {', '.join(required)}: write a yaml for it "
+            "in a folder of options, grouping/<name>.yaml, and choose grouping=<name>"
+        )
+    return kind()
 
 
 def grouping_options(grouping: Grouping, given: object) -> dict[str, Any]:

@@ -169,6 +169,19 @@ def test_what_a_grouping_is_unless_it_says_so() -> None:
         m_smoe.MSMoE().outputs(None)  # type: ignore[arg-type]  # it looks at none
 
 
+@dataclass(frozen=True)
+class Scaled(Pairs):
+    """The same, where the factor must be given."""
+
+    scale: Annotated[float, Option("a factor", above=0)]
+
+
+def test_a_grouping_that_must_be_given_options_is_no_name() -> None:
+    with pytest.raises(UserError, match=r"no default for scale: write a yaml .*grouping=<name>"):
+        as_grouping(f"{__name__}.Scaled")
+    assert as_grouping(Scaled(2.0)).scale == 2.0
+
+
 def test_a_grouping_of_ones_own_is_a_path_or_an_object() -> None:
     path = f"{__name__}.Pairs"
     assert as_grouping(path) == Pairs() and as_grouping("ream") == ream.Ream()
