@@ -114,8 +114,8 @@ def _with_defaults(kind: Callable[[], object], given: object) -> object:
     required = [name for name, one in declared if one.default is inspect.Parameter.empty]
     if required:
         raise UserError(
-            f"method.grouping={given} has no default for {', '.join(required)}: write a yaml for it "
-            "in a folder of options, grouping/<name>.yaml, and choose grouping=<name>"
+            f"method.grouping={given} has no default for {', '.join(required)}: write a yaml for "
+            "it in a folder of options, grouping/<name>.yaml, and choose grouping=<name>"
         )
     return kind()
 

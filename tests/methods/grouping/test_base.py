@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import pytest
@@ -171,15 +171,15 @@ def test_what_a_grouping_is_unless_it_says_so() -> None:
 
 @dataclass(frozen=True)
 class Scaled(Pairs):
-    """The same, where the factor must be given."""
+    """The same, with an option that must be given."""
 
-    scale: Annotated[float, Option("a factor", above=0)]
+    shift: Annotated[float, Option("an addend")] = field(kw_only=True)
 
 
 def test_a_grouping_that_must_be_given_options_is_no_name() -> None:
-    with pytest.raises(UserError, match=r"no default for scale: write a yaml .*grouping=<name>"):
+    with pytest.raises(UserError, match=r"no default for shift: write a yaml .*grouping=<name>"):
         as_grouping(f"{__name__}.Scaled")
-    assert as_grouping(Scaled(2.0)).scale == 2.0
+    assert as_grouping(Scaled(shift=2.0)) == Scaled(1.0, shift=2.0)
 
 
 def test_a_grouping_of_ones_own_is_a_path_or_an_object() -> None:
