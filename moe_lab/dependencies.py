@@ -3,7 +3,8 @@
 A result is computed again where code that decides it has changed, and nowhere else. What decides it
 is what its stage and its plug-ins import: the modules of moe_lab, and those of one's own, with all
 that these import in turn. Not followed are installed packages, imports that only type checkers see,
-and the few modules of `WITHOUT_RESULTS`.
+and the few modules of `WITHOUT_RESULTS`; not seen are names made while running
+(`importlib.import_module`) and other files that are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +32,9 @@ WITHOUT_RESULTS = {
     "moe_lab.option": "what options are called, and which values of them are refused",
     "moe_lab.data.source": "where text comes from: text enters keys by its tokens",
 }
-INSTALLED = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+PLACES = ("stdlib", "platstdlib", "purelib", "platlib")  # not the prefix: a project may lie in it
+INSTALLED = {Path(sysconfig.get_path(place)).resolve() for place in PLACES}
+TYPES_ALONE = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 DIGITS = 12
 
 
@@ -75,13 +78,20 @@ def source_of(name: str) -> str:
 
 
 def _defining(item: object) -> Iterator[str]:
-    """The modules that define an object and the objects in its fields."""
-    while isinstance(item, functools.partial):
-        item = item.func
-    if inspect.ismodule(item):
+    """The modules that define an object, what it binds or holds, and the objects in its fields."""
+    if isinstance(item, functools.partial):
+        yield from _defining([item.func, item.args, item.keywords])
+    elif isinstance(item, Mapping):
+        yield from _defining(list(item.values()))
+    elif isinstance(item, (list, tuple, set, frozenset)):
+        for one in item:
+            yield from _defining(one)
+    elif inspect.ismodule(item):
         yield item.__name__
     elif inspect.isclass(item) or inspect.isroutine(item):
-        yield item.__module__
+        module = item.__module__ or "builtins"
+        if module.partition(".")[0] not in sys.stdlib_module_names:
+            yield module
     elif _is_own(type(item).__module__):
         yield type(item).__module__
         for field in dataclasses.fields(item) if dataclasses.is_dataclass(item) else ():
@@ -107,7 +117,7 @@ def _imported(tree: ast.AST, package: str) -> Iterator[str]:
             above = package.split(".")[: 1 - node.level or None] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in TYPES_ALONE:
             yield from _imported(ast.Module(node.orelse, []), package)
         else:
             yield from _imported(node, package)

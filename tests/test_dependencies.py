@@ -121,6 +121,13 @@ def test_an_object_is_its_class_and_what_its_fields_hold(module) -> None:
     assert modules_of(Holder(part.Part())) == alone | {"part_c"}
     assert modules_of(Holder(functools.partial(part.score, power=2))) == alone | {"part_c"}
     assert modules_of(Holder(Path("a"))) == alone
+    for held in ([part.Part()], {"a": part.score}, functools.partial(print, inner=part.score)):
+        assert modules_of(Holder(held)) == alone | {"part_c"}
+
+
+def test_a_project_below_the_prefix_is_not_installed() -> None:
+    places = {dependencies.Path(sys.prefix).resolve(), dependencies.Path(sys.base_prefix).resolve()}
+    assert not places & dependencies.INSTALLED
 
 
 def test_every_exclusion_is_a_module_that_a_stage_reaches_and_has_a_reason() -> None:

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import moe_lab.models.own_form  # noqa: F401  # by which `hook` builds what is loaded
 from moe_lab.files import PACKAGE
 from moe_lab.models.families.base import (
     check_original,

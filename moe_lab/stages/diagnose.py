@@ -65,7 +65,7 @@ def diagnose(context: Context, asked: Diagnosing) -> Artifact:
     identity = {
         "profile": asked.profile.key,
         "similarity": similar,
-        "code": code_version(diagnose),
+        "code": code_version(diagnose, type(asked.how)),
     }
     return context.store.get("diagnose", identity, make)
 

@@ -49,7 +49,7 @@ class Evaluation:
             "dense": self.dense.fingerprint,
             "dtype": self.variant.dtype,
             "held_out": self.held_out.fingerprint if self.held_out else None,
-            "code": code_version(evaluate),
+            "code": code_version(evaluate, type(self.suite)),
         } | asked_of(self.suite.tasks, self.suite.mirror, self.options)
 
 

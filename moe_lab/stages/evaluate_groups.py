@@ -49,7 +49,7 @@ class GroupEvaluation:
             "dense": self.dense.fingerprint,
             "dtype": self.dense.dtype,
             "plan": self.plans.key,
-            "code": code_version(evaluate_groups),
+            "code": code_version(evaluate_groups, type(self.suite)),
         } | asked_of(tasks, self.suite.mirror, self.options)
 
 

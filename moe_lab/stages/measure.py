@@ -45,7 +45,7 @@ def measure_variants(context: Context, asked: Measuring) -> Artifact:
         "dtypes": {name: checkpoint.dtype for name, checkpoint in variants.items()},
         "how": asdict(asked.how),
         "machine": context.compute.machine(),
-        "code": code_version(measure_variants),
+        "code": code_version(measure_variants, type(asked.how)),
     }
 
     def make(folder: Path) -> None:

@@ -96,6 +96,12 @@ def test_what_was_forgotten_in_lists_by_hand_is_reached() -> None:
         assert {f"moe_lab.{one}" for one in modules} <= modules_of(MAKERS[stage])
 
 
+@pytest.mark.parametrize("name", ["profile", "plan", "diagnose", "teach", "evaluate", "measure"])
+def test_what_builds_our_own_form_is_reached_by_all_that_load(name: str) -> None:
+    built = {"moe_lab.models.own_form", "moe_lab.models.editing"}
+    assert built <= modules_of(MAKERS[name])
+
+
 def test_stages_do_not_depend_on_each_other_or_on_the_run() -> None:
     for name, maker in MAKERS.items():
         others = {f"moe_lab.stages.{other}" for other in (*MAKERS, "run", "pipeline", "parts")}
