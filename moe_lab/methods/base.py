@@ -69,11 +69,6 @@ class Method(Plugin, ABC):
         return ()
 
     @classmethod
-    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Which other config groups decide its result."""
-        return ()
-
-    @classmethod
     def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """What a report says of its composed options, by their names; with a slash: a whole key."""
         told = super().settings(options)

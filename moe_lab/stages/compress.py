@@ -30,7 +30,6 @@ class Compression:
 
 def compress(context: Context, asked: Compression) -> Artifact:
     """A folder with checkpoint/ and form.json, which says whether stock transformers loads it."""
-
     plan = Plan.load(asked.plan.folder / PLAN)
 
     def make(folder: Path) -> None:
@@ -50,7 +49,7 @@ def compress(context: Context, asked: Compression) -> Artifact:
 
 
 def _inputs(run: Run) -> dict[str, Compression]:
-    """A plan for each group of the calibration set changes no checkpoint."""
+    """Nothing where the plan changes nothing, as where each group has a plan of its own."""
     planned = run.results["plan"]
     edited = Plan.load(planned.folder / PLAN).edited()
     return {"compress": Compression(run.dense, planned)} if edited else {}

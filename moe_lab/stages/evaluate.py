@@ -130,11 +130,12 @@ def tell_scores(report: dict[str, Any], variant: str, results: Mapping[str, floa
 
 def _inputs(run: Run) -> dict[str, Evaluation]:
     suite = run.parts.eval
+    if suite is None:
+        return {}
     options, text = run.config["eval"], run.texts.get("held_out")
     return {
         f"evaluate_{name}": Evaluation(variant, run.dense, suite, options, text)
-        for name, variant in (run.all_variants.items() if suite else ())
-        if suite
+        for name, variant in run.all_variants.items()
     }
 
 

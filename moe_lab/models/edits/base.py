@@ -245,6 +245,29 @@ class EditOfExperts(Edit):
         if info is not None:
             check_kept(info, len(self.kept), self.keeps_rows)
 
+    def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The kept experts as they are, with or without all router rows."""
+        from moe_lab.models.editing import prune_layer
+
+        layer = self.own_layer(standing)
+        if self.keeps_rows and len(self.kept) < layer.info.num_experts:
+            self.keep_with_all_rows(layer, tensors)
+        else:
+            prune_layer(layer, self.kept)
+        return layer.block
+
+    def keep_with_all_rows(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+        """The same in place where `keeps_rows`: the kind says where the others' rows lead."""
+        raise NotImplementedError(f"{type(self).__name__} keeps rows and does not say how")
+
+    def own_layer(self, standing: Standing) -> MoELayer:
+        """The MoE layer that stands there; UserError where its rows lead elsewhere already."""
+        from moe_lab.models.layers import check_own_rows
+
+        layer = self.moe_layer(standing)
+        check_own_rows(layer.info)
+        return layer
+
     def left(self, info: LayerInfo) -> LayerInfo | None:
         """The layer with fewer experts."""
         number = len(self.kept)

@@ -42,27 +42,18 @@ class MergeExperts(EditOfExperts):
         """Whether all router rows stay."""
         return self.router == "all"
 
-    def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The kept experts as they are: what they are the average of changes no shape."""
-        from moe_lab.models.editing import prune_layer, share_experts
-        from moe_lab.models.layers import check_own_rows
+    def keep_with_all_rows(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+        """The rows of each group lead to the expert that stays."""
+        from moe_lab.models.editing import share_experts
 
-        layer = self.moe_layer(standing)
-        check_own_rows(layer.info)
-        if not self.keeps_rows or len(self.kept) == layer.info.num_experts:
-            prune_layer(layer, self.kept)
-        else:
-            share_experts(layer, self.kept, self.groups)
-        return layer.block
+        share_experts(layer, self.kept, self.groups)
 
     def apply(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Average the experts of each group, and its router rows where asked; the others go."""
         from moe_lab.models.editing import merge_router_rows
-        from moe_lab.models.layers import check_own_rows
         from moe_lab.models.merging import merge_experts
 
-        layer = self.moe_layer(standing)
-        check_own_rows(layer.info)
+        layer = self.own_layer(standing)
         permutation_EI = self._permutation(layer, tensors)
         merge_experts(
             layer.experts, self.kept, self.groups, self.weights, self.align, permutation_EI

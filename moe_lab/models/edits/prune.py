@@ -10,9 +10,9 @@ from moe_lab.models.edits.base import EditOfExperts
 from moe_lab.types import ReplacementName
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from moe_lab.models.layers import MoELayer, Standing
+    from moe_lab.models.layers import MoELayer
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,11 @@ class PruneExperts(EditOfExperts):
             del values["replacement"]
         return values
 
-    def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The kept experts, with or without all router rows."""
-        from moe_lab.models.editing import prune_layer, replace_experts
-        from moe_lab.models.layers import check_own_rows
+    def keep_with_all_rows(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
+        """The rows of the others lead to what replaces them."""
+        from moe_lab.models.editing import replace_experts
 
-        layer = self.moe_layer(standing)
-        check_own_rows(layer.info)
-        if not self.keeps_rows or len(self.kept) == layer.info.num_experts:
-            prune_layer(layer, self.kept)
-        else:
-            constants_RD = self._constants(layer, tensors)
-            replace_experts(layer, self.kept, self.replacement, constants_RD)
-        return layer.block
+        replace_experts(layer, self.kept, self.replacement, self._constants(layer, tensors))
 
     def _constants(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> Tensor | None:
         from moe_lab.models.editing import constants_name, plan_tensor
