@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 from running import (
     OFFLINE,
+    QUICK,
     ROOT,
-    SENTENCES,
     SUPPORT,
     Outcome,
     byte_tokenizer,
     load_module,
     run_command,
+    small_options,
+    write_checkpoint,
+    write_texts,
 )
 
 os.environ.update(OFFLINE)  # before anything imports the hub's client
@@ -36,42 +39,21 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A random qwen2_moe: 4 layers, the first dense, 8 experts, top-3, a shared expert."""
-    from families import tiny_model
-
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    model = tiny_model("qwen2_moe", vocab_size=len(tokenizer), max_position_embeddings=512)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_checkpoint(folder, tokenizer)
     return folder
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen short documents as JSON lines."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [{"text": f"{number}. {text}"} for number in range(4) for text in SENTENCES]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_texts(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def small(checkpoint: Path, text_file: Path) -> list[str]:
-    """Options that make any run small: the tiny checkpoint and few, short texts of ours."""
-    files = f"[{text_file}]"
-    return [
-        "model=checkpoint",
-        f"model.path={checkpoint}",
-        "model.dtype=float32",
-        "calibration=files",
-        f"calibration.files={files}",
-        "calibration.num_samples=8",
-        "calibration.max_length=32",
-        "condense.num_layers=1",
-        "condense.num_routed=2",
-        "compute.threads=1",
-        "track=off",
-    ]
+    return small_options(checkpoint, text_file)
 
 
 @pytest.fixture
@@ -120,7 +102,6 @@ def job(
 
     folder = tmp_path / "job"
     folder.mkdir()
-    quick = ["method=prune", "finetune=none", "eval=none", "measure=none"]
 
     def run(*overrides: str, anew: bool = True) -> Outcome:
         caplog.clear()
@@ -130,7 +111,7 @@ def job(
         other = any(override.startswith("calibration=") for override in overrides)
         base = [option for option in small if not (other and "calibration.files" in option)]
         try:
-            config = composed(*base, *quick, f"store={store}", f"run_dir={folder}", *overrides)
+            config = composed(*base, *QUICK, f"store={store}", f"run_dir={folder}", *overrides)
             with open_dict(config):
                 config.hydra.runtime.output_dir = str(folder)
                 HydraConfig.instance().set_config(config)

@@ -11,6 +11,7 @@ them, and the test that is named must fail. Ends with 1 where one of the two doe
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import shlex
@@ -27,29 +28,21 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+running = importlib.import_module("running")
 LIST = Path(__file__).with_name("mutations.yaml")
 COPIED = ("moe_lab", "conf", "tests", "docs", "run.py", "pyproject.toml")
-QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_CBWR": "AVX2"}
+QUIET = running.OFFLINE | {"MKL_CBWR": "AVX2"}
 # The tiny checkpoint and texts of the tests, in a folder of their own.
 MAKE_INPUTS = """
-import json, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, "tests/support")
-from families import tiny_model
-from running import SENTENCES, byte_tokenizer
-home, tokenizer = Path(sys.argv[1]), byte_tokenizer()
-model = tiny_model("qwen2_moe", vocab_size=len(tokenizer), max_position_embeddings=512)
-model.save_pretrained(home / "model")
-tokenizer.save_pretrained(home / "model")
-rows = [{"text": f"{number}. {text}"} for number in range(4) for text in SENTENCES]
-(home / "text.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+from running import byte_tokenizer, write_checkpoint, write_texts
+home = Path(sys.argv[1])
+write_checkpoint(home / "model", byte_tokenizer())
+write_texts(home / "text.jsonl")
 """
-SMALL = (
-    "model=checkpoint model.path={home}/model model.dtype=float32 calibration=files "
-    "calibration.files=[{home}/text.jsonl] calibration.num_samples=8 calibration.max_length=32 "
-    "condense.num_layers=1 condense.num_routed=2 compute.threads=1 track=off method=prune "
-    "finetune=none eval=none measure=none"
-)
 # Words for options that many entries need.
 SHORT = {
     "+tune": "calibration@finetune.phases.lm.data=files "
@@ -132,7 +125,8 @@ class Workplace:
         shutil.rmtree(run, ignore_errors=True)
         for word, meant in SHORT.items():
             options = options.replace(word, meant)
-        words = shlex.split(f"{SMALL} {options}".format(home=self.home))
+        small = running.small_options(self.home / "model", self.home / "text.jsonl")
+        words = [*small, *running.QUICK, *shlex.split(options.format(home=self.home))]
         done = self.python("run.py", *words, f"store={self.home}/store", f"run_dir={run}")
         report = json.loads((run / "report.json").read_text()) if run.is_dir() else {}
         if not report:

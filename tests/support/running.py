@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
+QUICK = ("method=prune", "finetune=none", "eval=none", "measure=none")  # without the last stages
 SENTENCES = (
     "A router sends each token to a few of its experts, and their outputs are added up.",
     "Two and two are four; four and four are eight; eight and eight are sixteen.",
@@ -63,6 +65,38 @@ def byte_tokenizer() -> Any:
     tokenizer.add_special_tokens(special)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
+
+
+def write_checkpoint(folder: Path, tokenizer: Any) -> None:
+    """A random qwen2_moe: 4 layers, the first dense, 8 experts, top-3, a shared expert."""
+    from families import tiny_model
+
+    model = tiny_model("qwen2_moe", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_texts(path: Path) -> None:
+    """Sixteen short documents as JSON lines."""
+    rows = [{"text": f"{number}. {text}"} for number in range(4) for text in SENTENCES]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def small_options(checkpoint: Path, texts: Path) -> list[str]:
+    """Options that make any run small: a tiny checkpoint and few, short texts of ours."""
+    return [
+        "model=checkpoint",
+        f"model.path={checkpoint}",
+        "model.dtype=float32",
+        "calibration=files",
+        f"calibration.files=[{texts}]",
+        "calibration.num_samples=8",
+        "calibration.max_length=32",
+        "condense.num_layers=1",
+        "condense.num_routed=2",
+        "compute.threads=1",
+        "track=off",
+    ]
 
 
 def load_module(name: str, path: Path) -> ModuleType:
