@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from moe_lab.data import standard_library
 from moe_lab.evaluate.tasks.tiny import tasks
 from moe_lab.models import checkpoint, saving
-from moe_lab.models.editing import part_widths
+from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moe_lab.models import checkpoint
-from moe_lab.models.editing import condensed
+from moe_lab.models.condensing import condensed
 from moe_lab.models.layers import moe_layers
 
 LIMIT = 1.0

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lab.models.experts import Experts
 from moe_lab.models.layers import MoELayer, by_expert, num_parameters
-from moe_lab.models.remapped import Experts
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.all_experts import AllExperts, ExpertSample
 from moe_lab.progress import progress

@@ -73,7 +73,7 @@ def _check(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
         after = type(model)(config)
     for new, old in enumerate(kept):
         one, other = (module_list(m, path)[i] for m, i in ((before, old), (after, new)))
-        if _nature(one) != _nature(other):
+        if nature(one) != nature(other):
             raise UserError(
                 f"decoder layer {old} would be another layer as number {new}: the config of "
                 f"{type(model).__name__} cannot say which of its layers were dropped; "
@@ -81,14 +81,24 @@ def _check(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
             )
 
 
-def _nature(decoder: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes of a decoder layer's tensors, and all plain values in it but its number."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+def nature(decoder: nn.Module, without: str | None = None) -> dict[str, Any]:
+    """What a decoder layer is: its classes, its tensors' shapes, all plain values but its number.
+
+    without: the name of a child that does not count, nor what the layer itself says of it.
+    """
     plain = (bool, int, float, str, type(None))
-    values = {
-        f"{path}.{key}": value
-        for path, module in decoder.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, plain) and key != "layer_idx"
-    }
-    return shapes, values
+    found: dict[str, Any] = {}
+    for path, module in decoder.named_modules():
+        if without is not None and path.split(".")[0] == without:
+            continue
+        found[f"{path}:"] = type(module)
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        found |= {f"{path}.{key}": tuple(t.shape) for key, t in tensors if t is not None}
+        if path or without is None:
+            values = vars(module).items()
+            found |= {
+                f"{path}.{key}": value
+                for key, value in values
+                if isinstance(value, plain) and key != "layer_idx"
+            }
+    return found

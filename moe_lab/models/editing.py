@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lab.models.hashed import is_hashed, remap_tokens
 from moe_lab.models.layers import (
     MoELayer,
     by_expert,
-    expert_forward,
-    expert_parameters,
-    hidden_of,
+    counts_of,
     routed_modules,
+    rows_with,
 )
+from moe_lab.models.probing import hands_state_on, skeleton_output
 from moe_lab.models.remapped import places_of, remap, shared_places
-from moe_lab.types import LayerInfo, UserError
+from moe_lab.types import UserError
 
 
 class DenseMLP(nn.Module):
-    """A gated dense MLP, down(act(gate(x)) * up(x)), of any width per layer."""
+    """A gated dense MLP, down(act(gate(x)) * up(x)), of any width per layer.
+
+    What some families hand their blocks beside the hidden states does not concern it.
+    """
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False, **factory)
         self.act_fn = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **further: object) -> Tensor:
         y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return y
 
@@ -54,45 +58,56 @@ class NoMLP(nn.Module):
         super().__init__()
         self.pair = pair
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+    def forward(self, x: Tensor, **further: object) -> Tensor | tuple[Tensor, None]:
         zeros = torch.zeros_like(x)
         return (zeros, None) if self.pair else zeros
 
 
 @torch.no_grad()
 def no_mlp(layer: MoELayer) -> NoMLP:
-    """What stands in for a dropped MoE block; what the block returns is found by one token."""
-    reference = layer.experts.down_proj
-    x_BLD = torch.zeros(
-        1, 1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device
-    )
-    layer.experts.forward = lambda hidden, *routed, **named: torch.zeros_like(hidden)
-    try:
-        return NoMLP(pair=isinstance(layer.block(x_BLD), tuple))
-    finally:
-        del layer.experts.forward
+    """What stands in for a dropped MoE block; what the block returns is found by a few tokens.
+
+    Raises UserError where the decoder layer must have more of its block than what it adds.
+    """
+    if not layer.has_block:
+        raise UserError(
+            f"layer {layer.info.index}: router and experts of {layer.info.family} stand in the "
+            "decoder layer itself, beside a dense MLP: there is no MoE block that could be dropped"
+        )
+    if hands_state_on(layer):
+        raise UserError(
+            f"layer {layer.info.index}: {type(layer.block).__name__} hands a state of its router "
+            "on to the layers behind it: it cannot be dropped"
+        )
+    return NoMLP(pair=isinstance(skeleton_output(layer), tuple))
 
 
-def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None:
+def prune_layer(
+    layer: MoELayer,
+    kept: Sequence[int],
+    rows: bool = True,
+    into: Mapping[int, int] | None = None,
+) -> None:
     """Keep only the `kept` experts of a layer, in that order, in place.
 
     rows: whether the router loses the other rows; where not, `remapped.remap` must say at once
-    where they lead.
+    where they lead. into: the kept expert that another one went into, for routers that choose by
+    token id (`hashed.py`).
     """
-    old, kept = layer.info.num_experts, list(kept)
     modules = routed_modules(layer) if rows else list(layer.experts.modules())
+    counts = [place for place in counts_of(layer) if place[0] in modules]
+    if rows and is_hashed(layer):
+        remap_tokens(layer, kept, into or {})
     for module, key, tensor, dimension in list(by_expert(layer)):
         if module not in modules:
             continue
-        index = torch.tensor(kept, device=tensor.device)
-        cut = tensor.detach().index_select(dimension, index)
+        left = rows_with(layer, kept, tensor.shape[dimension])
+        cut = tensor.detach().index_select(dimension, torch.tensor(left, device=tensor.device))
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, tensor.requires_grad)
         setattr(module, key, cut)
-    for module in modules:
-        for key, value in vars(module).items():
-            if "expert" in key and type(value) is int and value == old:
-                setattr(module, key, len(kept))
+    for module, key, number in counts:
+        setattr(module, key, number - layer.info.num_experts + len(kept))
 
 
 @torch.no_grad()
@@ -155,85 +170,6 @@ def plan_tensor(
 def constants_name(index: int) -> str:
     """What a plan calls the constants of decoder layer `index` among its tensors."""
     return f"layers.{index}.constants"
-
-
-@torch.no_grad()
-def check_is_sum(layer: MoELayer) -> None:
-    """Refuse a block that is not shared(x) + sum_k weight_k * E_k(x), by trying it on 8 tokens.
-
-    Some families scale or average the sum afterwards; condensing would forget that.
-    """
-    reference = layer.experts.down_proj
-    generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(8, layer.info.hidden_size, generator=generator).to(reference)
-    _, weight_TK, index_TK = layer.router(x_TD)
-    parameters = expert_parameters(layer.experts)
-    expected = torch.zeros_like(x_TD)
-    for token, (weights, indices) in enumerate(zip(weight_TK, index_TK.tolist(), strict=True)):
-        for weight, expert in zip(weights, indices, strict=True):
-            y_D = expert_forward(layer.experts, parameters[expert], x_TD[token : token + 1])[0]
-            expected[token] += weight * y_D
-    if layer.shared is not None:
-        gate = 1.0 if layer.shared_gate is None else layer.shared_gate(x_TD).sigmoid()
-        expected += gate * layer.shared(x_TD)
-    output = hidden_of(layer.block(x_TD[None]))[0]
-    scale = expected.abs().max()
-    if (output - expected).abs().max() > 0.02 * scale:
-        raise UserError(
-            f"{type(layer.block).__name__} does more than add its shared and routed experts: this "
-            "family cannot be condensed yet"
-        )
-
-
-def part_widths(info: LayerInfo, experts: Sequence[int]) -> tuple[int, ...]:
-    """Hidden units of each part of the layer condensed to `experts`, in `condensed`'s order."""
-    return ((info.shared_width,) if info.shared else ()) + (info.expert_width,) * len(experts)
-
-
-def condensed(
-    layer: MoELayer, experts: Sequence[int], gates: Sequence[float], shared_gate: float
-) -> DenseMLP:
-    """The layer as one dense MLP: shared_gate * shared(x) + sum_i gates[i] * E_experts[i](x).
-
-    CD-MoE (2412.00069 section 3): rows of the shared and the chosen experts are concatenated and
-    each constant gate is folded into its columns of the down projection.
-    """
-    gate: list[Tensor] = []
-    up: list[Tensor] = []
-    down: list[Tensor] = []
-    if layer.shared is not None:
-        gate.append(layer.shared.get_parameter("gate_proj.weight"))
-        up.append(layer.shared.get_parameter("up_proj.weight"))
-        down.append(layer.shared.get_parameter("down_proj.weight") * shared_gate)
-    for expert, weight in zip(experts, gates, strict=True):
-        gate_part, up_part = layer.experts.gate_up_proj[expert].chunk(2)
-        gate.append(gate_part)
-        up.append(up_part)
-        down.append(layer.experts.down_proj[expert] * weight)
-    if not gate:
-        raise UserError(
-            f"{layer.info.name} has no shared expert: a condensed layer without routed experts "
-            "would be empty; ask for condense.num_routed of at least 1"
-        )
-    width = sum(part.shape[0] for part in gate)
-    reference = gate[0]
-    dense = DenseMLP(
-        layer.info.hidden_size, width, layer.experts.act_fn, device="meta", dtype=reference.dtype
-    )
-    whole = (torch.cat(gate), torch.cat(up), torch.cat(down, dim=1))
-    for linear, part in zip((dense.gate_proj, dense.up_proj, dense.down_proj), whole, strict=True):
-        linear.weight = nn.Parameter(part.detach().clone(), requires_grad=False)
-    return dense
-
-
-def edited_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that edits put in the place of MoE blocks, by their path in the model."""
-    return {n: m for n, m in model.named_modules() if type(m) in (DenseMLP, NoMLP)}
-
-
-def width_of(block: nn.Module) -> int:
-    """Hidden units of a dense MLP; 0 of a block that adds nothing."""
-    return 0 if type(block) is NoMLP else block.get_parameter("gate_proj.weight").shape[0]
 
 
 def set_block(model: nn.Module, name: str, block: nn.Module) -> nn.Module:

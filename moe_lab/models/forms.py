@@ -14,13 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.checkpoint import meta_model
-from moe_lab.models.editing import edited_blocks, width_of
+from moe_lab.models.condensing import edited_blocks, is_condensed_in_place, is_gated, width_of
+from moe_lab.models.depth import nature
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.layers import (
     COUNT_FIELDS,
     MoELayer,
     by_expert,
+    decoder_path,
     is_gated_mlp,
     layer_index,
     moe_layers,
@@ -128,12 +130,10 @@ def _native_config(
         return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
     for count in counts:
         set_num_experts(config, count)
-    native = config_with_dense(config, edited)
-    indices = sorted(layer_index(name) for name in edited)
-    return (
-        native,
-        None if native else f"{config.model_type} cannot say that layers {indices} are dense",
-    )
+    if kept := [name for name, block in edited.items() if is_condensed_in_place(block)]:
+        where = f"layers {sorted(map(layer_index, kept))}"
+        return None, f"{where} are no gated MLPs, which {config.model_type} has as dense layers"
+    return config_with_dense(config, edited)
 
 
 def _remapped_obstacle(layers: list[MoELayer], family: str) -> str:
@@ -196,29 +196,40 @@ def set_num_experts(config: Any, count: int) -> None:
             setattr(config, field, count)
 
 
-def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> Any | None:
-    """The config with which the family itself builds these dense layers, or None.
+def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> tuple[Any, str | None]:
+    """The config with which the family itself builds these dense layers, or what is in the way.
 
-    Tried on a model without weights: every other layer must come out as it was.
+    Tried on a model without weights: all other layers, and all around these, must come out as they
+    were, since some families do more than another MLP where a layer is dense.
     """
     if not dense:
-        return config
+        return config, None
     model = meta_model(config)
     moe = {layer.info.index for layer in moe_layers(model)}
     condensed = {layer_index(name) for name in dense}
+    obstacle = f"{config.model_type} cannot say that layers {sorted(condensed)} are dense"
     all_dense = set(range(config.num_hidden_layers)) - moe | condensed
     wanted = copy.deepcopy(config)
     if not _list_dense(wanted, sorted(all_dense)):
-        return None
+        return None, obstacle
     field = next((name for name in DENSE_WIDTHS if hasattr(wanted, name)), None)
     if field is None:
-        return None
+        return None, obstacle
     width = max(1, *(width_of(block) for block in dense.values()))
     setattr(wanted, field, max(width, getattr(wanted, field) if len(all_dense - condensed) else 0))
     built = meta_model(wanted)
     if {layer.info.index for layer in moe_layers(built)} != moe - condensed:
-        return None
-    return wanted if all(is_gated_mlp(built.get_submodule(name)) for name in dense) else None
+        return None, obstacle
+    for name, block in dense.items():
+        activation = getattr(block, "act_fn", None)
+        target = built.get_submodule(name)
+        if not (is_gated(target, activation) if activation else is_gated_mlp(target)):
+            return None, f"{obstacle}: its own dense layers are no gated MLPs like these"
+        decoder, child = decoder_path(name), name[len(decoder_path(name)) + 1 :]
+        around = (nature(each.get_submodule(decoder), child) for each in (model, built))
+        if next(around) != next(around):
+            return None, f"{obstacle}: its decoder layers would do something else around them"
+    return wanted, None
 
 
 def _list_dense(config: Any, dense: list[int]) -> bool:

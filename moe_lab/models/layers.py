@@ -15,22 +15,31 @@ from dataclasses import dataclass, replace
 from typing import TypeGuard, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.integrations.moe import _default_apply_gate
 
-from moe_lab.models.remapped import OF_REMAPPING, Experts, RemappedExperts
+from moe_lab.models.experts import Experts, OneExpert
+from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
 from moe_lab.types import LayerInfo, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 Output = Tensor | tuple[Tensor, ...]  # of a block or a decoder layer
-TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-_LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
+TOP_K_FIELDS = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
+_LAYER_PATH = re.compile(r"^(?P<decoder>.*\.\d+)(\.|$)")
 
 
 @dataclass
 class MoELayer:
-    """One MoE layer of a loaded model: what it is, and the modules that make it up."""
+    """One MoE layer of a loaded model: what it is, and the modules that make it up.
+
+    block: what holds router and experts; the decoder layer itself where they stand in it (gemma4).
+    """
 
     info: LayerInfo
     decoder: nn.Module
@@ -39,6 +48,11 @@ class MoELayer:
     experts: Experts
     shared: nn.Module | None
     shared_gate: nn.Module | None
+
+    @property
+    def has_block(self) -> bool:
+        """Whether router and experts have a block of their own in the decoder layer."""
+        return self.block is not self.decoder
 
 
 Standing = MoELayer | nn.Module  # at a layer: a plain block where it is no MoE layer any more
@@ -52,8 +66,8 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         if not _are_experts(experts):
             continue
         block_path = path.rpartition(".")[0]
-        decoder_path = _decoder_path(path)
-        layers.append(_moe_layer(model, modules, block_path, experts, decoder_path))
+        decoder = decoder_path(path)
+        layers.append(_moe_layer(model, modules, block_path, experts, decoder))
     _set_sizes(model, layers)
     return layers
 
@@ -65,7 +79,8 @@ def standing_at(model: PreTrainedModel, name: str) -> Standing:
 
 
 def _are_experts(module: nn.Module) -> TypeGuard[Experts]:
-    return hasattr(type(module), "_apply_gate") and hasattr(module, "has_gate")
+    contract = hasattr(type(module), "_apply_gate") and hasattr(module, "has_gate")
+    return contract and not isinstance(module, OneExpert)
 
 
 def _moe_layer(
@@ -84,18 +99,18 @@ def _moe_layer(
             "family does not keep the common contract of transformers' MoE layers"
         )
     shared = next((m for n, m in children.items() if n in SHARED_NAMES), None)
-    num_rows, num_experts, hidden_size = _experts_shape(experts)
+    num_rows, num_experts = _experts_shape(experts)
     groups, groups_used = _groups(router, model.config)
     info = LayerInfo(
         index=layer_index(decoder_path),
         name=name,
         num_experts=num_rows,
         top_k=_top_k(router, model.config),
-        hidden_size=hidden_size,
+        hidden_size=_hidden_size(model, experts),
         shared=shared is not None,
         groups=groups,
         groups_used=groups_used,
-        obstacle=_obstacle(experts, shared),
+        obstacle=_obstacle(experts),
         shared_width=_width(shared),
         expert_width=_expert_width(experts),
         num_decoders=len(module_list(model, decoders_path(name))),
@@ -142,10 +157,10 @@ def layer_index(name: str) -> int:
 
 def decoders_path(name: str) -> str:
     """Where the list of decoder layers is in a model, from the path of a module in one of them."""
-    return _decoder_path(name).rpartition(".")[0]
+    return decoder_path(name).rpartition(".")[0]
 
 
-def _decoder_path(name: str) -> str:
+def decoder_path(name: str) -> str:
     """The path of the decoder layer in which a module is."""
     match = _LAYER_PATH.match(name)
     if match is None:
@@ -168,11 +183,20 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _experts_shape(experts: Experts) -> tuple[int, int, int]:
-    """Rows of its router, experts that exist, hidden size."""
-    down = experts.down_proj  # [E, D, I], or [E, I, D] where transposed
-    num_rows = len(experts.place_E) if isinstance(experts, RemappedExperts) else down.shape[0]
-    return num_rows, down.shape[0], down.shape[2 if experts.is_transposed else 1]
+def _experts_shape(experts: Experts) -> tuple[int, int]:
+    """Rows of its router, experts that exist."""
+    number = experts.down_proj.shape[0]
+    return len(experts.place_E) if isinstance(experts, RemappedExperts) else number, number
+
+
+def _hidden_size(model: PreTrainedModel, experts: Experts) -> int:
+    size = getattr(model.config.get_text_config(), "hidden_size", None)
+    return size if isinstance(size, int) else experts_size(experts)
+
+
+def experts_size(experts: Experts) -> int:
+    """Length of what an expert gets and gives: the hidden size but where experts are latent."""
+    return experts.down_proj.shape[2 if experts.is_transposed else 1]
 
 
 def _expert_width(experts: Experts) -> int:
@@ -206,37 +230,10 @@ def _groups(router: nn.Module, config: object) -> tuple[int, int]:
     return (groups, used) if groups > 1 else (1, 1)
 
 
-def expert_parameters(experts: Experts) -> list[dict[str, Tensor]]:
-    """Each existing expert's own weights: a dictionary of slices per expert, without copying."""
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    names = {"up": up, "down": "down_proj"}
-    if experts.has_bias:
-        names |= {"up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
-    slices = {key: getattr(experts, name).unbind(0) for key, name in names.items()}
-    return [dict(zip(slices, row, strict=True)) for row in zip(*slices.values(), strict=True)]
-
-
-def expert_forward(experts: Experts, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
-    """The output [T, D] of one expert, before any router weight."""
-    h = expert_hidden(experts, parameters, x_TD)
-    y = _linear(h, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
-    return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
-
-
-def expert_hidden(experts: Experts, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
-    """What the hidden units of one expert compute [T, I]: the input of its down projection."""
-    h = _linear(x_TD, parameters["up"], parameters.get("up_bias"), experts.is_transposed)
-    return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed:
-        return F.linear(x, weight, bias)
-    return x @ weight if bias is None else x @ weight + bias
-
-
 def routed_modules(layer: MoELayer) -> list[nn.Module]:
     """The modules of a layer's block that are no part of its shared experts."""
+    if not layer.has_block:
+        return [*layer.router.modules(), *layer.experts.modules()]
     shared = (*SHARED_NAMES, "shared_expert_gate")
     return [m for name, m in layer.block.named_modules() if name.split(".")[0] not in shared]
 
@@ -246,33 +243,60 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
 
     Those of the block outside the shared experts with a dimension of the size of the number of
     experts; the first such dimension is the one. Where the router has more rows than there are
-    experts, the experts' own tensors have the latter; what places the rows is not among them.
+    experts, the experts' own tensors have the latter; what places the rows is not among them. Of
+    tensors with `further_rows` behind those of the experts, these are no expert's.
     """
-    inside = set(layer.experts.modules())
+    inside, more = set(layer.experts.modules()), further_rows(layer)
     for module in routed_modules(layer):
         size = layer.info.num_experts
         if module in inside:
             size = layer.info.real_experts or size
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and key not in OF_REMAPPING and size in tensor.shape:
+            if tensor is None or key in OF_REMAPPING:
+                continue
+            if size in tensor.shape:
                 yield module, key, tensor, tensor.shape.index(size)
+            elif more and module not in inside and size + more in tensor.shape:
+                yield module, key, tensor, tensor.shape.index(size + more)
 
 
-def _obstacle(experts: Experts, shared: nn.Module | None) -> str | None:
+def further_rows(layer: MoELayer) -> int:
+    """Rows of the router behind those of the routed experts: of shared ones, or of none at all."""
+    numbers = {
+        value
+        for module in layer.router.modules()
+        for key, value in vars(module).items()
+        if _counts_rows(key) and type(value) is int and value > layer.info.num_experts
+    }
+    shapes = {size for tensor in layer.router.state_dict().values() for size in tensor.shape}
+    return min(numbers & shapes, default=layer.info.num_experts) - layer.info.num_experts
+
+
+def _counts_rows(name: str) -> bool:
+    return ("expert" in name or "classes" in name) and name not in TOP_K_FIELDS
+
+
+def rows_with(layer: MoELayer, kept: Sequence[int], size: int) -> list[int]:
+    """The rows to keep of a dimension of `size` that `by_expert` names: further ones all stay."""
+    return [*kept, *range(layer.info.real_experts or layer.info.num_experts, size)]
+
+
+def counts_of(layer: MoELayer) -> list[tuple[nn.Module, str, int]]:
+    """Where routed modules say their number of experts, or of rows: (module, name, the number)."""
+    numbers = (layer.info.num_experts, layer.info.num_experts + further_rows(layer))
+    return [
+        (module, key, value)
+        for module in routed_modules(layer)
+        for key, value in vars(module).items()
+        if _counts_rows(key) and type(value) is int and value in numbers
+    ]
+
+
+def _obstacle(experts: Experts) -> str | None:
     if isinstance(experts, RemappedExperts):
         return "its router has more rows than there are experts"
-    if shared is not None and not is_gated_mlp(shared):
-        return "its shared expert is no gated MLP of the usual three projections"
-    if not experts.has_gate:
-        return "its experts have no gate projection"
-    if experts.has_bias:
-        return "its experts have biases"
-    if experts.is_transposed or not experts.is_concatenated:
-        return "its experts store their weights transposed or interleaved"
     if experts.has_post_expert_norm:
-        return "its experts end in a norm"
-    if type(experts)._apply_gate is not _default_apply_gate:
-        return "its experts do not compute act(gate) * up"
+        return "each of its experts ends in a norm, so that several are no wider one"
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe_lab.models.remapped import Experts
+from moe_lab.models.experts import Experts
 from moe_lab.types import AlignName
 
 

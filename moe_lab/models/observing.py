@@ -16,15 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lab.models.layers import (
-    MoELayer,
-    Output,
-    expert_forward,
-    expert_parameters,
-    hidden_of,
-    moe_layers,
-)
-from moe_lab.models.remapped import Experts, RemappedExperts
+from moe_lab.models.experts import Experts, expert_forward, expert_parameters
+from moe_lab.models.layers import MoELayer, Output, further_rows, hidden_of, moe_layers
+from moe_lab.models.remapped import RemappedExperts
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
@@ -82,9 +76,9 @@ def observe_routers(
 
     def hook_of(layer: MoELayer) -> Hook:
         def hook(module: nn.Module, args: Arguments, output: Any) -> None:
-            logits = _router_logits(output).reshape(-1, layer.info.num_experts)
+            logits = _of_experts(_router_logits(output), layer)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
-            routed: tuple[Tensor, ...] = logits, index, weight
+            routed: tuple[Tensor, ...] = logits, _without_none(layer, index, weight), weight
             if observation.valid is not None and not bool(observation.valid.all()):
                 valid = observation.valid.reshape(-1).to(logits.device)
                 routed = tuple(part[valid] for part in routed)
@@ -143,7 +137,8 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
         observation.norms[key] = []
 
     def normed(module: nn.Module, args: Arguments, kwargs: Named, output: Tensor) -> None:
-        observation.norms[key].append((_input(args, kwargs), output))
+        if key in observation.norms:  # else it stands behind the block
+            observation.norms[key].append((_input(args, kwargs), output))
 
     def added(module: nn.Module, args: Arguments, kwargs: Named, output: Output) -> None:
         # The norm whose very output the block got: what went into it is the residual stream.
@@ -152,10 +147,11 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
         observation.added[key] = hidden_of(output)
 
     handles.append(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True))
-    for name, child in layer.decoder.named_children():
-        if "norm" in name:
-            handles.append(child.register_forward_hook(normed, with_kwargs=True))
-    handles.append(layer.block.register_forward_hook(added, with_kwargs=True))
+    if layer.has_block:
+        for name, child in layer.decoder.named_children():
+            if "norm" in name:
+                handles.append(child.register_forward_hook(normed, with_kwargs=True))
+        handles.append(layer.block.register_forward_hook(added, with_kwargs=True))
     handles.append(layer.decoder.register_forward_hook(_emitter(observation, layer)))
     return handles
 
@@ -183,20 +179,56 @@ def _emitter(observation: Observation, layer: MoELayer) -> Hook:
     def hook(module: nn.Module, args: Arguments, output: Output) -> None:
         key = layer.experts
         *routed, out = observation.inputs.pop(key)
-        logits = observation.logits.pop(key).reshape(-1, layer.info.num_experts)
+        logits = _of_experts(observation.logits.pop(key), layer)
         gate = observation.shared_gate.pop(key, None)
         gate = None if gate is None else gate.reshape(-1).sigmoid()
         valid = None if observation.valid is None else observation.valid.reshape(-1)
-        leaving, added = hidden_of(output), observation.added.pop(key)
-        residual = observation.residual.pop(key)
-        if residual is None:  # no norm before the block: what it added is taken off again
-            residual = leaving.double() - added.reshape(leaving.shape).double()
-        states = observation.entering.pop(key), residual, leaving, out
-        around = tuple(state.reshape(-1, state.shape[-1]) for state in states)
-        routing = _routing(routed, logits, gate, valid, around)
+        around = _around(observation, layer, hidden_of(output), out)
+        routing = _routing(_chosen(layer, routed), logits, gate, valid, around)
         observation.observer(layer.info, routing)
 
     return hook
+
+
+def _of_experts(logits: Tensor, layer: MoELayer) -> Tensor:
+    """The logits [T, E] of the routed experts; further rows of the router come behind them."""
+    return logits.reshape(-1, logits.shape[-1])[:, : layer.info.num_experts]
+
+
+def _without_none(layer: MoELayer, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The choices, E where a router with further rows chose none (zaya: expert 0, weight 0)."""
+    if not further_rows(layer):
+        return index_TK
+    return index_TK.masked_fill(weight_TK == 0, layer.info.num_experts)
+
+
+def _chosen(layer: MoELayer, routed: list[Tensor]) -> list[Tensor]:
+    """What was routed, without the pairs in which a token has no expert."""
+    if not further_rows(layer):
+        return routed
+    x, index, weight, *pairs = routed
+    there = pairs[-1] != 0
+    return [x, _without_none(layer, index, weight), weight, *(part[there] for part in pairs)]
+
+
+def _around(
+    observation: Observation, layer: MoELayer, leaving: Tensor, routed: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What enters, the residual, what leaves, what the routed experts add, [T, D] each.
+
+    None for what has no meaning: the states around a block where each token has several streams
+    of them, or where the block is the decoder layer; the sum of experts that are latent.
+    """
+    key, size = layer.experts, layer.info.hidden_size
+    entering = observation.entering.pop(key)
+    residual, added = observation.residual.pop(key, None), observation.added.pop(key, None)
+    observation.norms.pop(key, None)
+    if not (entering.shape == leaving.shape and entering.numel() == routed.shape[0] * size):
+        return None, None, None, None
+    if residual is None and added is not None:  # no norm before it: what it added is taken off
+        residual = leaving.double() - added.reshape(leaving.shape).double()
+    states = entering, residual, leaving, routed if routed.shape[-1] == size else None
+    return tuple(None if one is None else one.reshape(-1, one.shape[-1]) for one in states)
 
 
 def _routing(
@@ -204,7 +236,7 @@ def _routing(
     logits: Tensor,
     gate: Tensor | None,
     valid: Tensor | None,
-    around: tuple[Tensor, ...],
+    around: tuple[Tensor | None, ...],
 ) -> Routing:
     x, index, weight, y, expert, token, weight_s = routed
     if valid is None or bool(valid.all()):
@@ -216,7 +248,7 @@ def _routing(
     return Routing(
         x[valid], logits[valid], index[valid], weight[valid],
         y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
-        *(state[valid] for state in around),
+        *(None if state is None else state[valid] for state in around),
     )  # fmt: skip
 
 

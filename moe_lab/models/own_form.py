@@ -14,9 +14,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block, width_of
+from moe_lab.models.condensing import is_condensed_in_place, one_wide_expert, width_of
+from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block
 from moe_lab.models.edits.plan import known_kinds
-from moe_lab.models.layers import MoELayer, layer_index, moe_layers, standing_at
+from moe_lab.models.layers import (
+    MoELayer,
+    experts_size,
+    layer_index,
+    moe_layers,
+    standing_at,
+)
 from moe_lab.models.remapped import RemappedExperts, remap
 from moe_lab.types import LayerInfo, UserError
 
@@ -31,15 +38,20 @@ def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
         wanted = dict(wanted)
         own = wanted.pop("own", {})
         if "width" in wanted:
-            block: nn.Module = no_mlp(layer)
-            if wanted["width"]:
-                act = layer.experts.act_fn
-                block = DenseMLP(layer.info.hidden_size, wanted["width"], act)
-            set_block(model, layer.info.name, block)
+            set_block(model, layer.info.name, _dense(layer, **wanted))
         elif wanted and not layer.info.real_experts:
             _keep(layer, **wanted)
         for kind, written in own.items():
             _replay(model, layer.info, kind, written)
+
+
+def _dense(layer: MoELayer, width: int, in_place: bool = False) -> nn.Module:
+    """The dense block of this width in the place of a layer, its weights still to come."""
+    if not width:
+        return no_mlp(layer)
+    if in_place:
+        return one_wide_expert(layer, width)
+    return DenseMLP(layer.info.hidden_size, width, layer.experts.act_fn)
 
 
 def _replay(model: PreTrainedModel, info: LayerInfo, name: str, written: dict[str, Any]) -> None:
@@ -67,7 +79,7 @@ def _keep(
     if rows > num_experts:
         prune_layer(layer, range(num_experts), rows=False)
         like = layer.experts.down_proj
-        constants = like.new_empty(rows - num_experts, layer.info.hidden_size)
+        constants = like.new_empty(rows - num_experts, experts_size(layer.experts))
         is_constant = stand_in == "constant"
         remap(layer.experts, range(rows), stand_in, constants if is_constant else None)
 
@@ -78,7 +90,7 @@ def own_config(
     """A model's config that lists its layers' structures; edited: its dense blocks, by path."""
     config = copy.deepcopy(model.config)
     structure = {str(one.info.index): _experts_structure(one) for one in layers}
-    structure |= {str(layer_index(name)): {"width": width_of(b)} for name, b in edited.items()}
+    structure |= {str(layer_index(name)): _dense_structure(b) for name, b in edited.items()}
     for index, own in own_structures(model, layers).items():
         structure[str(index)] = structure.get(str(index), {}) | {"own": own}
     config.moe_lab = {"version": 1, "padding": padding, "layers": structure}
@@ -95,6 +107,11 @@ def own_structures(model: nn.Module, layers: list[MoELayer]) -> dict[int, dict[s
         if own := {name: said for name, said in written.items() if said is not None}:
             found[layer_index(path)] = own
     return found
+
+
+def _dense_structure(block: nn.Module) -> dict[str, Any]:
+    structure: dict[str, Any] = {"width": width_of(block)}
+    return structure | ({"in_place": True} if is_condensed_in_place(block) else {})
 
 
 def _experts_structure(layer: MoELayer) -> dict[str, Any]:

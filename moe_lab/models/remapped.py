@@ -8,40 +8,18 @@ E counts the router's rows here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from moe_lab.models.experts import Experts
+
 OF_REMAPPING = ("place_E", "constants")  # the names of the tensors that `remap` adds
 # Their eager loops have no place for an index that is no expert's; all other families' skip it.
 WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
-
-
-class Experts(nn.Module):
-    """What the experts modules of all families have in common: for annotations, never made.
-
-    down_proj: [E, D, I], or [E, I, D] where transposed; gate_up_proj where it has a gate, up_proj
-    where it has none.
-    """
-
-    config: Any  # differs by family
-    num_experts: int
-    gate_up_proj: nn.Parameter
-    up_proj: nn.Parameter
-    down_proj: nn.Parameter
-    act_fn: Callable[[Tensor], Tensor]
-    post_expert_norm: Callable[[Tensor], Tensor]
-    has_gate: bool
-    has_bias: bool
-    has_post_expert_norm: bool
-    is_transposed: bool
-    is_concatenated: bool
-    forward: Callable[..., Tensor]
-    _apply_gate: Callable[..., Tensor]
-    _is_expert_parallel: bool
 
 
 class RemappedExperts(Experts):

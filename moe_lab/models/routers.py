@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from moe_lab.models.layers import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
+from moe_lab.models.hashed import is_hashed
+from moe_lab.models.layers import (
+    TOP_K_FIELDS,
+    MoELayer,
+    by_expert,
+    counts_of,
+    further_rows,
+    moe_layers,
+    routed_modules,
+    rows_with,
+)
+from moe_lab.models.probing import probe, route, skeleton
 from moe_lab.types import UserError
 
 SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
@@ -22,7 +32,6 @@ SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
-PROBES = 64
 
 
 @torch.no_grad()
@@ -39,11 +48,13 @@ def scoring(layer: MoELayer) -> str | None:
     for module, field, _ in before:
         setattr(module, field, 2)
     try:
-        logits_TE, weight_TK, index_TK = layer.router.forward(_probe(layer))[:3]
+        logits_TE, weight_TK, index_TK = route(layer, probe(layer))
     finally:
         for module, field, value in before:
             setattr(module, field, value)
-    return matching_scoring(logits_TE.reshape(PROBES, -1), index_TK, weight_TK)
+    found = matching_scoring(logits_TE, index_TK, weight_TK)
+    # Over the experts alone it is no probability where further rows have their share of it.
+    return None if found == "softmax" and further_rows(layer) else found
 
 
 def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str | None:
@@ -54,7 +65,7 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
     """
     weight = weight_TK.double()
     for name, score in SCORINGS.items():
-        chosen = score(logits_TE.double()).gather(1, index_TK)
+        chosen = score(logits_TE.double()).gather(1, index_TK.clamp(max=logits_TE.shape[1] - 1))
         if weight.shape[1] == 1:  # one expert: the factor must be the same for all tokens
             ratio = weight / chosen
             spread = (ratio / ratio[:1] - 1).abs().amax()
@@ -76,12 +87,6 @@ def _top_k_places(holders: Iterable[Any]) -> list[tuple[Any, str, int]]:
     ]
 
 
-def _probe(layer: MoELayer) -> Tensor:
-    reference = next(layer.router.parameters())
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(PROBES, layer.info.hidden_size, generator=generator).to(reference)
-
-
 def with_twins(num_experts: int, size: int) -> list[int]:
     """The experts of a layer and, behind them, enough of them a second time to be `size`."""
     return [number % num_experts for number in range(size)]
@@ -96,10 +101,10 @@ def takes_twins(layer: MoELayer) -> bool:
     """
     if layer.info.top_k != 1 or layer.info.groups > 1:
         return False
-    _, weight, index = layer.router.forward(_probe(layer))[:3]
+    _, weight, index = route(layer, probe(layer))
     twins = with_twins(layer.info.num_experts, layer.info.num_experts + 1)
     with restricted_layer(layer, twins):
-        _, other_weight, other_index = layer.router.forward(_probe(layer))[:3]
+        _, other_weight, other_index = route(layer, probe(layer))
     return torch.equal(index, other_index) and torch.allclose(weight, other_weight, rtol=1e-5)
 
 
@@ -150,25 +155,17 @@ def learns_with_one(layer: MoELayer) -> bool:
     Renormalised, it is always 1, and a task's loss has no gradient for the router. Tried on random
     rows and tokens; the layer may be on the meta device, and is not changed.
     """
-    router = copy.deepcopy(layer.router).to_empty(device="cpu").float()
-    generator = torch.Generator().manual_seed(0)
-    for tensor in [*router.parameters(), *router.buffers()]:
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    for holder, field, _ in _top_k_places([router]):
+    bare = skeleton(layer)
+    for holder, field, _ in _top_k_places(bare.router.modules()):
         setattr(holder, field, 1)
-    x_TD = torch.randn(PROBES, layer.info.hidden_size, generator=generator)
-    weight_TK = router.forward(x_TD)[1]
+    _, weight_TK, _ = route(bare, probe(bare))
     return not torch.allclose(weight_TK, weight_TK[:1].expand_as(weight_TK))
 
 
 @torch.no_grad()
 def chosen_by(layer: MoELayer) -> int:
     """How many experts the layer's router gives a token, found by giving it one."""
-    reference = next(layer.router.parameters())
-    x_TD = torch.zeros(1, layer.info.hidden_size, dtype=reference.dtype, device=reference.device)
-    index_TK: Tensor = layer.router.forward(x_TD)[2]  # past any hooks
-    return index_TK.shape[-1]
+    return route(layer, probe(layer, tokens=1))[2].shape[-1]
 
 
 @contextmanager
@@ -188,49 +185,46 @@ def restricted(model: PreTrainedModel, kept: Mapping[int, Sequence[int]]) -> Ite
 @contextmanager
 def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
     """The same for one layer; the number that stays has to fit its router (`layers.check_kept`)."""
-    router = layer.router
-    own = set(router.modules())
-    others = {module for module, *_ in by_expert(layer)} - {*own, *layer.experts.modules()}
-    if others:
+    router, inside = layer.router, set(layer.experts.modules())
+    if is_hashed(layer):
         raise UserError(
-            f"{type(layer.block).__name__} keeps tensors of its experts in "
-            f"{', '.join(type(module).__name__ for module in others)}, outside its router: this "
-            "family's experts cannot be left out for a while; prune them instead"
+            f"layer {layer.info.index} chooses the experts of a token by its id: they cannot be "
+            "left out for a while; prune them instead"
         )
+    size = layer.info.num_experts
     rows = [
-        (_holder(module, key), key, dimension)
-        for module, key, _, dimension in by_expert(layer)
-        if module in own
+        (_holder(module, key), key, dimension, rows_with(layer, kept, tensor.shape[dimension]))
+        for module, key, tensor, dimension in by_expert(layer)
+        if module not in inside
     ]
-    counts = [
-        (module, key)
-        for module in own
-        for key, value in vars(module).items()
-        if "expert" in key and type(value) is int and value == layer.info.num_experts
-    ]
+    counts = [place for place in counts_of(layer) if place[0] not in inside]
     kept_E = torch.tensor(list(kept), device=layer.experts.down_proj.device)
     inner = router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
-        whole = [tensors[key] for tensors, key, _ in rows]
-        for (tensors, key, dimension), tensor in zip(rows, whole, strict=True):
-            tensors[key] = tensor.index_select(dimension, kept_E)
-        try:
-            logits, weights, index, *rest = inner(*arguments, **named)
+        whole = [tensors[key] for tensors, key, *_ in rows]
+        cut = {}
+        for (tensors, key, dimension, left), tensor in zip(rows, whole, strict=True):
+            index = torch.tensor(left, device=tensor.device)
+            cut[id(tensor)] = tensors[key] = tensor.index_select(dimension, index)
+        try:  # the block may hand over rows of its own
+            given = [cut.get(id(value), value) for value in arguments]
+            also = {name: cut.get(id(value), value) for name, value in named.items()}
+            logits, weights, index, *rest = inner(*given, **also)
         finally:
-            for (tensors, key, _), tensor in zip(rows, whole, strict=True):
+            for (tensors, key, *_), tensor in zip(rows, whole, strict=True):
                 tensors[key] = tensor
         return logits, weights, kept_E[index], *rest
 
-    for module, key in counts:
-        setattr(module, key, len(kept))
+    for module, key, number in counts:
+        setattr(module, key, number - size + len(kept))
     router.forward = forward
     try:
         yield
     finally:
         del router.forward
-        for module, key in counts:
-            setattr(module, key, layer.info.num_experts)
+        for module, key, number in counts:
+            setattr(module, key, number)
 
 
 @contextmanager
@@ -249,19 +243,24 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         for module, key, tensor, _ in by_expert(layer)
         if module is not layer.experts and tensor.dim() == 1 and tensor.is_floating_point()
     ]
+    num_rows = num_experts + further_rows(layer)
     inner = layer.router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
         whole = [tensors[key] for tensors, key in biases]
+        masked = {}
         for (tensors, key), tensor in zip(biases, whole, strict=True):
-            tensors[key] = _minus_infinity(tensor, gone)
+            masked[id(tensor)] = tensors[key] = _minus_infinity(tensor, gone)
         try:
-            with _MaskedLinear(num_experts, gone):
-                output: tuple[Tensor, ...] = inner(*arguments, **named)
+            with _MaskedLinear(num_rows, gone):
+                given = [masked.get(id(value), value) for value in arguments]
+                also = {name: masked.get(id(value), value) for name, value in named.items()}
+                output: tuple[Tensor, ...] = inner(*given, **also)
         finally:
             for (tensors, key), tensor in zip(biases, whole, strict=True):
                 tensors[key] = tensor
-        if gone and output[0].reshape(-1, num_experts)[:, gone].max() != -torch.inf:
+        logits_TE = output[0].reshape(-1, output[0].shape[-1])
+        if gone and logits_TE[:, gone].max() != -torch.inf:
             raise UserError(
                 f"{type(layer.router).__name__} makes its logits in a way of its own: its experts "
                 "cannot be masked"
@@ -283,9 +282,9 @@ def _holder(module: nn.Module, key: str) -> dict[str, Any]:
 class _MaskedLinear(TorchFunctionMode):
     """While open, products with a row for each expert are -inf for those that are `gone`."""
 
-    def __init__(self, num_experts: int, gone: Sequence[int]):
+    def __init__(self, num_rows: int, gone: Sequence[int]):
         super().__init__()
-        self.num_experts, self.gone = num_experts, gone
+        self.num_rows, self.gone = num_rows, gone
 
     def __torch_function__(
         self,
@@ -295,7 +294,7 @@ class _MaskedLinear(TorchFunctionMode):
         named: dict[str, Any] | None = None,
     ) -> Any:
         result = function(*arguments, **(named or {}))
-        if function is F.linear and result.shape[-1] == self.num_experts:
+        if function is F.linear and result.shape[-1] == self.num_rows:
             return _minus_infinity(result, self.gone)
         return result
 

@@ -17,9 +17,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_lab.models.checkpoint import meta_model, no_bars, text_files
-from moe_lab.models.editing import NoMLP, edited_blocks, prune_layer, set_block
+from moe_lab.models.condensing import edited_blocks
+from moe_lab.models.editing import NoMLP, prune_layer, set_block
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
+from moe_lab.models.reading_back import check_saved
 from moe_lab.models.routers import with_twins
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def save_checkpoint(
     others are filled up with copies of their own, where that changes nothing (as with one expert
     for each token) and adds at most this share; the config says how many were there before
     (`distinct_experts`). The model is not changed except for its dtype, its config and those two.
+    What was written is read back and compared (`reading_back.py`).
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
@@ -62,6 +65,7 @@ def save_checkpoint(
         model.save_pretrained(folder)
     _write_count_aliases(folder / "config.json", model.config)
     copy_text_files(source, folder)
+    check_saved(model, folder)
     return form
 
 

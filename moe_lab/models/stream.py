@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from moe_lab.models.activations import Activations
 from moe_lab.models.editing import NoMLP, set_block
+from moe_lab.models.handed_on import Decoders, HandedOn, forwards
 from moe_lab.models.layers import MoELayer, Output, hidden_of, moe_layers
 from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
 from moe_lab.types import UserError
@@ -48,6 +49,8 @@ class LayerStream:
         }
         _, self.layers = decoder_layers(self.model)
         self.arguments: list[list[dict[str, Any]]] = []
+        self.handed: HandedOn | None = None
+        self._carried: dict[int, dict[str, Any]] = {}
         self.valid: list[Tensor] = []
         self.input_ids: list[Tensor] = []
         self.token_weight: list[Tensor] = []
@@ -76,24 +79,23 @@ class LayerStream:
 
     def _catch(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model with every decoder layer replaced by one that notes what it is given."""
-        caught: list[dict[str, Any]] = []
-
-        def note(hidden: Tensor, **arguments: object) -> Tensor:
-            if not caught:
-                self.cache["input", len(self.valid)] = hidden
-            arguments |= {"past_key_values": None, "use_cache": False}
-            caught.append(arguments)
-            return hidden
-
-        with torch.no_grad(), _forwards(self.layers, note):
-            self.model.base_model(**batch, use_cache=False)
+        decoders = Decoders(self.model, self.layers, self.layer)
+        if self.handed is None:
+            self.handed = HandedOn.found(decoders, batch)
+        first, caught = self.handed.caught(decoders, batch)
+        self.cache["input", len(self.valid)] = first
         self.arguments.append(caught)
         self.input_ids.append(batch["input_ids"])
         self.valid.append(batch["attention_mask"].bool())
 
     def replay(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output [B, L, D] of decoder layer `index` (which is open) on `hidden`."""
-        output: Output = self.layers[index](hidden, **self.arguments[batch][index])
+        arguments = self.arguments[batch][index]
+        assert self.handed is not None
+        if self.handed.names and index:
+            arguments = arguments | self._carried[batch]
+        output: Output = self.layers[index](hidden, **arguments)
+        self._carried[batch] = self.handed.taken(output, self.layers[index])
         return hidden_of(output)
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -116,7 +118,9 @@ class LayerStream:
     def logits(self, batch: int, hidden: Tensor) -> Tensor:
         """The model's logits [B, L, V]; hidden: the last decoder layer's output [B, L, D]."""
         mask = self.valid[batch].long()
-        with _forwards(self.layers, lambda _, **arguments: hidden):
+        assert self.handed is not None
+        output = self.handed.like(hidden)
+        with forwards(self.layers, lambda *_, **arguments: output):
             inputs = {"input_ids": self.input_ids[batch], "attention_mask": mask}
             logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
@@ -149,6 +153,17 @@ class LayerStream:
                 "condense.experts=[...]"
             )
         return output, rest[valid], caught["x"].reshape(output.shape)[valid]
+
+    def check_hidden_alone(self) -> None:
+        """Refuse a search over layers where a layer hands on more than the hidden state."""
+        if self.handed is not None and any(self.handed.names):
+            raise UserError(
+                f"{type(self.layers[0]).__name__} hands on more than the hidden state "
+                f"({', '.join(name for name in self.handed.names if name)}), which depends on the "
+                "layers before it: layers cannot be chosen by a greedy search in this family; "
+                "name them (condense.layers=[...]) or choose them by statistics "
+                "(condense.layers=cosine)"
+            )
 
 
 class States:
@@ -208,18 +223,6 @@ def _final_norm(model: PreTrainedModel) -> nn.Module:
     if len(norms) != 1:
         raise UserError(f"{type(model).__name__} has {len(norms)} final norms, expected one")
     return norms[0]
-
-
-@contextmanager
-def _forwards(layers: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    layers = list(layers)
-    for layer in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @contextmanager

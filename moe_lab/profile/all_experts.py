@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from moe_lab.models.activations import Activations
-from moe_lab.models.layers import MoELayer, check_kept, expert_forward, expert_parameters
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import MoELayer, check_kept
+from moe_lab.models.probing import route
 from moe_lab.models.routers import masked_layer, restricted_layer
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.profile import Answer, Profile
@@ -113,7 +115,7 @@ class AllExperts:
     def _weights(self, x_TD: Tensor, kept: Sequence[int]) -> Tensor:
         """Each expert's weight [T, E] where the router is left with these."""
         with self._only(kept):
-            _, weight_TK, index_TK = _routed(self.layer, x_TD)
+            _, weight_TK, index_TK = route(self.layer, x_TD)
         return self._by_expert(index_TK, weight_TK)
 
     def _by_expert(self, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class AllExperts:
         """Take in tokens, while the layer's weights are there."""
         parameters = expert_parameters(self.layer.experts)
         for x in x_TD.split(TOKENS_AT_ONCE):
-            logits, weight, index = _routed(self.layer, x)
+            logits, weight, index = route(self.layer, x)
             outputs = x.new_empty(len(parameters), *x.shape)  # filled in place: never held twice
             for expert, weights in enumerate(parameters):
                 outputs[expert] = expert_forward(self.layer.experts, weights, x)
@@ -188,13 +190,6 @@ def routed_sum(outputs_ETD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tens
     chosen_TKD = outputs_ETD[index_TK, token_T1]
     exact = torch.promote_types(chosen_TKD.dtype, torch.float32)
     return (chosen_TKD.to(exact) * weight_TK[..., None].to(exact)).sum(dim=1)
-
-
-def _routed(layer: MoELayer, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the layer's router returns: logits [T, E], weights and indices [T, K]."""
-    logits, weight, index = layer.router.forward(x_TD)[:3]
-    tokens = len(x_TD)
-    return logits.reshape(tokens, -1), weight.reshape(tokens, -1), index.reshape(tokens, -1)
 
 
 class ExpertSample:

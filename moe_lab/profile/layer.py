@@ -115,7 +115,10 @@ class LayerStatistics:
         return torch.cat(norms)
 
     def add_routed(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
-        """Add what the router made of one batch: all that needs no more than this."""
+        """Add what the router made of one batch: all that needs no more than this.
+
+        An index of E is no expert: some routers may choose none.
+        """
         tokens = len(index_TK)
         if self.scoring is None and tokens:
             self.scoring = matching_scoring(logits_TE, index_TK, weight_TK)
@@ -129,11 +132,13 @@ class LayerStatistics:
         expert_S, weight_S = index_TK.flatten(), weight_TK.flatten()
         self._add("gate_sum", self._per_expert(expert_S, weight_S))
         self._add("gate_square_sum", self._per_expert(expert_S, weight_S.square()))
-        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(1, index_TK, 1.0)
+        chosen_TE = F.pad(torch.zeros_like(logits_TE, dtype=torch.float32), (0, 1))
+        chosen_TE = chosen_TE.scatter_(1, index_TK, 1.0)[:, :-1]
         self._add("pair_count", (chosen_TE.T @ chosen_TE).double())  # exact: whole numbers
         self._add("logit_product_sum", logits_TE.T @ logits_TE)
         self._add("rank_count", torch.stack(ranks))
         share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
+        share_TK = share_TK.where(weight_TK > 0, 0.0)  # of a token that gets no expert at all
         self._add("rank_share_sum", share_TK.sum(dim=0))
         if self.scoring is not None:
             probability_TE = SCORINGS[self.scoring](logits_TE)
@@ -144,7 +149,8 @@ class LayerStatistics:
             self._add("entropy_sum", -(share_TE * log_TE).sum()[None])
 
     def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
-        return torch.bincount(expert_S, values_S, minlength=self.info.num_experts).double()
+        size = self.info.num_experts
+        return torch.bincount(expert_S, values_S, minlength=size + 1)[:size].double()
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.models.layers import MoELayer
+from moe_lab.models.layers import MoELayer, by_expert
 from moe_lab.models.remapped import by_row
 from moe_lab.types import UserError
 
@@ -19,10 +19,10 @@ def weight_statistics(layer: MoELayer) -> dict[str, Tensor]:
 
 def router_row_norms(layer: MoELayer) -> Tensor:
     """l2 norm [E] of each expert's row of the router's weight."""
-    num_experts = layer.info.num_experts
-    for weight in layer.router.parameters():
-        if weight.dim() == 2 and num_experts in weight.shape:
-            rows_ED = weight.detach().movedim(weight.shape.index(num_experts), 0)
+    own = set(layer.router.modules())
+    for module, _, weight, dimension in by_expert(layer):
+        if module in own and weight.dim() == 2 and weight.is_floating_point():
+            rows_ED = weight.detach().movedim(dimension, 0)[: layer.info.num_experts]
             norm_E: Tensor = torch.linalg.vector_norm(rows_ED.double(), dim=1)
             return norm_E.cpu()
     raise UserError(f"{type(layer.router).__name__} has no weight with a row for each expert")

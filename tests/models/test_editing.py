@@ -8,8 +8,10 @@ from families import EACH_FAMILY, FAMILIES, logits_of, tiny_batch, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.models.editing import check_is_sum, condensed, part_widths, prune_layer
-from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
+from moe_lab.models.condensing import condensed, part_widths
+from moe_lab.models.editing import check_is_sum, prune_layer
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import moe_layers
 from moe_lab.types import UserError
 
 CONDENSABLE = [name for name in FAMILIES if name != "gpt_oss"]

@@ -7,7 +7,8 @@ import torch
 from families import EACH_FAMILY, tiny_model
 from slow_router import slow_router
 
-from moe_lab.models.layers import check_kept, expert_forward, expert_parameters, moe_layers
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import check_kept, moe_layers
 from moe_lab.types import LayerInfo, UserError
 
 

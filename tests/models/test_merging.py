@@ -9,7 +9,8 @@ from families import EACH_FAMILY, logits_of, tiny_model
 from torch import Tensor, nn
 
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
-from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.merging import matching
 
 GROUPS = ((0, 3, 5), (1,), (4, 2), (6, 7))  # of 8 experts; deepseek_v3's router has 0-3 and 4-7

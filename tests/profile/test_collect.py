@@ -28,7 +28,8 @@ from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import load, resolve
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.edits.plan import Plan
-from moe_lab.models.layers import MoELayer, expert_forward, expert_parameters, moe_layers
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.profile import collect
 from moe_lab.profile.collect import (
     added,

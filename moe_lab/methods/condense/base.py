@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lab.lookup import named
 from moe_lab.methods.condense.expert_search import OpenLayer
 from moe_lab.methods.condense.layer_search import CondensedSets
-from moe_lab.models.remapped import Experts
+from moe_lab.models.experts import Experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import Choice, UserError
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 
 from moe_lab.methods.condense.base import ExpertCandidates, choice_named, draws, shared_gate
-from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer
-from moe_lab.models.editing import check_is_sum, part_widths
+from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer, search_terms
+from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.condense import CondenseLayer
-from moe_lab.models.remapped import Experts
+from moe_lab.models.experts import Experts
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile
@@ -61,9 +61,7 @@ class ExpertChoices:
                 "states of the search over layers": self._layer_bytes(stream),
             }
         )
-        first = next(iter(stream.moe))
-        with stream.layer(first):
-            check_is_sum(stream.moe[first])
+        search_terms(next(iter(stream.moe.values())))
         return stream
 
     def _expert_bytes(self, stream: LayerStream) -> int:

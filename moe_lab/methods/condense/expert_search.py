@@ -13,14 +13,28 @@ from torch import Tensor
 
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence, weighted_mean
-from moe_lab.models.editing import check_is_sum
-from moe_lab.models.layers import expert_forward, expert_parameters
+from moe_lab.models.condensing import check_condensable
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import MoELayer
+from moe_lab.models.probing import Terms, terms
 from moe_lab.models.stream import LayerStream, States
-from moe_lab.types import Choice
+from moe_lab.types import Choice, UserError
 
 SEARCH_TOKENS_AT_ONCE = (
     1024  # candidates are compared chunk by chunk, so that a chunk stays in the cache
 )
+
+
+def search_terms(layer: MoELayer) -> Terms:
+    """The factors of a block's two sums; UserError where it is no such sum, as a search needs."""
+    found = terms(layer)
+    if found is None:
+        raise UserError(
+            f"{type(layer.block).__name__} does more than add its shared and routed experts, so "
+            "that a greedy search cannot add up candidates: choose experts and layers by "
+            "statistics (condense.experts=mean_gate condense.layers=cosine), or name them"
+        )
+    return found
 
 
 class OpenLayer:
@@ -35,7 +49,8 @@ class OpenLayer:
     def __init__(self, stream: LayerStream, index: int, gates_E: Tensor, shared_gate: float):
         self.cache, self.gates_E = stream.cache, gates_E
         self.finish = stream.finish if index == len(stream.layers) - 1 else lambda hidden: hidden
-        self._layer, self._shared_gate = stream.moe[index], shared_gate
+        self._layer, found = stream.moe[index], search_terms(stream.moe[index])
+        self._shared_factor, self._routed_factor = shared_gate * found.shared, found.routed
         self._weights: list[Tensor] = []  # per chunk, each token's share in the mean
 
     def add_batch(self, output_TD: Tensor, rest_TD: Tensor, x_TD: Tensor, weight_T: Tensor) -> None:
@@ -44,13 +59,15 @@ class OpenLayer:
         parts = (part.split(SEARCH_TOKENS_AT_ONCE) for part in (output_TD, rest_TD, x_TD, weight_T))
         for output, base, x, weight in zip(*parts, strict=True):
             if self._layer.shared is not None:
-                base = base + self._layer.shared(x) * self._shared_gate
+                base = base + self._layer.shared(x) * self._shared_factor
             chunk = len(self._weights)
             self.cache["target", chunk] = divergence.probability(self.finish(output))
             self.cache["base", chunk] = base
             outputs = x.new_empty(len(parameters), *x.shape)  # filled in place: never held twice
             for expert, weights in enumerate(parameters):
                 outputs[expert] = expert_forward(self._layer.experts, weights, x)
+            if self._routed_factor != 1.0:
+                outputs *= self._routed_factor
             self.cache["outputs", chunk] = outputs
             self._weights.append(weight)
 
@@ -121,7 +138,7 @@ class IntactStates(States):
 
         def compute(batch: int, hidden: Tensor) -> Tensor:
             if batch == 0:
-                check_is_sum(stream.moe[index])
+                check_condensable(stream.moe[index])
             output, rest, x = stream.replay_open(index, batch, hidden)
             opened.add_batch(output[stream.valid[batch]], rest, x, stream.token_weight[batch])
             return output

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence, weighted_mean
-from moe_lab.models.editing import condensed
+from moe_lab.models.condensing import condensed
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.stream import LayerStream, swapped
 from moe_lab.profile.profile import Answer
@@ -51,7 +51,9 @@ class CondensedSets:
     @property
     def stream(self) -> LayerStream:
         """The model on the calibration set, opened only when something is not remembered."""
-        return self._open_stream()
+        stream = self._open_stream()
+        stream.check_hidden_alone()
+        return stream
 
     def js(self, sets: Sequence[Collection[int]]) -> list[float]:
         """JS divergence of the last hidden state (after the final norm) for each set."""

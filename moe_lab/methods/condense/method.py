@@ -13,7 +13,7 @@ from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, 
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.layer_choice import example_layers
-from moe_lab.models.editing import part_widths
+from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
@@ -93,9 +93,7 @@ class Condense(Method):
             way = "compress the model that it comes from"
             if not info.real_experts:
                 way = "method=prune works with this family"
-            raise UserError(
-                f"layer {info.index} cannot become one dense gated MLP: {info.obstacle}; {way}"
-            )
+            raise UserError(f"layer {info.index} cannot be condensed: {info.obstacle}; {way}")
         if isinstance(self.experts, str):
             choice_named("experts", self.experts)
             num_routed = self.num_routed

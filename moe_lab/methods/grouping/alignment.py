@@ -11,9 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe_lab.models.layers import expert_hidden, expert_parameters
+from moe_lab.models.experts import Experts, expert_hidden, expert_parameters
 from moe_lab.models.merging import HiddenUnits
-from moe_lab.models.remapped import Experts
 from moe_lab.profile.all_experts import AllExperts
 
 

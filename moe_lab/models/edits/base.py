@@ -253,8 +253,13 @@ class EditOfExperts(Edit):
         if self.keeps_rows and len(self.kept) < layer.info.num_experts:
             self.keep_with_all_rows(layer, tensors)
         else:
-            prune_layer(layer, self.kept)
+            prune_layer(layer, self.kept, into=self.into)
         return layer.block
+
+    @property
+    def into(self) -> dict[int, int]:
+        """The kept expert that another one went into, where that is what the edit does."""
+        return {}
 
     def keep_with_all_rows(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
         """The same in place where `keeps_rows`: the kind says where the others' rows lead."""

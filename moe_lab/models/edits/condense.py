@@ -34,8 +34,8 @@ class CondenseLayer(Edit):
     joined = ("part of the condensed layer", "order of choice")
 
     def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The dense MLP, its weights those of its parts."""
-        from moe_lab.models.editing import condensed
+        """The dense MLP, its weights those of its parts; or one wide expert in its own block."""
+        from moe_lab.models.condensing import condensed
 
         layer = self.moe_layer(standing)
         return condensed(layer, self.experts, self.gates, self.shared_gate)

@@ -42,6 +42,12 @@ class MergeExperts(EditOfExperts):
         """Whether all router rows stay."""
         return self.router == "all"
 
+    @property
+    def into(self) -> dict[int, int]:
+        """The expert that stays of each one's group."""
+        groups = zip(self.kept, self.groups, strict=False)
+        return {expert: kept for kept, group in groups for expert in group if expert != kept}
+
     def keep_with_all_rows(self, layer: MoELayer, tensors: Mapping[str, Tensor]) -> None:
         """The rows of each group lead to the expert that stays."""
         from moe_lab.models.editing import share_experts

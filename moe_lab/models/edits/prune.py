@@ -58,8 +58,10 @@ class PruneExperts(EditOfExperts):
 
         if self.replacement != "constant":
             return None
+        from moe_lab.models.layers import experts_size
+
         reference = layer.experts.down_proj
-        shape = layer.info.num_experts - len(self.kept), layer.info.hidden_size
+        shape = layer.info.num_experts - len(self.kept), experts_size(layer.experts)
         if reference.is_meta:
             return reference.new_empty(shape)
         why = f"the plan replaces experts of layer {self.index} by constants"

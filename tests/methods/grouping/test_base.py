@@ -28,7 +28,8 @@ from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan, apply_plan
-from moe_lab.models.layers import expert_forward, expert_parameters, moe_layers
+from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.option import Option
 from moe_lab.profile.all_experts import AllExperts, ExpertSample

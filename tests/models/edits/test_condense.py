@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from families import tiny_model
 
-from moe_lab.models.editing import DenseMLP, condensed
+from moe_lab.models.condensing import condensed
+from moe_lab.models.editing import DenseMLP
 from moe_lab.models.edits.base import Fate, GatedParts
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.layers import moe_layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_lab.methods.condense.base import ExpertCandidates, ranked_experts
-from moe_lab.models.layers import expert_parameters
+from moe_lab.models.experts import expert_parameters
 from moe_lab.types import Choice
 
 

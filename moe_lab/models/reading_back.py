@@ -1,0 +1,111 @@
+"""A checkpoint that was just written, read back and compared with the model it was written from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.stream import LayerStream, States
+
+logger = logging.getLogger(__name__)
+BATCH = (2, 8)  # sequences, tokens of each
+# The largest difference of a logit, as a share of the largest logit.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+class NotReadBack(RuntimeError):
+    """A checkpoint that does not hold the model it was written from: an error of moe_lab's."""
+
+
+@torch.no_grad()
+def check_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Compare every tensor bit for bit, and the logits of a few random tokens.
+
+    Read whole where memory is left for that, else a decoder layer at a time. Raises NotReadBack
+    where anything differs.
+    """
+    batch = _tokens(model.config)
+    expected = _logits(model, batch)
+    if psutil.virtual_memory().available > 1.5 * _size(model):
+        again = load(folder, dtype="auto")
+        again.set_experts_implementation(model.config._experts_implementation)
+        _compare_tensors(folder, model, again)
+        found = _logits(again, batch)
+    else:
+        found = _by_layer(model, folder, batch)
+    difference = (found - expected).abs().max()
+    scale = expected.abs().max().clamp(min=1e-6)
+    if not difference <= TOLERANCE[model.dtype] * scale:  # also where one is NaN
+        raise NotReadBack(
+            f"{folder} was read back, and computes something else than the model that it was "
+            f"written from: logits differ by {difference:.2g}, the largest is {scale:.2g}. Please "
+            f"report this with the model's family, {model.config.model_type!r}"
+        )
+
+
+def _tokens(config: Any) -> dict[str, Tensor]:
+    """Random text: no token that stands for an image or the like."""
+    size = config.get_text_config().vocab_size
+    special = {value for key, value in _fields(config) if key.endswith(("token_id", "token_index"))}
+    plain = torch.tensor([i for i in range(min(size, 4096)) if i not in special])
+    generator = torch.Generator().manual_seed(0)
+    ids = plain[torch.randint(len(plain), BATCH, generator=generator)]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _fields(config: Any) -> Iterator[tuple[str, Any]]:
+    for key, value in vars(config).items():
+        if isinstance(value, int):
+            yield key, value
+        elif hasattr(value, "get_text_config"):
+            yield from _fields(value)
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    training = model.training
+    logits: Tensor = model.eval()(**inputs, use_cache=False).logits
+    model.train(training)
+    return logits.double().cpu()
+
+
+def _by_layer(model: PreTrainedModel, folder: Path, batch: dict[str, Tensor]) -> Tensor:
+    again = LayerwiseModel(Checkpoint(folder))
+    stream = LayerStream(again, [batch])
+    states = States(stream)
+    for index in range(len(stream.layers)):
+        with again.layer(index) as decoder:
+            path = next(name for name, module in again.model.named_modules() if module is decoder)
+            _compare_tensors(folder, model.get_submodule(path), decoder)
+        states.move_to(index)
+    states.move_to(len(stream.layers))
+    return stream.logits(0, states[0]).double()
+
+
+def _compare_tensors(folder: Path, one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = one.state_dict(), other.state_dict()
+    wrong = sorted(mine.keys() ^ theirs.keys())
+    wrong += [
+        name
+        for name, tensor in mine.items()
+        if name in theirs and not torch.equal(tensor.cpu(), theirs[name].cpu())
+    ]
+    if wrong:
+        raise NotReadBack(
+            f"{folder} was read back, and {len(wrong)} of its tensors are not those that were "
+            f"written, such as {wrong[0]}. Please report this"
+        )
+
+
+def _size(model: PreTrainedModel) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
