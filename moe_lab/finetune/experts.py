@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_lab.finetune.recipe import Distilling
 from moe_lab.finetune.tuning import DistillingTuning, Tuning
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.condensing import is_condensed_in_place
 from moe_lab.models.edits.base import Edit, GatedParts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import SHARED_NAMES
@@ -78,7 +79,7 @@ class Experts(Distilling):
         for edit in plan.edited():
             block = model.get_submodule(edit.name)
             for name, parameter in block.named_parameters() if self.experts else ():
-                if _trains(edit, name):
+                if _trains(edit, block, name):
                     named[f"{edit.name}.{name}"] = parameter
             if self.gates and edit.gated_parts:
                 gates = Gates(block, edit.index, edit.gated_parts)
@@ -86,10 +87,15 @@ class Experts(Distilling):
         return ExpertTuning(model, named, self.distillation, self.temperature)
 
 
-def _trains(edit: Edit, name: str) -> bool:
-    """Whether a parameter trains, by its name in the edited block."""
+def _trains(edit: Edit, block: nn.Module, name: str) -> bool:
+    """Whether a parameter trains, by its name in the edited block.
+
+    Of a layer that was condensed in its family's own block, only what it was condensed to.
+    """
     of_experts = name.split(".")[0] in ("experts", *SHARED_NAMES)
-    return edit.trains == "all" or (edit.trains == "experts" and of_experts)
+    if edit.trains == "all":
+        return of_experts or not is_condensed_in_place(block)
+    return edit.trains == "experts" and of_experts
 
 
 def _check_gates(plan: Plan) -> None:
@@ -130,6 +136,11 @@ class Gates(nn.Module):
 
     def __init__(self, block: nn.Module, index: int, parts: GatedParts):
         super().__init__()
+        if is_condensed_in_place(block):
+            raise UserError(
+                f"layer {index} was condensed in its family's own block, whose gates cannot be "
+                "told from its weights: finetune.gates=false"
+            )
         weight = block.get_parameter("down_proj.weight")
         padding = weight.shape[1] - sum(parts.widths)
         shared = len(parts.widths) - parts.num_experts

@@ -261,7 +261,7 @@ def _widened(experts: Experts, chosen: Sequence[int], gates: Sequence[float]) ->
             parts = [gate for gate, _ in pairs] + [up for _, up in pairs]
         made[name] = torch.cat(parts, dim=axis - 1)[None]
     if experts.has_bias:
-        biases = experts.down_proj_bias[list(chosen)]
+        biases = experts.get_parameter("down_proj_bias")[list(chosen)]
         factor = torch.tensor(list(gates), dtype=torch.float64, device=biases.device)
         made["down_proj_bias"] = (factor[:, None] * biases).sum(dim=0, keepdim=True).to(biases)
     return made
