@@ -67,6 +67,6 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[Layer
             "finetune.twins=0 it has none", checkpoint.path,
         )  # fmt: skip
     if edits := method.example(layers):
-        form = form_of(checkpoint.config, edits, method.padding)
+        form = form_of(checkpoint.config, edits, method.padding, method.convert)
         if not form.plain:
             logger.info("the result will be saved %s", form.reason)
