@@ -27,6 +27,7 @@ from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import Form, form_of
 from moe_lab.models.layers import moe_layers, num_parameters
+from moe_lab.models.superset import SUPERSET
 from moe_lab.types import LayerInfo, RouterName, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,7 @@ METHODS: dict[str, Callable[[Sequence[LayerInfo]], Iterable[Edit]]] = {
     "merge, router=dominant": _merged("dominant"),
     "merge, router=all": _merged("all"),
     "condense": _of_method(Condense(LAYERS, ROUTED)),
+    "condense, convert=superset": _of_method(Condense(LAYERS, ROUTED, convert=SUPERSET)),
     "drop_layers": _of_method(DropLayers(LAYERS)),
     "drop_blocks": _of_method(DropBlocks(LAYERS)),
 }
@@ -135,14 +137,17 @@ METHODS: dict[str, Callable[[Sequence[LayerInfo]], Iterable[Edit]]] = {
 def forms(name: str) -> list[str]:
     """A model's cells: in which form each method's result is saved."""
     model, layers = built(name)
-    return [f"`{name}`", *(_form(model.config, layers, edits) for edits in METHODS.values())]
+    return [f"`{name}`", *(_form(model.config, layers, method) for method in METHODS)]
 
 
-def _form(config: Any, layers: Sequence[LayerInfo], edits: Callable[..., Iterable[Edit]]) -> str:
+def _form(config: Any, layers: Sequence[LayerInfo], method: str) -> str:
     if not layers:
         return "not read"
+    convert = SUPERSET if SUPERSET in method else None
     try:
-        return in_words(form_of(config, edits(layers)))
+        form = form_of(config, METHODS[method](layers), convert=convert)
+        there = form.config.model_type
+        return in_words(form) if there == config.model_type else f"as {there}"
     except UserError as error:
         return f"refused: {str(error).partition(': ')[2].partition(';')[0] or error}"
 
