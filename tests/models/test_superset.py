@@ -15,10 +15,12 @@ from real_models import REAL, shrunk, write_tiny
 from running import Outcome
 from transformers import AutoConfig
 
+from moe_lab.methods.condense.method import Condense
 from moe_lab.models.architecture import config_of
-from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.checkpoint import Checkpoint, load, meta_model
 from moe_lab.models.editing import edited_blocks
 from moe_lab.models.forms import form_of
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.superset import SUPERSETS, as_superset, obstacle_of, superset_of
 
 YARN = {
@@ -130,6 +132,9 @@ def test_the_published_models_have_no_obstacle(name: str) -> None:
                  "ep_size": 1, "aux_loss_alpha": 0.001, "seq_aux": True}  # fmt: skip
     more = {} if name == "mixtral_8x7b" else published
     config = config_of(REAL[name]["architecture"] | more)
+    layers = [layer.info for layer in moe_layers(meta_model(config))]
+    form = form_of(config, Condense(3, 4).example(layers), convert="superset")
+    assert form.stock and form.config.model_type == SUPERSETS[config.model_type].model_type
     there = superset_of(config)
     assert there.num_hidden_layers == config.num_hidden_layers
     source, target = AutoConfig.for_model(config.model_type), type(there)()
