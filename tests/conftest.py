@@ -108,10 +108,12 @@ def job(
         if anew:
             (folder / "report.json").unlink(missing_ok=True)
         store, code = tmp_path / "store", 2
-        other = any(override.startswith("calibration=") for override in overrides)
+        chosen = {override.partition("=")[0] for override in overrides}
+        other = "calibration" in chosen
         base = [option for option in small if not (other and "calibration.files" in option)]
+        base = [option for option in (*base, *QUICK) if option.partition("=")[0] not in chosen]
         try:
-            config = composed(*base, *QUICK, f"store={store}", f"run_dir={folder}", *overrides)
+            config = composed(*base, f"store={store}", f"run_dir={folder}", *overrides)
             with open_dict(config):
                 config.hydra.runtime.output_dir = str(folder)
                 HydraConfig.instance().set_config(config)

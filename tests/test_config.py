@@ -80,7 +80,9 @@ def test_composes_and_instantiates(group: str, option: str, composed: Compose) -
 @pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "model"])
 def test_models(name: str, composed: Compose) -> None:
     model = composed(*overrides("model", name)).model
-    assert set(model) == {"name", "path", "revision", "dtype"}
+    on_hub = name != "checkpoint" and not model.path.startswith("shipped:")
+    described = {"licence", "architecture"} if on_hub else set()
+    assert set(model) == {"name", "path", "revision", "dtype"} | described
     assert model.dtype in checkpoint.DTYPES
     if name == "checkpoint":
         assert model.name == model.path

@@ -13,6 +13,11 @@ from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
 
 
+def form_notes(padding: float, convert: str | None) -> dict[str, Any]:
+    """What a plan's notes say of the form in which its result is to be saved."""
+    return {"padding": padding} | ({"convert": convert} if convert else {})
+
+
 class Method(Plugin, ABC):
     """A way to compress a model; its options are its fields.
 
@@ -25,6 +30,7 @@ class Method(Plugin, ABC):
     takes_groups: whether it makes a plan for each group of the calibration set; by default false.
     padding: the largest share of zeros with which stock transformers may hold the result; by
     default None, the model's own.
+    convert: whether it may be held as another family's; by default None, it may not.
     parts(): plug-ins that decide the plan and are in no field, such as those looked up by a name;
     by default none.
     settings(options), groups(options): what a report says of its composed options, and the config
@@ -50,6 +56,11 @@ class Method(Plugin, ABC):
     @property
     def padding(self) -> float | None:
         """The largest share of zeros for stock transformers; None: the model's own."""
+        return None
+
+    @property
+    def convert(self) -> str | None:
+        """superset: the result may become another family's model; None: it stays its own's."""
         return None
 
     @abstractmethod

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from moe_lab.methods.base import form_notes
 from moe_lab.methods.dropping import Dropping
 from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.superset import SUPERSET
 from moe_lab.option import Option
 
 
@@ -22,6 +24,13 @@ class DropLayers(Dropping):
         float,
         Option("largest share of zeros so that stock transformers can hold it", least=0, most=1),
     ] = 0.01
+    convert: Annotated[
+        str | None,
+        Option(
+            "superset: as a family that computes the same and says more, where that makes it stock",
+            among=(SUPERSET,),
+        ),
+    ] = None
 
     name = "drop_layers"
     edit = DropLayer
@@ -31,4 +40,4 @@ class DropLayers(Dropping):
     def notes(self) -> dict[str, Any]:
         """What the plan says of its scores."""
         scores = "mean cosine of x and x + MoE(norm(x)): the highest is dropped first"
-        return {"scores": scores, "padding": self.padding}
+        return {"scores": scores} | form_notes(self.padding, self.convert)

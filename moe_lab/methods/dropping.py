@@ -33,7 +33,7 @@ class Dropping(Method):
         Option("cosine: those that change the hidden state least; or a list of decoder layers"),
     ] = "cosine"
 
-    of_condense = ("num_layers", "padding")
+    of_condense = ("num_layers", "padding", "convert")
     name: ClassVar[str]
     edit: ClassVar[type[DropLayer | DropBlock]]
     cosine: ClassVar[str]

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -311,7 +312,7 @@ def _sha256(file: Path) -> str:
 
 def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _empty_tensors():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return model
 
@@ -343,7 +344,7 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
     """
     _refuse_original(Path(path))
     try:
-        with no_bars():
+        with no_bars(), _empty_tensors():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **LOCAL
             )
@@ -372,6 +373,14 @@ def _refuse_original(path: Path) -> None:
                 f'moe_lab.models.checkpoint.resolve("{path}").convert(<a pathlib.Path>) '
                 "writes a copy wherever you like"
             )
+
+
+@contextmanager
+def _empty_tensors() -> Iterator[None]:
+    """Let shared experts have no hidden units, as of what `superset.py` made, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield
 
 
 @contextmanager

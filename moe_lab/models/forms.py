@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -31,8 +31,10 @@ from moe_lab.models.layers import (
 from moe_lab.models.own_form import own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
+from moe_lab.models.superset import SUPERSET, SUPERSETS, as_superset, obstacle_of
 
 PADDING = 0.01  # the largest share of a model's parameters that may be zeros, unless it is given
+IN_FAMILY = "in the family's own form, "
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
 
 
@@ -58,14 +60,17 @@ class Form:
         return {"stock": self.stock, "reason": self.reason, "repeated_parameters": self.repeated}
 
 
-def form_of(config: Any, edits: Iterable[Edit], padding: float | None = None) -> Form:
+def form_of(
+    config: Any, edits: Iterable[Edit], padding: float | None = None, convert: str | None = None
+) -> Form:
     """The form in which a model of `config` would be saved after `edits`, found without weights.
 
-    padding: see `save`. Raises UserError for blocks that cannot be dropped from this family.
+    padding, convert: see `save`. Raises UserError for blocks that cannot be dropped from this
+    family.
     """
     model = meta_model(config)
     restructure_model(model, edits)
-    return choose_form(model, padding_limit(config, padding))
+    return choose_form(model, padding_limit(config, padding), convert=convert)
 
 
 def padding_limit(config: Any, padding: float | None) -> float:
@@ -76,8 +81,31 @@ def padding_limit(config: Any, padding: float | None) -> float:
     return asked
 
 
-def choose_form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> Form:
-    """The family's own form where it can say the model with few enough zeros, else ours."""
+def choose_form(
+    model: PreTrainedModel, padding: float, twins: float = 0.0, convert: str | None = None
+) -> Form:
+    """The family's own form where it can say the model with few enough zeros, else ours.
+
+    convert: superset, and a family that can say more is tried before ours.
+    """
+    form = _form_in_family(model, padding, twins)
+    if form.stock or convert != SUPERSET:
+        return form
+    asked = f"method.convert={SUPERSET}"
+    if obstacle := obstacle_of(model):
+        return replace(form, reason=f"{form.reason}; {asked} changes nothing: {obstacle}")
+    superset = SUPERSETS[model.config.model_type]
+    other = _form_in_family(as_superset(model), padding)
+    how = other.reason.removeprefix(IN_FAMILY)
+    if not other.stock:
+        return replace(form, reason=f"{form.reason}; as {superset.model_type} ({asked}): {how}")
+    note = f"; {superset.rounding}" if superset.rounding else ""
+    reason = f"as {superset.model_type} ({asked}), which computes the same{note}: {how}"
+    return replace(other, reason=reason, plain=False)
+
+
+def _form_in_family(model: PreTrainedModel, padding: float, twins: float = 0.0) -> Form:
+    """The form without another family's help."""
     layers, edited = moe_layers(model), edited_blocks(model)
     own = own_structures(model, layers)
     config, obstacle = _native_config(model, layers, edited, own)
@@ -93,13 +121,13 @@ def choose_form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> F
         theirs = [built.get_submodule(name) for name in names]
         zeros = sum(map(num_parameters, theirs)) - sum(map(num_parameters, ours))
         if not zeros:
-            return Form(True, "in the family's own form, without padding", config, plain=True)
+            return Form(True, f"{IN_FAMILY}without padding", config, plain=True)
         widths = " and ".join(str(width) for width in sorted(set(map(width_of, ours))))
         share = zeros / num_parameters(model)
         how = f"dense layers {widths} wide, padded with zeros to {width_of(theirs[0])}: {share:.2%}"
         if share <= padding:
             reason = f"{how} more parameters (method.padding=0 keeps the exact sizes)"
-            return Form(True, f"in the family's own form, {reason}", config)
+            return Form(True, f"{IN_FAMILY}{reason}", config)
         obstacle = (
             f"the family's would have {how} more parameters, and method.padding={padding:g} is "
             "the largest share that may be added"

@@ -23,6 +23,7 @@ from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
 from moe_lab.models.reading_back import check_saved
 from moe_lab.models.routers import with_twins
+from moe_lab.models.superset import as_superset
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def save_checkpoint(
     source: Path,
     padding: float | None = None,
     twins: float = 0.0,
+    convert: str | None = None,
 ) -> Form:
     """Write an edited model as a checkpoint, in the form that is returned.
 
@@ -42,19 +44,23 @@ def save_checkpoint(
     form. None: as at `source` where it says so, else 0.01. twins: layers with fewer experts than
     others are filled up with copies of their own, where that changes nothing (as with one expert
     for each token) and adds at most this share; the config says how many were there before
-    (`distinct_experts`). The model is not changed except for its dtype, its config and those two.
+    (`distinct_experts`). convert: superset, and the model may become one of another family that
+    computes the same and says more (`superset.py`), where its own cannot hold it. The model is not
+    changed except for its dtype, its config and the experts that are filled up.
     What was written is read back and compared (`reading_back.py`).
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
         del model.config.distinct_experts
-    form = choose_form(model, padding_limit(model.config, padding), twins)
+    form = choose_form(model, padding_limit(model.config, padding), twins, convert)
     if not form.plain:
         logger.info("saving: %s", form.reason)
     edited = edited_blocks(model)
     if form.num_experts:
         for layer in moe_layers(model):
             prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
+    if form.config.model_type != model.config.model_type:
+        model = as_superset(model)
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)

@@ -51,6 +51,13 @@ class ModelOptions:
     path: Annotated[str, Option("a folder, owner/name on the hub, or shipped:<name>")]
     revision: Annotated[str | None, Option("a branch, tag or commit on the hub")]
     dtype: Annotated[str, Option("of the weights in memory; auto, as they are stored")]
+    licence: Annotated[str | None, Option("a note on its terms, as its page on the hub has it")] = (
+        None
+    )
+    architecture: Annotated[
+        Mapping[str, Any] | None,
+        Option("its structure as published; a checkpoint with another one is warned of"),
+    ] = None
 
 
 WITHOUT_TARGET = {"model": ModelOptions}  # groups whose options nothing is made from

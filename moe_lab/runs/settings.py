@@ -19,6 +19,7 @@ from moe_lab.track.tracker import stable_hash
 from moe_lab.types import UserError
 
 NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume")  # of no result's making
+SAID_OF_MODELS = ("licence", "architecture")  # what the model is, wherever its results come from
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def _target(options: Mapping[str, Any]) -> Any:
 def _request(config: Mapping[str, Any]) -> str:
     """12 hexadecimal digits over all that was asked for; also over what will be refused."""
     asked = {key: value for key, value in config.items() if key not in NOT_ASKED}
+    model = config["model"].items()
+    asked["model"] = {key: value for key, value in model if key not in SAID_OF_MODELS}
     plain = json.loads(json.dumps(asked, default=str))  # keys that are numbers become text
     return stable_hash(json.dumps(plain, sort_keys=True))[:12]
 

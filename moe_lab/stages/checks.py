@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moe_lab.compute import Compute
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
+from moe_lab.models.architecture import differences
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
@@ -16,6 +18,17 @@ from moe_lab.models.forms import form_of
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
+
+
+def compare_architecture(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
+    """Say where a checkpoint is not of the structure that its config group's option states."""
+    architecture = model.get("architecture")
+    if architecture and (different := differences(checkpoint.config, architecture)):
+        logger.warning(
+            "%s is not model=%s as published: %s. Is it the checkpoint that was meant? "
+            "model.architecture=null compares nothing",
+            checkpoint.path, model["name"], ", ".join(different),
+        )  # fmt: skip
 
 
 def check_profile(compute: Compute, method: Method) -> None:
@@ -54,6 +67,6 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[Layer
             "finetune.twins=0 it has none", checkpoint.path,
         )  # fmt: skip
     if edits := method.example(layers):
-        form = form_of(checkpoint.config, edits, method.padding)
+        form = form_of(checkpoint.config, edits, method.padding, method.convert)
         if not form.plain:
             logger.info("the result will be saved %s", form.reason)

@@ -35,8 +35,9 @@ def compress(context: Context, asked: Compression) -> Artifact:
     def make(folder: Path) -> None:
         model = asked.dense.load()
         apply_plan(model, plan)
-        padding = plan.notes.get("padding")
-        form = save_checkpoint(model, folder / CHECKPOINT, asked.dense.path, padding)
+        padding, convert = (plan.notes.get(name) for name in ("padding", "convert"))
+        checkpoint, source = folder / CHECKPOINT, asked.dense.path
+        form = save_checkpoint(model, checkpoint, source, padding, convert=convert)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
 
     identity = {

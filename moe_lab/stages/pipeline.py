@@ -13,7 +13,12 @@ from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.stages import teach
-from moe_lab.stages.checks import announce_form, check_profile, check_recipe
+from moe_lab.stages.checks import (
+    announce_form,
+    check_profile,
+    check_recipe,
+    compare_architecture,
+)
 from moe_lab.stages.context import Context
 from moe_lab.stages.parts import Parts
 from moe_lab.stages.run import Run
@@ -70,6 +75,7 @@ def prepare(
     """Refuse whatever can be refused before anything expensive, and read the text."""
     compute, method, asked = parts.compute.start(), parts.method, config["model"]
     dense = checkpoint.resolve(asked["path"], asked["revision"], asked["dtype"])
+    compare_architecture(dense, asked)
     store = Store(Path(config["store"]))
     check_writable(store.root, 4 * checkpoint.size_in_bytes(dense.path))
     layers = dense.layers()

@@ -38,6 +38,7 @@ def test_a_request_is_all_that_decides_a_result(asked: Callable[..., Description
 
     plain = request()
     assert request("store=x", "run_dir=x", "compute.batch_size=3", "track=off") == plain
+    assert request("+model.licence=MIT", "+model.architecture.model_type=mixtral") == plain
     others = [request(one) for one in ("seed=1", "ratio.ratio=0.5", "calibration.num_samples=9")]
     assert len({plain, *others}) == 4
 

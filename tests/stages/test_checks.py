@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,8 @@ from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
-from moe_lab.stages.checks import check_profile
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.stages.checks import check_profile, compare_architecture
 from moe_lab.types import UserError
 
 
@@ -28,3 +30,16 @@ def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
     for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
         with pytest.raises(UserError, match="there are"):
             Compute("cpu", **wrong).start()
+
+
+def test_a_checkpoint_of_another_structure_is_warned_of(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = Checkpoint(checkpoint)
+    stated = {"model_type": "qwen2_moe", "num_experts": 8, "num_hidden_layers": 4}
+    for silent in ({}, {"architecture": None}, {"architecture": stated}):
+        compare_architecture(found, {"name": "mine"} | silent)
+    assert caplog.text == ""
+    compare_architecture(found, {"name": "mine", "architecture": stated | {"num_experts": 60}})
+    assert "is not model=mine as published: num_experts 8 (not 60)." in caplog.text
+    assert "model.architecture=null" in caplog.text

@@ -76,7 +76,12 @@ def in_fresh_process(which: str, folders: list[Path]) -> dict[str, object]:
 
 
 def edited(
-    family: str, edits: list[dict], folder: Path, padding: float = 1.0, **changes: object
+    family: str,
+    edits: list[dict],
+    folder: Path,
+    padding: float = 1.0,
+    convert: str | None = None,
+    **changes: object,
 ) -> bool:
     """Save a tiny model with the edits applied, and what it computed; True where it is stock."""
     folder.mkdir()
@@ -87,7 +92,9 @@ def edited(
     apply_plan(model, Plan(tuple(map(read_edit, named))))
     with torch.no_grad():
         logits = model(**batch).logits
-    stock = save_checkpoint(model, folder / "model", folder / "source", padding).stock
+    stock = save_checkpoint(
+        model, folder / "model", folder / "source", padding, convert=convert
+    ).stock
     save_file(batch | {"logits": logits}, folder / "expected.safetensors")
     return stock
 

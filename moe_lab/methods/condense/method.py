@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 
-from moe_lab.methods.base import Method
+from moe_lab.methods.base import Method, form_notes
 from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
@@ -17,6 +17,7 @@ from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
+from moe_lab.models.superset import SUPERSET
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import Choice, LayerInfo, UserError
@@ -53,9 +54,17 @@ class Condense(Method):
         float,
         Option("largest share of zeros so that stock transformers can hold it", least=0, most=1),
     ] = 0.01
+    convert: Annotated[
+        str | None,
+        Option(
+            "superset: as a family that computes the same and says more, where that makes it stock",
+            among=(SUPERSET,),
+        ),
+    ] = None
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "beam", "seed", "padding",
+        "convert",
     )  # fmt: skip
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
@@ -166,7 +175,7 @@ class Condense(Method):
             layer_order=order.chosen,
             layer_divergence=order.divergence,
             searched=tuple(e for i, e in experts.chosen.items() if i not in order.chosen),
-            notes={"statistics": "intact model", "padding": self.padding},
+            notes={"statistics": "intact model"} | form_notes(self.padding, self.convert),
         )
 
     def _choose_layers(self, experts: ExpertChoices) -> Choice:
