@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_lab.models.checkpoint import meta_model
-from moe_lab.models.editing import edited_blocks, set_block
+from moe_lab.models.condensing import edited_blocks
+from moe_lab.models.editing import set_block
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.own_form import own_structures
 

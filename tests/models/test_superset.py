@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from moe_lab.methods.condense.method import Condense
 from moe_lab.models.architecture import config_of
 from moe_lab.models.checkpoint import Checkpoint, load, meta_model
-from moe_lab.models.editing import edited_blocks
+from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.forms import form_of
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.superset import SUPERSETS, as_superset, obstacle_of, superset_of
