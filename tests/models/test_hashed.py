@@ -1,4 +1,4 @@
-"""Routers that choose by token id: after pruning each token has experts that are there, each once."""
+"""Routers by token id: behind pruning each token has experts that are there, once each."""
 
 from __future__ import annotations
 
