@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -20,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,7 +34,9 @@ from moe_lab.models.families.base import (
     known_family,
 )
 from moe_lab.models.layers import moe_layers, num_parameters
+from moe_lab.models.opening import empty_model, model_class
 from moe_lab.models.routers import set_top_k
+from moe_lab.models.stored import Held, held
 from moe_lab.types import LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
@@ -98,15 +98,21 @@ class Checkpoint:
         Their bytes are those that its weights take when saved again, with the headers of its files.
         """
         model = meta_model(self.config)
-        _set_saved_dtypes(model, self.dtype)
+        files = self.held(model)
+        _set_saved_dtypes(model, files)
         layers = [layer.info for layer in moe_layers(model)]
         if not layers:
             raise UserError(
                 f"{self.path} is not a Mixture-of-Experts model that moe_lab can read: its family "
                 f"{self.config.model_type!r} has no experts modules of the common contract"
             )
-        headers = sum(map(_header_bytes, weight_files(self.path)))
-        return [replace(info, model_bytes=info.model_bytes + headers) for info in layers]
+        beside = sum(map(_header_bytes, weight_files(self.path)))
+        beside += sum(one.num_bytes for parts in files.others.values() for one in parts)
+        return [replace(info, model_bytes=info.model_bytes + beside) for info in layers]
+
+    def held(self, model: PreTrainedModel) -> Held:
+        """What its files hold of a model of its config, without reading any tensor."""
+        return held(model, weight_files(self.path))
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """The model with its weights, in evaluation mode."""
@@ -151,6 +157,10 @@ class Original(Checkpoint):
         for file in text_files(self.path):
             digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
         return digest.hexdigest()[:12]
+
+    def held(self, model: PreTrainedModel) -> Held:
+        """Nothing: its files have other tensors, which become the model's when it is converted."""
+        return Held({}, {})
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """Refused: it is loaded once it is converted."""
@@ -311,28 +321,18 @@ def _sha256(file: Path) -> str:
 
 def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return model
+    return empty_model(config)
 
 
-def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
+def _set_saved_dtypes(model: PreTrainedModel, files: Held) -> None:
     """Give a model without weights the dtypes in which `saving.save_checkpoint` writes its tensors.
 
-    Parameters are written in the config's dtype. Those that the family keeps in float32, and all
-    buffers, are written as they were loaded to be computed with.
+    Those of its files; tensors that these do not have are written in the config's.
     """
-    stored = getattr(model.config, "dtype", None)
-    loaded = (stored or torch.float32) if computing == "auto" else getattr(torch, computing)
-    in_float32 = model._get_dtype_plan(loaded)
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    buffers = {id(buffer) for buffer in model.buffers()}
+    default = getattr(model.config, "dtype", None) or torch.float32
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
-        as_loaded = torch.float32 if any(part in name for part in in_float32) else loaded
-        unchanged = id(tensor) in buffers or any(part in name for part in kept) or stored is None
-        tensor.data = tensor.data.to(as_loaded if unchanged else stored)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(files.dtype(name) or default)
 
 
 def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -344,9 +344,8 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
     _refuse_original(Path(path))
     try:
         with no_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **LOCAL
-            )
+            kind = model_class(AutoConfig.from_pretrained(path, **LOCAL))
+            loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **LOCAL)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
     model, info = loaded

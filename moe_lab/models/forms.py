@@ -26,6 +26,7 @@ from moe_lab.models.layers import (
     moe_layers,
     num_parameters,
 )
+from moe_lab.models.opening import text_config
 from moe_lab.models.own_form import own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
@@ -191,9 +192,10 @@ def _with_twins(
 
 def set_num_experts(config: Any, count: int) -> None:
     """Write the number of routed experts under each name that this config knows."""
+    text = text_config(config)
     for field in COUNT_FIELDS:
-        if isinstance(getattr(config, field, None), int):
-            setattr(config, field, count)
+        if isinstance(getattr(text, field, None), int):
+            setattr(text, field, count)
 
 
 def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> Any | None:
@@ -206,15 +208,16 @@ def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> Any | None:
     model = meta_model(config)
     moe = {layer.info.index for layer in moe_layers(model)}
     condensed = {layer_index(name) for name in dense}
-    all_dense = set(range(config.num_hidden_layers)) - moe | condensed
     wanted = copy.deepcopy(config)
-    if not _list_dense(wanted, sorted(all_dense)):
+    text = text_config(wanted)
+    all_dense = set(range(text.num_hidden_layers)) - moe | condensed
+    if not _list_dense(text, sorted(all_dense)):
         return None
-    field = next((name for name in DENSE_WIDTHS if hasattr(wanted, name)), None)
+    field = next((name for name in DENSE_WIDTHS if hasattr(text, name)), None)
     if field is None:
         return None
     width = max(1, *(width_of(block) for block in dense.values()))
-    setattr(wanted, field, max(width, getattr(wanted, field) if len(all_dense - condensed) else 0))
+    setattr(text, field, max(width, getattr(text, field) if len(all_dense - condensed) else 0))
     built = meta_model(wanted)
     if {layer.info.index for layer in moe_layers(built)} != moe - condensed:
         return None

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
 
+from moe_lab.models.opening import text_config
 from moe_lab.models.remapped import OF_REMAPPING, Experts, RemappedExperts
 from moe_lab.types import LayerInfo, UserError
 
@@ -85,12 +86,13 @@ def _moe_layer(
         )
     shared = next((m for n, m in children.items() if n in SHARED_NAMES), None)
     num_rows, num_experts, hidden_size = _experts_shape(experts)
-    groups, groups_used = _groups(router, model.config)
+    config = text_config(model.config)
+    groups, groups_used = _groups(router, config)
     info = LayerInfo(
         index=layer_index(decoder_path),
         name=name,
         num_experts=num_rows,
-        top_k=_top_k(router, model.config),
+        top_k=_top_k(router, config),
         hidden_size=hidden_size,
         shared=shared is not None,
         groups=groups,

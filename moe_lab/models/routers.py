@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from moe_lab.models.layers import TOP_K_FIELDS, MoELayer, by_expert, moe_layers, routed_modules
+from moe_lab.models.opening import text_config
 from moe_lab.types import UserError
 
 SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
@@ -116,7 +117,7 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
                 f"top_k={top_k}: layer {layer.info.index} has {layer.info.num_experts} experts, so "
                 f"that a token can get 1 to {layer.info.num_experts} of them"
             )
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     holders: list[Any] = [config, *(m for layer in layers for m in routed_modules(layer))]
     before = _top_k_places(holders)
     for holder, field, _ in before:

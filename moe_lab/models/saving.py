@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moe_lab.models.checkpoint import meta_model, no_bars, text_files
+from moe_lab.models.checkpoint import meta_model, no_bars, text_files, weight_files
 from moe_lab.models.editing import NoMLP, edited_blocks, prune_layer, set_block
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
+from moe_lab.models.layerwise import decoder_layers
+from moe_lab.models.opening import text_config, text_values
 from moe_lab.models.routers import with_twins
+from moe_lab.models.stored import Held, Stored, as_stored, carry_over, held
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ def save_checkpoint(
     (`distinct_experts`). The model is not changed except for its dtype, its config and those two.
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
+    before = meta_model(original)
+    files = held(before, weight_files(source))
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
         del model.config.distinct_experts
     form = choose_form(model, padding_limit(model.config, padding), twins)
@@ -55,12 +61,13 @@ def save_checkpoint(
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
-    _to_stored_dtype(model, original.dtype)
+    as_stored(model, files, original.dtype)
     # A model that came from fused files would be written fused; engines want per-expert names.
     vars(model)["_weight_conversions"] = None
     with no_bars():
         model.save_pretrained(folder)
-    _write_count_aliases(folder / "config.json", model.config)
+    _adapt_config(folder / "config.json", model.config, original.dtype)
+    carry_over(_passing_by(files, before, model), folder)
     copy_text_files(source, folder)
     return form
 
@@ -87,22 +94,34 @@ def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
         set_block(model, name, target)
 
 
-def _to_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    for name, parameter in model.named_parameters():
-        if dtype and parameter.is_floating_point() and not any(part in name for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-
-
-def _write_count_aliases(path: Path, config: Any) -> None:
-    # transformers 5 writes Qwen3-MoE's count as num_local_experts alone, 4.x reads num_experts.
+def _adapt_config(path: Path, config: Any, dtype: torch.dtype | None) -> None:
+    # What transformers writes is the dtype of whichever parameter comes first.
     values = json.loads(path.read_text())
+    values["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+    _write_count_aliases(text_values(values, config), text_config(config))
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _write_count_aliases(values: dict[str, Any], config: Any) -> None:
+    # transformers 5 writes Qwen3-MoE's count as num_local_experts alone, 4.x reads num_experts.
     written = [field for field in COUNT_FIELDS if field in values]
     for field in ("num_experts", "num_local_experts"):
         if written and field not in values and hasattr(config, field):
             values[field] = values[written[0]]
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _passing_by(files: Held, before: PreTrainedModel, model: PreTrainedModel) -> list[Stored]:
+    """What the files hold beside the model's tensors, as far as it still belongs to its layers."""
+    numbers = [text_config(one.config).num_hidden_layers for one in (before, model)]
+    inside = re.compile(rf"^{re.escape(decoder_layers(before)[0])}\.\d+\.")
+    renumbered = numbers[0] != numbers[1]
+    gone = {name for name in files.others if renumbered and inside.match(name)}
+    if gone:
+        logger.warning(
+            "saving: %d tensors of decoder layers that the model does not load are left out, since "
+            "its layers have other numbers now: %s", len(gone), ", ".join(sorted(gone)[:4]),
+        )  # fmt: skip
+    return [part for name, parts in files.others.items() if name not in gone for part in parts]
 
 
 def copy_text_files(source: Path, folder: Path) -> None:
