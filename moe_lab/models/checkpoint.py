@@ -43,7 +43,8 @@ Model = PreTrainedModel  # what other rooms call it: none of them imports transf
 SHIPPED = "shipped:"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*")
+CODE_FILES = ("*.py",)
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, no foreign code
 
@@ -191,7 +192,7 @@ class Original(Checkpoint):
 
     def _write_texts(self, target: Path) -> None:
         for file in text_files(self.path):
-            shutil.copyfile(file, target / file.name)
+            copy_beside(file, self.path, target)
         self.family.adapt_texts(target)
         config = self.family.native_config(_read_config(self.path))
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -208,13 +209,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Tokenizer and generation files: all text beside the config and the weights' index."""
+    """Tokenizer, processor and generation files: all text beside the config and weights' index."""
     files = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
     return sorted(
         file
         for file in files
         if file.name != "config.json" and not file.name.endswith(".index.json")
     )
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The code of others that its configs name for the tokenizer, the processor or the model.
+
+    It is never run here; whoever trusts it finds it in a compressed checkpoint as in its source.
+    """
+    named = any("auto_map" in file.read_text(errors="replace") for file in folder.glob("*.json"))
+    return sorted(file for pattern in CODE_FILES for file in folder.glob(pattern) if named)
+
+
+def copy_beside(file: Path, folder: Path, target: Path) -> None:
+    """Copy a file of a folder to the same place in another one, byte for byte."""
+    place = target / file.relative_to(folder)
+    place.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, place)
 
 
 def resolve(
@@ -255,7 +272,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*WEIGHT_PATTERNS, *TEXT_FILES]
+        patterns = [*WEIGHT_PATTERNS, *TEXT_FILES, *CODE_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; each means: not to be had
         raise UserError(

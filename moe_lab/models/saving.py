@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moe_lab.models.checkpoint import meta_model, no_bars, text_files, weight_files
+from moe_lab.models.checkpoint import (
+    code_files,
+    copy_beside,
+    meta_model,
+    no_bars,
+    text_files,
+    weight_files,
+)
 from moe_lab.models.editing import NoMLP, edited_blocks, prune_layer, set_block
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
@@ -66,7 +72,7 @@ def save_checkpoint(
     vars(model)["_weight_conversions"] = None
     with no_bars():
         model.save_pretrained(folder)
-    _adapt_config(folder / "config.json", model.config, original.dtype)
+    _adapt_config(folder / "config.json", source / "config.json", model.config)
     carry_over(_passing_by(files, before, model), folder)
     copy_text_files(source, folder)
     return form
@@ -94,12 +100,23 @@ def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
         set_block(model, name, target)
 
 
-def _adapt_config(path: Path, config: Any, dtype: torch.dtype | None) -> None:
-    # What transformers writes is the dtype of whichever parameter comes first.
-    values = json.loads(path.read_text())
-    values["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+def _adapt_config(path: Path, source: Path, config: Any) -> None:
+    values, told = (json.loads(file.read_text()) for file in (path, source))
+    _tell_dtypes(values, told)
     _write_count_aliases(text_values(values, config), text_config(config))
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _tell_dtypes(values: dict[str, Any], told: dict[str, Any], whole: bool = True) -> None:
+    # What transformers writes is the dtype of one parameter, or the one that was computed in.
+    dtype = told.get("dtype", told.get("torch_dtype"))
+    if dtype is not None or not whole:
+        values.pop("dtype", None)
+    if dtype is not None:
+        values["dtype"] = dtype
+    for key, part in values.items():
+        if isinstance(part, dict) and isinstance(told.get(key), dict):
+            _tell_dtypes(part, told[key], whole=False)
 
 
 def _write_count_aliases(values: dict[str, Any], config: Any) -> None:
@@ -112,19 +129,20 @@ def _write_count_aliases(values: dict[str, Any], config: Any) -> None:
 
 def _passing_by(files: Held, before: PreTrainedModel, model: PreTrainedModel) -> list[Stored]:
     """What the files hold beside the model's tensors, as far as it still belongs to its layers."""
-    numbers = [text_config(one.config).num_hidden_layers for one in (before, model)]
-    inside = re.compile(rf"^{re.escape(decoder_layers(before)[0])}\.\d+\.")
-    renumbered = numbers[0] != numbers[1]
-    gone = {name for name in files.others if renumbered and inside.match(name)}
-    if gone:
-        logger.warning(
-            "saving: %d tensors of decoder layers that the model does not load are left out, since "
-            "its layers have other numbers now: %s", len(gone), ", ".join(sorted(gone)[:4]),
-        )  # fmt: skip
-    return [part for name, parts in files.others.items() if name not in gone for part in parts]
+    number, left = (text_config(one.config).num_hidden_layers for one in (before, model))
+    every = dict(files.others)
+    if number != left:
+        inside = re.compile(rf"^{re.escape(decoder_layers(before)[0])}\.\d+\.")
+        if gone := [name for name in sorted(every) if inside.match(name)]:
+            logger.warning(
+                "saving: %d tensors of decoder layers that the model does not load are left out, "
+                "since its layers have other numbers now: %s", len(gone), ", ".join(gone[:4]),
+            )  # fmt: skip
+        every = {name: parts for name, parts in every.items() if name not in gone}
+    return [part for parts in every.values() for part in parts]
 
 
 def copy_text_files(source: Path, folder: Path) -> None:
-    """Bring the tokenizer and generation files of a checkpoint along, byte for byte."""
-    for file in text_files(source):
-        shutil.copyfile(file, folder / file.name)
+    """Bring all files of a checkpoint but its config and weights along, byte for byte."""
+    for file in [*text_files(source), *code_files(source)]:
+        copy_beside(file, source, folder)
