@@ -36,7 +36,7 @@ from moe_lab.models.families.base import (
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.opening import empty_model, model_class
 from moe_lab.models.routers import set_top_k
-from moe_lab.models.stored import Held, held
+from moe_lab.models.stored import Held, held_by
 from moe_lab.types import LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
@@ -99,7 +99,7 @@ class Checkpoint:
         Their bytes are those that its weights take when saved again, with the headers of its files.
         """
         model = meta_model(self.config)
-        files = self.held(model)
+        files = self.held_by(model)
         _set_saved_dtypes(model, files)
         layers = [layer.info for layer in moe_layers(model)]
         if not layers:
@@ -111,9 +111,9 @@ class Checkpoint:
         beside += sum(one.num_bytes for parts in files.others.values() for one in parts)
         return [replace(info, model_bytes=info.model_bytes + beside) for info in layers]
 
-    def held(self, model: PreTrainedModel) -> Held:
+    def held_by(self, model: PreTrainedModel) -> Held:
         """What its files hold of a model of its config, without reading any tensor."""
-        return held(model, weight_files(self.path))
+        return held_by(model, weight_files(self.path))
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """The model with its weights, in evaluation mode."""
@@ -159,7 +159,7 @@ class Original(Checkpoint):
             digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
         return digest.hexdigest()[:12]
 
-    def held(self, model: PreTrainedModel) -> Held:
+    def held_by(self, model: PreTrainedModel) -> Held:
         """Nothing: its files have other tensors, which become the model's when it is converted."""
         return Held({}, {})
 

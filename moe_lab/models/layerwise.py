@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moe_lab.models.checkpoint import Checkpoint, Original, no_bars, weight_files
 from moe_lab.models.layers import decoders_path, module_list, moe_layers
 from moe_lab.models.opening import empty_model
-from moe_lab.models.stored import held, model_names
+from moe_lab.models.stored import held_by, model_names
 from moe_lab.types import UserError
 
 
@@ -46,7 +46,7 @@ class LayerwiseModel:
         path, self.layers = decoder_layers(self.model)
         numbered = re.compile(rf"{re.escape(path)}\.(\d+)\.")
         self._keys: dict[int | None, list[tuple[Path, str]]] = {}
-        for name, stored in held(self.model, weight_files(checkpoint.path)).by_name.items():
+        for name, stored in held_by(self.model, weight_files(checkpoint.path)).by_name.items():
             match = numbered.match(name)  # a tower for images may have numbered layers, too
             part = int(match[1]) if match else None
             self._keys.setdefault(part, []).extend((one.file, one.key) for one in stored)

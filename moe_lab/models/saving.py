@@ -30,7 +30,7 @@ from moe_lab.models.layers import COUNT_FIELDS, moe_layers
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.opening import text_config, text_values
 from moe_lab.models.routers import with_twins
-from moe_lab.models.stored import Held, Stored, as_stored, carry_over, held
+from moe_lab.models.stored import Held, Stored, as_stored, carry_over, held_by
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def save_checkpoint(
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     before = meta_model(original)
-    files = held(before, weight_files(source))
+    files = held_by(before, weight_files(source))
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
         del model.config.distinct_experts
     form = choose_form(model, padding_limit(model.config, padding), twins)

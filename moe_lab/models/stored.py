@@ -79,7 +79,7 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     }
 
 
-def held(model: PreTrainedModel, files: Iterable[Path]) -> Held:
+def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
     """What these files hold of a model, which may be without weights: only headers are read."""
     found = {one.key: one for file in files for one in stored_in(file)}
     by_name: dict[str, list[Stored]] = {}
