@@ -48,15 +48,22 @@ Standing = MoELayer | nn.Module  # at a layer: a plain block where it is no MoE 
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
     modules = dict(model.named_modules())
-    layers = []
+    layers: dict[str, MoELayer] = {}
     for path, experts in modules.items():
         if not _are_experts(experts):
             continue
         block_path = path.rpartition(".")[0]
         decoder_path = _decoder_path(path)
-        layers.append(_moe_layer(model, modules, block_path, experts, decoder_path))
-    _set_sizes(model, layers)
-    return layers
+        if decoder_path in layers:
+            raise UserError(
+                f"{type(model).__name__} has two MoE blocks in one decoder layer, "
+                f"{layers[decoder_path].info.name!r} and {block_path!r} (of text and of images?), "
+                "with one count of experts for both: they cannot be edited each by itself"
+            )
+        layers[decoder_path] = _moe_layer(model, modules, block_path, experts, decoder_path)
+    found = list(layers.values())
+    _set_sizes(model, found)
+    return found
 
 
 def standing_at(model: PreTrainedModel, name: str) -> Standing:
