@@ -131,10 +131,21 @@ def _native_config(
         set_num_experts(config, count)
     native = config_with_dense(config, edited)
     indices = sorted(layer_index(name) for name in edited)
-    return (
-        native,
-        None if native else f"{config.model_type} cannot say that layers {indices} are dense",
-    )
+    if native is None:
+        return None, f"{config.model_type} cannot say that layers {indices} are dense"
+    return native, _other_tensor(model, native, edited)
+
+
+def _other_tensor(model: PreTrainedModel, config: Any, edited: dict[str, nn.Module]) -> str | None:
+    """Which tensor, dense blocks aside, is another one in the model that this config builds."""
+    dense = tuple(f"{name}." for name in dense_names(model) | set(edited))
+    ours, theirs = model.state_dict(), meta_model(config).state_dict()
+    for name in sorted(name for name in ours.keys() | theirs.keys() if not name.startswith(dense)):
+        shapes = [tuple(one[name].shape) if name in one else None for one in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            told = f"{name} is {shapes[0]} here, and with its config {shapes[1]}"
+            return f"{config.model_type} cannot say it: {told}"
+    return None
 
 
 def _remapped_obstacle(layers: list[MoELayer], family: str) -> str:
