@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -68,14 +69,16 @@ def model_class(config: Any) -> Any:
             f"the family {config.model_type!r} cannot be opened: transformers has no language "
             "model of this type, neither of text alone nor of text beside images or sound"
         )
+    kinds = {auto: auto._model_mapping[type(config)] for auto in known}
     written_by = (config.architectures or [None])[0]
-    named = (auto for auto in known if _class_name(auto, config) == written_by)
-    return next(named, known[0])
-
-
-def _class_name(auto: Any, config: Any) -> str:
-    name: str = auto._model_mapping[type(config)].__name__
-    return name
+    chosen = next((auto for auto in known if kinds[auto].__name__ == written_by), known[0])
+    if kinds[chosen].forward is nn.Module.forward:
+        raise UserError(
+            f"the family {config.model_type!r} cannot be opened: {kinds[chosen].__name__} has no "
+            "forward pass of its own, only those of its parts. Save the part that reads text (its "
+            "thinker) as a checkpoint by itself, and give that"
+        )
+    return chosen
 
 
 def empty_model(config: Any, **options: Any) -> PreTrainedModel:

@@ -36,7 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FRESH = """
 import json, sys
 import torch, transformers
-from running import Job
 from safetensors.torch import load_file
 assert "moe_lab" not in sys.modules
 found = {}
@@ -249,8 +248,17 @@ def test_the_class_that_wrote_a_checkpoint_opens_it() -> None:
         ("nllb-moe", "is an encoder-decoder"),
         ("switch_transformers", "is an encoder-decoder"),
         ("openai_privacy_filter", "no language model of this type"),
+        ("qwen3_omni_moe", "has no forward pass of its own"),
     ],
 )
 def test_families_without_a_causal_language_model_are_refused(family: str, why: str) -> None:
     with pytest.raises(UserError, match=f"{family!r} cannot be opened: .*{why}"):
         model_class(AutoConfig.for_model(family))
+
+
+def test_two_blocks_in_one_layer_are_refused() -> None:
+    config = AutoConfig.for_model("ernie4_5_vl_moe", text_config={"num_hidden_layers": 2})
+    with pytest.raises(
+        UserError, match=r"two MoE blocks in one decoder layer.*text_moe.*vision_moe"
+    ):
+        moe_layers(meta_model(config))
