@@ -50,7 +50,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     modules = dict(model.named_modules())
     layers: dict[str, MoELayer] = {}
     for path, experts in modules.items():
-        if not _are_experts(experts):
+        if not _are_experts(experts) or not _in_text_model(model, path):
             continue
         block_path = path.rpartition(".")[0]
         decoder_path = _decoder_path(path)
@@ -70,6 +70,19 @@ def standing_at(model: PreTrainedModel, name: str) -> Standing:
     """What stands at the path of an MoE block: the layer, or the block that took its place."""
     layers = {layer.info.name: layer for layer in moe_layers(model)}
     return layers[name] if name in layers else model.get_submodule(name)
+
+
+def _in_text_model(model: PreTrainedModel, path: str) -> bool:
+    """Whether a module belongs to the text model: a tower for images may have experts, too."""
+    text = text_config(model.config)
+    if text is model.config:
+        return True
+    owner, parts = model, path.split(".")
+    for end in range(len(parts)):
+        part = model.get_submodule(".".join(parts[:end]))
+        owner = part if isinstance(part, PreTrainedModel) else owner
+    family: str = owner.config.model_type
+    return family == text.model_type
 
 
 def _are_experts(module: nn.Module) -> TypeGuard[Experts]:

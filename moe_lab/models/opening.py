@@ -60,7 +60,7 @@ def model_class(config: Any) -> Any:
     if config.is_encoder_decoder:
         raise UserError(f"the family {config.model_type!r} cannot be opened: {ENCODER_DECODER}")
     of_wrappers = AutoModelForMultimodalLM, AutoModelForImageTextToText
-    order = [AutoModelForCausalLM, *of_wrappers]
+    order: list[Any] = [AutoModelForCausalLM, *of_wrappers]
     if is_wrapper(config):
         order = [*of_wrappers, AutoModelForCausalLM]
     known = [auto for auto in order if type(config) in auto._model_mapping]
