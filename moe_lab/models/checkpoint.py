@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,14 +34,17 @@ from moe_lab.models.families.base import (
     known_family,
 )
 from moe_lab.models.layers import moe_layers, num_parameters
+from moe_lab.models.opening import empty_model, empty_tensors, model_class
 from moe_lab.models.routers import set_top_k
+from moe_lab.models.stored import Held, held_by
 from moe_lab.types import LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
 SHIPPED = "shipped:"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*")
+CODE_FILES = ("*.py",)
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, no foreign code
 
@@ -99,15 +99,21 @@ class Checkpoint:
         Their bytes are those that its weights take when saved again, with the headers of its files.
         """
         model = meta_model(self.config)
-        _set_saved_dtypes(model, self.dtype)
+        files = self.held_by(model)
+        _set_saved_dtypes(model, files)
         layers = [layer.info for layer in moe_layers(model)]
         if not layers:
             raise UserError(
                 f"{self.path} is not a Mixture-of-Experts model that moe_lab can read: its family "
                 f"{self.config.model_type!r} has no experts modules of the common contract"
             )
-        headers = sum(map(_header_bytes, weight_files(self.path)))
-        return [replace(info, model_bytes=info.model_bytes + headers) for info in layers]
+        beside = sum(map(_header_bytes, weight_files(self.path)))
+        beside += sum(one.num_bytes for parts in files.others.values() for one in parts)
+        return [replace(info, model_bytes=info.model_bytes + beside) for info in layers]
+
+    def held_by(self, model: PreTrainedModel) -> Held:
+        """What its files hold of a model of its config, without reading any tensor."""
+        return held_by(model, weight_files(self.path))
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """The model with its weights, in evaluation mode."""
@@ -153,6 +159,10 @@ class Original(Checkpoint):
             digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
         return digest.hexdigest()[:12]
 
+    def held_by(self, model: PreTrainedModel) -> Held:
+        """Nothing: its files have other tensors, which become the model's when it is converted."""
+        return Held({}, {})
+
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """Refused: it is loaded once it is converted."""
         return load(self.path)
@@ -182,7 +192,7 @@ class Original(Checkpoint):
 
     def _write_texts(self, target: Path) -> None:
         for file in text_files(self.path):
-            shutil.copyfile(file, target / file.name)
+            copy_beside(file, self.path, target)
         self.family.adapt_texts(target)
         config = self.family.native_config(_read_config(self.path))
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -199,13 +209,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Tokenizer and generation files: all text beside the config and the weights' index."""
+    """Tokenizer, processor and generation files: all text beside the config and weights' index."""
     files = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
     return sorted(
         file
         for file in files
         if file.name != "config.json" and not file.name.endswith(".index.json")
     )
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The code of others that its configs name for the tokenizer, the processor or the model.
+
+    It is never run here; whoever trusts it finds it in a compressed checkpoint as in its source.
+    """
+    named = any("auto_map" in file.read_text(errors="replace") for file in folder.glob("*.json"))
+    return sorted(file for pattern in CODE_FILES for file in folder.glob(pattern) if named)
+
+
+def copy_beside(file: Path, folder: Path, target: Path) -> None:
+    """Copy a file of a folder to the same place in another one, byte for byte."""
+    place = target / file.relative_to(folder)
+    place.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, place)
 
 
 def resolve(
@@ -246,7 +272,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*WEIGHT_PATTERNS, *TEXT_FILES]
+        patterns = [*WEIGHT_PATTERNS, *TEXT_FILES, *CODE_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; each means: not to be had
         raise UserError(
@@ -312,28 +338,18 @@ def _sha256(file: Path) -> str:
 
 def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights."""
-    with torch.device("meta"), _empty_tensors():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return model
+    return empty_model(config)
 
 
-def _set_saved_dtypes(model: PreTrainedModel, computing: str) -> None:
+def _set_saved_dtypes(model: PreTrainedModel, files: Held) -> None:
     """Give a model without weights the dtypes in which `saving.save_checkpoint` writes its tensors.
 
-    Parameters are written in the config's dtype. Those that the family keeps in float32, and all
-    buffers, are written as they were loaded to be computed with.
+    Those of its files; tensors that these do not have are written in the config's.
     """
-    stored = getattr(model.config, "dtype", None)
-    loaded = (stored or torch.float32) if computing == "auto" else getattr(torch, computing)
-    in_float32 = model._get_dtype_plan(loaded)
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    buffers = {id(buffer) for buffer in model.buffers()}
+    default = getattr(model.config, "dtype", None) or torch.float32
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
-        as_loaded = torch.float32 if any(part in name for part in in_float32) else loaded
-        unchanged = id(tensor) in buffers or any(part in name for part in kept) or stored is None
-        tensor.data = tensor.data.to(as_loaded if unchanged else stored)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(files.dtype(name) or default)
 
 
 def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -344,10 +360,9 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
     """
     _refuse_original(Path(path))
     try:
-        with no_bars(), _empty_tensors():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **LOCAL
-            )
+        with no_bars(), empty_tensors():
+            kind = model_class(AutoConfig.from_pretrained(path, **LOCAL))
+            loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **LOCAL)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
     model, info = loaded
@@ -373,14 +388,6 @@ def _refuse_original(path: Path) -> None:
                 f'moe_lab.models.checkpoint.resolve("{path}").convert(<a pathlib.Path>) '
                 "writes a copy wherever you like"
             )
-
-
-@contextmanager
-def _empty_tensors() -> Iterator[None]:
-    """Let shared experts have no hidden units, as of what `superset.py` made, without a warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.layers import module_list
+from moe_lab.models.opening import text_config
 from moe_lab.types import UserError
 
 INDEX_LISTS = ("mlp_only_layers", "moe_layers")
@@ -24,8 +25,8 @@ def drop_decoders(model: PreTrainedModel, path: str, dropped: Collection[int]) -
     which it finds its part of the KV cache. Raises UserError, before anything is changed, where
     the family's config cannot describe the rest.
     """
-    config: Any = model.config  # its fields differ by family
-    kept = [i for i in range(config.num_hidden_layers) if i not in dropped]
+    number = text_config(model.config).num_hidden_layers
+    kept = [i for i in range(number) if i not in dropped]
     if not kept:
         raise UserError("all decoder layers would be dropped: at least one must stay")
     _check(model, path, kept)
@@ -36,7 +37,7 @@ def drop_decoders(model: PreTrainedModel, path: str, dropped: Collection[int]) -
         for module in decoders[old].modules():
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = new
-    cut_config(config, kept)
+    cut_config(model.config, kept)
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> None:
@@ -45,19 +46,20 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
     Lists with an entry per layer are cut, lists of indices renumbered, numbers of leading dense
     layers recounted, and so is what moe_lab itself wrote.
     """
-    number, new = config.num_hidden_layers, {old: i for i, old in enumerate(kept)}
-    step = getattr(config, "decoder_sparse_step", 1)
+    text = text_config(config)
+    number, new = text.num_hidden_layers, {old: i for i, old in enumerate(kept)}
+    step = getattr(text, "decoder_sparse_step", 1)
     if step > 1:  # every other layer is dense: that does not survive, a list does
-        dense = {i for i in range(number) if (i + 1) % step} | set(config.mlp_only_layers)
-        config.mlp_only_layers, config.decoder_sparse_step = sorted(dense), 1
-    for key, value in list(vars(config).items()):
+        dense = {i for i in range(number) if (i + 1) % step} | set(text.mlp_only_layers)
+        text.mlp_only_layers, text.decoder_sparse_step = sorted(dense), 1
+    for key, value in list(vars(text).items()):
         if key in INDEX_LISTS and isinstance(value, list):
-            setattr(config, key, [new[i] for i in value if i in new])
+            setattr(text, key, [new[i] for i in value if i in new])
         elif key in PREFIX_COUNTS and isinstance(value, int):
-            setattr(config, key, sum(i < value for i in kept))
+            setattr(text, key, sum(i < value for i in kept))
         elif isinstance(value, list) and len(value) == number:
-            setattr(config, key, [value[i] for i in kept])
-    config.num_hidden_layers = len(kept)
+            setattr(text, key, [value[i] for i in kept])
+    text.num_hidden_layers = len(kept)
     if getattr(config, "moe_lab", None):
         layers = config.moe_lab["layers"].items()
         cut = {str(new[int(i)]): layer for i, layer in layers if int(i) in new}

@@ -28,6 +28,7 @@ from moe_lab.models.layers import (
     moe_layers,
     num_parameters,
 )
+from moe_lab.models.opening import text_config
 from moe_lab.models.own_form import own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
@@ -161,7 +162,20 @@ def _native_config(
     if kept := [name for name, block in edited.items() if is_condensed_in_place(block)]:
         where = f"layers {sorted(map(layer_index, kept))}"
         return None, f"{where} are no gated MLPs, which {config.model_type} has as dense layers"
-    return config_with_dense(config, edited)
+    native, obstacle = config_with_dense(config, edited)
+    return native, obstacle or _other_tensor(model, native, edited)
+
+
+def _other_tensor(model: PreTrainedModel, config: Any, edited: dict[str, nn.Module]) -> str | None:
+    """Which tensor, dense blocks aside, is another one in the model that this config builds."""
+    dense = tuple(f"{name}." for name in dense_names(model) | set(edited))
+    ours, theirs = model.state_dict(), meta_model(config).state_dict()
+    for name in sorted(name for name in ours.keys() | theirs.keys() if not name.startswith(dense)):
+        shapes = [tuple(one[name].shape) if name in one else None for one in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            told = f"{name} is {shapes[0]} here, and with its config {shapes[1]}"
+            return f"{config.model_type} cannot say it: {told}"
+    return None
 
 
 def _remapped_obstacle(layers: list[MoELayer], family: str) -> str:
@@ -219,9 +233,10 @@ def _with_twins(
 
 def set_num_experts(config: Any, count: int) -> None:
     """Write the number of routed experts under each name that this config knows."""
+    text = text_config(config)
     for field in COUNT_FIELDS:
-        if isinstance(getattr(config, field, None), int):
-            setattr(config, field, count)
+        if isinstance(getattr(text, field, None), int):
+            setattr(text, field, count)
 
 
 def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> tuple[Any, str | None]:
@@ -236,15 +251,16 @@ def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> tuple[Any, st
     moe = {layer.info.index for layer in moe_layers(model)}
     condensed = {layer_index(name) for name in dense}
     obstacle = f"{config.model_type} cannot say that layers {sorted(condensed)} are dense"
-    all_dense = set(range(config.num_hidden_layers)) - moe | condensed
     wanted = copy.deepcopy(config)
-    if not _list_dense(wanted, sorted(all_dense)):
+    text = text_config(wanted)
+    all_dense = set(range(text.num_hidden_layers)) - moe | condensed
+    if not _list_dense(text, sorted(all_dense)):
         return None, obstacle
-    field = next((name for name in DENSE_WIDTHS if hasattr(wanted, name)), None)
+    field = next((name for name in DENSE_WIDTHS if hasattr(text, name)), None)
     if field is None:
         return None, obstacle
     width = max(1, *(width_of(block) for block in dense.values()))
-    setattr(wanted, field, max(width, getattr(wanted, field) if len(all_dense - condensed) else 0))
+    setattr(text, field, max(width, getattr(text, field) if len(all_dense - condensed) else 0))
     built = meta_model(wanted)
     if {layer.info.index for layer in moe_layers(built)} != moe - condensed:
         return None, obstacle

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.experts import Experts, OneExpert
+from moe_lab.models.opening import text_config
 from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
 from moe_lab.types import LayerInfo, UserError
 
@@ -61,21 +62,41 @@ Standing = MoELayer | nn.Module  # at a layer: a plain block where it is no MoE 
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
     modules = dict(model.named_modules())
-    layers = []
+    layers: dict[str, MoELayer] = {}
     for path, experts in modules.items():
-        if not _are_experts(experts):
+        if not _are_experts(experts) or not _in_text_model(model, path):
             continue
         block_path = path.rpartition(".")[0]
         decoder = decoder_path(path)
-        layers.append(_moe_layer(model, modules, block_path, experts, decoder))
-    _set_sizes(model, layers)
-    return layers
+        if decoder in layers:
+            raise UserError(
+                f"{type(model).__name__} has two MoE blocks in one decoder layer, "
+                f"{layers[decoder].info.name!r} and {block_path!r} (of text and of images?), "
+                "with one count of experts for both: they cannot be edited each by itself"
+            )
+        layers[decoder] = _moe_layer(model, modules, block_path, experts, decoder)
+    found = list(layers.values())
+    _set_sizes(model, found)
+    return found
 
 
 def standing_at(model: PreTrainedModel, name: str) -> Standing:
     """What stands at the path of an MoE block: the layer, or the block that took its place."""
     layers = {layer.info.name: layer for layer in moe_layers(model)}
     return layers[name] if name in layers else model.get_submodule(name)
+
+
+def _in_text_model(model: PreTrainedModel, path: str) -> bool:
+    """Whether a module belongs to the text model: a tower for images may have experts, too."""
+    text = text_config(model.config)
+    if text is model.config:
+        return True
+    owner, parts = model, path.split(".")
+    for end in range(len(parts)):
+        part = model.get_submodule(".".join(parts[:end]))
+        owner = part if isinstance(part, PreTrainedModel) else owner
+    family: str = owner.config.model_type
+    return family == text.model_type
 
 
 def _are_experts(module: nn.Module) -> TypeGuard[Experts]:
@@ -100,13 +121,14 @@ def _moe_layer(
         )
     shared = next((m for n, m in children.items() if n in SHARED_NAMES), None)
     num_rows, num_experts = _experts_shape(experts)
-    groups, groups_used = _groups(router, model.config)
+    config = text_config(model.config)
+    groups, groups_used = _groups(router, config)
     info = LayerInfo(
         index=layer_index(decoder_path),
         name=name,
         num_experts=num_rows,
-        top_k=_top_k(router, model.config),
-        hidden_size=_hidden_size(model, experts),
+        top_k=_top_k(router, config),
+        hidden_size=_hidden_size(config, experts),
         shared=shared is not None,
         groups=groups,
         groups_used=groups_used,
@@ -189,8 +211,8 @@ def _experts_shape(experts: Experts) -> tuple[int, int]:
     return len(experts.place_E) if isinstance(experts, RemappedExperts) else number, number
 
 
-def _hidden_size(model: PreTrainedModel, experts: Experts) -> int:
-    size = getattr(model.config.get_text_config(), "hidden_size", None)
+def _hidden_size(config: object, experts: Experts) -> int:
+    size = getattr(config, "hidden_size", None)
     return size if isinstance(size, int) else experts_size(experts)
 
 

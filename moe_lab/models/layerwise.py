@@ -19,18 +19,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original, no_bars, weight_files
 from moe_lab.models.layers import decoders_path, module_list, moe_layers
+from moe_lab.models.opening import empty_model
+from moe_lab.models.stored import held_by, model_names
 from moe_lab.types import UserError
 
 
@@ -47,21 +44,19 @@ class LayerwiseModel:
         self.dtype = computing_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
         path, self.layers = decoder_layers(self.model)
-        numbered = re.compile(rf"(?:^|\.){re.escape(path.split('.')[-1])}\.(\d+)\.")
+        numbered = re.compile(rf"{re.escape(path)}\.(\d+)\.")
         self._keys: dict[int | None, list[tuple[Path, str]]] = {}
-        for file in weight_files(checkpoint.path):
-            with safe_open(file, "pt") as handle:
-                for key in list(handle.keys()):  # the handle itself cannot be iterated
-                    match = numbered.search(key)
-                    part = int(match[1]) if match else None
-                    self._keys.setdefault(part, []).append((file, key))
+        for name, stored in held_by(self.model, weight_files(checkpoint.path)).by_name.items():
+            match = numbered.match(name)  # a tower for images may have numbered layers, too
+            part = int(match[1]) if match else None
+            self._keys.setdefault(part, []).extend((one.file, one.key) for one in stored)
         self._fill(None)
         self.model.tie_weights()
         self._make_buffers()
         self._filled: set[int] = set()
         self._kept = 0
         names = [n for n, p in self.model.named_parameters() if p.is_meta]
-        if missing := [name for name in names if not numbered.search(name)]:
+        if missing := [name for name in names if not numbered.match(name)]:
             raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
 
     @contextmanager
@@ -154,8 +149,7 @@ def _return_memory() -> None:
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+    model = empty_model(checkpoint.config, dtype=dtype)
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
     model.eval()
@@ -204,14 +198,6 @@ def routers_only(checkpoint: Checkpoint) -> PreTrainedModel:
         if any(module is router for router in routers)
         for key, tensor in module.named_parameters()
     }
-    mapping, names = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-
-    def is_wanted(key: str) -> bool:
-        renamed = rename_source_key(key, renamings, converters, model.base_model_prefix, names)[0]
-        return renamed in wanted
-
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in weight_files(checkpoint.path):
@@ -219,12 +205,11 @@ def routers_only(checkpoint: Checkpoint) -> PreTrainedModel:
             for key in sorted(opened.keys()):
                 tensor = opened.get_slice(key)
                 if not isinstance(checkpoint, Original):
-                    native = {key: tensor}
+                    tensors[key] = tensor
                 elif tuple(tensor.get_shape()) in wanted.values():
-                    native = checkpoint.family.native_tensors(key, tensor[:])
-                else:
-                    continue
-                tensors |= {name: part for name, part in native.items() if is_wanted(name)}
+                    tensors |= checkpoint.family.native_tensors(key, tensor[:])
+        names = model_names(model, tensors)
+        tensors = {key: tensor for key, tensor in tensors.items() if names[key] in wanted}
         _load_into(model, tensors, dtype, "cpu")
     if missing := [name for name in wanted if _tensor(model, name).is_meta]:
         raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")

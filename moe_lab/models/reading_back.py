@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.opening import text_config
 from moe_lab.models.stream import LayerStream, States
 
 logger = logging.getLogger(__name__)
@@ -27,24 +28,31 @@ class NotReadBack(RuntimeError):
 
 
 @torch.no_grad()
-def check_saved(model: PreTrainedModel, folder: Path) -> None:
-    """Compare every tensor bit for bit, and the logits of a few random tokens.
+def few_logits(model: PreTrainedModel) -> Tensor:
+    """The logits [B, L, V] of a few random tokens, always the same, in float64."""
+    batch = {name: t.to(model.device) for name, t in _tokens(model.config).items()}
+    training = model.training
+    logits: Tensor = model.eval()(**batch, use_cache=False).logits
+    model.train(training)
+    return logits.double().cpu()
 
-    Read whole where memory is left for that, else a decoder layer at a time. Raises NotReadBack
+
+@torch.no_grad()
+def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compare every tensor with the model's bit for bit, and `few_logits` with the `expected`.
+
+    dtype: in which the latter were computed, and the checkpoint is read. Read whole where memory is left for that, else a decoder layer at a time. Raises NotReadBack
     where anything differs.
     """
-    batch = _tokens(model.config)
-    expected = _logits(model, batch)
     if psutil.virtual_memory().available > 1.5 * _size(model):
-        again = load(folder, dtype="auto")
-        again.set_experts_implementation(model.config._experts_implementation)
+        again = load(folder, dtype=_name(dtype))
         _compare_tensors(folder, model, again)
-        found = _logits(again, batch)
+        found = few_logits(again)
     else:
-        found = _by_layer(model, folder, batch)
+        found = _by_layer(model, folder, dtype)
     difference = (found - expected).abs().max()
     scale = expected.abs().max().clamp(min=1e-6)
-    if not difference <= TOLERANCE[model.dtype] * scale:  # also where one is NaN
+    if not difference <= TOLERANCE[dtype] * scale:  # also where one is NaN
         raise NotReadBack(
             f"{folder} was read back, and computes something else than the model that it was "
             f"written from: logits differ by {difference:.2g}, the largest is {scale:.2g}. Please "
@@ -54,7 +62,7 @@ def check_saved(model: PreTrainedModel, folder: Path) -> None:
 
 def _tokens(config: Any) -> dict[str, Tensor]:
     """Random text: no token that stands for an image or the like."""
-    size = config.get_text_config().vocab_size
+    size = text_config(config).vocab_size
     special = {value for key, value in _fields(config) if key.endswith(("token_id", "token_index"))}
     plain = torch.tensor([i for i in range(min(size, 4096)) if i not in special])
     generator = torch.Generator().manual_seed(0)
@@ -70,18 +78,13 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
             yield from _fields(value)
 
 
-def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    training = model.training
-    logits: Tensor = model.eval()(**inputs, use_cache=False).logits
-    model.train(training)
-    return logits.double().cpu()
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _by_layer(model: PreTrainedModel, folder: Path, batch: dict[str, Tensor]) -> Tensor:
-    again = LayerwiseModel(Checkpoint(folder))
-    stream = LayerStream(again, [batch])
+def _by_layer(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Tensor:
+    again = LayerwiseModel(Checkpoint(folder, _name(dtype)))
+    stream = LayerStream(again, [_tokens(model.config)])
     states = States(stream)
     for index in range(len(stream.layers)):
         with again.layer(index) as decoder:
@@ -98,7 +101,7 @@ def _compare_tensors(folder: Path, one: nn.Module, other: nn.Module) -> None:
     wrong += [
         name
         for name, tensor in mine.items()
-        if name in theirs and not torch.equal(tensor.cpu(), theirs[name].cpu())
+        if name in theirs and not torch.equal(tensor.cpu().to(theirs[name].dtype), theirs[name])
     ]
     if wrong:
         raise NotReadBack(

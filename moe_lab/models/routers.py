@@ -23,6 +23,7 @@ from moe_lab.models.layers import (
     routed_modules,
     rows_with,
 )
+from moe_lab.models.opening import text_config
 from moe_lab.models.probing import probe, route, skeleton
 from moe_lab.types import UserError
 
@@ -121,7 +122,7 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
                 f"top_k={top_k}: layer {layer.info.index} has {layer.info.num_experts} experts, so "
                 f"that a token can get 1 to {layer.info.num_experts} of them"
             )
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     holders: list[Any] = [config, *(m for layer in layers for m in routed_modules(layer))]
     before = _top_k_places(holders)
     for holder, field, _ in before:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,30 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moe_lab.models.checkpoint import meta_model, no_bars, text_files
+from moe_lab.models.checkpoint import (
+    code_files,
+    copy_beside,
+    meta_model,
+    no_bars,
+    text_files,
+    weight_files,
+)
 from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.editing import NoMLP, prune_layer, set_block
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
-from moe_lab.models.reading_back import check_saved
+from moe_lab.models.layerwise import decoder_layers
+from moe_lab.models.opening import text_config, text_values
+from moe_lab.models.reading_back import check_saved, few_logits
 from moe_lab.models.routers import with_twins
+from moe_lab.models.stored import (
+    Held,
+    Stored,
+    as_stored,
+    carry_over,
+    held_by,
+    round_as_stored,
+)
 from moe_lab.models.superset import as_superset
 
 logger = logging.getLogger(__name__)
@@ -50,11 +67,15 @@ def save_checkpoint(
     What was written is read back and compared (`reading_back.py`).
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
+    before = meta_model(original)
+    files = held_by(before, weight_files(source))
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
         del model.config.distinct_experts
     form = choose_form(model, padding_limit(model.config, padding), twins, convert)
     if not form.plain:
         logger.info("saving: %s", form.reason)
+    round_as_stored(model, files, original.dtype)
+    expected = few_logits(model)
     edited = edited_blocks(model)
     if form.num_experts:
         for layer in moe_layers(model):
@@ -64,14 +85,16 @@ def save_checkpoint(
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
-    _to_stored_dtype(model, original.dtype)
+    computing = model.dtype
+    as_stored(model, files, original.dtype)
     # A model that came from fused files would be written fused; engines want per-expert names.
     vars(model)["_weight_conversions"] = None
     with no_bars():
         model.save_pretrained(folder)
-    _write_count_aliases(folder / "config.json", model.config)
+    _adapt_config(folder / "config.json", source / "config.json", model.config)
+    carry_over(_passing_by(files, before, model), folder)
     copy_text_files(source, folder)
-    check_saved(model, folder)
+    check_saved(model, folder, expected, computing)
     return form
 
 
@@ -97,25 +120,49 @@ def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
         set_block(model, name, target)
 
 
-def _to_stored_dtype(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    for name, parameter in model.named_parameters():
-        if dtype and parameter.is_floating_point() and not any(part in name for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+def _adapt_config(path: Path, source: Path, config: Any) -> None:
+    values, told = (json.loads(file.read_text()) for file in (path, source))
+    _tell_dtypes(values, told)
+    _write_count_aliases(text_values(values, config), text_config(config))
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _write_count_aliases(path: Path, config: Any) -> None:
+def _tell_dtypes(values: dict[str, Any], told: dict[str, Any], whole: bool = True) -> None:
+    # What transformers writes is the dtype of one parameter, or the one that was computed in.
+    dtype = told.get("dtype", told.get("torch_dtype"))
+    if dtype is not None or not whole:
+        values.pop("dtype", None)
+    if dtype is not None:
+        values["dtype"] = dtype
+    for key, part in values.items():
+        if isinstance(part, dict) and isinstance(told.get(key), dict):
+            _tell_dtypes(part, told[key], whole=False)
+
+
+def _write_count_aliases(values: dict[str, Any], config: Any) -> None:
     # transformers 5 writes Qwen3-MoE's count as num_local_experts alone, 4.x reads num_experts.
-    values = json.loads(path.read_text())
     written = [field for field in COUNT_FIELDS if field in values]
     for field in ("num_experts", "num_local_experts"):
         if written and field not in values and hasattr(config, field):
             values[field] = values[written[0]]
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _passing_by(files: Held, before: PreTrainedModel, model: PreTrainedModel) -> list[Stored]:
+    """What the files hold beside the model's tensors, as far as it still belongs to its layers."""
+    number, left = (text_config(one.config).num_hidden_layers for one in (before, model))
+    every = dict(files.others)
+    if number != left:
+        inside = re.compile(rf"^{re.escape(decoder_layers(before)[0])}\.\d+\.")
+        if gone := [name for name in sorted(every) if inside.match(name)]:
+            logger.warning(
+                "saving: %d tensors of decoder layers that the model does not load are left out, "
+                "since its layers have other numbers now: %s", len(gone), ", ".join(gone[:4]),
+            )  # fmt: skip
+        every = {name: parts for name, parts in every.items() if name not in gone}
+    return [part for parts in every.values() for part in parts]
 
 
 def copy_text_files(source: Path, folder: Path) -> None:
-    """Bring the tokenizer and generation files of a checkpoint along, byte for byte."""
-    for file in text_files(source):
-        shutil.copyfile(file, folder / file.name)
+    """Bring all files of a checkpoint but its config and weights along, byte for byte."""
+    for file in [*text_files(source), *code_files(source)]:
+        copy_beside(file, source, folder)

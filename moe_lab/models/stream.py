@@ -47,7 +47,8 @@ class LayerStream:
         self.moe: dict[int, MoELayer] = {
             layer.info.index: layer for layer in moe_layers(self.model)
         }
-        _, self.layers = decoder_layers(self.model)
+        path, self.layers = decoder_layers(self.model)
+        self._text_model = self.model.get_submodule(path.rpartition(".")[0])
         self.arguments: list[list[dict[str, Any]]] = []
         self.handed: HandedOn | None = None
         self._carried: dict[int, dict[str, Any]] = {}
@@ -100,7 +101,7 @@ class LayerStream:
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The last hidden state: what follows the last decoder layer, before the head."""
-        state: Tensor = _final_norm(self.model)(hidden)
+        state: Tensor = _final_norm(self._text_model)(hidden)
         return state
 
     def next_token_loss(self, batch: int, hidden: Tensor) -> tuple[float, int]:
@@ -218,10 +219,10 @@ def swapped(stream: LayerStream, index: int, block: nn.Module | None) -> Iterato
         set_block(stream.model, name, previous)
 
 
-def _final_norm(model: PreTrainedModel) -> nn.Module:
-    norms = [m for _, m in model.base_model.named_children() if "Norm" in type(m).__name__]
+def _final_norm(text_model: nn.Module) -> nn.Module:
+    norms = [m for _, m in text_model.named_children() if "Norm" in type(m).__name__]
     if len(norms) != 1:
-        raise UserError(f"{type(model).__name__} has {len(norms)} final norms, expected one")
+        raise UserError(f"{type(text_model).__name__} has {len(norms)} final norms, expected one")
     return norms[0]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from moe_lab.dependencies import code_version
 from moe_lab.measure import REFERENCE, Measurement, bytes_on_disk, counted, measure
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.opening import text_config
 from moe_lab.models.routers import at_top_k
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
@@ -60,7 +61,7 @@ def _measured(
 ) -> dict[str, float]:
     whole = {name: one for name, one in variants.items() if one.top_k is None}
     models = {name: checkpoint.load(device) for name, checkpoint in whole.items()}
-    vocabulary = next(iter(models.values())).config.vocab_size
+    vocabulary = text_config(next(iter(models.values())).config).vocab_size
     figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
     model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
     for name in (name for name in variants if name not in whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,6 @@ def test_sizes_are_those_of_the_model_that_is_saved(
 
 
 def _stored(model: Any, folder: Path, dtype: torch.dtype) -> Path:
-    """A folder whose config says this dtype."""
-    (folder / "config").mkdir()
-    model.config.dtype = dtype
-    model.config.save_pretrained(folder / "config")
-    return folder / "config"
+    """A checkpoint of the model in this dtype."""
+    copy.deepcopy(model).to(dtype).save_pretrained(folder / "stored")
+    return folder / "stored"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from edited_models import applied, drop, edited, in_fresh_process
 from families import EACH_FAMILY, FAMILIES, logits_of, tiny_batch, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from moe_lab.models.checkpoint import load
 from moe_lab.models.depth import cut_config
@@ -106,6 +105,6 @@ def test_a_family_that_cannot_say_it_is_refused_and_left_as_it_was() -> None:
 
 def test_leading_dense_layers_are_counted_again() -> None:
     for kept, leading in (((0, 1, 3), 2), ((0, 2, 3), 1), ((2, 3), 0)):
-        config = SimpleNamespace(num_hidden_layers=4, first_k_dense_replace=2)
+        config = PreTrainedConfig(num_hidden_layers=4, first_k_dense_replace=2)
         cut_config(config, kept)
         assert (config.num_hidden_layers, config.first_k_dense_replace) == (len(kept), leading)

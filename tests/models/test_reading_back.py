@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moe_lab.models import reading_back
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.layers import moe_layers
-from moe_lab.models.reading_back import NotReadBack, check_saved
+from moe_lab.models.reading_back import NotReadBack, check_saved, few_logits
 from moe_lab.models.saving import save_checkpoint
 
 WAYS = pytest.mark.parametrize("free", [2**40, 0], ids=["whole", "layer by layer"])
@@ -41,7 +41,8 @@ def test_what_is_right_passes(
     written: tuple[PreTrainedModel, Path], free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free(monkeypatch, free)
-    check_saved(*written)
+    model, folder = written
+    check_saved(model, folder, few_logits(model), torch.float32)
 
 
 @WAYS
@@ -56,7 +57,7 @@ def test_one_changed_number_is_noticed(
     tensors[name].view(-1)[5] += 1e-6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NotReadBack, match="tensors are not those that were written"):
-        check_saved(model, folder)
+        check_saved(model, folder, few_logits(model), torch.float32)
 
 
 @WAYS
@@ -69,7 +70,7 @@ def test_a_config_that_means_something_else_is_noticed(
     values["routed_scaling_factor"] = 1.0
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(NotReadBack, match="computes something else"):
-        check_saved(model, folder)
+        check_saved(model, folder, few_logits(model), torch.float32)
 
 
 def test_nan_is_no_agreement(written: tuple[PreTrainedModel, Path]) -> None:
@@ -77,7 +78,7 @@ def test_nan_is_no_agreement(written: tuple[PreTrainedModel, Path]) -> None:
     with torch.no_grad():
         model.get_submodule("model.norm").weight[0] = torch.nan
     with pytest.raises(NotReadBack):
-        check_saved(model, folder)
+        check_saved(model, folder, few_logits(model), torch.float32)
 
 
 def test_saving_itself_fails_where_it_does_not_read_back(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from edited_models import condense, edited, moe_indices, prune
 from families import tiny_model
 from safetensors.torch import load_file
+from wrappers import write_wrapper
 
 from moe_lab.models.checkpoint import load
 from moe_lab.models.edits.plan import Plan, apply_plan
@@ -45,3 +47,37 @@ def test_untouched_tensors_keep_every_bit(tmp_path: Path) -> None:
     assert untouched
     for name in untouched:
         assert torch.equal(after[name].to(before[name].dtype), before[name]), name
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_whatever_lies_beside_the_weights_comes_along(trusted: bool, tmp_path: Path) -> None:
+    """Code of others only where a config names it."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_model("mixtral").save_pretrained(source)
+    (source / "additional_chat_templates").mkdir()
+    auto_map = '{"auto_map": {"AutoProcessor": "processing_x.XProcessor"}}'
+    texts = {
+        "additional_chat_templates/rag.jinja": "{{ documents }}\n",
+        "processor_config.json": auto_map if trusted else "{}",
+        "vocabulary.tiktoken": "IQ== 0\n",
+    }
+    code = {"processing_x.py": "raise SystemExit\n", "image_x.py": "raise SystemExit\n"}
+    for name, text in (texts | code).items():
+        (source / name).write_text(text)
+    save_checkpoint(load(source), out, source)
+    expected = texts | (code if trusted else {})
+    assert {name: (out / name).read_text() for name in expected} == expected
+    assert trusted or not list(out.glob("*.py"))
+
+
+def test_parts_of_a_config_keep_the_dtypes_that_they_had(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_wrapper("aria", source)
+    told = json.loads((source / "config.json").read_text())
+    told["text_config"]["dtype"] = told["dtype"] = "bfloat16"
+    told["vision_config"].pop("dtype", None)
+    (source / "config.json").write_text(json.dumps(told))
+    save_checkpoint(load(source, dtype="float32"), out, source)
+    made = json.loads((out / "config.json").read_text())
+    assert made["dtype"] == made["text_config"]["dtype"] == "bfloat16"
+    assert "dtype" not in made["vision_config"]

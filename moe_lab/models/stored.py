@@ -1,0 +1,157 @@
+"""What lies in a checkpoint's files, by the names that its tensors have in the model.
+
+Names on disk differ from those in the model (`transformers.core_model_loading`), several tensors on
+disk may be one in the model, and some may be none: what the model's class does not hold, such as
+layers for multi-token prediction, would be lost when the model is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+logger = logging.getLogger(__name__)
+
+NOT_LOADED = "model-not-loaded.safetensors"  # beside the model's own weights, in their index
+INDEX = "model.safetensors.index.json"
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a checkpoint's file; dtype: None where it is none of floating point."""
+
+    file: Path
+    key: str
+    dtype: torch.dtype | None
+    num_bytes: int
+
+    def load(self) -> Tensor:
+        """The tensor."""
+        with safe_open(self.file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(self.key)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """A checkpoint's tensors by the names of a model: those that it holds, and the others."""
+
+    by_name: Mapping[str, Sequence[Stored]]
+    others: Mapping[str, Sequence[Stored]]
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """In which a tensor of the model is stored; None where it is not, or is no float."""
+        return self.by_name[name][0].dtype if name in self.by_name else None
+
+
+def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """For each name on disk that of the tensor in the model that it becomes, or is a part of."""
+    mapping, names = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    # In the order of transformers' own loading: some renamings depend on what was seen before.
+    return {
+        key: rename_source_key(key, renamings, converters, prefix, names)[0]
+        for key in sorted(keys, key=dot_natural_key)
+    }
+
+
+def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
+    """What these files hold of a model, which may be without weights: only headers are read."""
+    found = {one.key: one for file in files for one in stored_in(file)}
+    by_name: dict[str, list[Stored]] = {}
+    for key, name in model_names(model, found).items():
+        by_name.setdefault(name, []).append(found[key])
+    others = {name: by_name.pop(name) for name in by_name.keys() - model.state_dict().keys()}
+    return Held(by_name, others)
+
+
+def stored_in(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file, by its header."""
+    with file.open("rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    header.pop("__metadata__", None)
+    found = []
+    for key, one in header.items():
+        begin, end = one["data_offsets"]
+        found.append(Stored(file, key, FLOATING.get(one["dtype"]), end - begin))
+    return found
+
+
+@torch.no_grad()
+def as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None) -> None:
+    """Give each tensor of a model the dtype that it has in the files it came from, in place.
+
+    Where loading has rounded one and nothing has changed it since, it is the file's, byte for byte.
+    default: for tensors that the files do not have; None leaves these.
+    """
+    tensors, seen = model.state_dict(keep_vars=True), set[int]()
+    for name in sorted(tensors, key=lambda name: name not in source.by_name):
+        tensor, wanted = tensors[name], source.dtype(name) or default
+        if id(tensor) in seen or not tensor.is_floating_point() or wanted is None:
+            continue  # seen: tied to one that has its dtype by now
+        seen.add(id(tensor))
+        if tensor.dtype != wanted:
+            tensor.data = _unrounded(tensor, wanted, source.by_name.get(name, ()))
+
+
+@torch.no_grad()
+def round_as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None) -> None:
+    """Give each tensor the values that `as_stored` leaves, and keep the dtype of computing."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = source.dtype(name) or default
+        if wanted is not None and tensor.is_floating_point() and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted).to(tensor.dtype)
+
+
+def _unrounded(tensor: Tensor, wanted: torch.dtype, parts: Sequence[Stored]) -> Tensor:
+    """A tensor in the dtype `wanted`: the stored one where this one is it up to rounding."""
+    if len(parts) == 1 and torch.promote_types(wanted, tensor.dtype) != tensor.dtype:
+        exact = parts[0].load()
+        if exact.shape == tensor.shape and torch.equal(exact.to(tensor.dtype), tensor.cpu()):
+            return exact
+    return tensor.to(wanted)
+
+
+def carry_over(others: Sequence[Stored], folder: Path) -> None:
+    """Write tensors that no model holds beside the weights in `folder`, byte for byte."""
+    if not others:
+        return
+    names = ", ".join(one.key for one in others[:4]) + (", ..." if len(others) > 4 else "")
+    logger.info("%d tensors that the model does not load come along: %s", len(others), names)
+    index = folder / INDEX
+    if index.is_file():
+        values = json.loads(index.read_text())
+    else:
+        (whole,) = folder.glob("*.safetensors")
+        own = stored_in(whole)
+        size = sum(one.num_bytes for one in own)
+        weight_map = dict.fromkeys((one.key for one in own), whole.name)
+        values = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    save_file({one.key: one.load() for one in others}, folder / NOT_LOADED, {"format": "pt"})
+    values["weight_map"] |= {one.key: NOT_LOADED for one in others}
+    values["metadata"]["total_size"] += sum(one.num_bytes for one in others)
+    index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
