@@ -41,8 +41,9 @@ def few_logits(model: PreTrainedModel) -> Tensor:
 def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: torch.dtype) -> None:
     """Compare every tensor with the model's bit for bit, and `few_logits` with the `expected`.
 
-    dtype: in which the latter were computed, and the checkpoint is read. Read whole where memory is left for that, else a decoder layer at a time. Raises NotReadBack
-    where anything differs.
+    dtype: in which the latter were computed, and the checkpoint is read. It is read whole where
+    memory is left for that, else a decoder layer at a time. Raises NotReadBack where anything
+    differs.
     """
     if psutil.virtual_memory().available > 1.5 * _size(model):
         again = load(folder, dtype=_name(dtype))
