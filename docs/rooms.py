@@ -57,8 +57,8 @@ FACE = ("models.checkpoint", "models.hook")
 # Who alone may import what: the first match counts, so insides come before the whole.
 LIBRARIES = {
     "transformers.integrations": ("models.layers", "models.observing"),
-    "transformers.core_model_loading": ("models.layerwise",),
-    "transformers.conversion_mapping": ("models.layerwise",),
+    "transformers.core_model_loading": ("models.layerwise", "models.mtp"),
+    "transformers.conversion_mapping": ("models.layerwise", "models.mtp"),
     "transformers.modeling_utils": ("models.layerwise",),
     "transformers.models": ("models.layers",),
     "transformers": ("models",),
