@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from moe_lab.models.checkpoint import meta_model, no_bars, text_files
 from moe_lab.models.editing import NoMLP, edited_blocks, prune_layer, set_block
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
+from moe_lab.models.mtp_saving import carry_mtp
 from moe_lab.models.routers import with_twins
+from moe_lab.types import MtpName
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ def save_checkpoint(
     source: Path,
     padding: float | None = None,
     twins: float = 0.0,
+    mtp: MtpName = "prune",
 ) -> Form:
     """Write an edited model as a checkpoint, in the form that is returned.
 
@@ -40,7 +44,8 @@ def save_checkpoint(
     form. None: as at `source` where it says so, else 0.01. twins: layers with fewer experts than
     others are filled up with copies of their own, where that changes nothing (as with one expert
     for each token) and adds at most this share; the config says how many were there before
-    (`distinct_experts`). The model is not changed except for its dtype, its config and those two.
+    (`distinct_experts`). mtp: what becomes of the MTP layers that lie at `source` (`mtp.py`); the
+    form says so. The model is not changed except for its dtype, its config and those two.
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
@@ -62,7 +67,10 @@ def save_checkpoint(
         model.save_pretrained(folder)
     _write_count_aliases(folder / "config.json", model.config)
     copy_text_files(source, folder)
-    return form
+    told = carry_mtp(original, model, source, folder, mtp, form.stock)
+    if told:
+        logger.info(told)
+    return replace(form, mtp=told)
 
 
 @torch.no_grad()
