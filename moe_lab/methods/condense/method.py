@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 
-from moe_lab.methods.base import Method
+from moe_lab.methods.base import Method, Mtp
 from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
@@ -53,6 +53,7 @@ class Condense(Method):
         float,
         Option("largest share of zeros so that stock transformers can hold it", least=0, most=1),
     ] = 0.01
+    mtp: Mtp = "prune"
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "beam", "seed", "padding",
