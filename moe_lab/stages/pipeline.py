@@ -13,7 +13,7 @@ from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.stages import teach
-from moe_lab.stages.checks import announce_form, check_profile, check_recipe
+from moe_lab.stages.checks import announce_form, check_mtp, check_profile, check_recipe
 from moe_lab.stages.context import Context
 from moe_lab.stages.parts import Parts
 from moe_lab.stages.run import Run
@@ -78,6 +78,7 @@ def prepare(
     if parts.diagnose:
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
+    check_mtp(dense, method, layers)
     announce_form(dense, method, layers)
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None
