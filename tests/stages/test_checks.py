@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
+from mtp_checkpoints import write_with_mtp
 
 from moe_lab.compute import Compute
+from moe_lab.methods.condense.method import Condense
+from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
+from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.uniform import Uniform
-from moe_lab.stages.checks import check_profile
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.stages.checks import check_mtp, check_profile
 from moe_lab.types import UserError
 
 
@@ -28,3 +34,27 @@ def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
     for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
         with pytest.raises(UserError, match="there are"):
             Compute("cpu", **wrong).start()
+
+
+def test_mtp_layers_left_whole_are_refused_where_fewer_experts_are_foreseen(tmp_path: Path) -> None:
+    write_with_mtp("glm4_moe", tmp_path)
+    dense = Checkpoint(tmp_path)
+    layers = dense.layers()
+    half, all_of_them = Uniform(0.5), len(layers)
+    for method in (
+        Prune(reap, half, mtp="keep"),
+        Merge(all_of_them, 4, router="dominant", mtp="keep"),
+        Merge(all_of_them, ratio=half, router="mean", mtp="keep"),
+    ):
+        with pytest.raises(UserError, match=r"method.mtp=keep.*8 experts.*have 4"):
+            check_mtp(dense, method, layers)
+    for method in (
+        Prune(reap, half),
+        Prune(reap, Uniform(0.0), mtp="keep"),
+        Prune(reap, half, replacement="zero", mtp="keep"),  # all rows stay
+        Prune(reap, Global(0.5), mtp="keep"),  # not known before
+        Merge(1, 4, layers="first", router="dominant", mtp="keep"),  # layers of different sizes
+        Condense(1, 1, mtp="keep"),
+        DropBlocks(1, mtp="keep"),
+    ):
+        check_mtp(dense, method, layers)
