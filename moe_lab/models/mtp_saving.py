@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -27,13 +27,14 @@ from moe_lab.models.mtp import (
     kept_experts,
     of_router,
 )
-from moe_lab.types import MtpName
+from moe_lab.types import MtpName, UserError
 
 # What configs call the number of MTP layers: DeepSeek-V3, GLM-4.5, Ling, Nemotron-H and most
 # others; Qwen3.5; Inkling; MiniMax-M2.
 MTP_COUNTS = (
     "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules",
 )  # fmt: skip
+FACTORS = "_scale_inv"  # what the name of an fp8 weight's factors ends in
 INDEX = "model.safetensors.index.json"
 
 
@@ -64,11 +65,12 @@ def carry_mtp(
         return f"MTP layers: {len(mtp.files)} tensors left out" if mtp.files else ""
     numbers = experts_left(mtp, _counts(model), stock, how)
     kept = {block: kept_experts(mtp, block, number) for block, number in numbers.items()}
-    _write(mtp, kept, model.config.get_text_config().num_hidden_layers, folder)
+    quantised = _quantised_before(config, folder)
+    _write(mtp, kept, model.config.get_text_config().num_hidden_layers, folder, quantised)
     whole = sorted({n for block, n in mtp.num_experts.items() if block not in kept})
     if not stock and whole:
         _say_whole(folder / "config.json", {**mtp.num_experts, **numbers})
-    return _told(mtp, numbers, whole)
+    return _told(mtp, numbers, whole) + (", dequantised as all others" if quantised else "")
 
 
 def _counts(model: PreTrainedModel) -> set[int]:
@@ -86,17 +88,61 @@ def _told(mtp: MtpLayers, numbers: dict[str, int], whole: list[int]) -> str:
     return told + (f", with all {' and '.join(map(str, whole))} experts" if whole else "")
 
 
-def _write(mtp: MtpLayers, kept: dict[str, list[int]], behind: int, folder: Path) -> None:
+def _quantised_before(config: Any, folder: Path) -> Quantised | None:
+    """How the source is quantised, where what was written beside the MTP layers is no longer so.
+
+    An engine takes them for what the config says. UserError for a way that is not known here.
+    """
+    before = getattr(config, "quantization_config", None)
+    if not before or "quantization_config" in json.loads((folder / "config.json").read_text()):
+        return None
+    values = before if isinstance(before, dict) else before.to_dict()
+    if values.get("quant_method") != "fp8":
+        raise UserError(
+            "the model was dequantised to be edited, and its MTP layers are quantised by "
+            f"{values.get('quant_method')}, which is not undone here (only fp8 is): "
+            "method.mtp=drop leaves them out, or compress a checkpoint that is not quantised"
+        )
+    rows, columns = values.get("weight_block_size") or (None, None)
+    return Quantised(rows, columns, config.dtype or torch.bfloat16)
+
+
+class Quantised(NamedTuple):
+    """fp8 weights, a factor for each block of so many rows and columns; None: for a whole one.
+
+    dtype: in which they are written.
+    """
+
+    rows: int | None
+    columns: int | None
+    dtype: torch.dtype
+
+    def undone(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """The weight, times its factors."""
+        factor = factor.float()
+        if self.rows and self.columns and factor.dim() >= 2:
+            factor = factor.repeat_interleave(self.rows, dim=-2)[..., : weight.shape[-2], :]
+            factor = factor.repeat_interleave(self.columns, dim=-1)[..., : weight.shape[-1]]
+        return (weight.float() * factor).to(self.dtype)
+
+
+def _write(
+    mtp: MtpLayers,
+    kept: dict[str, list[int]],
+    behind: int,
+    folder: Path,
+    quantised: Quantised | None,
+) -> None:
     """Write the tensors as files of their own, each read back, and enter them in the index."""
     places, size = _indexed(folder)
     sources = sorted(set(mtp.files.values()))
     for number, source in enumerate(sources, start=1):
         target = folder / f"model-mtp-{number:05}-of-{len(sources):05}.safetensors"
         tensors = {}
-        with safe_open(source, "pt") as handle:
-            for name in (name for name, file in mtp.files.items() if file == source):
-                if (new := _new_name(mtp, name, kept, behind)) is not None:
-                    tensors[new] = _cut(mtp, name, handle.get_tensor(name), kept)
+        for name in (name for name, file in mtp.files.items() if file == source):
+            new = _new_name(mtp, name, kept, behind)
+            if new is not None and not (quantised and name.endswith(FACTORS)):
+                tensors[new] = _cut(mtp, name, _read(mtp, name, quantised), kept)
         if not tensors:
             continue
         save_file(tensors, target, metadata={"format": "pt"})
@@ -105,6 +151,17 @@ def _write(mtp: MtpLayers, kept: dict[str, list[int]], behind: int, folder: Path
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read(mtp: MtpLayers, name: str, quantised: Quantised | None) -> Tensor:
+    """A tensor of the source, dequantised where it was `quantised` there."""
+    with safe_open(mtp.files[name], "pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    factors = name + FACTORS
+    if quantised is None or factors not in mtp.files:
+        return tensor
+    with safe_open(mtp.files[factors], "pt") as handle:
+        return quantised.undone(tensor, handle.get_tensor(factors))
 
 
 def _new_name(mtp: MtpLayers, name: str, kept: dict[str, list[int]], behind: int) -> str | None:

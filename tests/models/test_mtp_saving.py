@@ -21,7 +21,7 @@ from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
-from moe_lab.models.mtp_saving import MTP_COUNTS, foresee_mtp
+from moe_lab.models.mtp_saving import MTP_COUNTS, Quantised, foresee_mtp
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
@@ -100,6 +100,14 @@ def in_fresh_process(*folders: Path) -> list[tuple[list[str], Tensor]]:
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     read = json.loads(done.stdout.split("RESULT")[1])
     return [(unexpected, torch.tensor(logits)) for unexpected, logits in read]
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 8]}
+
+
+def set_config(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def counts(folder: Path) -> dict[str, int]:
@@ -249,6 +257,44 @@ def test_every_bit_stays_whatever_the_type(tmp_path: Path) -> None:
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
     assert len([name for name in read if path in name]) == 4 * 3 * 2
     assert read["model.layers.4.eh_proj.weight"].dtype == torch.bfloat16
+
+
+def test_quantised_they_are_dequantised_where_all_others_are(tmp_path: Path) -> None:
+    """transformers dequantises fp8 where there is no GPU: the config then says nothing of it."""
+    made = write_with_mtp("deepseek_v3", tmp_path / "source")
+    file, tensors = tmp_path / "source" / "model.safetensors", {}
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in load_file(file).items():
+        tensors[name] = tensor
+        if "_proj.weight" in name and "eh_proj" not in name:
+            rows, columns = (-(-size // 8) for size in tensor.shape)
+            factors = torch.rand(rows, columns, generator=generator) + 0.5
+            tensors |= {name: tensor.to(torch.float8_e4m3fn), f"{name}_scale_inv": factors}
+    save_file(tensors, file, metadata={"format": "pt"})
+    set_config(tmp_path / "source", quantization_config=FP8)
+    save_checkpoint(pruned(tmp_path / "source", 4), tmp_path / "out", tmp_path / "source")
+    read, path = stored(tmp_path / "out"), "model.layers.4.mlp.experts"
+    assert not [name for name in read if name.endswith("_scale_inv")]
+    for place, expert in enumerate(longest(made, "deepseek_v3", 4)):
+        weight = tensors[f"{path}.{expert}.down_proj.weight"].float()
+        factors = tensors[f"{path}.{expert}.down_proj.weight_scale_inv"]
+        for row in range(weight.shape[0]):
+            for column in range(weight.shape[1]):
+                weight[row, column] *= factors[row // 8, column // 8]
+        assert torch.equal(read[f"{path}.{place}.down_proj.weight"], weight)
+    # The same of a layer that transformers has dequantised itself.
+    own = Quantised(8, 8, torch.float32)
+    first = "model.layers.3.mlp.experts.0.up_proj.weight"
+    ours = own.undone(tensors[first], tensors[f"{first}_scale_inv"])
+    assert torch.equal(read[first], ours)
+
+
+def test_another_quantisation_is_refused(tmp_path: Path) -> None:
+    write_with_mtp("glm4_moe", tmp_path / "source")
+    model = pruned(tmp_path / "source", 4)
+    set_config(tmp_path / "source", quantization_config=FP8 | {"quant_method": "awq"})
+    with pytest.raises(UserError, match=r"quantised by awq.*method.mtp=drop"):
+        save_checkpoint(model, tmp_path / "out", tmp_path / "source")
 
 
 def test_fused_experts_are_cut(tmp_path: Path) -> None:
