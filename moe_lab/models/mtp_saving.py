@@ -66,11 +66,12 @@ def carry_mtp(
     numbers = experts_left(mtp, _counts(model), stock, how)
     kept = {block: kept_experts(mtp, block, number) for block, number in numbers.items()}
     quantised = _quantised_before(config, folder)
-    _write(mtp, kept, model.config.get_text_config().num_hidden_layers, folder, quantised)
+    size = _write(mtp, kept, model.config.get_text_config().num_hidden_layers, folder, quantised)
     whole = sorted({n for block, n in mtp.num_experts.items() if block not in kept})
     if not stock and whole:
         _say_whole(folder / "config.json", {**mtp.num_experts, **numbers})
-    return _told(mtp, numbers, whole) + (", dequantised as all others" if quantised else "")
+    told = f"MTP layers ({size / 2**30:.3g} GiB, which no size of the model counts)"
+    return f"{told}: {_told(mtp, numbers, whole)}{', dequantised as all others' * bool(quantised)}"
 
 
 def _counts(model: PreTrainedModel) -> set[int]:
@@ -78,7 +79,7 @@ def _counts(model: PreTrainedModel) -> set[int]:
 
 
 def _told(mtp: MtpLayers, numbers: dict[str, int], whole: list[int]) -> str:
-    told = f"MTP layers: {len(mtp.files)} tensors come along"
+    told = f"{len(mtp.files)} tensors come along"
     if numbers:
         before = " and ".join(map(str, sorted({mtp.num_experts[block] for block in numbers})))
         return (
@@ -132,9 +133,13 @@ def _write(
     behind: int,
     folder: Path,
     quantised: Quantised | None,
-) -> None:
-    """Write the tensors as files of their own, each read back, and enter them in the index."""
-    places, size = _indexed(folder)
+) -> int:
+    """Write the tensors as files of their own, each read back, and enter them in the index.
+
+    Returns their bytes.
+    """
+    places, before = _indexed(folder)
+    size = 0
     sources = sorted(set(mtp.files.values()))
     for number, source in enumerate(sources, start=1):
         target = folder / f"model-mtp-{number:05}-of-{len(sources):05}.safetensors"
@@ -149,8 +154,9 @@ def _write(
         _compare(target, tensors)
         places |= dict.fromkeys(tensors, target.name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    index = {"metadata": {"total_size": before + size}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return size
 
 
 def _read(mtp: MtpLayers, name: str, quantised: Quantised | None) -> Tensor:
