@@ -34,6 +34,7 @@ def test_other_tensors_that_no_model_takes_are_told_and_no_mtp_layers(tmp_path: 
     made = write_with_mtp("glm4_moe", tmp_path)
     file = tmp_path / "model.safetensors"
     others = {f"visual.blocks.{number}.weight": torch.ones(2) for number in range(7)}
+    others["model.layers.1.mlp.experts.9.bias_of_its_own"] = torch.ones(2)
     beside = {
         "model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
