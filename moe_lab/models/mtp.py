@@ -99,7 +99,7 @@ def find_mtp(config: Any, files: Sequence[Path]) -> MtpLayers:
         return MtpLayers({}, {}, (), behind)
     model = meta_model(config)
     untaken = set(untaken_tensors(model, files))
-    decoders = _decoder_lists((name for name in where if name not in untaken), behind)
+    decoders = decoder_lists((name for name in where if name not in untaken), behind)
     mine = {
         name: where[name]
         for name in sorted(untaken)
@@ -130,7 +130,7 @@ def _may_be_mtp(name: str, behind: int) -> bool:
     return bool(_COMPONENT.search(name)) or any(int(m[1]) >= behind for m in numbers)
 
 
-def _decoder_lists(taken: Iterable[str], behind: int) -> tuple[str, ...]:
+def decoder_lists(taken: Iterable[str], behind: int) -> tuple[str, ...]:
     """The paths below which the files have all decoder layers of the model, by number."""
     numbers: dict[str, set[int]] = {}
     for name in taken:

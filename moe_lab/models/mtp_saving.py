@@ -55,11 +55,12 @@ def carry_mtp(
 ) -> str:
     """Bring the MTP tensors of `source` into the checkpoint of `model` that `folder` holds.
 
-    config: that of `source`; stock: whether the checkpoint is of its family's own form. Returns in
-    a sentence what became of them, "" where there are none. Its config says 0 MTP layers where the
-    folder then holds none.
+    config: that of `source`, which need not hold more; stock: whether the checkpoint is of its
+    family's own form. Returns in a sentence what became of them, "" where there are none. Its
+    config says 0 MTP layers where the folder then holds none.
     """
-    mtp = find_mtp(config, weight_files(source))
+    weights = weight_files(source) if any(source.glob("*.safetensors")) else []
+    mtp = find_mtp(config, weights)
     if not mtp.files or how == "drop":
         _say_none(folder / "config.json")
         return f"MTP layers: {len(mtp.files)} tensors left out" if mtp.files else ""

@@ -11,7 +11,14 @@ from mtp_checkpoints import CHANGES, WITH_EXPERTS, write_with_mtp
 from safetensors.torch import load_file, save_file
 
 from moe_lab.models.checkpoint import Checkpoint, weight_files
-from moe_lab.models.mtp import MtpLayers, experts_left, find_mtp, kept_experts, untaken_tensors
+from moe_lab.models.mtp import (
+    MtpLayers,
+    decoder_lists,
+    experts_left,
+    find_mtp,
+    kept_experts,
+    untaken_tensors,
+)
 from moe_lab.types import UserError
 
 
@@ -43,6 +50,12 @@ def test_other_tensors_that_no_model_takes_are_told_and_no_mtp_layers(tmp_path: 
     config = Checkpoint(tmp_path).config
     assert set(untaken_tensors(config, [file])) == others.keys() | made.keys()
     assert found(tmp_path).files.keys() == made.keys()
+
+
+def test_the_list_of_decoder_layers_is_the_one_with_all_their_numbers() -> None:
+    taken = [f"model.layers.{i}.mlp.experts.{e}.up.weight" for i in range(3) for e in range(5)]
+    taken += [f"visual.blocks.{i}.mlp.up.weight" for i in range(4)] + ["head.layers.0.norm.weight"]
+    assert decoder_lists(taken, 3) == ("model.layers",)
 
 
 def test_a_checkpoint_without_any_has_none(tmp_path: Path) -> None:
