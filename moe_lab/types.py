@@ -98,3 +98,4 @@ class Choice:
 AlignName = Literal["none", "weights", "activations", "both"]
 RouterName = Literal["all", "dominant", "mean", "sum"]
 ReplacementName = Literal["nothing", "zero", "constant", "copy"]
+MtpName = Literal["prune", "keep", "drop"]

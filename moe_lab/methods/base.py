@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, get_args
 
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
-from moe_lab.option import Plugin, check_options
+from moe_lab.option import Option, Plugin, check_options
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo
+from moe_lab.types import LayerInfo, MtpName
+
+Mtp = Annotated[
+    str,
+    Option(
+        "what becomes of MTP layers: as many experts go as elsewhere, or none, or all of it",
+        among=get_args(MtpName),
+    ),
+]
 
 
 def form_notes(padding: float, convert: str | None) -> dict[str, Any]:
@@ -26,11 +34,15 @@ class Method(Plugin, ABC):
     values that are out of the range which their `Option` says.
     example(layers): edits of the kind that the plan will have, by which a recipe and the form of
     the result are judged before any work; by default None, not known before.
+    foreseen(layers): how many experts its edits leave, by layer index, where that is known before
+    any work; by default None.
     from_routers: whether the routers' statistics are enough for it; by default false.
     takes_groups: whether it makes a plan for each group of the calibration set; by default false.
     padding: the largest share of zeros with which stock transformers may hold the result; by
     default None, the model's own.
     convert: whether it may be held as another family's; by default None, it may not.
+    mtp: what becomes of the checkpoint's MTP layers, which no plan names (`models/mtp.py`); by
+    default their experts are pruned to the number of the others'.
     parts(): plug-ins that decide the plan and are in no field, such as those looked up by a name;
     by default none.
     settings(options), groups(options): what a report says of its composed options, and the config
@@ -42,6 +54,7 @@ class Method(Plugin, ABC):
     """
 
     of_condense: tuple[str, ...] = ()
+    mtp: str = "prune"
 
     @property
     def from_routers(self) -> bool:
@@ -73,6 +86,10 @@ class Method(Plugin, ABC):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...] | None:
         """Edits of the plan's kind; None where they are not known before."""
+        return None
+
+    def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
+        """How many experts its edits leave, by layer index; None where that is not known before."""
         return None
 
     def parts(self) -> Sequence[object]:

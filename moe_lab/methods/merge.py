@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import Method
+from moe_lab.methods.base import Method, Mtp
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.methods.grouping.base import (
     GROUPING_FILES,
@@ -89,6 +89,7 @@ class Merge(Method):
         Option("documents on which all experts are computed, where needed; null: all", least=1),
     ] = 32
     seed: Annotated[int, Option("seed of layers=random")] = 0
+    mtp: Mtp = "prune"
 
     of_condense = ("num_layers",)
 
@@ -171,6 +172,12 @@ class Merge(Method):
                          router=self._own("router"))
             for info in self._known(layers)
         )  # fmt: skip
+
+    def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
+        """What num_experts says, or the ratio where no score enters it."""
+        if self.num_experts is None:
+            return self._ratio.foreseen(layers)
+        return {info.index: self.num_experts for info in self._known(layers)}
 
     @classmethod
     def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:

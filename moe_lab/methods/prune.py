@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import Method
+from moe_lab.methods.base import Method, Mtp
 from moe_lab.methods.metrics.base import Metric, Score, as_metric
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
@@ -61,6 +61,7 @@ class Prune(Method):
     propagate: Annotated[
         bool, Option("measure each layer behind the layers that are pruned already")
     ] = False
+    mtp: Mtp = "prune"
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio with which a router cannot work, what the metric refuses, and options."""
@@ -94,6 +95,10 @@ class Prune(Method):
             )
             for info in layers
         )  # fmt: skip
+
+    def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
+        """What the ratio leaves, where no score enters it."""
+        return self.ratio.foreseen(layers)
 
     @property
     def from_routers(self) -> bool:

@@ -46,7 +46,7 @@ class Form:
     stock: whether stock transformers can load it; reason: which form and why, with the option that
     changes it; plain: whether it is the family's own without any zeros. num_experts: to how many
     each layer's are filled up with twins, None where they stay as they are; repeated: the
-    parameters that these add.
+    parameters that these add; mtp: what became of the MTP layers, in words.
     """
 
     stock: bool
@@ -55,10 +55,12 @@ class Form:
     plain: bool = False
     num_experts: int | None = None
     repeated: int = 0
+    mtp: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """What a stage keeps beside the checkpoint."""
-        return {"stock": self.stock, "reason": self.reason, "repeated_parameters": self.repeated}
+        told = {"stock": self.stock, "reason": self.reason, "repeated_parameters": self.repeated}
+        return told | ({"mtp": self.mtp} if self.mtp else {})
 
 
 def form_of(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from moe_lab.models.editing import NoMLP, prune_layer, set_block
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.layers import COUNT_FIELDS, moe_layers
 from moe_lab.models.layerwise import decoder_layers
+from moe_lab.models.mtp import find_mtp
+from moe_lab.models.mtp_saving import carry_mtp
 from moe_lab.models.opening import text_config, text_values
 from moe_lab.models.reading_back import check_saved, few_logits
 from moe_lab.models.routers import with_twins
@@ -41,6 +45,7 @@ from moe_lab.models.stored import (
     round_as_stored,
 )
 from moe_lab.models.superset import as_superset
+from moe_lab.types import MtpName
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ def save_checkpoint(
     padding: float | None = None,
     twins: float = 0.0,
     convert: str | None = None,
+    mtp: MtpName = "prune",
 ) -> Form:
     """Write an edited model as a checkpoint, in the form that is returned.
 
@@ -62,9 +68,10 @@ def save_checkpoint(
     others are filled up with copies of their own, where that changes nothing (as with one expert
     for each token) and adds at most this share; the config says how many were there before
     (`distinct_experts`). convert: superset, and the model may become one of another family that
-    computes the same and says more (`superset.py`), where its own cannot hold it. The model is not
-    changed except for its dtype, its config and the experts that are filled up.
-    What was written is read back and compared (`reading_back.py`).
+    computes the same and says more (`superset.py`), where its own cannot hold it. mtp: what becomes
+    of the MTP layers that lie at `source` (`mtp.py`); the form says so. The model is not changed
+    except for its dtype, its config and the experts that are filled up. What was written is read
+    back and compared (`reading_back.py`).
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     before = meta_model(original)
@@ -92,10 +99,14 @@ def save_checkpoint(
     with no_bars():
         model.save_pretrained(folder)
     _adapt_config(folder / "config.json", source / "config.json", model.config)
-    carry_over(_passing_by(files, before, model), folder)
+    of_mtp = find_mtp(original, weight_files(source)).files
+    carry_over(_passing_by(files, before, model, of_mtp), folder)
     copy_text_files(source, folder)
     check_saved(model, folder, expected, computing)
-    return form
+    told = carry_mtp(original, model, source, folder, mtp, form.stock)
+    if told:
+        logger.info(told)
+    return replace(form, mtp=told)
 
 
 @torch.no_grad()
@@ -147,10 +158,19 @@ def _write_count_aliases(values: dict[str, Any], config: Any) -> None:
             values[field] = values[written[0]]
 
 
-def _passing_by(files: Held, before: PreTrainedModel, model: PreTrainedModel) -> list[Stored]:
-    """What the files hold beside the model's tensors, as far as it still belongs to its layers."""
+def _passing_by(
+    files: Held, before: PreTrainedModel, model: PreTrainedModel, of_mtp: Collection[str]
+) -> list[Stored]:
+    """What the files hold beside the model's tensors, as far as it still belongs to its layers.
+
+    of_mtp: the names in the files that `carry_mtp` sees to.
+    """
     number, left = (text_config(one.config).num_hidden_layers for one in (before, model))
-    every = dict(files.others)
+    every = {
+        name: parts
+        for name, parts in files.others.items()
+        if not any(one.key in of_mtp for one in parts)
+    }
     if number != left:
         inside = re.compile(rf"^{re.escape(decoder_layers(before)[0])}\.\d+\.")
         if gone := [name for name in sorted(every) if inside.match(name)]:

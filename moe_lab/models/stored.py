@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers.core_model_loading import (
 
 logger = logging.getLogger(__name__)
 
+_MADE_BY_MODELS = re.compile(r"rotary_emb\.inv_freq|(?:^|\.)position_ids$")  # no longer stored
 NOT_LOADED = "model-not-loaded.safetensors"  # beside the model's own weights, in their index
 INDEX = "model.safetensors.index.json"
 FLOATING = {
@@ -80,13 +82,29 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
-    """What these files hold of a model, which may be without weights: only headers are read."""
+    """What these files hold of a model, which may be without weights: only headers are read.
+
+    Left out are buffers that models compute, and what quantisation stores beside a weight.
+    """
     found = {one.key: one for file in files for one in stored_in(file)}
     by_name: dict[str, list[Stored]] = {}
     for key, name in model_names(model, found).items():
         by_name.setdefault(name, []).append(found[key])
-    others = {name: by_name.pop(name) for name in by_name.keys() - model.state_dict().keys()}
-    return Held(by_name, others)
+    untaken = sorted(by_name.keys() - model.state_dict().keys())
+    others = {name: by_name.pop(name) for name in untaken}
+    taken = {one.key for parts in by_name.values() for one in parts}
+    needed = {
+        name: parts
+        for name, parts in others.items()
+        if not all(_is_needless(one, taken) for one in parts)
+    }
+    return Held(by_name, needed)
+
+
+def _is_needless(one: Stored, taken: Collection[str]) -> bool:
+    """Whether a tensor is one that models compute, or a quantisation's beside a weight's own."""
+    owner, _, key = one.key.rpartition(".")
+    return bool(_MADE_BY_MODELS.search(one.key)) or ("scale" in key and f"{owner}.weight" in taken)
 
 
 def stored_in(file: Path) -> list[Stored]:

@@ -11,10 +11,12 @@ from moe_lab.finetune.recipe import Recipe
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models.architecture import differences
-from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
+from moe_lab.models.mtp_saving import foresee_mtp
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,19 @@ def check_recipe(
         others = (info for info in layers if info.index not in indices)
         kept = tuple(KeepLayer(info.index, info.name) for info in others)
         recipe.check(Plan((*edits, *kept)))
+
+
+def check_mtp(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo]) -> None:
+    """Refuse MTP layers left whole beside others with fewer experts, where these are foreseen."""
+    if method.mtp != "keep" or isinstance(checkpoint, Original):
+        return
+    numbers = method.foreseen(layers) or {}
+    edits = [
+        PruneExperts(edit.index, edit.name, kept=tuple(range(numbers[edit.index])))
+        for edit in method.example(layers) or ()
+        if edit.index in numbers and not edit.keeps_rows
+    ]
+    foresee_mtp(checkpoint, edits, "keep")
 
 
 def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo]) -> None:

@@ -11,6 +11,7 @@ from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.mtp_saving import foresee_mtp
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
@@ -33,11 +34,13 @@ def compress(context: Context, asked: Compression) -> Artifact:
     plan = Plan.load(asked.plan.folder / PLAN)
 
     def make(folder: Path) -> None:
+        mtp = plan.notes.get("mtp", "prune")
+        foresee_mtp(asked.dense, plan.edited(), mtp)
         model = asked.dense.load()
         apply_plan(model, plan)
         padding, convert = (plan.notes.get(name) for name in ("padding", "convert"))
         checkpoint, source = folder / CHECKPOINT, asked.dense.path
-        form = save_checkpoint(model, checkpoint, source, padding, convert=convert)
+        form = save_checkpoint(model, checkpoint, source, padding, convert=convert, mtp=mtp)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
 
     identity = {

@@ -74,7 +74,8 @@ def finetune(context: Context, asked: FineTuning) -> Artifact:
             model, plan, recipe, tokens, asked.seed, context.compute, folder, teacher, context.log
         ).run()
         place, source = folder / CHECKPOINT, asked.compressed.path
-        form = save_checkpoint(model.cpu(), place, source, twins=recipe.twins)
+        mtp = plan.notes.get("mtp", "prune")
+        form = save_checkpoint(model.cpu(), place, source, twins=recipe.twins, mtp=mtp)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 

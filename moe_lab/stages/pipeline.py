@@ -15,6 +15,7 @@ from moe_lab.models import checkpoint
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
     announce_form,
+    check_mtp,
     check_profile,
     check_recipe,
     compare_architecture,
@@ -84,6 +85,7 @@ def prepare(
     if parts.diagnose:
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
+    check_mtp(dense, method, layers)
     announce_form(dense, method, layers)
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None

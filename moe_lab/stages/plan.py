@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -70,7 +71,9 @@ def _write(context: Context, asked: Planning, folder: Path) -> None:
             layer.info = stored[layer.info.index]
         made = asked.method.plan(model.profile(layers))
         check_plan([layer.info for layer in layers], made.edited())
-        return made
+        if (mtp := asked.method.mtp) == "prune":
+            return made
+        return dataclasses.replace(made, notes=made.notes | {"mtp": mtp})
 
     common, groups = collect.load_statistics(profiled), collect.load_groups(profiled)
     for number, layers in enumerate(groups.values()):

@@ -252,6 +252,7 @@ def test_options_that_decide_nothing_are_in_no_identity() -> None:
         "align",
         "router",
         "propagate",
+        "mtp",
     }
     assert known(grouping="hc_smoe") - known() == {"num_samples"}
     assert grouping("hc_smoe") == {"name": "hc_smoe", "linkage": "average"}

@@ -6,16 +6,20 @@ import functools
 from pathlib import Path
 
 import pytest
+from mtp_checkpoints import write_with_mtp
 
 from moe_lab.compute import Compute
+from moe_lab.methods.condense.method import Condense
+from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
+from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.stages.checks import check_profile, compare_architecture
+from moe_lab.stages.checks import check_mtp, check_profile, compare_architecture
 from moe_lab.types import UserError
 
 
@@ -43,3 +47,27 @@ def test_a_checkpoint_of_another_structure_is_warned_of(
     compare_architecture(found, {"name": "mine", "architecture": stated | {"num_experts": 60}})
     assert "is not model=mine as published: num_experts 8 (not 60)." in caplog.text
     assert "model.architecture=null" in caplog.text
+
+
+def test_mtp_layers_left_whole_are_refused_where_fewer_experts_are_foreseen(tmp_path: Path) -> None:
+    write_with_mtp("glm4_moe", tmp_path)
+    dense = Checkpoint(tmp_path)
+    layers = dense.layers()
+    half, all_of_them = Uniform(0.5), len(layers)
+    for method in (
+        Prune(reap, half, mtp="keep"),
+        Merge(all_of_them, 4, router="dominant", mtp="keep"),
+        Merge(all_of_them, ratio=half, router="mean", mtp="keep"),
+    ):
+        with pytest.raises(UserError, match=r"method.mtp=keep.*8 experts.*have 4"):
+            check_mtp(dense, method, layers)
+    for method in (
+        Prune(reap, half),
+        Prune(reap, Uniform(0.0), mtp="keep"),
+        Prune(reap, half, replacement="zero", mtp="keep"),  # all rows stay
+        Prune(reap, Global(0.5), mtp="keep"),  # not known before
+        Merge(1, 4, layers="first", router="dominant", mtp="keep"),  # layers of different sizes
+        Condense(1, 1, mtp="keep"),
+        DropBlocks(1, mtp="keep"),
+    ):
+        check_mtp(dense, method, layers)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from distilling import FEW
 from families import logits_of, tiny_model
+from mtp_checkpoints import stored, write_with_mtp
+from running import Job
+from safetensors.torch import load_file
 
 from moe_lab.compute import Compute
 from moe_lab.models.checkpoint import Checkpoint
@@ -49,3 +54,41 @@ def test_a_plan_is_carried_out_once_and_says_in_which_form(tmp_path: Path) -> No
     other = compress(Context(store, Compute("cpu")), exact)
     assert not other.cached, "computed in another dtype"
     assert len(list((store.root / "compress").glob("*/form.json"))) == 3
+
+
+def test_mtp_layers_go_through_a_run(job: Job, tokenizer: Any, tmp_path: Path) -> None:
+    """Pruned with all others and carried past the tuning; left whole only where that can be."""
+    model = tmp_path / "glm"
+    made = write_with_mtp("glm4_moe", model, vocab_size=len(tokenizer), max_position_embeddings=512)
+    tokenizer.save_pretrained(model)
+    asked = [f"model.path={model}", "metric=router_norm", "ratio.ratio=0.5"]
+    refused = job(*asked, "method.mtp=keep")
+    assert refused.code == 2 and "8 experts while all other layers have 4" in refused.text
+    assert refused.stages() == [], "before any work"
+    assert job(*asked, "method.mtp=some").code == 2
+    merging = ["method=merge", "method.router=dominant", "method.num_experts=6", "method.mtp=keep"]
+    assert "8 experts while all other layers have 6" in job(*asked, *merging).text
+
+    done = job(*asked, *FEW, "finetune=experts")
+    assert done.code == 0, done.text
+    [compressed], [tuned] = (
+        list(done.store.glob(f"{stage}/*/checkpoint")) for stage in ("compress", "finetune")
+    )
+    gate, experts = "model.layers.4.mlp.gate.weight", "model.layers.4.mlp.experts"
+    kept = sorted(made[gate].norm(dim=1).topk(4).indices.tolist())
+    before, after = stored(compressed), stored(tuned)
+    for read in (before, after):
+        assert torch.equal(read[gate], made[gate][kept])
+        for place, expert in enumerate(kept):
+            wanted = made[f"{experts}.{expert}.up_proj.weight"]
+            assert torch.equal(read[f"{experts}.{place}.up_proj.weight"], wanted)
+        assert f"{experts}.4.up_proj.weight" not in read
+    trained = "model.layers.3.mlp.experts.0.up_proj.weight"
+    assert not torch.equal(before[trained], after[trained])
+
+    without = job(*asked, *FEW[:1], "method.mtp=drop")
+    assert without.code == 0
+    [dropped] = set(done.store.glob("compress/*/checkpoint")) - {compressed}
+    form = json.loads((dropped.parent / "form.json").read_text())
+    assert form["mtp"] == f"MTP layers: {len(made)} tensors left out"
+    assert not [name for name in load_file(dropped / "model.safetensors") if ".layers.4." in name]

@@ -86,7 +86,7 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel
     Every parameter is drawn, also those that transformers initialises to a constant: routers of
     zeros and norms of ones would hide mistakes.
     """
-    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | changes))
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES.get(family, {}) | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 
-from moe_lab.methods.base import Method, form_notes
+from moe_lab.methods.base import Method, Mtp, form_notes
 from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
@@ -61,6 +61,7 @@ class Condense(Method):
             among=(SUPERSET,),
         ),
     ] = None
+    mtp: Mtp = "prune"
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "beam", "seed", "padding",

@@ -33,6 +33,7 @@ class Ratio(Plugin, ABC):
     Only `numbers` has to be there. What else may be:
     check(layers): refuses an impossible request before any work, with a UserError; by default
     values that are out of the range which their `Option` says.
+    foreseen(layers): the numbers where they are known before any work; by default None.
     notes(scores, numbers): facts about its decision for the plan; by default none.
     takes_groups: whether a group's statistics are all that it looks at, and not the model on the
     whole calibration set; by default true.
@@ -51,6 +52,10 @@ class Ratio(Plugin, ABC):
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible request before any work, with a UserError."""
         check_options(self, "ratio")
+
+    def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
+        """How many experts each layer keeps, where that is known before any work."""
+        return None
 
     def notes(self, scores: Scores, numbers: Any) -> dict[str, Any]:
         """Facts about the decision, for the plan; numbers: what `numbers` gave."""

@@ -40,7 +40,10 @@ class Uniform(Budget):
 
     def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
         """How many experts each layer keeps, by layer index."""
-        layers = [info for info, _ in scores]
+        return self.foreseen([info for info, _ in scores])
+
+    def foreseen(self, layers: Sequence[LayerInfo]) -> dict[int, int]:
+        """The same: no score enters it."""
         return {info.index: self._number(info, layers) for info in layers}
 
     def _number(self, info: LayerInfo, layers: Sequence[LayerInfo]) -> int:
