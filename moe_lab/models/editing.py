@@ -21,6 +21,7 @@ from moe_lab.models.layers import (
     expert_parameters,
     hidden_of,
     routed_modules,
+    rows_of,
 )
 from moe_lab.models.remapped import places_of, remap, shared_places
 from moe_lab.types import LayerInfo, UserError
@@ -81,10 +82,11 @@ def prune_layer(layer: MoELayer, kept: Sequence[int], rows: bool = True) -> None
     """
     old, kept = layer.info.num_experts, list(kept)
     modules = routed_modules(layer) if rows else list(layer.experts.modules())
-    for module, key, tensor, dimension in list(by_expert(layer)):
+    found = [(*one, rows_of(layer, *one[2:], kept)) for one in by_expert(layer)]
+    for module, key, tensor, dimension, places in found:
         if module not in modules:
             continue
-        index = torch.tensor(kept, device=tensor.device)
+        index = torch.tensor(places, device=tensor.device)
         cut = tensor.detach().index_select(dimension, index)
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, tensor.requires_grad)
@@ -128,7 +130,7 @@ def merge_router_rows(
     weights: None for the plain sum. Entries of the router's biases are summed alike.
     """
     for module, _, tensor, dimension in by_expert(layer):
-        if module is layer.experts:
+        if module in layer.experts.modules():
             continue
         rows = tensor.movedim(dimension, 0)
         merged = []

@@ -4,13 +4,13 @@ With `routers.py`, `observing.py`, `remapped.py`, `checkpoint.py`, `layerwise.py
 all that knows transformers' insides. It relies on the contract that the v5 families share: inside a
 decoder layer stands a block with a router, which returns (logits, weights, indices), and an experts
 module decorated with `use_experts_implementation`, which takes (hidden_states, top_k_index,
-top_k_weights).
+top_k_weights). Families that keep another contract have an adapter (`adapters/`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard, cast
 
@@ -19,12 +19,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
 
+from moe_lab.models.adapters.base import adapt
 from moe_lab.models.remapped import OF_REMAPPING, Experts, RemappedExperts
 from moe_lab.types import LayerInfo, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 Output = Tensor | tuple[Tensor, ...]  # of a block or a decoder layer
 TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+TOP_K_FIELDS += ("moe_top_k",)
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
 
 
@@ -46,6 +48,7 @@ Standing = MoELayer | nn.Module  # at a layer: a plain block where it is no MoE 
 
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
+    adapt(model)
     modules = dict(model.named_modules())
     layers = []
     for path, experts in modules.items():
@@ -101,6 +104,7 @@ def _moe_layer(
         num_decoders=len(module_list(model, decoders_path(name))),
         family=getattr(model.config, "model_type", ""),
         real_experts=num_experts if isinstance(experts, RemappedExperts) else 0,
+        zero_experts=getattr(experts, "zero_experts", 0),
     )
     decoder = modules[decoder_path]
     gate = children.get("shared_expert_gate")
@@ -119,7 +123,7 @@ def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
     model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
     for layer in layers:
         rows = [
-            (tensor.numel() // tensor.shape[dimension], tensor)
+            (tensor.narrow(dimension, 0, num_rows_each(layer, tensor, dimension)).numel(), tensor)
             for module, key, tensor, dimension in by_expert(layer)
             if key not in module._non_persistent_buffers_set
         ]
@@ -248,17 +252,36 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     experts; the first such dimension is the one. Where the router has more rows than there are
     experts, the experts' own tensors have the latter; what places the rows is not among them.
     """
-    inside = set(layer.experts.modules())
+    inside, also = set(layer.experts.modules()), getattr(layer.experts, "indexed_size", None)
     for module in routed_modules(layer):
         size = layer.info.num_experts
         if module in inside:
             size = layer.info.real_experts or size
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and key not in OF_REMAPPING and size in tensor.shape:
-                yield module, key, tensor, tensor.shape.index(size)
+            if tensor is None or key in OF_REMAPPING:
+                continue
+            for dimension, length in enumerate(tensor.shape):
+                if length in (size, also):
+                    yield module, key, tensor, dimension
+                    break
+
+
+def rows_of(layer: MoELayer, tensor: Tensor, dimension: int, experts: Sequence[int]) -> list[int]:
+    """Where these experts, and what is never removed, are in a dimension that `by_expert` says."""
+    places: Callable[[int, Sequence[int]], list[int]]
+    places = getattr(layer.experts, "places", lambda length, kept: list(kept))
+    return places(tensor.shape[dimension], experts)
+
+
+def num_rows_each(layer: MoELayer, tensor: Tensor, dimension: int) -> int:
+    """How many rows of a dimension that `by_expert` says each expert has."""
+    one, none = (rows_of(layer, tensor, dimension, experts) for experts in ([0], []))
+    return len(one) - len(none)
 
 
 def _obstacle(experts: Experts, shared: nn.Module | None) -> str | None:
+    if own := getattr(experts, "obstacle", None):
+        return str(own)
     if isinstance(experts, RemappedExperts):
         return "its router has more rows than there are experts"
     if shared is not None and not is_gated_mlp(shared):

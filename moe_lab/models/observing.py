@@ -82,7 +82,7 @@ def observe_routers(
 
     def hook_of(layer: MoELayer) -> Hook:
         def hook(module: nn.Module, args: Arguments, output: Any) -> None:
-            logits = _router_logits(output).reshape(-1, layer.info.num_experts)
+            logits = _router_logits(output).reshape(-1, layer.info.num_rows)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
             routed: tuple[Tensor, ...] = logits, index, weight
             if observation.valid is not None and not bool(observation.valid.all()):
@@ -183,7 +183,7 @@ def _emitter(observation: Observation, layer: MoELayer) -> Hook:
     def hook(module: nn.Module, args: Arguments, output: Output) -> None:
         key = layer.experts
         *routed, out = observation.inputs.pop(key)
-        logits = observation.logits.pop(key).reshape(-1, layer.info.num_experts)
+        logits = observation.logits.pop(key).reshape(-1, layer.info.num_rows)
         gate = observation.shared_gate.pop(key, None)
         gate = None if gate is None else gate.reshape(-1).sigmoid()
         valid = None if observation.valid is None else observation.valid.reshape(-1)
@@ -234,6 +234,8 @@ def _observing_experts(
     token_S = order_S % num_tokens
     weight_S = top_k_weights[token_S, order_S // num_tokens]
     x_SD = hidden_states[token_S]
+    if getattr(self, "scales_input", False):  # the weight is inside the outputs
+        x_SD, weight_S = x_SD * weight_S[:, None], torch.ones_like(weight_S)
     counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
     if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins
         parts = (part[:number] for part in (expert_S, order_S, token_S, weight_S, x_SD))
