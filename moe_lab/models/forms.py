@@ -84,8 +84,7 @@ def choose_form(model: PreTrainedModel, padding: float, twins: float = 0.0) -> F
         form, obstacle = _with_twins(model, layers, edited, twins, max(counts), obstacle)
         if form:
             return form
-    elif not obstacle:
-        built = meta_model(config)
+    elif not obstacle and not (obstacle := _misfit(model, built := meta_model(config), edited)):
         names = sorted(dense_names(model) | set(edited)) if edited else []
         ours = [model.get_submodule(name) for name in names]
         theirs = [built.get_submodule(name) for name in names]
@@ -134,6 +133,19 @@ def _native_config(
         native,
         None if native else f"{config.model_type} cannot say that layers {indices} are dense",
     )
+
+
+def _misfit(model: nn.Module, built: nn.Module, edited: dict[str, nn.Module]) -> str | None:
+    """What the family's config would build otherwise, beside the edited blocks."""
+    theirs = built.state_dict()
+    for key, tensor in model.state_dict().items():
+        if any(key.startswith(f"{name}.") for name in edited):
+            continue
+        shape = tuple(theirs[key].shape) if key in theirs else None
+        if shape != tuple(tensor.shape):
+            family = getattr(built.config, "model_type", "")
+            return f"by its config {family} would give {key} the shape {shape}, not the model's own"
+    return None
 
 
 def _remapped_obstacle(layers: list[MoELayer], family: str) -> str:
@@ -190,10 +202,11 @@ def _with_twins(
 
 
 def set_num_experts(config: Any, count: int) -> None:
-    """Write the number of routed experts under each name that this config knows."""
-    for field in COUNT_FIELDS:
-        if isinstance(getattr(config, field, None), int):
-            setattr(config, field, count)
+    """Write the number of routed experts under each name that this config or a part of it knows."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for field in COUNT_FIELDS:
+            if isinstance(getattr(part, field, None), int):
+                setattr(part, field, count)
 
 
 def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> Any | None:

@@ -21,9 +21,9 @@ def router_row_norms(layer: MoELayer) -> Tensor:
     """l2 norm [E] of each expert's row of the router's weight."""
     num_experts = layer.info.num_experts
     for weight in layer.router.parameters():
-        if weight.dim() == 2 and num_experts in weight.shape:
-            rows_ED = weight.detach().movedim(weight.shape.index(num_experts), 0)
-            norm_E: Tensor = torch.linalg.vector_norm(rows_ED.double(), dim=1)
+        if weight.dim() == 2 and layer.info.num_rows in weight.shape:
+            rows_ED = weight.detach().movedim(weight.shape.index(layer.info.num_rows), 0)
+            norm_E: Tensor = torch.linalg.vector_norm(rows_ED[:num_experts].double(), dim=1)
             return norm_E.cpu()
     raise UserError(f"{type(layer.router).__name__} has no weight with a row for each expert")
 
@@ -38,7 +38,8 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
     absolute_E = square_E = torch.zeros((), dtype=torch.float64)
     count = 0
     experts = layer.experts
-    for matrices in (experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj):
+    up = experts.gate_up_proj[: len(experts.down_proj)] if experts.has_gate else experts.up_proj
+    for matrices in (up, experts.down_proj):
         exact = torch.promote_types(matrices.dtype, torch.float32)
         parts = matrices.split(FEW)
         rows = torch.cat([part.abs().sum(dim=2, dtype=exact) for part in parts])

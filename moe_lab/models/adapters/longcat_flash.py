@@ -38,16 +38,15 @@ class LongcatExperts(AdaptedExperts, stock.LongcatFlashExperts):
 
     @property
     def indexed_size(self) -> int:
-        return len(self._parameters["gate_up_proj"])
+        return len(self.gate_up_proj)
 
     total_experts = indexed_size
 
-    @property
-    def gate_up_proj(self) -> Tensor:
-        return self._parameters["gate_up_proj"][: self.num_experts]
-
     def places(self, length: int, kept: Sequence[int]) -> list[int]:
         return [*kept, *range(self.num_experts, length)]
+
+    def matrices(self) -> dict[str, Tensor]:
+        return {"gate_up_proj": self.gate_up_proj[: self.num_experts], "down_proj": self.down_proj}
 
     def forward(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         out_TD = super().forward(hidden_states, index_TK, weight_TK)
