@@ -25,8 +25,10 @@ from moe_lab.types import LayerInfo, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 Output = Tensor | tuple[Tensor, ...]  # of a block or a decoder layer
-TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-TOP_K_FIELDS += ("moe_top_k",)
+TOP_K_FIELDS = (
+    *("top_k", "num_experts_per_tok", "num_experts_per_token"),
+    *("moe_topk", "moe_top_k", "moe_k"),
+)
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.(?P<index>\d+))\.(?P<rest>.+)$")
 
 

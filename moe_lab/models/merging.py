@@ -94,7 +94,7 @@ class HiddenUnits:
             into = unit_I1 + half * width if experts.is_concatenated else unit_I1 * 2 + half
         self.places = {up: (row, into), "down_proj": (column, unit_I1)}
         if up not in self.tensors:  # gate, up and down projection apart, all [E, I, D]
-            self.places = {name: (0, unit_I1) for name in self.tensors}
+            self.places = dict.fromkeys(self.tensors, (0, unit_I1))
         self.places |= {f"{up}_bias": (0, into)} if experts.has_bias else {}
 
     def weights(self, expert: int) -> Tensor:

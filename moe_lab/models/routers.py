@@ -116,8 +116,11 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
                 f"top_k={top_k}: layer {layer.info.index} has {layer.info.num_experts} experts, so "
                 f"that a token can get 1 to {layer.info.num_experts} of them"
             )
+        if why := getattr(layer.experts, "keeps_top_k", None):
+            raise UserError(f"top_k={top_k}: {why}")
     config = model.config.get_text_config()
-    holders: list[Any] = [config, *(m for layer in layers for m in routed_modules(layer))]
+    parts = [getattr(config, name) for name in config.sub_configs]
+    holders: list[Any] = [config, *parts, *(m for layer in layers for m in routed_modules(layer))]
     before = _top_k_places(holders)
     for holder, field, _ in before:
         setattr(holder, field, top_k)

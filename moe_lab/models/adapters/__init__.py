@@ -1,1 +1,1 @@
-"""Families that transformers reads but whose layers do not keep the common contract, a file each."""
+"""Families that transformers reads but that keep a contract of their own: a file each."""

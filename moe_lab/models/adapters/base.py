@@ -12,6 +12,7 @@ what of this their family needs:
     matrices()                           what holds the hidden units, where it is not the first two
     scales_input                         the router's weight multiplies what the expert gets
     zero_experts                         rows of the router, behind the experts', that copy
+    keeps_top_k                          why a token cannot get another number of experts
     obstacle                             why the layer cannot become one dense gated MLP
 """
 
@@ -29,7 +30,7 @@ from moe_lab.lookup import module_in, names_in
 from moe_lab.models.remapped import Experts
 from moe_lab.types import UserError
 
-OURS = "moe_lab"  # how the names of our own ways to compute experts begin
+OUR_PREFIX = "moe_lab"  # how the names of our own ways to compute experts begin
 REFUSED = {
     "doge": "its experts are single neurons that product keys retrieve (PEER): it has no routed "
     "feed-forward experts that could be pruned, merged or condensed",
@@ -51,8 +52,9 @@ class AdaptedExperts(Experts):
     is_concatenated = True
     scales_input = False
     zero_experts = 0
+    keeps_top_k: str | None = None
     obstacle: str | None = None
-    _apply_gate = _default_apply_gate
+    _apply_gate: Any = _default_apply_gate
     _is_expert_parallel = False
 
     def forward(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class AdaptedExperts(Experts):
 
     def is_ours(self) -> bool:
         """Whether it was asked to compute in one of moe_lab's own ways."""
-        return str(self.config._experts_implementation).startswith(OURS)
+        return str(self.config._experts_implementation).startswith(OUR_PREFIX)
 
     def alone(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The same as the family computes it."""
@@ -87,23 +89,24 @@ class AdaptedExperts(Experts):
 
 def adapt(model: nn.Module) -> None:
     """Let the layers of a model keep the contract, in place, where they do not; idempotent."""
-    if not any(_block_for(type(module)) for module in model.modules()):
+    if not any(_block_for(module) for module in model.modules()):
         return
     owners = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     config_of: dict[nn.Module, Any] = {}
     for owner in owners:  # outer ones come first: a block gets the config of the innermost
-        blocks = [module for module in owner.modules() if _block_for(type(module))]
+        blocks = [module for module in owner.modules() if _block_for(module)]
         config_of |= dict.fromkeys(blocks, owner.config)
         if blocks:  # transformers looks for its decorator in the source of the family's file
-            owner._can_set_experts_implementation = _yes
+            vars(owner)["_can_set_experts_implementation"] = _yes
     for block, config in config_of.items():
-        block.__class__ = _block_for(type(block))  # type: ignore[assignment]
-        block.adapt_parts(config)  # type: ignore[operator]
+        adapted: Any = block
+        adapted.__class__ = _block_for(block)
+        adapted.adapt_parts(config)
 
 
 def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
     """Change the class of a module in place, and set what the new one needs beside."""
-    module.__class__ = kind  # type: ignore[assignment]
+    module.__class__ = kind
     for name, value in attributes.items():
         setattr(module, name, value)
 
@@ -114,9 +117,14 @@ def check_supported(model_type: str) -> None:
         raise UserError(f"the family {model_type!r} cannot be compressed: {REFUSED[model_type]}")
 
 
-@functools.cache
-def _block_for(kind: type[nn.Module]) -> type[nn.Module] | None:
+def _block_for(module: nn.Module) -> type[nn.Module] | None:
     """The class that adapts a stock MoE block; None for all other modules."""
+    kind: Any = type(module)
+    return _adapting(kind)
+
+
+@functools.cache
+def _adapting(kind: type[Any]) -> type[nn.Module] | None:
     library, _, rest = kind.__module__.partition(".models.")
     folder = rest.split(".")[0]
     if library != "transformers" or folder not in names_in(__package__):

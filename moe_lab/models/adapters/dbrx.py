@@ -20,8 +20,8 @@ class DbrxContractRouter(stock.DbrxRouter):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE = super().forward(hidden_states)
-        weight_TK, index_TK = stock.DbrxFFN.route_tokens_to_experts(self, logits_TE)
-        return logits_TE, weight_TK, index_TK
+        block: Any = self  # whose two fields the choice reads
+        return logits_TE, *stock.DbrxFFN.route_tokens_to_experts(block, logits_TE)
 
 
 class DbrxContractExperts(AdaptedExperts, stock.DbrxExperts):
@@ -57,7 +57,7 @@ class DbrxContractExperts(AdaptedExperts, stock.DbrxExperts):
 
 
 def _of_its_own(activation: Callable[[Tensor], Tensor], gate: Tensor) -> Tensor:
-    """The activation of a tensor that lies apart, as stock: it is rounded otherwise in half of one."""
+    """The activation of a tensor by itself: as a part of another one it is rounded otherwise."""
     return activation(gate.contiguous())
 
 
@@ -65,15 +65,15 @@ class DbrxContractBlock(stock.DbrxFFN):
     """The stock block, whose router chooses the experts."""
 
     def adapt_parts(self, config: Any) -> None:
-        how = self.moe_normalize_expert_weights
-        top_k, kind = self.top_k, DbrxContractRouter
-        become(self.router, kind, top_k=top_k, moe_normalize_expert_weights=how)
+        fields = ("top_k", "moe_normalize_expert_weights")
+        become(self.router, DbrxContractRouter, **{name: getattr(self, name) for name in fields})
         become(self.experts, DbrxContractExperts, config=config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         _, weight_TK, index_TK = self.router(hidden_states)
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return self.experts(x_TD, index_TK, weight_TK).view(hidden_states.shape)
+        out_TD: Tensor = self.experts(x_TD, index_TK, weight_TK)
+        return out_TD.view(hidden_states.shape)
 
 
 BLOCK = DbrxContractBlock

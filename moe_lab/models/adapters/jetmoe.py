@@ -6,7 +6,7 @@ kinds, a pruned model has our own form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class JetMoeRouter(stock.JetMoeTopKGating):
 class JetMoeExperts(AdaptedExperts):
     """The two linear modules of a block, which it uses but does not own: no parameter moves."""
 
+    keeps_top_k = "by its config jetmoe's attention would get as many experts for each token"
     obstacle = "its block adds a bias to what its experts give"
 
     def __init__(self, block: stock.JetMoeMoE, config: Any):
@@ -35,7 +36,7 @@ class JetMoeExperts(AdaptedExperts):
         self.config, self.act_fn = config, block.activation
         self.linears = block.input_linear, block.output_linear  # a tuple is not registered
 
-    def modules(self) -> Iterator[nn.Module]:
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         yield from (self, *self.linears)
 
     @property
@@ -70,7 +71,8 @@ class JetMoeBlock(stock.JetMoeMoE):
     def forward(self, layer_input: Tensor) -> Tensor:
         x_TD = layer_input.reshape(-1, layer_input.shape[-1])
         _, weight_TK, index_TK, *_ = self.router(x_TD)
-        return self.experts(x_TD, index_TK, weight_TK).view(layer_input.shape) + self.bias
+        out_TD: Tensor = self.experts(x_TD, index_TK, weight_TK)
+        return out_TD.view(layer_input.shape) + self.bias
 
 
 BLOCK = JetMoeBlock

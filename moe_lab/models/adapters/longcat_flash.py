@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.longcat_flash import modeling_longcat_flash as stock
 
@@ -26,7 +25,9 @@ class LongcatRouter(stock.LongcatFlashTopkRouter):
 
 
 class LongcatExperts(AdaptedExperts, stock.LongcatFlashExperts):
-    """The stock experts. zero_experts: Z."""
+    """The stock experts. zeros: Z, under a name that no number of experts has."""
+
+    zeros: int
 
     obstacle = "some of its router's rows copy what the block gets"
 
@@ -41,6 +42,10 @@ class LongcatExperts(AdaptedExperts, stock.LongcatFlashExperts):
         return len(self.gate_up_proj)
 
     total_experts = indexed_size
+
+    @property
+    def zero_experts(self) -> int:
+        return self.zeros
 
     def places(self, length: int, kept: Sequence[int]) -> list[int]:
         return [*kept, *range(self.num_experts, length)]
@@ -63,15 +68,11 @@ class LongcatBlock(stock.LongcatFlashMoE):
     """The stock block."""
 
     def adapt_parts(self, config: Any) -> None:
-        zero_experts = vars(self.experts).pop("zero_expert_num")
-        for module, name in (
-            (self.router, "n_routed_experts"),
-            (self.experts, "num_routed_experts"),
-            (self.experts, "total_experts"),
-        ):
-            del vars(module)[name]  # now a property, that follows the tensors
+        zeros = vars(self.experts).pop("zero_expert_num")
+        del vars(self.router)["n_routed_experts"]  # now properties, that follow the tensors
+        del vars(self.experts)["num_routed_experts"], vars(self.experts)["total_experts"]
         become(self.router, LongcatRouter)
-        become(self.experts, LongcatExperts, config=config, zero_experts=zero_experts)
+        become(self.experts, LongcatExperts, config=config, zeros=zeros)
 
 
 BLOCK = LongcatBlock
