@@ -56,11 +56,11 @@ FACE = ("models.checkpoint", "models.hook")
 
 # Who alone may import what: the first match counts, so insides come before the whole.
 LIBRARIES = {
-    "transformers.integrations": ("models.layers", "models.observing"),
+    "transformers.integrations": ("models.adapters", "models.condensing", "models.observing"),
     "transformers.core_model_loading": ("models.layerwise", "models.stored"),
     "transformers.conversion_mapping": ("models.layerwise", "models.stored"),
     "transformers.modeling_utils": ("models.layerwise",),
-    "transformers.models": ("models.layers",),
+    "transformers.models": ("models.adapters",),
     "transformers": ("models",),
     "accelerate": ("finetune", "profile.collect"),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
@@ -85,6 +85,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.condense.experts": (),
     "methods.condense.layers": (),
     "methods.condense.gates": (),
+    "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
     "track": ("tracker", "artifacts"),

@@ -34,6 +34,7 @@ class LayerInfo:
     tied ones once. Bytes are those of the model at hand; in `Checkpoint.layers()`, of its files.
     num_experts counts the router's rows: what a token can be sent to. real_experts: how many
     experts there are where rows lead to stand-ins or share an expert, 0 where each row has its own.
+    zero_experts: rows of the router behind these that copy what the block gets: never removed.
     """
 
     index: int
@@ -54,6 +55,12 @@ class LayerInfo:
     model_parameters: int = 0
     model_bytes: int = 0
     real_experts: int = 0
+    zero_experts: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the router, zero experts counted."""
+        return self.num_experts + self.zero_experts
 
 
 @dataclass(frozen=True)

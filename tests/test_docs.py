@@ -28,6 +28,7 @@ import pytest
 import yaml
 from families import tiny_model
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from odd_families import odd_model
 from omegaconf import OmegaConf
 from running import OFFLINE, ROOT, Outcome, load_module, rooms
 from safetensors.torch import load_file, save_file
@@ -135,7 +136,8 @@ def follow(title: str, home: Path) -> list[str]:
         if block.language == "diff":
             path.write_text(changed(path.read_text(encoding="utf-8"), block.text), "utf-8")
         else:
-            assert not path.exists(), f"{block.path} is there already"
+            there = path.read_text(encoding="utf-8") if path.exists() else block.text
+            assert there == block.text, f"{block.path} is there already, and another one"
             path.write_text(block.text, encoding="utf-8")
     return commands_of(text)
 
@@ -205,8 +207,8 @@ def plan_of(home: Path) -> Plan:
 
 
 def test_the_page_has_a_section_for_each_kind() -> None:
-    kinds = "metric ratio grouping condensing recipe source edit family figure stage".split()
-    kinds.append("experiment")
+    kinds = "metric ratio grouping condensing recipe source edit model family family".split()
+    kinds += ["figure", "stage", "experiment"]
     assert [title.split()[-1] for title in SECTIONS if title != "A condensing choice"] == [
         kind for kind in kinds if kind != "condensing"
     ]
@@ -352,6 +354,37 @@ def test_a_stage(workshop: Path, small: list[str], tmp_path: Path) -> None:
     assert report["cached/tally"] is False and report["artifact/tally"].startswith("tally/")
     again, _ = run_in(workshop, "A stage", tmp_path / "again", *few)
     assert again["cached/tally"] is True and again["compressed/tally"] == 12
+
+
+def test_a_model(home: Path, job: Job, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("A model", home)
+    model = tiny_model("glm4_moe", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(home / "original")
+    tokenizer.save_pretrained(home / "original")
+    outcome = run_one(command, job, home, monkeypatch)
+    assert outcome.report["model"] == "house_model"
+    assert plan_of(home).edits[0].kind == "prune"
+
+
+def test_an_odd_family(
+    home: Path, job: Job, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command,) = follow("An odd family", home)
+    (path,) = [one for one in MADE if one.startswith("moe_lab/models/adapters/")]
+    ours = (ROOT / path).read_text(encoding="utf-8")
+    assert (home / path).read_text(encoding="utf-8") == ours
+    for adapter in (ROOT / path).parent.glob("*.py"):
+        lines = adapter.read_text(encoding="utf-8").splitlines()
+        assert adapter.stem == "base" or len(lines) <= 80, adapter.name
+    model = odd_model("dbrx", vocab_size=len(tokenizer), max_seq_len=512)
+    model.save_pretrained(home / "original")
+    tokenizer.save_pretrained(home / "original")
+    outcome = run_one(command, job, home, monkeypatch)
+    assert all(edit.kind == "prune" for edit in plan_of(home).edits)
+    assert (
+        "transformer.blocks.0.ffn.experts.mlp.w1"
+        in moe_lab.load(outcome.report["compressed/checkpoint"]).state_dict()
+    )
 
 
 def test_a_family(home: Path, job: Job, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_the_test_can_fail(module: str, line: str) -> None:
         ("finetune.training", "from moe_lab.data.tokens import Tokens"),
         ("methods.prune", "from moe_lab.models.edits.prune import PruneExperts"),
         ("report.run_files", "from moe_lab.models.edits.plan import Plan"),
-        ("models.layers", "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS"),
+        ("models.condensing", "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS"),
         ("track.wandb", "import wandb.util"),
         ("track.wandb", "from moe_lab.files import PLAN"),
         ("store", "import transformers_stream"),

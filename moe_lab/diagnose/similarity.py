@@ -113,7 +113,9 @@ def projections(experts: Experts) -> dict[str, Tensor]:
     """Views [E, ...] of the experts' matrices: "gate" (where they have one), "up" and "down"."""
     if not experts.has_gate:
         return {"up": experts.up_proj, "down": experts.down_proj}
-    both = experts.gate_up_proj.movedim(2 if experts.is_transposed else 1, 1)
+    both = experts.gate_up_proj[: len(experts.down_proj)].movedim(
+        2 if experts.is_transposed else 1, 1
+    )
     gate, up = both.chunk(2, dim=1) if experts.is_concatenated else (both[:, ::2], both[:, 1::2])
     return {"gate": gate, "up": up, "down": experts.down_proj}
 
@@ -122,7 +124,7 @@ def router_rows(layer: MoELayer) -> Tensor:
     """Each expert's row [E, D] of the router's weight."""
     router = set(layer.router.modules())
     return next(
-        tensor.movedim(axis, 0)
+        tensor.movedim(axis, 0)[: layer.info.num_experts]
         for module, _, tensor, axis in by_expert(layer)
         if module in router and tensor.dim() == 2
     )

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import moe_lab.models.own_form  # noqa: F401  # by which `hook` builds what is loaded
 from moe_lab.files import PACKAGE
+from moe_lab.models.adapters.base import check_supported
 from moe_lab.models.families.base import (
     check_original,
     convert_weights,
@@ -337,7 +338,8 @@ def _sha256(file: Path) -> str:
 
 
 def meta_model(config: Any) -> PreTrainedModel:
-    """A model of this config without weights."""
+    """A model of this config without weights; UserError for families that cannot be compressed."""
+    check_supported(config.model_type)
     return empty_model(config)
 
 

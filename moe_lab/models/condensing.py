@@ -135,10 +135,12 @@ def check_condensable(layer: MoELayer) -> None:
     weight_TK = torch.rand(TRIED, 2, generator=generator).to(reference)
     expected = torch.zeros_like(x_TD)
     parameters = expert_parameters(layer.experts)
+    scales_input = getattr(layer.experts, "scales_input", False)
     for token, (indices, weights) in enumerate(zip(index_TK.tolist(), weight_TK, strict=True)):
         for expert, weight in zip(indices, weights, strict=True):
-            y_D = expert_forward(layer.experts, parameters[expert], x_TD[token : token + 1])[0]
-            expected[token] += weight * y_D
+            inside, outside = (weight, 1.0) if scales_input else (1.0, weight)
+            x_1D = inside * x_TD[token : token + 1]
+            expected[token] += outside * expert_forward(layer.experts, parameters[expert], x_1D)[0]
     output = layer.experts(x_TD, index_TK, weight_TK)
     if (output - expected).abs().max() > 0.02 * expected.abs().max():
         raise UserError(
@@ -247,14 +249,17 @@ def _unit_axes(experts: Experts) -> dict[str, int]:
 
 
 def _widened(experts: Experts, chosen: Sequence[int], gates: Sequence[float]) -> dict[str, Tensor]:
-    """The tensors [1, ...] of one expert that is sum_i gates[i] * E_chosen[i](x)."""
-    axes = _unit_axes(experts)
+    """The tensors [1, ...] of one expert that is sum_i gates[i] * E_chosen[i](x).
+
+    Of families whose weights multiply what an expert gets, sum_i E_chosen[i](gates[i] * x).
+    """
+    axes, scales_input = _unit_axes(experts), getattr(experts, "scales_input", False)
     made = {}
     for name, axis in axes.items():
         tensor = getattr(experts, name)
         halves = experts.has_gate and experts.is_concatenated and name != "down_proj"
         parts = [tensor[expert] for expert in chosen]
-        if name == "down_proj":
+        if (name == "down_proj") != scales_input:
             parts = [part * gate for part, gate in zip(parts, gates, strict=True)]
         if halves:
             pairs = [part.chunk(2, dim=axis - 1) for part in parts]

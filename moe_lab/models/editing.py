@@ -20,7 +20,7 @@ from moe_lab.models.layers import (
     by_expert,
     counts_of,
     routed_modules,
-    rows_with,
+    rows_of,
 )
 from moe_lab.models.probing import hands_state_on, skeleton_output
 from moe_lab.models.remapped import places_of, remap, shared_places
@@ -98,11 +98,11 @@ def prune_layer(
     counts = [place for place in counts_of(layer) if place[0] in modules]
     if rows and is_hashed(layer):
         remap_tokens(layer, kept, into or {})
-    for module, key, tensor, dimension in list(by_expert(layer)):
+    found = [(*one, rows_of(layer, *one[2:], kept)) for one in by_expert(layer)]
+    for module, key, tensor, dimension, places in found:
         if module not in modules:
             continue
-        left = rows_with(layer, kept, tensor.shape[dimension])
-        cut = tensor.detach().index_select(dimension, torch.tensor(left, device=tensor.device))
+        cut = tensor.detach().index_select(dimension, torch.tensor(places, device=tensor.device))
         if isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, tensor.requires_grad)
         setattr(module, key, cut)
@@ -143,7 +143,7 @@ def merge_router_rows(
     weights: None for the plain sum. Entries of the router's biases are summed alike.
     """
     for module, _, tensor, dimension in by_expert(layer):
-        if module is layer.experts:
+        if module in layer.experts.modules():
             continue
         rows = tensor.movedim(dimension, 0)
         merged = []

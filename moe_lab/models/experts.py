@@ -54,7 +54,8 @@ def expert_parameters(experts: Experts) -> list[dict[str, Tensor]]:
     names = {"up": up, "down": "down_proj"}
     if experts.has_bias:
         names |= {"up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
-    slices = {key: getattr(experts, name).unbind(0) for key, name in names.items()}
+    number = len(experts.down_proj)  # zero experts may have rows behind these
+    slices = {key: getattr(experts, name)[:number].unbind(0) for key, name in names.items()}
     return [dict(zip(slices, row, strict=True)) for row in zip(*slices.values(), strict=True)]
 
 

@@ -234,11 +234,12 @@ def _with_twins(
 
 
 def set_num_experts(config: Any, count: int) -> None:
-    """Write the number of routed experts under each name that this config knows."""
+    """Write the number of routed experts under each name that this config or a part of it knows."""
     text = text_config(config)
-    for field in COUNT_FIELDS:
-        if isinstance(getattr(text, field, None), int):
-            setattr(text, field, count)
+    for part in (text, *(getattr(text, name) for name in text.sub_configs)):
+        for field in COUNT_FIELDS:
+            if isinstance(getattr(part, field, None), int):
+                setattr(part, field, count)
 
 
 def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> tuple[Any, str | None]:

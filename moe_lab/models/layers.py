@@ -4,7 +4,7 @@ With `routers.py`, `observing.py`, `remapped.py`, `checkpoint.py`, `layerwise.py
 all that knows transformers' insides. It relies on the contract that the v5 families share: inside a
 decoder layer stands a block with a router, which returns (logits, weights, indices), and an experts
 module decorated with `use_experts_implementation`, which takes (hidden_states, top_k_index,
-top_k_weights).
+top_k_weights). Families that keep another contract have an adapter (`adapters/`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TypeGuard, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_lab.models.adapters.base import AdaptedExperts, adapt
 from moe_lab.models.experts import Experts, OneExpert
 from moe_lab.models.opening import text_config
 from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
@@ -25,12 +26,8 @@ from moe_lab.types import LayerInfo, UserError
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 Output = Tensor | tuple[Tensor, ...]  # of a block or a decoder layer
 TOP_K_FIELDS = (
-    "top_k",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
+    *("top_k", "num_experts_per_tok", "num_experts_per_token"),
+    *("moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
 )
 _LAYER_PATH = re.compile(r"^(?P<decoder>.*\.\d+)(\.|$)")
 
@@ -61,6 +58,7 @@ Standing = MoELayer | nn.Module  # at a layer: a plain block where it is no MoE 
 
 def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a model in order; empty where it has none."""
+    adapt(model)
     modules = dict(model.named_modules())
     layers: dict[str, MoELayer] = {}
     for path, experts in modules.items():
@@ -138,6 +136,7 @@ def _moe_layer(
         num_decoders=len(module_list(model, decoders_path(name))),
         family=getattr(model.config, "model_type", ""),
         real_experts=num_experts if isinstance(experts, RemappedExperts) else 0,
+        zero_experts=getattr(experts, "zero_experts", 0),
     )
     decoder = modules[decoder_path]
     gate = children.get("shared_expert_gate")
@@ -156,7 +155,7 @@ def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
     model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
     for layer in layers:
         rows = [
-            (tensor.numel() // tensor.shape[dimension], tensor)
+            (tensor.narrow(dimension, 0, num_rows_each(layer, tensor, dimension)).numel(), tensor)
             for module, key, tensor, dimension in by_expert(layer)
             if key not in module._non_persistent_buffers_set
         ]
@@ -269,6 +268,7 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     tensors with `further_rows` behind those of the experts, these are no expert's.
     """
     inside, more = set(layer.experts.modules()), further_rows(layer)
+    also = getattr(layer.experts, "indexed_size", None)
     for module in routed_modules(layer):
         size = layer.info.num_experts
         if module in inside:
@@ -276,10 +276,11 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or key in OF_REMAPPING:
                 continue
-            if size in tensor.shape:
-                yield module, key, tensor, tensor.shape.index(size)
-            elif more and module not in inside and size + more in tensor.shape:
-                yield module, key, tensor, tensor.shape.index(size + more)
+            sizes = {size, also} if module in inside or not more else {size, size + more}
+            for dimension, length in enumerate(tensor.shape):
+                if length in sizes:
+                    yield module, key, tensor, dimension
+                    break
 
 
 def further_rows(layer: MoELayer) -> int:
@@ -298,9 +299,18 @@ def _counts_rows(name: str) -> bool:
     return ("expert" in name or "classes" in name) and name not in TOP_K_FIELDS
 
 
-def rows_with(layer: MoELayer, kept: Sequence[int], size: int) -> list[int]:
-    """The rows to keep of a dimension of `size` that `by_expert` names: further ones all stay."""
-    return [*kept, *range(layer.info.real_experts or layer.info.num_experts, size)]
+def rows_of(layer: MoELayer, tensor: Tensor, dimension: int, experts: Sequence[int]) -> list[int]:
+    """Where these experts, and what is never removed, are in a dimension that `by_expert` says."""
+    length = tensor.shape[dimension]
+    if isinstance(layer.experts, AdaptedExperts):
+        return layer.experts.places(length, experts)
+    return [*experts, *range(layer.info.real_experts or layer.info.num_experts, length)]
+
+
+def num_rows_each(layer: MoELayer, tensor: Tensor, dimension: int) -> int:
+    """How many rows of a dimension that `by_expert` says each expert has."""
+    one, none = (rows_of(layer, tensor, dimension, experts) for experts in ([0], []))
+    return len(one) - len(none)
 
 
 def counts_of(layer: MoELayer) -> list[tuple[nn.Module, str, int]]:
@@ -315,6 +325,8 @@ def counts_of(layer: MoELayer) -> list[tuple[nn.Module, str, int]]:
 
 
 def _obstacle(experts: Experts) -> str | None:
+    if isinstance(experts, AdaptedExperts) and experts.obstacle:
+        return experts.obstacle
     if isinstance(experts, RemappedExperts):
         return "its router has more rows than there are experts"
     if experts.has_post_expert_norm:

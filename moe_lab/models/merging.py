@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.experts import Experts
 from moe_lab.types import AlignName
 
@@ -78,11 +79,13 @@ class HiddenUnits:
         num_experts, row, column = len(experts.down_proj), 0, 1
         if experts.is_transposed:
             row, column = column, row
-        self.tensors = {
+        self.tensors: dict[str, Tensor] = {
             name: tensor
             for name, tensor in experts.named_parameters()
             if tensor.shape[0] == num_experts
         }
+        if isinstance(experts, AdaptedExperts):
+            self.tensors = experts.matrices()
         width = experts.down_proj.shape[1:][column]
         unit_I1 = torch.arange(width, device=experts.down_proj.device)[:, None]
         up, into = "up_proj", unit_I1
@@ -90,6 +93,8 @@ class HiddenUnits:
             up, half = "gate_up_proj", torch.arange(2, device=unit_I1.device)
             into = unit_I1 + half * width if experts.is_concatenated else unit_I1 * 2 + half
         self.places = {up: (row, into), "down_proj": (column, unit_I1)}
+        if up not in self.tensors:  # gate, up and down projection apart, all [E, I, D]
+            self.places = dict.fromkeys(self.tensors, (0, unit_I1))
         self.places |= {f"{up}_bias": (0, into)} if experts.has_bias else {}
 
     def weights(self, expert: int) -> Tensor:

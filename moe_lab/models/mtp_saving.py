@@ -27,6 +27,7 @@ from moe_lab.models.mtp import (
     kept_experts,
     of_router,
 )
+from moe_lab.models.stored import INDEX
 from moe_lab.types import MtpName, UserError
 
 # What configs call the number of MTP layers: DeepSeek-V3, GLM-4.5, Ling, Nemotron-H and most
@@ -35,7 +36,6 @@ MTP_COUNTS = (
     "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules",
 )  # fmt: skip
 FACTORS = "_scale_inv"  # what the name of an fp8 weight's factors ends in
-INDEX = "model.safetensors.index.json"
 
 
 def foresee_mtp(checkpoint: Checkpoint, edits: Iterable[Edit], how: MtpName) -> None:

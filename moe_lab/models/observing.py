@@ -191,8 +191,8 @@ def _emitter(observation: Observation, layer: MoELayer) -> Hook:
 
 
 def _of_experts(logits: Tensor, layer: MoELayer) -> Tensor:
-    """The logits [T, E] of the routed experts; further rows of the router come behind them."""
-    return logits.reshape(-1, logits.shape[-1])[:, : layer.info.num_experts]
+    """The logits of what a token can be sent to; what other rows of the router are of goes."""
+    return logits.reshape(-1, logits.shape[-1])[:, : layer.info.num_rows]
 
 
 def _without_none(layer: MoELayer, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -266,6 +266,8 @@ def _observing_experts(
     token_S = order_S % num_tokens
     weight_S = top_k_weights[token_S, order_S // num_tokens]
     x_SD = hidden_states[token_S]
+    if getattr(self, "scales_input", False):  # the weight is inside the outputs
+        x_SD, weight_S = x_SD * weight_S[:, None], torch.ones_like(weight_S)
     counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
     if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins
         parts = (part[:number] for part in (expert_S, order_S, token_S, weight_S, x_SD))

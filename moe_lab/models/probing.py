@@ -41,7 +41,7 @@ def route(
     """
     tokens = len(x_TD)
     logits, weight, index = router_output(layer, x_TD, input_ids_T)[:3]
-    logits_TE = logits.reshape(tokens, -1)[:, : layer.info.num_experts]
+    logits_TE = logits.reshape(tokens, -1)[:, : layer.info.num_rows]
     return logits_TE, weight.reshape(tokens, -1), index.reshape(tokens, -1)
 
 

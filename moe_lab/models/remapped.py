@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.models.experts import Experts
+from moe_lab.types import UserError
 
 OF_REMAPPING = ("place_E", "constants")  # the names of the tensors that `remap` adds
 # Their eager loops have no place for an index that is no expert's; all other families' skip it.
-WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
+WITHOUT_SENTINEL = ("GptOssExperts", "OpenAIPrivacyFilterExperts", "DbrxExperts", "JetMoeExperts")
 
 
 class RemappedExperts(Experts):
@@ -88,6 +89,12 @@ def remap(
 
     places: for each row its expert's position, or num_experts + r for stand-in r.
     """
+    if getattr(experts, "scales_input", False) or getattr(experts, "zero_experts", 0):
+        raise UserError(
+            "the router rows of removed experts cannot stay in this family, whose router's weights "
+            "or own rows do something else; ask for method.replacement=nothing (a merge: for "
+            "method.router=dominant)"
+        )
     kind = type(experts)
     experts.__class__ = _placed(kind)  # type: ignore[arg-type]  # mypy: a class cannot be hashed
     placed = cast(RemappedExperts, experts)

@@ -21,7 +21,7 @@ from moe_lab.models.layers import (
     further_rows,
     moe_layers,
     routed_modules,
-    rows_with,
+    rows_of,
 )
 from moe_lab.models.opening import text_config
 from moe_lab.models.probing import probe, route, skeleton
@@ -122,8 +122,11 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
                 f"top_k={top_k}: layer {layer.info.index} has {layer.info.num_experts} experts, so "
                 f"that a token can get 1 to {layer.info.num_experts} of them"
             )
+        if why := getattr(layer.experts, "keeps_top_k", None):
+            raise UserError(f"top_k={top_k}: {why}")
     config = text_config(model.config)
-    holders: list[Any] = [config, *(m for layer in layers for m in routed_modules(layer))]
+    parts = [getattr(config, name) for name in config.sub_configs]
+    holders: list[Any] = [config, *parts, *(m for layer in layers for m in routed_modules(layer))]
     before = _top_k_places(holders)
     for holder, field, _ in before:
         setattr(holder, field, top_k)
@@ -194,7 +197,7 @@ def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         )
     size = layer.info.num_experts
     rows = [
-        (_holder(module, key), key, dimension, rows_with(layer, kept, tensor.shape[dimension]))
+        (_holder(module, key), key, dimension, rows_of(layer, tensor, dimension, kept))
         for module, key, tensor, dimension in by_expert(layer)
         if module not in inside
     ]

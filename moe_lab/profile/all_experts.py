@@ -65,6 +65,7 @@ class AllExperts:
     """All experts of one layer on all tokens of a sample; they lie in the stream's cache."""
 
     def __init__(self, layer: MoELayer, cache: Activations):
+        _check_tellable(layer)
         self.layer, self.info, self.num_tokens = layer, layer.info, 0
         self._cache, self._num_chunks = cache, 0
         self._multiplied: set[int] = set()  # the chunks whose inner products are there
@@ -190,6 +191,18 @@ def routed_sum(outputs_ETD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tens
     chosen_TKD = outputs_ETD[index_TK, token_T1]
     exact = torch.promote_types(chosen_TKD.dtype, torch.float32)
     return (chosen_TKD.to(exact) * weight_TK[..., None].to(exact)).sum(dim=1)
+
+
+def _check_tellable(layer: MoELayer) -> None:
+    """Refuse a layer of which it cannot be told what it is without some of its experts."""
+    told = "what the layer is without some of its experts cannot be told for this family"
+    if layer.info.zero_experts:
+        raise UserError(f"{type(layer.block).__name__} has zero experts, too: {told}")
+    if getattr(layer.experts, "scales_input", False):
+        raise UserError(
+            f"{type(layer.block).__name__} multiplies what its experts get by the router's "
+            f"weights, which change without some of them: {told}"
+        )
 
 
 class ExpertSample:

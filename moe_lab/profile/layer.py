@@ -45,7 +45,8 @@ class LayerStatistics:
     their router logits. Per place in a token's choice, heaviest first: rank_count [K, E], tokens
     that gave each expert this place; rank_share_sum [K], of the share that the weight there has of
     the token's. Scalars [1]: tokens; entropy_sum, of the entropy in nats of the full probability
-    (scores that do not add up to 1 are divided by their sum first).
+    (scores that do not add up to 1 are divided by their sum first); zero_count, tokens that zero
+    experts got, where there are any: they stand in no other sum but those of a token's choice.
 
     Of the experts and what is around them. Per expert [E], over the tokens sent to it: the other
     sums of POWERS; max_activation, no sum but the largest absolute component of its output;
@@ -122,6 +123,7 @@ class LayerStatistics:
         tokens = len(index_TK)
         if self.scoring is None and tokens:
             self.scoring = matching_scoring(logits_TE, index_TK, weight_TK)
+        num_experts = self.info.num_experts  # logits and indices are also of zero experts
         # Families differ in the order of the chosen experts: here the heaviest comes first.
         weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
         index_TK = index_TK.gather(1, order_TK)
@@ -129,13 +131,16 @@ class LayerStatistics:
         logits_TE = logits_TE.double()
         self._add("tokens", torch.tensor([float(tokens)], dtype=torch.float64))
         self._add("count", torch.stack(ranks).sum(dim=0))
+        if self.info.zero_experts:
+            self._add("zero_count", (index_TK >= num_experts).sum(dtype=torch.float64)[None])
         expert_S, weight_S = index_TK.flatten(), weight_TK.flatten()
         self._add("gate_sum", self._per_expert(expert_S, weight_S))
         self._add("gate_square_sum", self._per_expert(expert_S, weight_S.square()))
-        chosen_TE = F.pad(torch.zeros_like(logits_TE, dtype=torch.float32), (0, 1))
-        chosen_TE = chosen_TE.scatter_(1, index_TK, 1.0)[:, :-1]
+        chosen_TE = torch.zeros(tokens, self.info.num_rows + 1, device=logits_TE.device)
+        chosen_TE = chosen_TE.scatter_(1, index_TK, 1.0)[:, :num_experts]
+        real_TE = logits_TE[:, :num_experts]
         self._add("pair_count", (chosen_TE.T @ chosen_TE).double())  # exact: whole numbers
-        self._add("logit_product_sum", logits_TE.T @ logits_TE)
+        self._add("logit_product_sum", real_TE.T @ real_TE)
         self._add("rank_count", torch.stack(ranks))
         share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
         share_TK = share_TK.where(weight_TK > 0, 0.0)  # of a token that gets no expert at all
@@ -143,14 +148,14 @@ class LayerStatistics:
         if self.scoring is not None:
             probability_TE = SCORINGS[self.scoring](logits_TE)
             share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
-            self._add("probability_sum", probability_TE.sum(dim=0))
+            self._add("probability_sum", probability_TE.sum(dim=0)[:num_experts])
             # log of the smallest number where a share is 0: their product is 0 as it should be.
             log_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny).log()
             self._add("entropy_sum", -(share_TE * log_TE).sum()[None])
 
     def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
-        size = self.info.num_experts
-        return torch.bincount(expert_S, values_S, minlength=size + 1)[:size].double()
+        number = self.info.num_experts
+        return torch.bincount(expert_S, values_S, minlength=number)[:number].double()
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.cpu()

@@ -37,7 +37,9 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
     """
     absolute_E = square_E = torch.zeros((), dtype=torch.float64)
     count = 0
-    for matrices in (one for one in layer.experts.parameters() if one.dim() == 3):
+    experts = layer.experts
+    up = experts.gate_up_proj[: len(experts.down_proj)] if experts.has_gate else experts.up_proj
+    for matrices in (up, experts.down_proj):
         exact = torch.promote_types(matrices.dtype, torch.float32)
         parts = matrices.split(FEW)
         rows = torch.cat([part.abs().sum(dim=2, dtype=exact) for part in parts])

@@ -27,7 +27,7 @@ SEARCH_TOKENS_AT_ONCE = (
 
 def search_terms(layer: MoELayer) -> Terms:
     """The factors of a block's two sums; UserError where it is no such sum, as a search needs."""
-    found = terms(layer)
+    found = None if getattr(layer.experts, "scales_input", False) else terms(layer)
     if found is None:
         raise UserError(
             f"{type(layer.block).__name__} does more than add its shared and routed experts, so "
