@@ -74,11 +74,14 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
+    renamed = {}
     # In the order of transformers' own loading: some renamings depend on what was seen before.
-    return {
-        key: rename_source_key(key, renamings, converters, prefix, names)[0]
-        for key in sorted(keys, key=dot_natural_key)
-    }
+    for key in sorted(keys, key=dot_natural_key):
+        name = rename_source_key(key, renamings, converters, prefix, names)[0]
+        if name not in names and key in names:  # as there: a renaming that is not meant for it
+            name = rename_source_key(key, [], [], prefix, names)[0]
+        renamed[key] = name
+    return renamed
 
 
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
