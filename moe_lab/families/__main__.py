@@ -1,4 +1,4 @@
-"""`python -m moe_lab.families`: what works for each MoE model type of the installed transformers."""
+"""`python -m moe_lab.families`: what works for each MoE model type that transformers has."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,14 @@ from typing import Any
 
 from moe_lab.families.outcome import BAD, Outcome
 from moe_lab.families.stock_process import stock_process
-from moe_lab.families.tiny import model_types
+from moe_lab.families.tiny import auto_class
 
+# What transformers imports only when a model is made would be imported anew for each.
+PRELOADED = [
+    "moe_lab.families.checks",
+    *(f"transformers.{name}" for name in ("generation.utils", "processing_utils")),
+    *(f"transformers.{name}" for name in ("modeling_layers", "masking_utils")),
+]
 OUTCOMES, OUTPUT = "outcomes.json", "output.txt"
 
 
@@ -52,23 +59,26 @@ def check_types(names: Sequence[str], processes: int) -> Iterator[Row]:
     """A row for each model type, as they are done; so many at a time."""
     # The server has all imported before it forks; unlike this process it has no threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_lab.families.checks"])
-    known, waiting = model_types(), list(names)
-    running: dict[int, tuple[str, BaseProcess, float]] = {}
+    context.set_forkserver_preload(PRELOADED)
+    waiting = list(names)
+    running: dict[Any, tuple[str, BaseProcess, float]] = {}
     with stock_process() as socket, TemporaryDirectory(prefix="moe_lab_families_") as place:
         while waiting or running:
             while waiting and len(running) < processes:
                 name = waiting.pop(0)
                 folder = Path(place) / name
                 folder.mkdir()
-                process = context.Process(target=_work, args=(name, socket, folder))
-                process.start()
-                running[process.sentinel] = name, process, time.monotonic()
-            for sentinel in wait(list(running)):
-                name, process, started = running.pop(int(sentinel))  # type: ignore[arg-type]
+                started = context.Process(target=_work, args=(name, socket, folder))
+                started.start()
+                running[started.sentinel] = name, started, time.monotonic()
+            for sentinel in set(wait(list(running))) & running.keys():
+                name, process, begun = running.pop(sentinel)
                 process.join()
                 outcomes = _read(Path(place) / name, process.exitcode)
-                yield Row(name, known[name], outcomes, round(time.monotonic() - started, 1))
+                shutil.rmtree(Path(place) / name)
+                yield Row(
+                    name, auto_class(name).__name__, outcomes, round(time.monotonic() - begun, 1)
+                )
 
 
 def _work(name: str, socket: Path, folder: Path) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 from moe_lab.files import PACKAGE
 from moe_lab.types import UserError
 
-State = Literal["stock", "own", "yes", "refused", "fault", "silent", "not reached", "not built"]
+OutcomeState = Literal[
+    "stock", "own", "yes", "refused", "fault", "silent", "none", "not reached", "not built"
+]
 BAD = ("fault", "silent")
 # Largest differences of logits, as shares of the largest logit: a checkpoint holds the model
 # exactly; a reference adds up the same terms in another order.
-RELOADED, REFERENCE, EFFECT, SAME_SUMS = 1e-6, 1e-4, 1e-6, 1e-5
+RELOADED, OF_REFERENCE, EFFECT, SAME_SUMS = 1e-6, 1e-4, 1e-6, 1e-5
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class Outcome:
     """What came of a check, and in words why or how far.
 
     stock, own: it works, and the result is of the family's own form or ours. yes: it works, where
-    nothing is saved. refused: a UserError says why not. silent: a wrong result without a word.
-    fault: anything else that went wrong. unchecked: why no reference could be computed.
+    nothing is saved. none: there is nothing to check. refused: a UserError says why not. silent: a
+    wrong result without a word. fault: anything else that went wrong. unchecked: why no reference
+    could be computed.
     """
 
-    state: State
+    state: OutcomeState
     detail: str = ""
     unchecked: str = ""
 

@@ -34,7 +34,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if "Shared" in kind or not any(True for _ in module.parameters()):
+        if "shared" in path.rpartition(".")[2] or not any(True for _ in module.parameters()):
             continue
         if kind.endswith(("Experts", "ExpertGLU")):
             holder = path.rpartition(".")[0] if kind.endswith("ParallelExperts") else path
@@ -79,6 +79,46 @@ def generation(model: Any, batch: Batch) -> str:
     return next(
         (f"differs at token {at}" for at, (one, other) in enumerate(pairs) if one != other), "equal"
     )
+
+
+def expert_counts(model: nn.Module) -> dict[int, int]:
+    """How many routed experts each decoder layer has."""
+    return {layer_of(path): _num_experts(one) for path, one in expert_modules(model).items()}
+
+
+@contextmanager
+def counting_tokens(model: nn.Module, batches: list[Batch]) -> Iterator[dict[int, Tensor]]:
+    """By layer how many valid tokens reach each expert [E], by what their modules are given.
+
+    While it is open the model computes these batches in turn. A layer whose experts are given no
+    indices is left out.
+    """
+    counts: dict[int, Tensor] = {}
+    masks = {
+        path: [one["attention_mask"].bool().flatten() for one in batches]
+        for path in expert_modules(model)
+    }
+
+    def hook(path: str) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+        def count(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+            valid = masks[path].pop(0)
+            for value in (*args, *named.values()):
+                if torch.is_tensor(value) and not value.is_floating_point():
+                    chosen = value.reshape(len(valid), -1)[valid].flatten()
+                    new = torch.bincount(chosen, minlength=_num_experts(module))
+                    counts[layer_of(path)] = counts.get(layer_of(path), 0) + new
+
+        return count
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True)
+        for path in masks
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---------------------------------------------------------------------- references
@@ -129,8 +169,8 @@ def _mask_biases(module: nn.Module, number: int, gone: list[int]) -> None:
 def _masked_rows(rows: dict[int, list[int]]) -> Iterator[None]:
     plain = F.linear
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = plain(x, weight, bias)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = plain(input, weight, bias)
         if gone := rows.get(id(weight)):
             y = y.clone()
             y[..., gone] = -torch.inf
@@ -143,7 +183,7 @@ def _masked_rows(rows: dict[int, list[int]]) -> Iterator[None]:
         F.linear = plain
 
 
-def condensed(model: Any, edit: dict[str, Any], batches: list[Batch]) -> list[Tensor]:
+def with_constant_weights(model: Any, edit: dict[str, Any], batches: list[Batch]) -> list[Tensor]:
     """The logits of a model one of whose layers gets the same experts and weights for each token.
 
     The family's own code computes everything behind the router. edit: one of kind "condense".
@@ -197,7 +237,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, Callable[[], list[Tensor] | None]] = {
         "reload": lambda: logits_of(model, batches),
         "masked": lambda: masked(model, job["kept"], batches),
-        "condensed": lambda: condensed(model, job["edit"], batches),
+        "condensed": lambda: with_constant_weights(model, job["edit"], batches),
         "dropped": lambda: dropped(model, job["edit"], batches),
     }
     if (logits := kinds[job["kind"]]()) is None:
@@ -233,6 +273,7 @@ def serve(path: str) -> None:
     """Answer until standard input closes: until who started this is gone."""
     torch.set_num_threads(1)
     assert "moe_lab" not in sys.modules
+    _ = transformers.AutoModelForCausalLM  # imported now, and not in each fork
     with Server(path, Jobs) as server:
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
         print("ready", flush=True)
@@ -240,8 +281,10 @@ def serve(path: str) -> None:
 
 
 if __name__ == "__main__":
-    import transformers.generation
-    import transformers.modeling_utils
-    import transformers.models.auto.modeling_auto  # noqa: F401  # once, before the forks
+    # Once, and not in each fork.
+    import transformers.generation.utils
+    import transformers.masking_utils
+    import transformers.modeling_layers
+    import transformers.processing_utils
 
     serve(sys.argv[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 NUM_EXPERTS, TOP_K, NUM_LAYERS, VOCABULARY = 8, 2, 4, 128
-HIDDEN, WIDTH, EXPERT_WIDTH = 32, 48, 16
+HIDDEN, DENSE_WIDTH, EXPERT_WIDTH = 32, 48, 16
 # Ids from here on are text; those below are given to whatever the config calls a token.
 FIRST_TEXT_ID = 64
 
@@ -33,7 +33,8 @@ TEXT: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model"), HIDDEN),
     **dict.fromkeys(
         (
-            "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size",
+            "moe_intermediate_size", "moe_hidden_size",
+            "expert_ffn_hidden_size", "shared_expert_intermediate_size",
             "shared_intermediate_size", "moe_shared_expert_intermediate_size",
             "shared_experts_intermediate_size", "share_expert_dim",
         ),
@@ -45,7 +46,7 @@ TEXT: dict[str, Any] = {
             "prefix_dense_intermediate_size", "intermediate_size_mlp", "d_ff", "encoder_ffn_dim",
             "decoder_ffn_dim",
         ),
-        WIDTH,
+        DENSE_WIDTH,
     ),
     **dict.fromkeys((
             "num_attention_heads", "n_heads", "num_heads", "encoder_attention_heads",
@@ -64,16 +65,16 @@ TEXT: dict[str, Any] = {
     ),
     **dict.fromkeys(
         (
-            "q_lora_rank", "kv_lora_rank", "swa_q_lora_rank", "swa_kv_lora_rank", "index_topk",
+            "q_lora_rank", "kv_lora_rank", "index_topk",
             "index_head_dim", "sliding_window", "sliding_window_size", "mamba_chunk_size",
-            "chunk_size", "block_size", "router_hidden_size", "global_head_dim",
+            "chunk_size", "block_size", "router_hidden_size",
         ),
         16,
     ),
     **dict.fromkeys(("max_position_embeddings", "model_max_length", "max_seq_len"), 512),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(
-        ("linear_num_key_heads", "index_n_heads", "num_global_key_value_heads", "mamba_n_groups"), 2
+        ("linear_num_key_heads", "index_n_heads", "mamba_n_groups"), 2
     ),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(
@@ -85,7 +86,17 @@ TEXT: dict[str, Any] = {
     ),
     **dict.fromkeys(("n_group", "num_expert_group"), 2),
     "topk_group": 1,
-    **dict.fromkeys(("projector_hidden_size", "vision_hidden_size", "out_hidden_size"), 16),
+    # Not 1, which would hide that a factor is forgotten.
+    **dict.fromkeys(
+        (
+            "routed_scaling_factor", "moe_routed_scaling_factor", "moe_router_scaling_factor",
+            "route_scale",
+        ),
+        2.5,
+    ),
+    **dict.fromkeys(
+        ("projector_hidden_size", "projection_hidden_size", "vision_hidden_size",
+         "out_hidden_size"), 16),
     "mamba_dt_rank": 4,
     "rel_extent": 64,
     "attention_chunk_size": 64,
@@ -102,9 +113,9 @@ WHERE_USED = {"sliding_window", "n_group", "num_expert_group", "topk_group"}
 
 # The same for parts that see or hear.
 SENSES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "embed_dim", "embed_dims", "vision_output_dim"), 16),
+    **dict.fromkeys(("hidden_size", "vision_output_dim"), 16),
     **dict.fromkeys(("audio_hidden_size", "vision_hidden_size"), 16),
-    "adapter_in_dim": 16,
+    **dict.fromkeys(("adapter_in_dim", "adapter_input_size"), 16),
     "adapter_out_dim": HIDDEN,
     **dict.fromkeys(("intermediate_size", "projector_input_dim", "projector_output_dim"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "depth", "encoder_layers"), 1),
@@ -125,6 +136,7 @@ SENSES_NAMES = ("vision", "audio", "sound", "talker", "code2wav", "visual", "sam
 
 # By type, in its own config: what the names do not tell. None: not given at all.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {4: 4, 16: 4}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {
@@ -171,6 +183,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"num_experts_per_tok": 1},
+    "llama4_vision_model": {"pixel_shuffle_ratio": 1.0},
     "longcat_flash": {
         "head_dim": 8,"num_layers": 2, "num_hidden_layers": 2, "zero_expert_num": 2,
     },
@@ -193,3 +206,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "unlimited_ocr_sam_vision_model": {"downsample_channels": [16, 16], "global_attn_indexes": [0]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+
+# Structures that a type has only with other values, as rows of their own: "type+what".
+TYPE_VARIANTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2+groups": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    "nemotron_h+latent": {"moe_latent_size": 24},
+    "qwen3_moe+every_second": {"decoder_sparse_step": 2},
+}

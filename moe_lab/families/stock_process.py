@@ -16,19 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCRIPT = Path(__file__).with_name("references.py")
+REFERENCES = Path(__file__).with_name("references.py")
 
 
 @contextmanager
 def stock_process() -> Iterator[Path]:
     """The path of a socket on which such a process answers while it is open."""
     with TemporaryDirectory(prefix="moe_lab_families_") as folder:
-        path = Path(folder) / "stock"
-        command = [sys.executable, str(SCRIPT), str(path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(command, **pipes, cwd=folder, text=True) as process:  # type: ignore[call-overload]
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the process of stock transformers did not start")
+        path, output = Path(folder) / "stock", Path(folder) / "output.txt"
+        # -P: the folder of the script, with files named as anything, is not on the path.
+        command = [sys.executable, "-P", str(REFERENCES), str(path)]
+        with (
+            output.open("w") as said,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, cwd=folder
+            ) as process,
+        ):
+            assert process.stdin and process.stdout
+            if process.stdout.readline() != b"ready\n":
+                raise RuntimeError(f"stock transformers did not start: {output.read_text()[-500:]}")
             try:
                 yield path
             finally:
@@ -36,7 +42,7 @@ def stock_process() -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StockAnswer:
     """What stock transformers made of a checkpoint.
 
     logits: of each batch, None where there are none and `error` says why. complaints: of its
@@ -55,15 +61,17 @@ class Stock:
     auto: name of the auto class that opens the models; folder: where batches and logits pass.
     """
 
-    def __init__(self, path: Path, auto: str, folder: Path, batches: Sequence[dict[str, Tensor]]):
+    def __init__(self, path: Path, auto: str, folder: Path):
         self.auto, self.folder = auto, folder
-        torch.save(list(batches), folder / "batches.pt")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.connect(str(path))
         self.replies = self.socket.makefile()
 
-    def ask(self, kind: str, folder: Path, **more: Any) -> Answer:
+    def ask(
+        self, kind: str, folder: Path, batches: Sequence[dict[str, Tensor]], **more: Any
+    ) -> StockAnswer:
         """What `references.answer` says to a job of this kind about the checkpoint in `folder`."""
+        torch.save(list(batches), self.folder / "batches.pt")
         out = self.folder / "logits.pt"
         out.unlink(missing_ok=True)
         files = {"folder": folder, "batches": self.folder / "batches.pt", "out": out}
@@ -77,7 +85,7 @@ class Stock:
         complaints = "; ".join(
             f"{key}: {', '.join(names)}" for key, names in reply.get("complaints", {}).items()
         )
-        return Answer(logits, reply.get("error", ""), complaints, reply.get("generation", ""))
+        return StockAnswer(logits, reply.get("error", ""), complaints, reply.get("generation", ""))
 
     def close(self) -> None:
         """Hang up."""

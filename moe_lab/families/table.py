@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,18 +10,19 @@ import transformers
 from rich.table import Table
 
 from moe_lab.families.all_types import Row
-from moe_lab.families.checks import COLUMNS, NOT_REACHED
+from moe_lab.families.checks import CHECKS, NOT_REACHED
 from moe_lab.families.outcome import Outcome
 
-GROUPS = {
+COLUMNS = tuple(CHECKS)
+TYPE_GROUPS = {
     "Causal language models": ("AutoModelForCausalLM",),
     "With images, video or audio": ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
     "Neither": ("AutoModelForSeq2SeqLM", "AutoModelForTokenClassification"),
 }
-WORDS = {"silent": "SILENT", "not reached": "–", "not built": "not built"}
-STYLES = {"fault": "red", "silent": "bold red", "refused": "yellow", "not built": "yellow"}
+CELL_WORDS = {"silent": "SILENT", "not reached": "–", "none": "–"}
+CELL_STYLES = {"fault": "red", "silent": "bold red", "refused": "yellow", "not built": "yellow"}
 ESSENTIAL = ("find", "observe", "prune", "merge", "unequal", "layer by layer")
-WORKS = ("yes", "stock", "own")
+WORKS = ("yes", "stock", "own", "none")
 TABLE_MARKS = "<!-- families: made by python -m moe_lab.families --write -->", "<!-- /families -->"
 COUNT_MARKS = (
     "<!-- families, counts: made by python -m moe_lab.families --write -->",
@@ -31,20 +31,19 @@ COUNT_MARKS = (
 
 
 def by_group(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each of GROUPS, by name."""
+    """The rows of each of TYPE_GROUPS, by name."""
     ordered = sorted(rows, key=lambda row: row.name)
     return {
         group: some
-        for group, kinds in GROUPS.items()
+        for group, kinds in TYPE_GROUPS.items()
         if (some := [row for row in ordered if row.auto in kinds])
     }
 
 
 def cell(row: Row, column: str) -> str:
     """What a table says of one check: a word, with * where no reference could be computed."""
-    first = "not built" if "built" in row.outcomes and column == COLUMNS[0] else ""
     outcome = row.outcomes.get(column, NOT_REACHED)
-    return (first or WORDS.get(outcome.state, outcome.state)) + "*" * bool(outcome.unchecked)
+    return CELL_WORDS.get(outcome.state, outcome.state) + "*" * bool(outcome.unchecked)
 
 
 def terminal_table(rows: Iterable[Row]) -> Table:
@@ -56,7 +55,7 @@ def terminal_table(rows: Iterable[Row]) -> Table:
         for row in some:
             states = {column: row.outcomes.get(column, NOT_REACHED).state for column in COLUMNS}
             cells = [
-                f"[{STYLES.get(states[column], 'default')}]{cell(row, column)}"
+                f"[{CELL_STYLES.get(states[column], 'default')}]{cell(row, column)}"
                 for column in COLUMNS
             ]
             table.add_row(row.name, *cells, f"{row.seconds:.0f}")
@@ -117,6 +116,7 @@ def counts(rows: Sequence[Row]) -> str:
     """How many types work, in a sentence for each group."""
     told = []
     for group, some in by_group(rows).items():
+        some = [row for row in some if "+" not in row.name]  # variants are no types of their own
         whole = [row for row in some if _works(row, COLUMNS)]
         essential = [row for row in some if _works(row, ESSENTIAL)]
         told.append(
@@ -151,5 +151,5 @@ def states_in(page: str) -> dict[str, dict[str, str]]:
     return {
         cells[0]: dict(zip(COLUMNS, cells[1:], strict=True))
         for cells in rows
-        if cells[0] not in GROUPS and not cells[0].startswith("---")
+        if cells[0] not in TYPE_GROUPS and not cells[0].startswith("---")
     }

@@ -24,6 +24,7 @@ from moe_lab.families.sizes import (
     SENSES_NAMES,
     SPECIAL,
     TEXT,
+    TYPE_VARIANTS,
     VOCABULARY,
     WHERE_USED,
 )
@@ -42,20 +43,31 @@ LARGEST = 3_000_000  # parameters of what still counts as tiny
 
 
 def model_types() -> dict[str, str]:
-    """Each model type that counts experts in its config, and the auto class that opens it."""
-    return {
+    """Each model type that counts experts in its config, and the auto class that opens it.
+
+    TYPE_VARIANTS of types that are there are among them.
+    """
+    types = {
         name: kind.__name__
         for name in sorted(CONFIG_MAPPING)
-        if (kind := _auto_class(name)) and any(map(_counts_experts, _parts_of(name)))
+        if (kind := auto_class(name)) and any(map(_counts_experts, parts_of(name)))
     }
+    variants = {name: types[base] for name in TYPE_VARIANTS if (base := base_of(name)) in types}
+    return dict(sorted((types | variants).items()))
 
 
-def _auto_class(name: str) -> Any:
-    config = CONFIG_MAPPING[name]
+def base_of(name: str) -> str:
+    """The model type of a row: all before the name of a variant."""
+    return name.partition("+")[0]
+
+
+def auto_class(name: str) -> Any:
+    """The first of AUTO_CLASSES that opens a model type; None where none does."""
+    config = CONFIG_MAPPING[base_of(name)]
     return next((kind for kind in AUTO_CLASSES if config in kind._model_mapping), None)
 
 
-def _parts_of(name: str) -> Iterator[Any]:
+def parts_of(name: str) -> Iterator[Any]:
     """A type's default config and those in it; its class where there is no default."""
     try:
         yield from _parts(CONFIG_MAPPING[name]())
@@ -77,7 +89,8 @@ def _counts_experts(config: Any) -> bool:
 
 def tiny_config(name: str) -> Any:
     """The config of a tiny model of a type."""
-    return CONFIG_MAPPING[name](**_values(CONFIG_MAPPING[name](), TEXT))
+    kind = CONFIG_MAPPING[base_of(name)]
+    return kind(**_values(kind(), TEXT) | TYPE_VARIANTS.get(name, {}))
 
 
 def _values(config: Any, table: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +118,7 @@ def _values(config: Any, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lists(config: Any, values: dict[str, Any]) -> dict[str, list[Any]]:
-    """Lists with an entry for each decoder layer, as short as the tiny model: every kind is left."""
+    """Lists with an entry for each decoder layer, as short as the model is; every kind stays."""
     length, wanted = vars(config).get("num_hidden_layers"), values.get("num_hidden_layers", 0)
     found = {}
     for name, value in vars(config).items():
@@ -122,7 +135,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     Every parameter is drawn, also those that transformers initialises to a constant: routers of
     zeros and norms of ones would hide mistakes.
     """
-    config, kind = tiny_config(name), _auto_class(name)
+    config, kind = tiny_config(name), auto_class(name)
     _check_size(kind, config)
     torch.manual_seed(seed)
     model: PreTrainedModel = kind.from_config(config).float().eval()
