@@ -62,7 +62,7 @@ def main(given: Sequence[str] | None = None) -> int:
     names = asked.types or list(known)
     rows = list(progress(check_types(names, asked.processes), "families", len(names)))
     console.print(terminal_table(rows))
-    console.print("\n\n".join([counts(rows), *sentences(rows)]), markup=False)
+    console.print("\n\n".join([counts(rows), *sentences(rows)]), markup=False, soft_wrap=True)
     if asked.json:
         asked.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
     for page in asked.write:

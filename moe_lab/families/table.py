@@ -88,7 +88,8 @@ def sentences(rows: Iterable[Row]) -> list[str]:
     for row in sorted(rows, key=lambda row: row.name):
         for detail, columns in _by_detail(row.outcomes).items():
             state, text = detail
-            found[state].append(f"- {row.name}, {', '.join(columns)}: {_plain(text)}")
+            where = "" if columns == list(COLUMNS) else f", {', '.join(columns)}"
+            found[state].append(f"- {row.name}{where}: {_plain(text)}")
     return [
         f"**{title}.**\n\n" + "\n".join(found[state])
         for state, title in titles.items()
@@ -120,11 +121,12 @@ def counts(rows: Sequence[Row]) -> str:
         whole = [row for row in some if _works(row, COLUMNS)]
         essential = [row for row in some if _works(row, ESSENTIAL)]
         told.append(
-            f"{group}: {len(some)} types; {len(essential)} can be profiled, pruned, merged and "
-            f"given unequal budgets, {len(whole)} of them also condensed and layers dropped."
+            f"- {group}: of {len(some)} types {len(essential)} can be profiled (also layer by "
+            f"layer), pruned, merged and given unequal budgets; {len(whole)} can also be condensed "
+            "and have layers dropped."
         )
     silent = sum(one.state == "silent" for row in rows for one in row.outcomes.values())
-    told.append(f"Silent differences: {silent}.")
+    told.append(f"- Silent differences: {silent}.")
     return "\n".join(told)
 
 

@@ -43,7 +43,7 @@ def test_a_process_that_does_not_start_says_why(
 ) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no such thing')")
-    monkeypatch.setattr(stock_process_module, "SCRIPT", broken)
+    monkeypatch.setattr(stock_process_module, "REFERENCES", broken)
     with (
         pytest.raises(RuntimeError, match="did not start: no such thing"),
         stock_process_module.stock_process(),

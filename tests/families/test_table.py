@@ -73,8 +73,8 @@ def test_the_worst_comes_first() -> None:
 
 def test_counts() -> None:
     text = counts(ROWS)
-    assert "Causal language models: 2 types; 1 " in text and "1 of them also" in text
-    assert "With images, video or audio: 1 types; 0 " in text
+    assert "Causal language models: of 2 types 1 can be profiled" in text and "; 1 can" in text
+    assert "With images, video or audio: of 1 types 0 " in text
     assert "Silent differences: 1." in text
 
 
