@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
 
-.PHONY: help run test bench lint format
+.PHONY: help run test bench families lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test [ARGS='tests/test_store.py -x']   run the tests"
 	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
+	@echo "make families                               check every MoE model type that transformers has"
 	@echo "make lint                                   check style and formatting (ruff), types (mypy)"
 	@echo "make format                                 correct style and formatting with ruff"
 	@echo "PYTHON=python3.12 make ...                  choose the interpreter that .venv is made from"
@@ -32,6 +33,10 @@ bench: $(STAMP)
 		$(VENV)/bin/python $$bench || failed=1; \
 	done; \
 	exit $$failed
+
+# Of every type, by tiny random models, and the table of docs/families.md anew: about ten minutes.
+families: $(STAMP)
+	$(VENV)/bin/python -m moe_lab.families --processes $(WORKERS) --write docs/families.md README.md
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

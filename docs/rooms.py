@@ -45,6 +45,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
          "finetune", "evaluate", "report", "diagnose"),
     ),
+    "families": (
+        "what works for each model type of transformers",
+        ("compute", "models", "profile", "methods", "stages.profile"),
+    ),
     "runs": (
         "jobs and sweeps, from start to end",
         ("report", "tables", "track", "store", "models.edits"),
@@ -61,7 +65,7 @@ LIBRARIES = {
     "transformers.conversion_mapping": ("models.layerwise", "models.stored"),
     "transformers.modeling_utils": ("models.layerwise",),
     "transformers.models": ("models.adapters",),
-    "transformers": ("models",),
+    "transformers": ("models", "families"),
     "accelerate": ("finetune", "profile.collect"),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "hydra": ("run.py", "runs.sweep"),
