@@ -130,7 +130,8 @@ def condense(family: Family) -> Outcome:
 
 def drop(family: Family) -> Outcome:
     """A layer's MoE goes; reference: its block's output is zero."""
-    return _edited(family, made_by(family, DropLayers(1, padding=1.0)), "dropped")
+    last = family.layers()[-1].index
+    return _edited(family, made_by(family, DropLayers(1, layers=[last], padding=1.0)), "dropped")
 
 
 def _edited(family: Family, made: Made, kind: str) -> Outcome:

@@ -81,7 +81,8 @@ def _read_here(family: Family, folder: Path) -> StockAnswer:
 def changed_outside(family: Family, made: Made) -> list[str]:
     """Tensors of the files that are no experts' and no routers', and are not byte for byte alike.
 
-    An expert's has "expert" in its name; a router's has another shape behind a prune.
+    An expert's has "expert" in its name; a router's is below "gate" or "router", or has another
+    shape behind a prune.
     """
     before, after = _tensors(family.folder / "dense"), _tensors(made.folder)
     counts = set(family.experts.values())
@@ -89,6 +90,7 @@ def changed_outside(family: Family, made: Made) -> list[str]:
         name
         for name, tensor in before.items()
         if "expert" not in name
+        and not {"gate", "router"} & set(name.split("."))
         and not counts.intersection(tensor.shape)
         and (name not in after or not _same(tensor, after[name]))
     )

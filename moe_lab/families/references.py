@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 Batch = dict[str, Tensor]
 NEVER = -1e30  # as a bias: chosen last
+FURTHER = 2  # rows that a router may have behind those of its experts
 NEW_TOKENS, PROMPT = 8, 9
 
 
@@ -135,13 +136,15 @@ def masked(model: Any, kept: dict[str, list[int]], batches: list[Batch]) -> list
         number = _num_experts(experts)
         gone = sorted(set(range(number)) - set(kept.get(str(layer_of(path)), range(number))))
         block = model.get_submodule(path.rpartition(".")[0])
-        inside = set(experts.modules())
+        inside, of_router = set(experts.modules()), set(_router_of(block).modules())
         before = len(rows)
         for module in block.modules():
             if module not in inside:
-                _mask_biases(module, number, gone)
+                sizes = range(number, number + FURTHER + 1 if module in of_router else number + 1)
+                _mask_biases(module, sizes, gone)
                 tensors = module._parameters.values()
-                rows |= {id(t): gone for t in tensors if t is not None and _is_router(t, number)}
+                rows |= {id(t): gone for t in tensors if t is not None and _is_router(t, sizes)}
+                _rename_in_table(module, gone)
         if gone and len(rows) == before:
             return None
     with _masked_rows(rows):
@@ -153,16 +156,38 @@ def _num_experts(experts: nn.Module) -> int:
     return sizes[0] if sizes else int(getattr(experts, "num_experts", 0))
 
 
-def _is_router(tensor: Tensor, number: int) -> bool:
-    return tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[0] == number
+def _router_of(block: nn.Module) -> nn.Module:
+    children = dict(block.named_children())
+    return children.get("gate", children.get("router", block))
 
 
-def _mask_biases(module: nn.Module, number: int, gone: list[int]) -> None:
+def _is_router(tensor: Tensor, sizes: range) -> bool:
+    return tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[0] in sizes
+
+
+def _mask_biases(module: nn.Module, sizes: range, gone: list[int]) -> None:
     """Selection biases [E] or [1, E]; a router's plain `bias` goes with its rows."""
     for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is None or "bias" not in key or key == "bias" or tensor.shape[-1:] != (number,):
+        if tensor is None or "bias" not in key or key == "bias" or tensor.shape[-1] not in sizes:
             continue
         tensor.data[..., gone] = NEVER
+
+
+def _rename_in_table(module: nn.Module, gone: list[int]) -> None:
+    """In a table of experts by token id: for each lost one the most similar that is not there yet.
+
+    Similar by the cosine of the router's rows; the lost are replaced in ascending order.
+    """
+    for tensor in module._buffers.values():
+        if tensor is None or tensor.is_floating_point() or tensor.dim() != 2:
+            continue
+        rows = [row / row.norm() for row in module.weight.double()]
+        for chosen in tensor:
+            for lost in gone:
+                for place in [i for i, one in enumerate(chosen.tolist()) if one == lost]:
+                    free = set(range(len(rows))) - set(gone) - set(chosen.tolist())
+                    near = max(sorted(free), key=lambda one: float(rows[one] @ rows[lost]))
+                    chosen[place] = near
 
 
 @contextmanager
@@ -202,7 +227,16 @@ def with_constant_weights(model: Any, edit: dict[str, Any], batches: list[Batch]
         hidden = args[0] if args else named["hidden_states"]
         return tuple(map(replaced, args)), {key: replaced(one) for key, one in named.items()}
 
+    def scored(module: nn.Module, args: Any, output: Any) -> Any:
+        """Of a router that gives a score for each expert, and no choice (llama4)."""
+        if len(output) != 2:
+            return output
+        scores = torch.zeros_like(output[0])
+        scores[:, edit["experts"]] = torch.tensor(edit["gates"], dtype=scores.dtype)
+        return scores, *output[1:]
+
     model.get_submodule(path).register_forward_pre_hook(constant, with_kwargs=True)
+    _router_of(block).register_forward_hook(scored)
     if hasattr(block, "shared_expert_gate"):
         value = float(torch.logit(torch.tensor(edit["shared_gate"], dtype=torch.float64)))
         block.shared_expert_gate.register_forward_hook(

@@ -18,6 +18,8 @@ from moe_lab.types import LayerInfo, Routing, UserError
 
 # Known only where the router's scoring is.
 OF_PROBABILITY = ("probability_sum", "entropy_sum")
+# Known only where a token has one hidden state, to which the block adds.
+AROUND = ("gate_norm_change_sum", "block_cosine_sum", "layer_cosine_sum")
 # What is no sum: parts of the data combine by the larger one, or have the same.
 MAXIMA = ("max_activation",)
 CONSTANTS = ("router_norm", "weight_abs_sum", "weight_square_sum", "weight_count")
@@ -163,12 +165,17 @@ class LayerStatistics:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.sums:
-            reason = (
-                "its router's weights follow none of the known scorings "
-                f"({', '.join(SCORINGS)}), so it has no full probability"
-                if name in OF_PROBABILITY
-                else f"it has {sorted(self.sums)}"
-            )
+            reason = f"it has {sorted(self.sums)}"
+            if name in OF_PROBABILITY:
+                reason = (
+                    "its router's weights follow none of the known scorings "
+                    f"({', '.join(SCORINGS)}), so it has no full probability"
+                )
+            if name in AROUND:
+                reason = (
+                    "around its MoE block there is not one hidden state for each token that it "
+                    f"adds to, as in other families ({self.info.family})"
+                )
             raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
         return self.sums[name]
 
