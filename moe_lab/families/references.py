@@ -23,24 +23,27 @@ from torch.nn import functional as F
 
 Batch = dict[str, Tensor]
 NEVER = -1e30  # as a bias: chosen last
-FURTHER = 2  # rows that a router may have behind those of its experts
+EXTRA_ROWS = 2  # behind the experts' in a router: for a shared expert, or for none
 NEW_TOKENS, PROMPT = 8, 9
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold the routed experts of a layer, by path: known by their classes' names.
 
-    Not inside another one; a class of linear maps of all experts (JetMoE's) stands for its parent.
+    Of several linear maps of all experts in a block (JetMoE's) the first stands for all; experts of
+    an attention are none of these.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        kind = type(module).__name__
-        if "shared" in path.rpartition(".")[2] or not any(True for _ in module.parameters()):
+        block, _, name = path.rpartition(".")
+        if "shared" in name or "attention" in block or not any(True for _ in module.parameters()):
             continue
-        if kind.endswith(("Experts", "ExpertGLU")):
-            holder = path.rpartition(".")[0] if kind.endswith("ParallelExperts") else path
-            if not any(holder.startswith(f"{other}.") for other in found):
-                found[holder] = model.get_submodule(holder)
+        parts = type(module).__name__.endswith("ParallelExperts")
+        beside = parts and any(other.rpartition(".")[0] == block for other in found)
+        if beside or any(path.startswith(f"{other}.") for other in found):
+            continue
+        if type(module).__name__.endswith(("Experts", "ExpertGLU")):
+            found[path] = module
     return found
 
 
@@ -122,33 +125,35 @@ def counting_tokens(model: nn.Module, batches: list[Batch]) -> Iterator[dict[int
             handle.remove()
 
 
-# ---------------------------------------------------------------------- references
-
-
 def masked(model: Any, kept: dict[str, list[int]], batches: list[Batch]) -> list[Tensor] | None:
     """The logits of a model whose routers cannot choose but the experts kept, by layer.
 
-    The rows of the others give minus infinity and their selection biases NEVER. None where a layer
-    has no router rows that could be found.
+    The rows of the others give minus infinity and their selection biases NEVER. None where that is
+    not what chooses: no such rows are found, or tokens still reach the others.
     """
     rows: dict[int, list[int]] = {}
     for path, experts in expert_modules(model).items():
         number = _num_experts(experts)
         gone = sorted(set(range(number)) - set(kept.get(str(layer_of(path)), range(number))))
         block = model.get_submodule(path.rpartition(".")[0])
-        inside, of_router = set(experts.modules()), set(_router_of(block).modules())
+        inside = set(experts.modules())
         before = len(rows)
         for module in block.modules():
             if module not in inside:
-                sizes = range(number, number + FURTHER + 1 if module in of_router else number + 1)
-                _mask_biases(module, sizes, gone)
+                _mask_biases(module, number, gone)
                 tensors = module._parameters.values()
-                rows |= {id(t): gone for t in tensors if t is not None and _is_router(t, sizes)}
+                rows |= {id(t): gone for t in tensors if t is not None and _is_router(t, number)}
                 _rename_in_table(module, gone)
         if gone and len(rows) == before:
             return None
-    with _masked_rows(rows):
-        return logits_of(model, batches)
+    with _masked_rows(rows), counting_tokens(model, batches) as counts:
+        logits = logits_of(model, batches)
+    stay = {int(index): some for index, some in kept.items()}
+    reached = (
+        set(count.nonzero().flatten().tolist()) - set(stay.get(index, range(len(count))))
+        for index, count in counts.items()
+    )
+    return None if any(reached) else logits
 
 
 def _num_experts(experts: nn.Module) -> int:
@@ -161,16 +166,18 @@ def _router_of(block: nn.Module) -> nn.Module:
     return children.get("gate", children.get("router", block))
 
 
-def _is_router(tensor: Tensor, sizes: range) -> bool:
-    return tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[0] in sizes
+def _is_router(tensor: Tensor, number: int) -> bool:
+    rows = tensor.shape[0] - number if tensor.dim() == 2 else -1
+    return tensor.is_floating_point() and 0 <= rows <= EXTRA_ROWS
 
 
-def _mask_biases(module: nn.Module, sizes: range, gone: list[int]) -> None:
+def _mask_biases(module: nn.Module, number: int, gone: list[int]) -> None:
     """Selection biases [E] or [1, E]; a router's plain `bias` goes with its rows."""
     for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is None or "bias" not in key or key == "bias" or tensor.shape[-1] not in sizes:
+        if tensor is None or "bias" not in key or key == "bias":
             continue
-        tensor.data[..., gone] = NEVER
+        if 0 <= tensor.shape[-1] - number <= EXTRA_ROWS:
+            tensor.data[..., gone] = NEVER
 
 
 def _rename_in_table(module: nn.Module, gone: list[int]) -> None:
@@ -257,9 +264,6 @@ def dropped(model: Any, edit: dict[str, Any], batches: list[Batch]) -> list[Tens
     return logits_of(model, batches)
 
 
-# ---------------------------------------------------------------------- jobs
-
-
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """What became of a job; logits are written to job["out"], of the batches at job["batches"].
 
@@ -275,7 +279,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         "dropped": lambda: dropped(model, job["edit"], batches),
     }
     if (logits := kinds[job["kind"]]()) is None:
-        return {"error": "its router's rows were not found"}
+        return {"error": "what chooses its experts is no router whose rows can be masked"}
     torch.save(logits, job["out"])
     if job.get("generate"):
         reply["generation"] = generation(model, batches[0])

@@ -10,7 +10,7 @@ import torch
 from families import tiny_batch, tiny_model
 from torch.nn import functional as F
 
-from moe_lab.families import references
+from moe_lab.families import references, tiny
 from moe_lab.families.references import (
     counting_tokens,
     dropped,
@@ -67,6 +67,23 @@ def test_a_router_that_is_not_found_is_said() -> None:
     for layer in model.model.layers:
         layer.mlp.gate.weight = torch.nn.Parameter(layer.mlp.gate.weight[:6].clone())
     assert masked(model, {"0": [0, 1]}, [tiny_batch()]) is None
+
+
+def test_a_router_that_chooses_otherwise_is_said() -> None:
+    """By token id, as the first layers of DeepSeek-V4 do."""
+    model, batches = tiny.tiny_model("deepseek_v4"), tiny.tiny_batches()
+    assert masked(model, {"0": list(range(2, 8))}, batches) is None
+    assert masked(model, {"1": list(range(2, 8))}, batches) is not None
+
+
+@pytest.mark.parametrize("kind", ["dbrx", "jetmoe", "longcat_flash", "llama4_text", "inkling_text"])
+def test_families_with_experts_of_their_own_have_references(kind: str) -> None:
+    model, batches = tiny.tiny_model(kind), tiny.tiny_batches()
+    counts = expert_counts(model)
+    assert set(counts.values()) <= {8, 10} and counts
+    plain = logits_of(model, batches)[0]
+    logits = masked(model, {str(index): list(range(2, 8)) for index in counts}, batches)
+    assert logits is not None and not torch.equal(logits[0], plain)
 
 
 def test_constant_weights_are_the_experts_sum() -> None:
