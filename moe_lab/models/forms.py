@@ -135,11 +135,11 @@ def _native_config(
     )
 
 
-def _misfit(model: nn.Module, built: nn.Module, edited: dict[str, nn.Module]) -> str | None:
-    """What the family's config would build otherwise, beside the edited blocks."""
-    theirs = built.state_dict()
+def _misfit(model: PreTrainedModel, built: PreTrainedModel, edited: Iterable[str]) -> str | None:
+    """What the family's config would build otherwise, beside dense blocks, which may be wider."""
+    theirs, dense = built.state_dict(), dense_names(model) | {*edited}
     for key, tensor in model.state_dict().items():
-        if any(key.startswith(f"{name}.") for name in edited):
+        if any(key.startswith(f"{name}.") for name in dense):
             continue
         shape = tuple(theirs[key].shape) if key in theirs else None
         if shape != tuple(tensor.shape):

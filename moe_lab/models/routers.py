@@ -211,7 +211,8 @@ def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         for key, value in vars(module).items()
         if "expert" in key and type(value) is int and value == layer.info.num_experts
     ]
-    kept_E = torch.tensor(list(kept), device=layer.experts.down_proj.device)
+    every = [*kept, *range(layer.info.num_experts, layer.info.num_rows)]  # and zero experts
+    kept_E = torch.tensor(every, device=layer.experts.down_proj.device)
     inner = router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
@@ -259,12 +260,12 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         for (tensors, key), tensor in zip(biases, whole, strict=True):
             tensors[key] = _minus_infinity(tensor, gone)
         try:
-            with _MaskedLinear(num_experts, gone):
+            with _MaskedLinear(layer.info.num_rows, gone):
                 output: tuple[Tensor, ...] = inner(*arguments, **named)
         finally:
             for (tensors, key), tensor in zip(biases, whole, strict=True):
                 tensors[key] = tensor
-        if gone and output[0].reshape(-1, num_experts)[:, gone].max() != -torch.inf:
+        if gone and output[0].reshape(-1, layer.info.num_rows)[:, gone].max() != -torch.inf:
             raise UserError(
                 f"{type(layer.router).__name__} makes its logits in a way of its own: its experts "
                 "cannot be masked"
@@ -284,11 +285,11 @@ def _holder(module: nn.Module, key: str) -> dict[str, Any]:
 
 
 class _MaskedLinear(TorchFunctionMode):
-    """While open, products with a row for each expert are -inf for those that are `gone`."""
+    """While open, products with the router's number of rows are -inf in those that are `gone`."""
 
-    def __init__(self, num_experts: int, gone: Sequence[int]):
+    def __init__(self, num_rows: int, gone: Sequence[int]):
         super().__init__()
-        self.num_experts, self.gone = num_experts, gone
+        self.num_rows, self.gone = num_rows, gone
 
     def __torch_function__(
         self,
@@ -298,7 +299,7 @@ class _MaskedLinear(TorchFunctionMode):
         named: dict[str, Any] | None = None,
     ) -> Any:
         result = function(*arguments, **(named or {}))
-        if function is F.linear and result.shape[-1] == self.num_experts:
+        if function is F.linear and result.shape[-1] == self.num_rows:
             return _minus_infinity(result, self.gone)
         return result
 
