@@ -162,9 +162,11 @@ class ExpertDroppingTuning(Tuning):
             )
             if self.step_NE is None:
                 self.step_NE = torch.zeros_like(self.window_NE, device=index_TK.device)
-            self.step_NE[row] += torch.bincount(
-                index_TK.flatten(), weight_TK.flatten().double(), minlength=self.step_NE.shape[1]
+            number = self.step_NE.shape[1]
+            heard_E = torch.bincount(
+                index_TK.flatten(), weight_TK.flatten().double(), minlength=number
             )
+            self.step_NE[row] += heard_E[:number]  # zero experts come behind
 
         return hear
 

@@ -202,7 +202,8 @@ def restricted_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         if module not in inside
     ]
     counts = [place for place in counts_of(layer) if place[0] not in inside]
-    kept_E = torch.tensor(list(kept), device=layer.experts.down_proj.device)
+    every = [*kept, *range(layer.info.num_experts, layer.info.num_rows)]  # and zero experts
+    kept_E = torch.tensor(every, device=layer.experts.down_proj.device)
     inner = router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
@@ -247,7 +248,7 @@ def masked_layer(layer: MoELayer, kept: Sequence[int]) -> Iterator[None]:
         for module, key, tensor, _ in by_expert(layer)
         if module is not layer.experts and tensor.dim() == 1 and tensor.is_floating_point()
     ]
-    num_rows = num_experts + further_rows(layer)
+    num_rows = layer.info.num_rows + further_rows(layer)
     inner = layer.router.forward
 
     def forward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
@@ -284,7 +285,7 @@ def _holder(module: nn.Module, key: str) -> dict[str, Any]:
 
 
 class _MaskedLinear(TorchFunctionMode):
-    """While open, products with a row for each expert are -inf for those that are `gone`."""
+    """While open, products with the router's number of rows are -inf in those that are `gone`."""
 
     def __init__(self, num_rows: int, gone: Sequence[int]):
         super().__init__()

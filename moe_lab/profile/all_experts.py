@@ -214,6 +214,11 @@ class ExpertSample:
     def __init__(self, stream: LayerStream):
         self.stream, self._states = stream, States(stream)
         infos = [layer.info for layer in stream.moe.values()]
+        if any(info.zero_experts for info in infos):
+            raise UserError(
+                f"{infos[0].family} has zero experts, which copy what they get: what a layer is "
+                "without some of its experts cannot be told for this family"
+            )
         tokens = sum(int(valid.sum()) for valid in stream.valid)
         times = sum(info.num_experts for info in infos) / sum(info.top_k for info in infos)
         most = max(info.num_experts for info in infos)

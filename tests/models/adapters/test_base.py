@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ from transformers import AutoConfig
 from moe_lab.compute import Compute
 from moe_lab.models.adapters.base import REFUSED, adapt
 from moe_lab.models.checkpoint import Checkpoint, load, meta_model
+from moe_lab.models.editing import prune_layer
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.experts import expert_forward, expert_parameters
 from moe_lab.models.forms import form_of
 from moe_lab.models.layers import check_kept, moe_layers
-from moe_lab.models.routers import at_top_k, scoring
+from moe_lab.models.routers import at_top_k, masked_layer, restricted, scoring
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.profile.collect import collect_statistics, collecting
 from moe_lab.stages.profile import collect_profile
@@ -173,6 +175,25 @@ def test_pruned_and_merged_models_are_read_again(family: str, tmp_path: Path) ->
         if stock:
             assert logits is not None
             close(family, logits, memory)
+
+
+@EACH
+def test_experts_left_out_for_a_while_are_as_pruned_and_as_masked(family: str) -> None:
+    model = odd_model(family)
+    infos = [layer.info for layer in moe_layers(model)]
+    plain, kept = logits_of(model), {info.index: KEPT for info in infos}
+    with restricted(model, kept):
+        left_out = logits_of(model)
+    with ExitStack() as stack:
+        for layer in moe_layers(model):
+            stack.enter_context(masked_layer(layer, KEPT))
+        masked = logits_of(model)
+    assert torch.equal(logits_of(model), plain)
+    for layer in moe_layers(model):
+        prune_layer(layer, KEPT)
+    assert (plain - left_out).abs().max() > 0.1
+    torch.testing.assert_close(left_out, logits_of(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(masked, left_out, rtol=1e-3, atol=1e-3)
 
 
 @CAUSAL

@@ -9,6 +9,8 @@ from odd_families import odd_model, stock_routers
 
 from moe_lab.models.editing import prune_layer, replace_experts
 from moe_lab.models.layers import moe_layers
+from moe_lab.models.stream import LayerStream
+from moe_lab.profile.all_experts import ExpertSample
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.weights import weight_statistics
 from moe_lab.types import UserError
@@ -59,3 +61,9 @@ def test_rows_of_removed_experts_cannot_stay() -> None:
     layer = moe_layers(odd_model("longcat_flash"))[0]
     with pytest.raises(UserError, match=r"method\.replacement=nothing"):
         replace_experts(layer, [0, 1, 2], "copy")
+
+
+def test_what_layers_are_without_some_experts_is_refused() -> None:
+    stream = LayerStream(odd_model("longcat_flash"), [tiny_batch()])
+    with pytest.raises(UserError, match="longcat_flash has zero experts"):
+        ExpertSample(stream)
