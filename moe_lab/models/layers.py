@@ -93,8 +93,7 @@ def _in_text_model(model: PreTrainedModel, path: str) -> bool:
     for end in range(len(parts)):
         part = model.get_submodule(".".join(parts[:end]))
         owner = part if isinstance(part, PreTrainedModel) else owner
-    family: str = owner.config.model_type
-    return family == text.model_type
+    return bool(owner.config.model_type == text.model_type)
 
 
 def _are_experts(module: nn.Module) -> TypeGuard[Experts]:

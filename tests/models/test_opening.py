@@ -262,3 +262,16 @@ def test_two_blocks_in_one_layer_are_refused() -> None:
         UserError, match=r"two MoE blocks in one decoder layer.*text_moe.*vision_moe"
     ):
         moe_layers(meta_model(config))
+
+
+def test_experts_of_a_tower_for_images_are_left_alone() -> None:
+    text = {
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["sliding_attention", "indexed_attention", "sliding_attention"],
+    }
+    model = meta_model(AutoConfig.for_model("dots3_note", text_config=text))
+    towers = [name for name, _ in model.named_modules() if name.endswith("mlp.experts")]
+    assert any("vision" in name for name in towers)
+    names = [layer.info.name for layer in moe_layers(model)]
+    assert names == [f"model.language_model.layers.{index}.mlp" for index in (1, 2)]
