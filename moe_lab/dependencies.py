@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from moe_lab.lookup import names_in
+
 OURS = __name__.partition(".")[0]
 # Modules of ours that stages and plug-ins import and that decide no result, and why.
 WITHOUT_RESULTS = {
@@ -29,9 +31,12 @@ WITHOUT_RESULTS = {
     "moe_lab.store": "how results are kept, not what they are",
     "moe_lab.dependencies": "what their keys are made from",
     "moe_lab.compute": "where they are computed; what is the machine's has it in its key",
+    "moe_lab.models.reading_back": "it refuses a checkpoint, and changes none",
     "moe_lab.option": "what options are called, and which values of them are refused",
     "moe_lab.data.source": "where text comes from: text enters keys by its tokens",
 }
+# Modules of ours that look for others by name, and the folder of these.
+FINDS_BY_NAME = {"moe_lab.models.adapters.base": "moe_lab.models.adapters"}
 PLACES = ("stdlib", "platstdlib", "purelib", "platlib")  # not the prefix: a project may lie in it
 INSTALLED = {Path(sysconfig.get_path(place)).resolve() for place in PLACES}
 TYPES_ALONE = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
@@ -63,8 +68,14 @@ def modules_of(*objects: object) -> set[str]:
 def imported_by(name: str) -> tuple[str, ...]:
     """The modules of ours, or of a user's own, that a module imports, also inside functions."""
     package = name if _own_file(name).name == "__init__.py" else name.rpartition(".")[0]
-    modules = (_module_in(full) for full in _imports(source_of(name), package))
+    names = [*_imports(source_of(name), package), *_found_by_name(name)]
+    modules = (_module_in(full) for full in names)
     return tuple(module for module in modules if module and module != name)
+
+
+def _found_by_name(name: str) -> list[str]:
+    folder = FINDS_BY_NAME.get(name)
+    return [f"{folder}.{one}" for one in names_in(folder)] if folder else []
 
 
 def version_of(name: str) -> str:

@@ -197,10 +197,10 @@ def _check_tellable(layer: MoELayer) -> None:
     """Refuse a layer of which it cannot be told what it is without some of its experts."""
     told = "what the layer is without some of its experts cannot be told for this family"
     if layer.info.zero_experts:
-        raise UserError(f"{type(layer.block).__name__} has zero experts, too: {told}")
+        raise UserError(f"{layer.info.family} has zero experts, which copy what they get: {told}")
     if getattr(layer.experts, "scales_input", False):
         raise UserError(
-            f"{type(layer.block).__name__} multiplies what its experts get by the router's "
+            f"{layer.info.family} multiplies what its experts get by the router's "
             f"weights, which change without some of them: {told}"
         )
 
@@ -214,11 +214,7 @@ class ExpertSample:
     def __init__(self, stream: LayerStream):
         self.stream, self._states = stream, States(stream)
         infos = [layer.info for layer in stream.moe.values()]
-        if any(info.zero_experts for info in infos):
-            raise UserError(
-                f"{infos[0].family} has zero experts, which copy what they get: what a layer is "
-                "without some of its experts cannot be told for this family"
-            )
+        _check_tellable(next(iter(stream.moe.values())))
         tokens = sum(int(valid.sum()) for valid in stream.valid)
         times = sum(info.num_experts for info in infos) / sum(info.top_k for info in infos)
         most = max(info.num_experts for info in infos)
