@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batch = dict[str, Tensor]
+BY_LOGITS = ("Llama4Router", "JetMoeTopKGating")  # return logits last, and their experts no indices
 NEVER = -1e30  # as a bias: chosen last
 EXTRA_ROWS = 2  # behind the experts' in a router: for a shared expert, or for none
 NEW_TOKENS, PROMPT = 8, 9
@@ -109,8 +110,22 @@ def counting_tokens(model: nn.Module, batches: list[Batch]) -> Iterator[dict[int
             for value in (*args, *named.values()):
                 if torch.is_tensor(value) and not value.is_floating_point():
                     chosen = value.reshape(len(valid), -1)[valid].flatten()
-                    new = torch.bincount(chosen, minlength=_num_experts(module))
-                    counts[layer_of(path)] = counts.get(layer_of(path), 0) + new
+                    add(path, chosen)
+
+        return count
+
+    def add(path: str, chosen: Tensor) -> None:
+        number = _num_experts(model.get_submodule(path))
+        new = torch.bincount(chosen, minlength=number)[:number]
+        counts[layer_of(path)] = counts.get(layer_of(path), 0) + new
+
+    def at_router(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Of experts that are given no indices: the choice is that of the router's best logits."""
+
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            logits, valid = output[-1], router_masks[path].pop(0)
+            chosen = logits.reshape(len(valid), -1)[valid].topk(_top_k(model), dim=1).indices
+            add(path, chosen.flatten())
 
         return count
 
@@ -118,6 +133,11 @@ def counting_tokens(model: nn.Module, batches: list[Batch]) -> Iterator[dict[int
         model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True)
         for path in masks
     ]
+    router_masks = {path: list(valid) for path, valid in masks.items()}
+    for path in masks:
+        router = _router_of(model.get_submodule(path.rpartition(".")[0]))
+        if type(router).__name__ in BY_LOGITS:
+            handles.append(router.register_forward_hook(at_router(path)))
     try:
         yield counts
     finally:
@@ -158,7 +178,12 @@ def masked(model: Any, kept: dict[str, list[int]], batches: list[Batch]) -> list
 
 def _num_experts(experts: nn.Module) -> int:
     sizes = [parameter.shape[0] for parameter in experts.parameters() if parameter.dim() == 3]
-    return sizes[0] if sizes else int(getattr(experts, "num_experts", 0))
+    # The smallest: rows of some tensors are there for zero experts (longcat_flash).
+    return min(sizes) if sizes else int(getattr(experts, "num_experts", 0))
+
+
+def _top_k(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).num_experts_per_tok)
 
 
 def _router_of(block: nn.Module) -> nn.Module:
@@ -188,7 +213,8 @@ def _rename_in_table(module: nn.Module, gone: list[int]) -> None:
     for tensor in module._buffers.values():
         if tensor is None or tensor.is_floating_point() or tensor.dim() != 2:
             continue
-        rows = [row / row.norm() for row in module.weight.double()]
+        weight = module.get_parameter("weight").double()
+        rows = [row / row.norm() for row in weight.unbind()]
         for chosen in tensor:
             for lost in gone:
                 for place in [i for i, one in enumerate(chosen.tolist()) if one == lost]:

@@ -179,13 +179,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "glm5_next_text": {"qk_rope_head_dim": 0, "num_key_value_heads": 4},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "inkling_vision": {"patch_size": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"num_experts_per_tok": 1},
     "llama4_vision_model": {"pixel_shuffle_ratio": 1.0},
     "longcat_flash": {
-        "head_dim": 8,"num_layers": 2, "num_hidden_layers": 2, "zero_expert_num": 2,
+        "head_dim": 8, "num_layers": 3, "num_hidden_layers": 6, "zero_expert_num": 2,
     },
     "muse_spark_audio": {
         "num_hidden_layers": 4, "hidden_sizes": (8, 8, 16, 16), "depths": (1, 1, 1, 1),

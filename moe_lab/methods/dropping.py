@@ -14,6 +14,7 @@ from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Option
+from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
 
@@ -57,12 +58,19 @@ class Dropping(Method):
         )
 
     def plan(self, profile: Profile) -> Plan:
-        """One edit per MoE layer, its score the mean similarity."""
+        """One edit per MoE layer, its score the mean similarity.
+
+        Without scores where layers are named and the family has no such similarity.
+        """
         order = choose_layers(self.layers, self.num_layers, profile.statistics, self.cosine)
         edits = tuple(
             (self.edit if one.info.index in order else KeepLayer)(
-                one.info.index, one.info.name, scores=(one.mean_cosine(self.cosine),)
+                one.info.index, one.info.name, scores=self._scores(one)
             )
             for one in profile.statistics
         )
         return Plan(edits, layer_order=order, notes={"statistics": "intact model"} | self.notes)
+
+    def _scores(self, one: LayerStatistics) -> tuple[float, ...]:
+        known = one.has_cosine(self.cosine)
+        return (one.mean_cosine(self.cosine),) if known else ()

@@ -25,12 +25,17 @@ def drop_decoders(model: PreTrainedModel, path: str, dropped: Collection[int]) -
     which it finds its part of the KV cache. Raises UserError, before anything is changed, where
     the family's config cannot describe the rest.
     """
-    number = text_config(model.config).num_hidden_layers
+    text, decoders = text_config(model.config), module_list(model, path)
+    number = text.num_hidden_layers
+    if len(decoders) != number:
+        raise UserError(
+            f"{text.model_type} has {len(decoders)} decoder layers and counts {number} in its "
+            "config: none can be taken out; method=drop_layers works with this family"
+        )
     kept = [i for i in range(number) if i not in dropped]
     if not kept:
         raise UserError("all decoder layers would be dropped: at least one must stay")
     _check(model, path, kept)
-    decoders = module_list(model, path)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(decoders[i] for i in kept))
     for new, old in enumerate(kept):

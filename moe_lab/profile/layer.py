@@ -183,6 +183,10 @@ class LayerStatistics:
         """Each expert's share of the routed slots times the number of experts, [E]: 1 is even."""
         return self["count"] * self.info.num_experts / (self["tokens"] * self.info.top_k)
 
+    def has_cosine(self, name: str) -> bool:
+        """Whether there is such a cosine: not where a token has several hidden states."""
+        return f"{name}_cosine_sum" in self.sums
+
     def mean_cosine(self, name: str) -> float:
         """Mean over tokens of the `name` ("block" or "layer") cosine."""
         return float(self[f"{name}_cosine_sum"] / self["tokens"])

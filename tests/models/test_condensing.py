@@ -9,6 +9,9 @@ import torch
 from families import FAMILIES, logits_of, tiny_batch, tiny_model
 from odd_blocks import BLOCKS, odd_model, with_constant_gates
 
+from moe_lab.families import references
+from moe_lab.families import tiny as families
+from moe_lab.models.checkpoint import load
 from moe_lab.models.condensing import (
     check_condensable,
     condensed,
@@ -20,8 +23,13 @@ from moe_lab.models.condensing import (
     width_of,
 )
 from moe_lab.models.editing import DenseMLP, set_block
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.drop_layer import DropLayer
+from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.experts import expert_forward, expert_parameters
 from moe_lab.models.layers import hidden_of, moe_layers
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
 EXPERTS, GATES = [5, 0, 6], [0.2, 0.5, 0.1]
@@ -93,3 +101,31 @@ def test_the_structure_is_built_again_without_weights(tmp_path: Path) -> None:
         {key: tensor.shape for key, tensor in one.state_dict().items()} for one in (kept, again)
     ]
     assert shapes[0] == shapes[1] and width_of(again) == 48
+
+
+# Whose condensed or dropped layers were once wrong without a word: a factor behind the experts, a
+# norm behind both, a norm that dense layers lack, an average and attention that rotates where the
+# layer is dense.
+ONCE_SILENT = ("laguna", "axk1", "axk2", "cohere2_moe")
+
+
+@pytest.mark.parametrize("kind", ["condense", "drop_layer"])
+@pytest.mark.parametrize("family", ONCE_SILENT)
+def test_what_was_once_wrong_without_a_word_is_the_reference_read_back(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    model, batches = families.tiny_model(family), [tiny_batch()]
+    model.save_pretrained(tmp_path / "dense")
+    info = moe_layers(model)[-1].info
+    edit: Edit = DropLayer(info.index, info.name)
+    reference = references.dropped
+    if kind == "condense":
+        edit = CondenseLayer(info.index, info.name, experts=(5, 2), gates=(0.7, 0.4))
+        reference = references.with_constant_weights
+    expected = reference(families.tiny_model(family), edit.to_json(), batches)[0]
+    apply_plan(model, Plan((edit,)))
+    save_checkpoint(model, tmp_path / "out", tmp_path / "dense", padding=1.0)
+    found = references.logits_of(load(tmp_path / "out"), batches)[0]
+    dense = references.logits_of(families.tiny_model(family), batches)[0]
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-4 * scale < (dense - expected).abs().max()
