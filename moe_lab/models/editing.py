@@ -196,4 +196,6 @@ def copied_layer(layer: MoELayer) -> MoELayer:
     copied = dict(zip(layer.block.modules(), block.modules(), strict=True))
     parts = ("block", "router", "experts", "shared", "shared_gate")
     copies: dict[str, Any] = {name: copied.get(getattr(layer, name)) for name in parts}
+    if not layer.has_block:
+        copies["decoder"] = block
     return replace(layer, **copies)

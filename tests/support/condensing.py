@@ -44,16 +44,28 @@ class Condensed(nn.Module):
         super().__init__()
         self.layer, self.experts, self.gates, self.gate = layer, experts, gates, gate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
         out = torch.zeros_like(x)
         if self.layer.shared is not None:
             out = out + self.gate * self.layer.shared(x)
-        weights = self.layer.experts
+        weights, of_gpt_oss = self.layer.experts, self.layer.info.family == "gpt_oss"
         for expert in self.experts:
-            gate, up = F.linear(x, weights.gate_up_proj[expert]).chunk(2, dim=-1)
-            hidden = F.silu(gate) * up
-            out = out + self.gates[expert] * F.linear(hidden, weights.down_proj[expert])
-        return out
+            compute = gpt_oss_expert if of_gpt_oss else gated_expert
+            out = out + self.gates[expert] * compute(weights, expert, x)
+        return (out, None) if of_gpt_oss else out
+
+
+def gated_expert(weights, expert: int, x: Tensor) -> Tensor:
+    gate, up = F.linear(x, weights.gate_up_proj[expert]).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, weights.down_proj[expert])
+
+
+def gpt_oss_expert(weights, expert: int, x: Tensor) -> Tensor:
+    """Interleaved, with biases, a limit of 7 and a sigmoid of 1.702 times the gate."""
+    both = x @ weights.gate_up_proj[expert] + weights.gate_up_proj_bias[expert]
+    gate, up = both[..., ::2].clamp(max=7.0), both[..., 1::2].clamp(-7.0, 7.0)
+    hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return hidden @ weights.down_proj[expert] + weights.down_proj_bias[expert]
 
 
 def brute_force_states(model, batches: list[dict]) -> list[list[Tensor]]:

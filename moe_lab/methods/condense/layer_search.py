@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence, weighted_mean
-from moe_lab.models.condensing import condensed
+from moe_lab.models.condensing import condensed, dense_terms
+from moe_lab.models.editing import copied_layer
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.stream import LayerStream, swapped
 from moe_lab.profile.profile import Answer
@@ -148,8 +149,10 @@ class CondensedSets:
                 self._known.add((level + 1, one))
 
     def _block(self, index: int) -> nn.Module:
-        edit = self.edits[index]
-        return condensed(self.stream.moe[index], edit.experts, edit.gates, edit.shared_gate)
+        edit, layer = self.edits[index], self.stream.moe[index]
+        if dense_terms(layer) is None:  # then its own block would be changed
+            layer = copied_layer(layer)
+        return condensed(layer, edit.experts, edit.gates, edit.shared_gate)
 
     def _state(self, level: int, one: frozenset[int], batch: int) -> Tensor:
         key = (level, one, batch) if level else ("input", batch)

@@ -13,7 +13,7 @@ from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
 
-FAMILIES = ["qwen2_moe", "deepseek_v2", "deepseek_v3", "mixtral"]
+FAMILIES = ["qwen2_moe", "deepseek_v2", "deepseek_v3", "mixtral", "gpt_oss"]
 
 
 @pytest.fixture(params=FAMILIES)
