@@ -126,7 +126,7 @@ def _moe_layer(
         num_experts=num_rows,
         top_k=_top_k(router, config),
         hidden_size=_hidden_size(config, experts),
-        shared=shared is not None,
+        shared=shared is not None and num_parameters(shared) > 0,  # of `superset.py`: 0
         groups=groups,
         groups_used=groups_used,
         obstacle=_obstacle(experts),
@@ -264,9 +264,11 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     Those of the block outside the shared experts with a dimension of the size of the number of
     experts; the first such dimension is the one. Where the router has more rows than there are
     experts, the experts' own tensors have the latter; what places the rows is not among them. Of
-    tensors with `further_rows` behind those of the experts, these are no expert's.
+    tensors with `further_rows` behind those of the experts, these are no expert's. Outside router
+    and experts only a vector counts: a projection may be as wide by chance.
     """
     inside, more = set(layer.experts.modules()), further_rows(layer)
+    of_router = set(layer.router.modules())
     also = getattr(layer.experts, "indexed_size", None)
     for module in routed_modules(layer):
         size = layer.info.num_experts
@@ -274,6 +276,8 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
             size = layer.info.real_experts or size
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or key in OF_REMAPPING:
+                continue
+            if module not in inside | of_router and tensor.numel() != max(tensor.shape, default=0):
                 continue
             sizes = {size, also} if module in inside or not more else {size, size + more}
             for dimension, length in enumerate(tensor.shape):
