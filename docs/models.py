@@ -26,7 +26,7 @@ from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import Form, form_of
-from moe_lab.models.layers import moe_layers, num_parameters
+from moe_lab.models.layers import decoders_path, moe_layers, num_parameters
 from moe_lab.models.superset import SUPERSET
 from moe_lab.types import LayerInfo, RouterName, UserError
 
@@ -56,21 +56,30 @@ def built(name: str) -> tuple[Model, list[LayerInfo]]:
 # ---------------------------------------------------------------------------------- the models
 
 
+def _of_language(model: Model, layers: Sequence[LayerInfo]) -> int:
+    """Parameters of the language model alone, without towers for images beside it."""
+    path = decoders_path(layers[0].name).rpartition(".")[0]
+    head = model.get_output_embeddings()
+    mine = {id(one): one.numel() for one in model.get_submodule(path).parameters()}
+    return sum((mine | {id(one): one.numel() for one in head.parameters()}).values())
+
+
 def facts(name: str) -> list[str]:
     """A model's cells: what it is."""
     option, (model, layers) = models()[name], built(name)
+    beside = num_parameters(model) - _of_language(model, layers)
     first = [
         f"`{name}`",
         f"`{option['path']}`",
         option["licence"],
-        _billions(num_parameters(model)),
+        _billions(num_parameters(model) - beside),
     ]
     if not layers:
         return [*first, *["–"] * (len(HEAD) - len(first))]
     info = layers[0]
     return [
         *first,
-        _billions(active_parameters(model)),
+        _billions(active_parameters(model) - beside),
         f"{len(layers)} of {info.num_decoders}",
         str(info.num_experts) + (f" in {info.groups} groups" if info.groups > 1 else ""),
         str(info.top_k),

@@ -101,7 +101,10 @@ def active_parameters(model: Model) -> int:
         experts, info = layer.experts, layer.info
         constants = experts.constants if isinstance(experts, RemappedExperts) else None
         replaced = 0 if constants is None else constants.numel()
-        routed, number = num_parameters(experts) - replaced, info.real_experts or info.num_experts
+        # By modules: those of some families' experts are their block's (JetMoE).
+        own = [one for module in experts.modules() for one in module._parameters.values()]
+        routed = sum(one.numel() for one in own if one is not None) - replaced
+        number = info.real_experts or info.num_experts
         active -= replaced + routed - routed * min(info.top_k, number) // number
     return active
 

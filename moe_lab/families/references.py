@@ -213,7 +213,7 @@ def _rename_in_table(module: nn.Module, gone: list[int]) -> None:
     for tensor in module._buffers.values():
         if tensor is None or tensor.is_floating_point() or tensor.dim() != 2:
             continue
-        weight = module.get_parameter("weight").double()
+        weight = module.get_parameter("weight").detach().double()
         rows = [row / row.norm() for row in weight.unbind()]
         for chosen in tensor:
             for lost in gone:

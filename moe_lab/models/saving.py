@@ -81,7 +81,8 @@ def save_checkpoint(
     form = choose_form(model, padding_limit(model.config, padding), twins, convert)
     if not form.plain:
         logger.info("saving: %s", form.reason)
-    round_as_stored(model, files, original.dtype)
+    computing = model.get_input_embeddings().get_parameter("weight").dtype
+    round_as_stored(model, files, original.dtype, computing)
     expected = few_logits(model)
     edited = edited_blocks(model)
     if form.num_experts:
@@ -92,7 +93,6 @@ def save_checkpoint(
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
-    computing = model.dtype
     as_stored(model, files, original.dtype)
     # A model that came from fused files would be written fused; engines want per-expert names.
     vars(model)["_weight_conversions"] = None

@@ -140,12 +140,23 @@ def as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None)
 
 
 @torch.no_grad()
-def round_as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None) -> None:
-    """Give each tensor the values that `as_stored` leaves, and keep the dtype of computing."""
+def round_as_stored(
+    model: PreTrainedModel, source: Held, default: torch.dtype | None, computing: torch.dtype
+) -> None:
+    """Give each tensor the values that `as_stored` leaves, in the dtype that it will be loaded in.
+
+    computing: that of most; what trained in float32 goes back to it.
+    """
+    in_float32 = model._get_dtype_plan(computing)
+    parameters = {id(parameter) for parameter in model.parameters()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        wanted = source.dtype(name) or default
-        if wanted is not None and tensor.is_floating_point() and tensor.dtype != wanted:
-            tensor.data = tensor.data.to(wanted).to(tensor.dtype)
+        if not tensor.is_floating_point():
+            continue
+        stored = source.dtype(name) or default or tensor.dtype
+        loaded = torch.float32 if any(part in name for part in in_float32) else computing
+        loaded = loaded if id(tensor) in parameters else tensor.dtype
+        if (stored, loaded) != (tensor.dtype, tensor.dtype):
+            tensor.data = tensor.data.to(stored).to(loaded)
 
 
 def _unrounded(tensor: Tensor, wanted: torch.dtype, parts: Sequence[Stored]) -> Tensor:

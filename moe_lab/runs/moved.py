@@ -84,6 +84,9 @@ PACKAGES = {
 }
 # Names that did not go where their file went, or have another name now.
 NAMES = {
+    "moe.expert_forward": "models.experts.expert_forward",
+    "moe.expert_parameters": "models.experts.expert_parameters",
+    "editing.condensed": "models.condensing.condensed",
     "statistics.LayerStatistics": "profile.layer.LayerStatistics",
     "evidence.Evidence": "profile.profile.Profile",
     "reconstruction.OpenExperts": "profile.all_experts.AllExperts",

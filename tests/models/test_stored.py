@@ -22,11 +22,15 @@ from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stored import NOT_LOADED, held_by, stored_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PASSING = {  # as of layers for multi-token prediction, and of buffers that old versions wrote
-    "mtp.layers.0.input_layernorm.weight": torch.randn(32).bfloat16(),
-    "model.layers.2.self_attn.rotary_emb.inv_freq": torch.rand(4),
-    "model.layers.9.mlp.experts.0.up_proj.weight": torch.randn(16, 32),
+PASSING = {  # what some training code left there
+    "value_head.layers.0.weight": torch.randn(32).bfloat16(),
+    "model.layers.2.mlp.load": torch.rand(4),
+    "model.layers.1.self_attn.old.weight": torch.randn(16, 32),
     "steps": torch.tensor(7),
+}
+NEEDLESS = {  # which models compute themselves, or which goes with a weight that is dequantised
+    "model.layers.2.self_attn.rotary_emb.inv_freq": torch.rand(4),
+    "model.layers.0.self_attn.q_proj.weight_scale_inv": torch.rand(1),
 }
 
 
@@ -80,7 +84,7 @@ def test_a_tensor_that_was_changed_is_written_as_it_is(tmp_path: Path) -> None:
 
 def test_what_no_model_holds_is_carried_over(tmp_path: Path) -> None:
     source, out, again = (tmp_path / name for name in ("source", "out", "again"))
-    write(source, "mixtral", {}, **PASSING)
+    write(source, "mixtral", {}, **PASSING, **NEEDLESS)
     model = load(source)
     infos = [layer.info for layer in moe_layers(model)]
     edits = (PruneExperts(one.index, one.name, kept=(0, 1, 2, 5)) for one in infos)
