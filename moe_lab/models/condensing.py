@@ -28,6 +28,7 @@ from moe_lab.models.probing import (
     router_output,
     skeleton_output,
     terms,
+    what_else_weights_do,
 )
 from moe_lab.types import LayerInfo, UserError
 
@@ -52,11 +53,19 @@ def dense_terms(layer: MoELayer) -> Terms | None:
         and experts.is_concatenated
         and type(experts)._apply_gate is _default_apply_gate
     )
-    if not plain or (layer.shared is not None and not is_gated(layer.shared, experts.act_fn)):
+    if not plain or not _is_plain_mlp(layer.shared, experts.act_fn):
         return None
     factors = terms(layer)
     returns_more = factors is not None and isinstance(skeleton_output(layer), tuple)
     return None if returns_more else factors
+
+
+def _is_plain_mlp(shared: nn.Module | None, activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the shared experts, where there are any, are a gated MLP without biases."""
+    if shared is None:
+        return True
+    biases = [name for name, _ in shared.named_parameters() if name.endswith("bias")]
+    return not biases and is_gated(shared, activation)
 
 
 @on_cpu()
@@ -142,7 +151,8 @@ def check_condensable(layer: MoELayer) -> None:
             x_1D = inside * x_TD[token : token + 1]
             expected[token] += outside * expert_forward(layer.experts, parameters[expert], x_1D)[0]
     output = layer.experts(x_TD, index_TK, weight_TK)
-    if (output - expected).abs().max() > 0.02 * expected.abs().max():
+    exact = reference.dtype in (torch.float32, torch.float64)
+    if (output - expected).abs().max() > (1e-4 if exact else 2e-2) * expected.abs().max():
         raise UserError(
             f"{type(layer.experts).__name__} does more than add its experts' weighted outputs: "
             "this family cannot be condensed"
@@ -198,6 +208,8 @@ def _condensed_in_place(
             "MLPs, so that its block is kept, which needs an expert: ask for condense.num_routed "
             "of at least 1"
         )
+    if why := what_else_weights_do(layer):
+        raise UserError(f"layer {layer.info.index} cannot be condensed: {why}")
     if layer.shared_gate is None and shared_gate != 1.0:
         raise UserError(
             f"layer {layer.info.index} has no gate before its shared experts: shared_gate="
@@ -231,6 +243,7 @@ def _leave_one(layer: MoELayer) -> None:
     experts, block = layer.experts, layer.block
     experts.__class__ = _one(type(experts))  # type: ignore[arg-type]  # a class can be hashed
     experts.num_experts = 1
+    experts.num_routed = layer.info.num_experts
     keeps = len(router_output(layer, probe(layer, tokens=1))) > 3
     for name, module in list(block.named_children()):
         if module is layer.router:

@@ -73,11 +73,17 @@ def cut_config(config: Any, kept: Sequence[int]) -> None:
 
 def _check(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Build both models without weights: each layer must come out as it was."""
-    with torch.device("meta"):
-        before = type(model)(copy.deepcopy(model.config))
-        config = copy.deepcopy(model.config)
-        cut_config(config, kept)
-        after = type(model)(config)
+    config = copy.deepcopy(model.config)
+    try:
+        with torch.device("meta"):
+            before = type(model)(copy.deepcopy(model.config))
+            cut_config(config, kept)
+            after = type(model)(type(config).from_dict(config.to_dict()))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"the config of {type(model).__name__} cannot describe fewer decoder layers: {error}; "
+            "method=drop_layers works with this family"
+        ) from error
     for new, old in enumerate(kept):
         one, other = (module_list(m, path)[i] for m, i in ((before, old), (after, new)))
         if nature(one) != nature(other):

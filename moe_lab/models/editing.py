@@ -58,7 +58,7 @@ class NoMLP(nn.Module):
         super().__init__()
         self.pair = pair
 
-    def forward(self, x: Tensor, **further: object) -> Tensor | tuple[Tensor, None]:
+    def forward(self, x: Tensor, *rest: object, **further: object) -> Tensor | tuple[Tensor, None]:
         zeros = torch.zeros_like(x)
         return (zeros, None) if self.pair else zeros
 
@@ -79,7 +79,13 @@ def no_mlp(layer: MoELayer) -> NoMLP:
             f"layer {layer.info.index}: {type(layer.block).__name__} hands a state of its router "
             "on to the layers behind it: it cannot be dropped"
         )
-    return NoMLP(pair=isinstance(skeleton_output(layer), tuple))
+    output = skeleton_output(layer)
+    if isinstance(output, tuple) and len(output) != 2:
+        raise UserError(
+            f"layer {layer.info.index}: {type(layer.block).__name__} returns {len(output)} values, "
+            "of which only two are known what for: it cannot be dropped"
+        )
+    return NoMLP(pair=isinstance(output, tuple))
 
 
 def prune_layer(
@@ -142,7 +148,9 @@ def merge_router_rows(
 
     weights: None for the plain sum. Entries of the router's biases are summed alike.
     """
-    for module, _, tensor, dimension in by_expert(layer):
+    for module, key, tensor, dimension in by_expert(layer):
+        if tensor.dim() == 1 and "bias" not in key:
+            continue  # a factor, which stays that of the expert that stays
         if module in layer.experts.modules():
             continue
         rows = tensor.movedim(dimension, 0)

@@ -40,8 +40,11 @@ class OneExpert(Experts):
     """Mixed into a family's experts module that has one expert left, for every token alike.
 
     Whatever the router says is ignored: the layer is condensed, and constant gates are folded into
-    the expert's weights.
+    the expert's weights. num_routed: how many experts there were, which what is kept of the block
+    may still have rows for.
     """
+
+    num_routed: int
 
     def forward(self, hidden_states: Tensor, *routed: Tensor, **named: Tensor) -> Tensor:
         """The output [T, D] of the one expert."""

@@ -265,7 +265,8 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     experts; the first such dimension is the one. Where the router has more rows than there are
     experts, the experts' own tensors have the latter; what places the rows is not among them. Of
     tensors with `further_rows` behind those of the experts, these are no expert's. Outside router
-    and experts only a vector counts: a projection may be as wide by chance.
+    and experts the block's own tensors count, and of what stands in it only vectors: a projection
+    may be as wide by chance.
     """
     inside, more = set(layer.experts.modules()), further_rows(layer)
     of_router = set(layer.router.modules())
@@ -277,7 +278,8 @@ def by_expert(layer: MoELayer) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or key in OF_REMAPPING:
                 continue
-            if module not in inside | of_router and tensor.numel() != max(tensor.shape, default=0):
+            known = module in inside or module in of_router or module is layer.block
+            if not known and tensor.numel() != max(tensor.shape, default=0):
                 continue
             sizes = {size, also} if module in inside or not more else {size, size + more}
             for dimension, length in enumerate(tensor.shape):

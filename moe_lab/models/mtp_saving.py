@@ -68,6 +68,7 @@ def carry_mtp(
     kept = {block: kept_experts(mtp, block, number) for block, number in numbers.items()}
     quantised = _quantised_before(config, folder)
     size = _write(mtp, kept, model.config.get_text_config().num_hidden_layers, folder, quantised)
+    _promise(folder / "config.json", source / "config.json")
     whole = sorted({n for block, n in mtp.num_experts.items() if block not in kept})
     if not stock and whole:
         _say_whole(folder / "config.json", {**mtp.num_experts, **numbers})
@@ -232,6 +233,15 @@ def _indexed(folder: Path) -> tuple[dict[str, str], int]:
         with file.open("rb") as opened:
             size += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
     return places, size
+
+
+def _promise(path: Path, source: Path) -> None:
+    """Make a config.json promise the MTP layers that its source promises."""
+    values, told = (json.loads(file.read_text()) for file in (path, source))
+    for name in MTP_COUNTS:
+        if told.get(name) and not values.get(name):
+            values[name] = told[name]
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _say_none(path: Path) -> None:

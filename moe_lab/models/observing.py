@@ -178,6 +178,11 @@ def _keeper(store: dict[nn.Module, Tensor], key: nn.Module, pick: Callable[[Any]
 def _emitter(observation: Observation, layer: MoELayer) -> Hook:
     def hook(module: nn.Module, args: Arguments, output: Output) -> None:
         key = layer.experts
+        if key not in observation.inputs:
+            raise UserError(
+                f"{type(key).__name__} does not compute as transformers' experts modules do (its "
+                "forward pass is its own): what its experts give cannot be observed"
+            )
         *routed, out = observation.inputs.pop(key)
         logits = _of_experts(observation.logits.pop(key), layer)
         gate = observation.shared_gate.pop(key, None)

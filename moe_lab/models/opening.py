@@ -88,7 +88,7 @@ def empty_model(config: Any, **options: Any) -> PreTrainedModel:
     """A model of this config without weights; options: as of `from_config`."""
     with torch.device("meta"), empty_tensors():
         model: PreTrainedModel = model_class(config).from_config(copy.deepcopy(config), **options)
-    return model
+    return model.eval()
 
 
 @contextmanager

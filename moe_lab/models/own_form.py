@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.condensing import is_condensed_in_place, one_wide_expert, width_of
+from moe_lab.models.condensing import one_wide_expert, width_of
 from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block
 from moe_lab.models.edits.plan import known_kinds
+from moe_lab.models.experts import OneExpert
 from moe_lab.models.layers import (
     MoELayer,
     experts_size,
@@ -45,11 +46,16 @@ def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
             _replay(model, layer.info, kind, written)
 
 
-def _dense(layer: MoELayer, width: int, in_place: bool = False) -> nn.Module:
+def _dense(
+    layer: MoELayer, width: int, in_place: bool = False, num_routed: int | None = None
+) -> nn.Module:
     """The dense block of this width in the place of a layer, its weights still to come."""
     if not width:
         return no_mlp(layer)
     if in_place:
+        if num_routed is not None and num_routed < layer.info.num_experts:
+            prune_layer(layer, range(num_routed))
+            layer = replace(layer, info=replace(layer.info, num_experts=num_routed))
         return one_wide_expert(layer, width)
     return DenseMLP(layer.info.hidden_size, width, layer.experts.act_fn)
 
@@ -111,7 +117,10 @@ def own_structures(model: nn.Module, layers: list[MoELayer]) -> dict[int, dict[s
 
 def _dense_structure(block: nn.Module) -> dict[str, Any]:
     structure: dict[str, Any] = {"width": width_of(block)}
-    return structure | ({"in_place": True} if is_condensed_in_place(block) else {})
+    for part in block.children():
+        if isinstance(part, OneExpert):
+            structure |= {"in_place": True, "num_routed": part.num_routed}
+    return structure
 
 
 def _experts_structure(layer: MoELayer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from moe_lab.models.hashed import is_hashed, num_token_ids
 from moe_lab.models.layers import MoELayer, Output, hidden_of
 
 PROBES = 64
+GATE_AT_1 = 1 / (1 + math.exp(-1.0))  # the sigmoid of 1
 
 
 class _Routed(Exception):
@@ -113,12 +115,17 @@ class _Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gives: Tensor | None = None  # zeros
+        self.random = False  # gives the same random numbers for each token, also of another size
+        self.factor = 1.0
         self.got = torch.zeros(0)
         self.further = False
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
         self.got = hidden_states
         self.further = bool(arguments or named)
+        if self.random:
+            generator = torch.Generator().manual_seed(hidden_states.shape[-1])
+            return self.factor * torch.randn(hidden_states.shape, generator=generator)
         if self.gives is None:
             return torch.zeros_like(hidden_states)
         if hidden_states.numel() != self.gives.numel():
@@ -130,6 +137,15 @@ class _Gate(nn.Module):
     """Stands for the gate of the shared experts: the same logit for every token."""
 
     logit = torch.inf
+
+    @contextmanager
+    def at(self, logit: float) -> Iterator[None]:
+        """While open, this logit; else one whose sigmoid is 1."""
+        self.logit = logit
+        try:
+            yield
+        finally:
+            self.logit = torch.inf
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_full((*hidden_states.shape[:-1], 1), self.logit)
@@ -180,30 +196,79 @@ def skeleton(layer: MoELayer) -> MoELayer:
 def terms(layer: MoELayer) -> Terms | None:
     """The factors of the routed and the shared sum in a block; None where it is no such sum.
 
-    Tried on a copy with random weights, whose experts give what they are told: the layer may be on
-    the meta device.
+    Tried on a copy with random weights, whose experts give what they are told, small and large, in
+    batches of two shapes: the layer may be on the meta device.
     """
     if not layer.has_block:
         return None
-    bare = skeleton(layer)
-    generator = torch.Generator().manual_seed(1)
-    x_TD, routed_TD, shared_TD = torch.randn(3, PROBES, layer.info.hidden_size, generator=generator)
-    zero_TD, one_TD = torch.zeros_like(x_TD), torch.ones_like(x_TD)
+    bare, found = skeleton(layer), set[Terms]()
     try:
-        nothing_TD = _given(bare, x_TD, zero_TD, zero_TD)
-        if nothing_TD.abs().max() > 0 or not _gets_tokens(bare, x_TD):
-            return None
-        routed = float(_given(bare, x_TD, one_TD, zero_TD)[0, 0])
-        shared = float(_given(bare, x_TD, zero_TD, one_TD)[0, 0])
-        expected = routed * routed_TD + shared * shared_TD
-        is_sum = _same(_given(bare, x_TD, routed_TD, shared_TD), expected)
-        if isinstance(bare.shared_gate, _Gate):
-            bare.shared_gate.logit = 1.0
-            half = torch.sigmoid(torch.tensor(1.0)) * shared
-            is_sum &= _same(_given(bare, x_TD, zero_TD, shared_TD), half * shared_TD)
+        for shape, scale in (((1, 64), 1.0), ((2, 16), 1000.0)):
+            factors = _factors(bare, shape, scale)
+            if factors is None:
+                return None
+            found.add(factors)
     except _OtherSize:
         return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _factors(bare: MoELayer, shape: tuple[int, int], scale: float) -> Terms | None:
+    """The same, by tokens [B, L] of this shape and outputs of this scale."""
+    generator = torch.Generator().manual_seed(1)
+    size = bare.info.hidden_size
+    x_BLD, routed_BLD, shared_BLD = torch.randn(3, *shape, size, generator=generator)
+    routed_BLD, shared_BLD = scale * routed_BLD, scale * shared_BLD
+    zero, one = torch.zeros_like(x_BLD), torch.ones_like(x_BLD)
+    if _given(bare, x_BLD, zero, zero).abs().max() > 0 or not _gets_tokens(bare, x_BLD):
+        return None
+    routed = float(_given(bare, x_BLD, one, zero)[0, 0, 0])
+    shared = float(_given(bare, x_BLD, zero, one)[0, 0, 0])
+    expected = routed * routed_BLD + shared * shared_BLD
+    is_sum = _same(_given(bare, x_BLD, routed_BLD, shared_BLD), expected, scale)
+    if isinstance(bare.shared_gate, _Gate):
+        with bare.shared_gate.at(1.0):
+            given = _given(bare, x_BLD, zero, shared_BLD)
+        is_sum &= _same(given, GATE_AT_1 * shared * shared_BLD, scale)
     return Terms(routed, shared) if is_sum else None
+
+
+@on_cpu()
+def what_else_weights_do(layer: MoELayer) -> str | None:
+    """Why constant weights cannot be told from what a block makes of them; None where they can.
+
+    Of a block that stays while its experts become one: the router's weights may only be handed to
+    the experts, and the gate of the shared ones must be a sigmoid.
+    """
+    if not layer.has_block:
+        return None
+    bare, shape = skeleton(layer), (1, 8, layer.info.hidden_size)
+    generator = torch.Generator().manual_seed(3)
+    x_BLD = torch.randn(shape, generator=generator)
+    for part in (bare.experts, bare.shared):
+        if isinstance(part, _Part):
+            part.gives, part.random = None, True
+    inner = bare.router.forward
+
+    def halved(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+        logits, weight, *rest = inner(*arguments, **named)
+        return logits, weight / 2, *rest
+
+    further = _further(bare, shape[1], x_BLD.device)
+    whole = hidden_of(bare.block(x_BLD.clone(), **further))
+    bare.router.forward = halved
+    if not torch.equal(hidden_of(bare.block(x_BLD.clone(), **further)), whole):
+        return (
+            f"{type(layer.block).__name__} uses the router's weights beside handing them to its "
+            "experts"
+        )
+    if isinstance(bare.shared_gate, _Gate) and isinstance(bare.shared, _Part):
+        with bare.shared_gate.at(1.0):
+            gated = hidden_of(bare.block(x_BLD.clone(), **further))
+        bare.shared.factor = GATE_AT_1
+        if not _same(hidden_of(bare.block(x_BLD.clone(), **further)), gated, 1.0):
+            return f"the gate of {type(layer.block).__name__}'s shared experts is no sigmoid"
+    return None
 
 
 @on_cpu()
@@ -226,24 +291,24 @@ def hands_state_on(layer: MoELayer) -> bool:
     return layer.has_block and bool(gets) and isinstance(skeleton_output(layer), tuple)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+def _same(one: Tensor, other: Tensor, scale: float) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-5 * scale)
 
 
-def _given(bare: MoELayer, x_TD: Tensor, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
-    """The output [T, D] of a block whose experts and shared experts give these."""
-    for part, gives in ((bare.experts, routed_TD), (bare.shared, shared_TD)):
+def _given(bare: MoELayer, x_BLD: Tensor, routed_BLD: Tensor, shared_BLD: Tensor) -> Tensor:
+    """The output [B, L, D] of a block whose experts and shared experts give these."""
+    for part, gives in ((bare.experts, routed_BLD), (bare.shared, shared_BLD)):
         if isinstance(part, _Part):
             part.gives = gives
-    output = bare.block(x_TD.clone()[None], **_further(bare, len(x_TD), x_TD.device))
-    return hidden_of(output)[0]
+    output = bare.block(x_BLD.clone(), **_further(bare, x_BLD[..., 0].numel(), x_BLD.device))
+    return hidden_of(output).reshape(x_BLD.shape)
 
 
-def _gets_tokens(bare: MoELayer, x_TD: Tensor) -> bool:
+def _gets_tokens(bare: MoELayer, x_BLD: Tensor) -> bool:
     """Whether experts and shared experts were given the block's own input, the latter no more."""
     parts = [part for part in (bare.experts, bare.shared) if isinstance(part, _Part)]
     same = all(
-        part.got.numel() == x_TD.numel() and torch.equal(part.got.reshape(x_TD.shape), x_TD)
+        part.got.numel() == x_BLD.numel() and torch.equal(part.got.reshape(x_BLD.shape), x_BLD)
         for part in parts
     )
     return same and not any(part.further for part in parts if part is bare.shared)

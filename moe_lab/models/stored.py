@@ -160,12 +160,34 @@ def round_as_stored(
 
 
 def _unrounded(tensor: Tensor, wanted: torch.dtype, parts: Sequence[Stored]) -> Tensor:
-    """A tensor in the dtype `wanted`: the stored one where this one is it up to rounding."""
-    if len(parts) == 1 and torch.promote_types(wanted, tensor.dtype) != tensor.dtype:
-        exact = parts[0].load()
-        if exact.shape == tensor.shape and torch.equal(exact.to(tensor.dtype), tensor.cpu()):
-            return exact
-    return tensor.to(wanted)
+    """A tensor in the dtype `wanted`: the stored one where this one is it up to rounding.
+
+    Of one that lost rows, each row that is left of it.
+    """
+    if len(parts) != 1 or torch.promote_types(wanted, tensor.dtype) == tensor.dtype:
+        return tensor.to(wanted)
+    exact = parts[0].load()
+    if exact.shape == tensor.shape:
+        return exact if torch.equal(exact.to(tensor.dtype), tensor.cpu()) else tensor.to(wanted)
+    shapes = zip(exact.shape, tensor.shape, strict=False)
+    cut = [at for at, (one, other) in enumerate(shapes) if one != other]
+    if exact.dim() != tensor.dim() or len(cut) != 1:
+        return tensor.to(wanted)
+    return _unrounded_rows(tensor.cpu(), exact, cut[0]).to(tensor.device)
+
+
+def _unrounded_rows(tensor: Tensor, exact: Tensor, dimension: int) -> Tensor:
+    """The rows of `exact` that rounded are those of the tensor, in order; else its own rows."""
+    stored = exact.movedim(dimension, 0)
+    rounded = stored.to(tensor.dtype)
+    rows = tensor.movedim(dimension, 0).to(exact.dtype, copy=True)
+    place = 0
+    for number, row in enumerate(tensor.movedim(dimension, 0)):
+        after = range(place, len(stored))
+        found = next((at for at in after if torch.equal(rounded[at], row)), None)
+        if found is not None:
+            rows[number], place = stored[found], found + 1
+    return rows.movedim(0, dimension).contiguous()
 
 
 def carry_over(others: Sequence[Stored], folder: Path) -> None:

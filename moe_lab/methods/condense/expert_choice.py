@@ -61,6 +61,8 @@ class ExpertChoices:
                 "states of the search over layers": self._layer_bytes(stream),
             }
         )
+        if str(self.method.layers).startswith(("greedy_", "one_shot_global")):
+            stream.check_hidden_alone()
         search_terms(next(iter(stream.moe.values())))
         return stream
 

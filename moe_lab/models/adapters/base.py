@@ -87,14 +87,17 @@ class AdaptedExperts(Experts):
 
 def adapt(model: nn.Module) -> None:
     """Let the layers of a model keep the contract, in place, where they do not; idempotent."""
-    if not any(_block_for(module) for module in model.modules()):
+    if not any(_block_for(one) or isinstance(one, AdaptedExperts) for one in model.modules()):
         return
     owners = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     config_of: dict[nn.Module, Any] = {}
     for owner in owners:  # outer ones come first: a block gets the config of the innermost
-        blocks = [module for module in owner.modules() if _block_for(module)]
+        inside = list(owner.modules())
+        blocks = [module for module in inside if _block_for(module)]
         config_of |= dict.fromkeys(blocks, owner.config)
-        if blocks:  # transformers looks for its decorator in the source of the family's file
+        # Also around what was adapted while it was built, before this owner was.
+        if blocks or any(isinstance(module, AdaptedExperts) for module in inside):
+            # transformers looks for its decorator in the source of the family's file
             vars(owner)["_can_set_experts_implementation"] = _yes
     for block, config in config_of.items():
         adapted: Any = block
