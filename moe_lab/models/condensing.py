@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +243,7 @@ def _leave_one(layer: MoELayer) -> None:
     experts, block = layer.experts, layer.block
     experts.__class__ = _one(type(experts))  # type: ignore[arg-type]  # a class can be hashed
     experts.num_experts = 1
-    experts.num_routed = layer.info.num_experts
+    cast(OneExpert, experts).num_routed = layer.info.num_experts
     keeps = len(router_output(layer, probe(layer, tokens=1))) > 3
     for name, module in list(block.named_children()):
         if module is layer.router:

@@ -88,7 +88,8 @@ def empty_model(config: Any, **options: Any) -> PreTrainedModel:
     """A model of this config without weights; options: as of `from_config`."""
     with torch.device("meta"), empty_tensors():
         model: PreTrainedModel = model_class(config).from_config(copy.deepcopy(config), **options)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, logits_of, tiny_batch, tiny_model
-from odd_blocks import BLOCKS, odd_model, with_constant_gates
+from odd_blocks import BLOCKS, REFUSED, odd_model, with_constant_gates
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_lab.families import references
 from moe_lab.families import tiny as families
@@ -27,6 +28,7 @@ from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.experts import expert_forward, expert_parameters
 from moe_lab.models.layers import hidden_of, moe_layers
 from moe_lab.models.saving import save_checkpoint
@@ -85,6 +87,12 @@ def test_experts_that_do_more_than_their_weighted_sum_are_refused() -> None:
         condensed(layer, EXPERTS, GATES, 1.0)
 
 
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_block_whose_weights_do_more_is_refused(kind: str) -> None:
+    with pytest.raises(UserError, match="cannot be condensed"):
+        condensed(moe_layers(odd_model(kind))[0], EXPERTS, GATES, 0.3)
+
+
 def test_a_block_that_is_kept_needs_an_expert() -> None:
     layer = moe_layers(odd_model("a norm"))[0]
     with pytest.raises(UserError, match="which needs an expert"):
@@ -105,8 +113,28 @@ def test_the_structure_is_built_again_without_weights(tmp_path: Path) -> None:
 
 # Whose condensed or dropped layers were once wrong without a word: a factor behind the experts, a
 # norm behind both, a norm that dense layers lack, an average and attention that rotates where the
-# layer is dense.
-ONCE_SILENT = ("laguna", "axk1", "axk2", "cohere2_moe")
+# layer is dense; biases of the shared experts, which a checkpoint may have.
+ONCE_SILENT = {
+    "laguna": {},
+    "axk1": {},
+    "axk2": {},
+    "cohere2_moe": {},
+    "hy_v3": {"mlp_bias": True},
+    "deepseek_v2": {"mlp_bias": True},
+    "ernie4_5_moe": {"use_bias": True},
+}
+
+
+def once_silent(family: str) -> PreTrainedModel:
+    config = families.tiny_config(family)
+    for name, value in ONCE_SILENT[family].items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            one.copy_(torch.randn(one.shape) * 0.2 + ("norm" in name and one.dim() == 1))
+    return model
 
 
 @pytest.mark.parametrize("kind", ["condense", "drop_layer"])
@@ -114,7 +142,7 @@ ONCE_SILENT = ("laguna", "axk1", "axk2", "cohere2_moe")
 def test_what_was_once_wrong_without_a_word_is_the_reference_read_back(
     family: str, kind: str, tmp_path: Path
 ) -> None:
-    model, batches = families.tiny_model(family), [tiny_batch()]
+    model, batches = once_silent(family), [tiny_batch()]
     model.save_pretrained(tmp_path / "dense")
     info = moe_layers(model)[-1].info
     edit: Edit = DropLayer(info.index, info.name)
@@ -122,10 +150,23 @@ def test_what_was_once_wrong_without_a_word_is_the_reference_read_back(
     if kind == "condense":
         edit = CondenseLayer(info.index, info.name, experts=(5, 2), gates=(0.7, 0.4))
         reference = references.with_constant_weights
-    expected = reference(families.tiny_model(family), edit.to_json(), batches)[0]
+    expected = reference(once_silent(family), edit.to_json(), batches)[0]
     apply_plan(model, Plan((edit,)))
     save_checkpoint(model, tmp_path / "out", tmp_path / "dense", padding=1.0)
     found = references.logits_of(load(tmp_path / "out"), batches)[0]
-    dense = references.logits_of(families.tiny_model(family), batches)[0]
+    dense = references.logits_of(once_silent(family), batches)[0]
     scale = expected.abs().max()
     assert (found - expected).abs().max() < 1e-4 * scale < (dense - expected).abs().max()
+
+
+def test_a_layer_that_was_pruned_before_it_is_condensed_is_read_back(tmp_path: Path) -> None:
+    """Zaya's router stays, for what it hands on, with as many rows as it then has."""
+    model = families.tiny_model("zaya")
+    model.save_pretrained(tmp_path / "dense")
+    info = moe_layers(model)[-1].info
+    kept = PruneExperts(info.index, info.name, kept=(0, 2, 3, 5, 6, 7))
+    edit = CondenseLayer(info.index, info.name, experts=(5, 2), gates=(0.7, 0.4))
+    apply_plan(model, Plan((kept, edit)))
+    want = logits_of(model, tiny_batch())
+    save_checkpoint(model, tmp_path / "out", tmp_path / "dense")
+    assert torch.equal(logits_of(load(tmp_path / "out"), tiny_batch()), want)

@@ -11,8 +11,9 @@ from edited_models import applied, drop, edited, in_fresh_process
 from families import EACH_FAMILY, FAMILIES, logits_of, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from moe_lab.families import tiny as families
 from moe_lab.models.checkpoint import load
-from moe_lab.models.depth import cut_config
+from moe_lab.models.depth import cut_config, drop_decoders
 from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
@@ -108,3 +109,9 @@ def test_leading_dense_layers_are_counted_again() -> None:
         config = PreTrainedConfig(num_hidden_layers=4, first_k_dense_replace=2)
         cut_config(config, kept)
         assert (config.num_hidden_layers, config.first_k_dense_replace) == (len(kept), leading)
+
+
+def test_a_config_that_cannot_be_cut_is_refused_in_words() -> None:
+    model = families.tiny_model("gemma4_text")
+    with pytest.raises(UserError, match=r"cannot describe|would be another layer"):
+        drop_decoders(model, "model.layers", [1])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.edits.prune import PruneExperts
@@ -163,6 +164,20 @@ def test_transformers_drafts_with_what_is_left(family: str, tmp_path: Path) -> N
     main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4\."]
     plain = main.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(main.generate(ids, max_new_tokens=6, do_sample=False, use_mtp=True), plain)
+
+
+def test_as_another_family_they_are_promised_as_before(tmp_path: Path) -> None:
+    write_with_mtp("deepseek_v3", tmp_path / "source")
+    model = load(tmp_path / "source")
+    info = moe_layers(model)[-1].info
+    edit = CondenseLayer(info.index, info.name, experts=(5, 2), gates=(0.7, 0.4))
+    apply_plan(model, Plan((edit,)))
+    form = save_checkpoint(
+        model, tmp_path / "out", tmp_path / "source", padding=1.0, convert="superset"
+    )
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert form.stock and values["model_type"] == "glm4_moe_lite"
+    assert values["num_nextn_predict_layers"] == 1
 
 
 @pytest.mark.parametrize("family", CHANGES)

@@ -10,7 +10,14 @@ from families import EACH_FAMILY, tiny_model
 from odd_blocks import BLOCKS, odd_model
 
 from moe_lab.models.layers import moe_layers
-from moe_lab.models.probing import Terms, hands_state_on, probe, route, terms
+from moe_lab.models.probing import (
+    Terms,
+    hands_state_on,
+    probe,
+    route,
+    terms,
+    what_else_weights_do,
+)
 
 
 @EACH_FAMILY
@@ -46,6 +53,8 @@ FACTORS = {
     "a norm": None,
     "other input": None,
     "an extra return value": Terms(1.0, 1.0),
+    "a limit": None,
+    "a sequence's length": None,
 }
 
 
@@ -54,6 +63,21 @@ def test_what_a_made_up_block_does_is_found(kind: str) -> None:
     layer = moe_layers(odd_model(kind))[0]
     assert terms(layer) == FACTORS[kind]
     assert not hands_state_on(layer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("weights used elsewhere", "beside handing them to its experts"),
+     ("another gate", "is no sigmoid")],
+)  # fmt: skip
+def test_what_constant_weights_cannot_say_is_found(kind: str, words: str) -> None:
+    layer = moe_layers(odd_model(kind))[0]
+    assert terms(layer) is None and words in (what_else_weights_do(layer) or "")
+
+
+@EACH_FAMILY
+def test_no_family_of_these_uses_its_weights_elsewhere(family: str) -> None:
+    assert what_else_weights_do(moe_layers(tiny_model(family))[0]) is None
 
 
 def test_it_is_found_while_a_model_is_built_elsewhere_in_half_precision() -> None:

@@ -75,10 +75,29 @@ def test_a_config_that_means_something_else_is_noticed(
 
 def test_nan_is_no_agreement(written: tuple[PreTrainedModel, Path]) -> None:
     model, folder = written
+    expected = few_logits(model)
     with torch.no_grad():
         model.get_submodule("model.norm").weight[0] = torch.nan
-    with pytest.raises(NotReadBack):
-        check_saved(model, folder, few_logits(model), torch.float32)
+    with pytest.raises(NotReadBack, match="tensors are not those"):
+        check_saved(model, folder, expected, torch.float32)
+
+
+def test_where_the_model_itself_gives_nan_only_tensors_are_compared_and_it_says_so(
+    written: tuple[PreTrainedModel, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, folder = written
+    check_saved(model, folder, few_logits(model) * torch.nan, torch.float32)
+    assert "not finite in float32: of the checkpoint only its tensors" in caplog.text
+
+
+def test_a_config_that_asks_for_the_routers_logits_is_no_obstacle(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path / "dense")
+    for layer in moe_layers(model):
+        prune_layer(layer, [0, 1, 2, 4, 5, 6])
+    save_checkpoint(model, tmp_path / "out", tmp_path / "dense")
+    assert model.config.output_router_logits
 
 
 def test_saving_itself_fails_where_it_does_not_read_back(

@@ -134,3 +134,18 @@ def test_names_are_those_of_the_model_and_layers_of_others_are_none_of_its_own(
     with opened.layer(0) as decoder:
         want = model.model.layers[0].input_layernorm.weight
         assert torch.equal(decoder.input_layernorm.weight, want)
+
+
+def test_rows_that_stay_of_a_router_in_float32_are_those_of_its_file(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write(source, "deepseek_v3", {"gate.weight": torch.float32, "_bias": torch.float32})
+    model, kept = load(source), [0, 2, 3, 5, 6, 7]
+    assert model.dtype == torch.bfloat16
+    infos = [layer.info for layer in moe_layers(model)]
+    apply_plan(model, Plan(tuple(PruneExperts(i.index, i.name, kept=tuple(kept)) for i in infos)))
+    save_checkpoint(model, out, source)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    routers = [name for name in after if ".gate." in name]
+    assert len(routers) == 2 * len(infos)
+    for name in routers:
+        assert after[name].dtype == torch.float32 and torch.equal(after[name], before[name][kept])

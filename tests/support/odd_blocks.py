@@ -53,6 +53,41 @@ class Doubled(Qwen2MoeSparseMoeBlock):
         return (self.experts(2 * x_TD, index, weight) + shared).view(hidden_states.shape)
 
 
+class Limited(Qwen2MoeSparseMoeBlock):
+    """Limits what it gives: what small outputs do not show."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).clamp(-0.4, 0.4)
+
+
+class Shorter(Qwen2MoeSparseMoeBlock):
+    """Scales its sum by the length of the sequence: what one shape does not show."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * hidden_states.shape[1] / 8
+
+
+class Weighing(Qwen2MoeSparseMoeBlock):
+    """Uses its router's weights elsewhere, too: the shared expert gets what they leave."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.view(-1, hidden_states.shape[-1])
+        _, weight, index = self.gate(x_TD)
+        shared = (2 - weight.sum(dim=1, keepdim=True)) * self.shared_expert(x_TD)
+        shared = shared * self.shared_expert_gate(x_TD).sigmoid()
+        return (self.experts(x_TD, index, weight) + shared).view(hidden_states.shape)
+
+
+class Bent(Qwen2MoeSparseMoeBlock):
+    """Has another gate before its shared expert than a sigmoid."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.view(-1, hidden_states.shape[-1])
+        shared = self.shared_expert(x_TD) * self.shared_expert_gate(x_TD).tanh()
+        _, weight, index = self.gate(x_TD)
+        return (self.experts(x_TD, index, weight) + shared).view(hidden_states.shape)
+
+
 class Told(Qwen2MoeSparseMoeBlock):
     """Returns its router's weights as well."""
 
@@ -94,6 +129,12 @@ BLOCKS: dict[str, type[Qwen2MoeSparseMoeBlock]] = {
     "a norm": Normed,
     "other input": Doubled,
     "an extra return value": Told,
+    "a limit": Limited,
+    "a sequence's length": Shorter,
+}
+REFUSED: dict[str, type[Qwen2MoeSparseMoeBlock]] = {
+    "weights used elsewhere": Weighing,
+    "another gate": Bent,
 }
 
 
@@ -107,7 +148,7 @@ def odd_model(kind: str) -> PreTrainedModel:
             with torch.no_grad():
                 decoder.final_layernorm.weight.copy_(torch.linspace(0.5, 2, 32))
         else:
-            decoder.mlp.__class__ = BLOCKS[kind]
+            decoder.mlp.__class__ = (BLOCKS | REFUSED)[kind]
             if kind == "an extra return value":
                 decoder.__class__ = Unpacking
     return model.eval()

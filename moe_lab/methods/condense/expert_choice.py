@@ -25,6 +25,7 @@ class Asked(Protocol):
     """What the choice of experts needs to know of the method's options (`method.Condense`)."""
 
     experts: str | Sequence[int]
+    layers: str | Sequence[int]
     num_routed: int
     gates: str
     beam: int

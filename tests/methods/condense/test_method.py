@@ -11,6 +11,7 @@ import torch
 from condensing import brute_force_states, experts_of, planned, with_condensed
 from families import tiny_model
 
+from moe_lab.families import tiny as families
 from moe_lab.methods.condense.base import shared_gate
 from moe_lab.methods.condense.method import Condense
 from moe_lab.models.activations import Activations
@@ -19,6 +20,7 @@ from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
+from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
@@ -141,3 +143,17 @@ def test_experts_that_end_in_a_norm_cannot_be_condensed_and_it_says_why() -> Non
     infos = [replace(info, obstacle="each of its experts ends in a norm") for info in infos]
     with pytest.raises(UserError, match=r"layer 0 cannot be condensed: each .* norm"):
         Condense(1, 2, "greedy_js", "greedy_js").check(infos)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("zaya", "prev_router_hidden_states"), ("deepseek_v4", "does more with its MoE block's")],
+)
+def test_families_in_which_no_search_can_add_up_are_refused_in_words(
+    family: str, words: str
+) -> None:
+    model, batches = families.tiny_model(family), families.tiny_batches()
+    statistics = collect_statistics(model, batches)
+    method = Condense(1, 2)
+    with pytest.raises(UserError, match=words):
+        method.plan(Profile(statistics, lambda: LayerStream(model, batches)))
