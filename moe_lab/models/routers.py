@@ -138,8 +138,8 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
         for holder, field, value in before:
             setattr(holder, field, value)
         raise UserError(
-            f"top_k={top_k}: routers of the family {config.model_type!r} cannot choose so many; "
-            f"they choose {chosen_by(layers[0])} experts for each token"
+            f"top_k={top_k}: routers of the family {config.model_type!r} choose "
+            f"{chosen_by(layers[0])} experts for each token whatever their config says"
         )
 
 
