@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import EACH_FAMILY
 from families import tiny_model as usual_model
-from moe_lab.families.tiny import tiny_model
 from transformers import PreTrainedModel
 
+from moe_lab.families.tiny import tiny_model
 from moe_lab.models.handed_on import Decoders, HandedOn
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.stream import LayerStream, States

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from moe_lab.families.tiny import tiny_model
 from torch import Tensor, nn
 
+from moe_lab.families.tiny import tiny_model
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.hashed import is_hashed, num_token_ids, remap_tokens
 from moe_lab.models.layers import moe_layers
