@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lab.finetune.recipe import Distilling
 from moe_lab.finetune.tuning import DistillingTuning, Tuning
-from moe_lab.models.checkpoint import Model
-from moe_lab.models.condensing import is_condensed_in_place
+from moe_lab.models.checkpoint import Model, meta_model
+from moe_lab.models.condensing import dense_terms, is_condensed_in_place
 from moe_lab.models.edits.base import Edit, GatedParts
 from moe_lab.models.edits.plan import Plan
-from moe_lab.models.layers import SHARED_NAMES
+from moe_lab.models.layers import SHARED_NAMES, moe_layers
 from moe_lab.option import Option
-from moe_lab.types import UserError
+from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Experts(Distilling):
             raise UserError(
                 "finetune.experts=false finetune.gates=false trains nothing: set one of them to "
                 "true, or finetune=none"
+            )
+
+    def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
+        """Refuse to train gates in a family whose condensed layers stay in its own block."""
+        super().check_model(config, layers)
+        if self.gates and dense_terms(moe_layers(meta_model(config))[0]) is None:
+            raise UserError(
+                f"finetune.gates=true: layers of {layers[0].family} are condensed in their own "
+                "block, whose gates cannot be told from its weights: finetune.gates=false"
             )
 
     def check(self, plan: Plan) -> None:

@@ -145,6 +145,22 @@ def test_a_gate_scales_its_own_part_and_is_folded_back(tmp_path: Path) -> None:
     assert model.state_dict().keys() == untouched.state_dict().keys()
 
 
+@pytest.mark.parametrize(("family", "refused"), [("gpt_oss", True), ("deepseek_v3", False)])
+def test_gates_of_a_layer_in_its_own_block_are_refused_before_any_work(
+    family: str, refused: bool
+) -> None:
+    model = tiny_model(family)
+    infos = [layer.info for layer in moe_layers(model)]
+    recipe = recipe_of(gates=True)
+    if not refused:
+        recipe.check_model(model.config, infos)
+        return
+    with pytest.raises(
+        UserError, match=r"finetune\.gates=true: layers of gpt_oss are condensed in"
+    ):
+        recipe.check_model(model.config, infos)
+
+
 def test_gates_need_the_widths_of_their_parts(tmp_path: Path) -> None:
     plan = compressed("condense", tmp_path)
     model = load(tmp_path / "compressed", dtype="float32")
