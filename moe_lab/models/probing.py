@@ -237,7 +237,7 @@ def _factors(bare: MoELayer, shape: tuple[int, int], scale: float) -> Terms | No
 def what_else_weights_do(layer: MoELayer) -> str | None:
     """Why constant weights cannot be told from what a block makes of them; None where they can.
 
-    Of a block that stays while its experts become one: the router's weights may only be handed to
+    Of a block that stays while its experts become one: what the router says may only be handed to
     the experts, and the gate of the shared ones must be a sigmoid.
     """
     if not layer.has_block:
@@ -250,17 +250,17 @@ def what_else_weights_do(layer: MoELayer) -> str | None:
             part.gives, part.random = None, True
     inner = bare.router.forward
 
-    def halved(*arguments: Any, **named: Any) -> tuple[Any, ...]:
-        logits, weight, *rest = inner(*arguments, **named)
-        return logits, weight / 2, *rest
+    def other(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+        logits, weight, index, *rest = inner(*arguments, **named)
+        return logits, weight / 2, (index + 1) % layer.info.num_experts, *rest
 
     further = _further(bare, shape[1], x_BLD.device)
     whole = hidden_of(bare.block(x_BLD.clone(), **further))
-    bare.router.forward = halved
+    bare.router.forward = other
     if not torch.equal(hidden_of(bare.block(x_BLD.clone(), **further)), whole):
         return (
-            f"{type(layer.block).__name__} uses the router's weights beside handing them to its "
-            "experts"
+            f"{type(layer.block).__name__} uses the router's choice or weights beside handing them "
+            "to its experts"
         )
     if isinstance(bare.shared_gate, _Gate) and isinstance(bare.shared, _Part):
         with bare.shared_gate.at(1.0):

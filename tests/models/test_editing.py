@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from families import EACH_FAMILY, FAMILIES, logits_of, tiny_batch, tiny_model
+from odd_blocks import odd_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lab.models.editing import prune_layer
+from moe_lab.families import tiny as families
+from moe_lab.models.editing import merge_router_rows, prune_layer
 from moe_lab.models.layers import moe_layers
 
 
@@ -19,6 +21,17 @@ def test_pruning_nothing_is_the_identity(family: str) -> None:
     for layer in moe_layers(model):
         prune_layer(layer, range(8))
     assert torch.equal(logits_of(model, batch), before)
+
+
+def test_what_the_block_itself_has_of_each_expert_goes_with_it() -> None:
+    kept, batch = [0, 2, 3, 5, 7], tiny_batch()
+    model, masked = odd_model("a bias of each expert"), odd_model("a bias of each expert")
+    for layer in moe_layers(masked):
+        mask_router(layer, [1, 4, 6])
+    for layer in moe_layers(model):
+        prune_layer(layer, kept)
+    expected = logits_of(masked, batch)
+    torch.testing.assert_close(logits_of(model, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 @EACH_FAMILY
@@ -82,3 +95,14 @@ def test_pruning_all_but_k_is_masking_the_router(family: str) -> None:
         expected = factor * scores[:, kept].gather(1, index_TK)
         torch.testing.assert_close(weight_TK, expected, rtol=1e-5, atol=1e-6)
         assert all(sorted(row) == list(range(layer.info.top_k)) for row in index_TK.tolist())
+
+
+def test_a_factor_of_each_expert_is_not_summed_with_its_row() -> None:
+    """gemma4 multiplies each chosen weight by one: the merged expert keeps its own."""
+    layer = moe_layers(families.tiny_model("gemma4_text"))[0]
+    row_ED = layer.router.get_parameter("proj.weight").detach().clone()
+    scale_E = layer.router.get_parameter("per_expert_scale").detach().clone()
+    merge_router_rows(layer, [0, 3], [[0, 1], [3, 5, 6]], None)
+    assert torch.equal(layer.router.get_parameter("per_expert_scale"), scale_E)
+    expected = row_ED[[3, 5, 6]].sum(dim=0)
+    torch.testing.assert_close(layer.router.get_parameter("proj.weight")[3], expected)

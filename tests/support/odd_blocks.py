@@ -78,6 +78,17 @@ class Weighing(Qwen2MoeSparseMoeBlock):
         return (self.experts(x_TD, index, weight) + shared).view(hidden_states.shape)
 
 
+class Biased(Qwen2MoeSparseMoeBlock):
+    """Adds a vector of each expert that was chosen, which lies in the block itself."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.view(-1, hidden_states.shape[-1])
+        shared = self.shared_expert(x_TD) * self.shared_expert_gate(x_TD).sigmoid()
+        _, weight, index = self.gate(x_TD)
+        added = (weight[..., None] * self.out_bias[index]).sum(dim=1)
+        return (self.experts(x_TD, index, weight) + shared + added).view(hidden_states.shape)
+
+
 class Bent(Qwen2MoeSparseMoeBlock):
     """Has another gate before its shared expert than a sigmoid."""
 
@@ -134,6 +145,7 @@ BLOCKS: dict[str, type[Qwen2MoeSparseMoeBlock]] = {
 }
 REFUSED: dict[str, type[Qwen2MoeSparseMoeBlock]] = {
     "weights used elsewhere": Weighing,
+    "a bias of each expert": Biased,
     "another gate": Bent,
 }
 
@@ -149,6 +161,9 @@ def odd_model(kind: str) -> PreTrainedModel:
                 decoder.final_layernorm.weight.copy_(torch.linspace(0.5, 2, 32))
         else:
             decoder.mlp.__class__ = (BLOCKS | REFUSED)[kind]
+            if kind == "a bias of each expert":
+                generator = torch.Generator().manual_seed(1)
+                decoder.mlp.out_bias = nn.Parameter(torch.randn(8, 32, generator=generator))
             if kind == "an extra return value":
                 decoder.__class__ = Unpacking
     return model.eval()
