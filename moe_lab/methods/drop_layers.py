@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from moe_lab.methods.base import form_notes
 from moe_lab.methods.dropping import Dropping
 from moe_lab.models.edits.drop_layer import DropLayer
-from moe_lab.models.superset import SUPERSET
+from moe_lab.models.superset import Convert
 from moe_lab.option import Option
 
 
@@ -24,13 +24,7 @@ class DropLayers(Dropping):
         float,
         Option("largest share of zeros so that stock transformers can hold it", least=0, most=1),
     ] = 0.01
-    convert: Annotated[
-        str | None,
-        Option(
-            "superset: as a family that computes the same and says more, where that makes it stock",
-            among=(SUPERSET,),
-        ),
-    ] = None
+    convert: Convert = None
 
     name = "drop_layers"
     edit = DropLayer

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_lab.models.editing import DenseMLP, NoMLP
-from moe_lab.models.experts import Experts, OneExpert, expert_forward, expert_parameters
+from moe_lab.models.experts import (
+    Experts,
+    OneExpert,
+    expert_forward,
+    expert_parameters,
+    scales_input,
+)
 from moe_lab.models.layers import MoELayer, is_gated_mlp
 from moe_lab.models.probing import (
     Terms,
@@ -144,10 +150,10 @@ def check_condensable(layer: MoELayer) -> None:
     weight_TK = torch.rand(TRIED, 2, generator=generator).to(reference)
     expected = torch.zeros_like(x_TD)
     parameters = expert_parameters(layer.experts)
-    scales_input = getattr(layer.experts, "scales_input", False)
+    weighs_input = scales_input(layer.experts)
     for token, (indices, weights) in enumerate(zip(index_TK.tolist(), weight_TK, strict=True)):
         for expert, weight in zip(indices, weights, strict=True):
-            inside, outside = (weight, 1.0) if scales_input else (1.0, weight)
+            inside, outside = (weight, 1.0) if weighs_input else (1.0, weight)
             x_1D = inside * x_TD[token : token + 1]
             expected[token] += outside * expert_forward(layer.experts, parameters[expert], x_1D)[0]
     output = layer.experts(x_TD, index_TK, weight_TK)
@@ -266,13 +272,13 @@ def _widened(experts: Experts, chosen: Sequence[int], gates: Sequence[float]) ->
 
     Of families whose weights multiply what an expert gets, sum_i E_chosen[i](gates[i] * x).
     """
-    axes, scales_input = _unit_axes(experts), getattr(experts, "scales_input", False)
+    axes = _unit_axes(experts)
     made = {}
     for name, axis in axes.items():
         tensor = getattr(experts, name)
         halves = experts.has_gate and experts.is_concatenated and name != "down_proj"
         parts = [tensor[expert] for expert in chosen]
-        if (name == "down_proj") != scales_input:
+        if (name == "down_proj") != scales_input(experts):
             parts = [part * gate for part, gate in zip(parts, gates, strict=True)]
         if halves:
             pairs = [part.chunk(2, dim=axis - 1) for part in parts]

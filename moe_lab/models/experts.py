@@ -51,6 +51,11 @@ class OneExpert(Experts):
         return expert_forward(self, expert_parameters(self)[0], hidden_states)
 
 
+def scales_input(experts: Experts) -> bool:
+    """Whether the router's weights multiply what an expert gets, as in Llama 4."""
+    return bool(getattr(experts, "scales_input", False))
+
+
 def expert_parameters(experts: Experts) -> list[dict[str, Tensor]]:
     """Each existing expert's own weights: a dictionary of slices per expert, without copying."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"

@@ -27,6 +27,7 @@ from moe_lab.models.mtp import (
     kept_experts,
     of_router,
 )
+from moe_lab.models.opening import text_config
 from moe_lab.models.stored import INDEX
 from moe_lab.types import MtpName, UserError
 
@@ -51,23 +52,27 @@ def foresee_mtp(checkpoint: Checkpoint, edits: Iterable[Edit], how: MtpName) -> 
 
 
 def carry_mtp(
-    config: Any, model: PreTrainedModel, source: Path, folder: Path, how: MtpName, stock: bool
+    mtp: MtpLayers,
+    config: Any,
+    model: PreTrainedModel,
+    source: Path,
+    folder: Path,
+    how: MtpName,
+    stock: bool,
 ) -> str:
     """Bring the MTP tensors of `source` into the checkpoint of `model` that `folder` holds.
 
-    config: that of `source`, which need not hold more; stock: whether the checkpoint is of its
+    mtp, config: what `source` has of them, and its config; stock: whether the checkpoint is of its
     family's own form. Returns in a sentence what became of them, "" where there are none. Its
     config says 0 MTP layers where the folder then holds none.
     """
-    weights = weight_files(source) if any(source.glob("*.safetensors")) else []
-    mtp = find_mtp(config, weights)
     if not mtp.files or how == "drop":
         _say_none(folder / "config.json")
         return f"MTP layers: {len(mtp.files)} tensors left out" if mtp.files else ""
     numbers = experts_left(mtp, _counts(model), stock, how)
     kept = {block: kept_experts(mtp, block, number) for block, number in numbers.items()}
     quantised = _quantised_before(config, folder)
-    size = _write(mtp, kept, model.config.get_text_config().num_hidden_layers, folder, quantised)
+    size = _write(mtp, kept, text_config(model.config).num_hidden_layers, folder, quantised)
     _promise(folder / "config.json", source / "config.json")
     whole = sorted({n for block, n in mtp.num_experts.items() if block not in kept})
     if not stock and whole:

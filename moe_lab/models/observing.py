@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lab.models.experts import Experts, expert_forward, expert_parameters
+from moe_lab.models.experts import Experts, expert_forward, expert_parameters, scales_input
 from moe_lab.models.layers import MoELayer, Output, further_rows, hidden_of, moe_layers
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.types import LayerInfo, Routing, UserError
@@ -271,7 +271,7 @@ def _observing_experts(
     token_S = order_S % num_tokens
     weight_S = top_k_weights[token_S, order_S // num_tokens]
     x_SD = hidden_states[token_S]
-    if getattr(self, "scales_input", False):  # the weight is inside the outputs
+    if scales_input(self):  # the weight is inside the outputs
         x_SD, weight_S = x_SD * weight_S[:, None], torch.ones_like(weight_S)
     counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
     if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins

@@ -247,7 +247,7 @@ def what_else_weights_do(layer: MoELayer) -> str | None:
     x_BLD = torch.randn(shape, generator=generator)
     for part in (bare.experts, bare.shared):
         if isinstance(part, _Part):
-            part.gives, part.random = None, True
+            part.random = True
     inner = bare.router.forward
 
     def other(*arguments: Any, **named: Any) -> tuple[Any, ...]:
@@ -276,9 +276,6 @@ def skeleton_output(layer: MoELayer) -> Output:
     """What a block with experts that give zeros returns for a few tokens, its shape that is."""
     bare = skeleton(layer)
     x_TD = torch.zeros(1, layer.info.hidden_size)
-    for part in (bare.experts, bare.shared):
-        if isinstance(part, _Part):
-            part.gives = None
     output: Output = bare.block(x_TD[None], **_further(bare, 1, x_TD.device))
     return output
 

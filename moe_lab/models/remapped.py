@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe_lab.models.experts import Experts
+from moe_lab.models.experts import Experts, scales_input
 from moe_lab.types import UserError
 
 OF_REMAPPING = ("place_E", "constants")  # the names of the tensors that `remap` adds
@@ -89,7 +89,7 @@ def remap(
 
     places: for each row its expert's position, or num_experts + r for stand-in r.
     """
-    if getattr(experts, "scales_input", False) or getattr(experts, "zero_experts", 0):
+    if scales_input(experts) or getattr(experts, "zero_experts", 0) > 0:
         raise UserError(
             "the router rows of removed experts cannot stay in this family, whose router's weights "
             "or own rows do something else; ask for method.replacement=nothing (a merge: for "

@@ -74,8 +74,8 @@ def save_checkpoint(
     back and compared (`reading_back.py`).
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
-    before = meta_model(original)
-    files = held_by(before, weight_files(source))
+    before, weights = meta_model(original), weight_files(source)
+    files, mtp_layers = held_by(before, weights), find_mtp(original, weights)
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
         del model.config.distinct_experts
     form = choose_form(model, padding_limit(model.config, padding), twins, convert)
@@ -84,6 +84,24 @@ def save_checkpoint(
     computing = model.get_input_embeddings().get_parameter("weight").dtype
     round_as_stored(model, files, original.dtype, computing)
     expected = few_logits(model)
+    model = _in_form(model, form)
+    as_stored(model, files, original.dtype)
+    # A model that came from fused files would be written fused; engines want per-expert names.
+    vars(model)["_weight_conversions"] = None
+    with no_bars():
+        model.save_pretrained(folder)
+    _adapt_config(folder / "config.json", source / "config.json", model.config)
+    carry_over(_passing_by(files, before, model, mtp_layers.files), folder)
+    copy_text_files(source, folder)
+    check_saved(model, folder, expected, computing)
+    told = carry_mtp(mtp_layers, original, model, source, folder, mtp, form.stock)
+    if told:
+        logger.info(told)
+    return replace(form, mtp=told)
+
+
+def _in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
+    """The model with the config, the experts and the dense layers that its form has."""
     edited = edited_blocks(model)
     if form.num_experts:
         for layer in moe_layers(model):
@@ -93,20 +111,7 @@ def save_checkpoint(
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
-    as_stored(model, files, original.dtype)
-    # A model that came from fused files would be written fused; engines want per-expert names.
-    vars(model)["_weight_conversions"] = None
-    with no_bars():
-        model.save_pretrained(folder)
-    _adapt_config(folder / "config.json", source / "config.json", model.config)
-    of_mtp = find_mtp(original, weight_files(source)).files
-    carry_over(_passing_by(files, before, model, of_mtp), folder)
-    copy_text_files(source, folder)
-    check_saved(model, folder, expected, computing)
-    told = carry_mtp(original, model, source, folder, mtp, form.stock)
-    if told:
-        logger.info(told)
-    return replace(form, mtp=told)
+    return model
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -21,8 +21,16 @@ from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.editing import set_block
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.own_form import own_structures
+from moe_lab.option import Option
 
 SUPERSET = "superset"  # the option's value
+Convert = Annotated[
+    str | None,
+    Option(
+        "superset: as a family that computes the same and says more, where that makes it stock",
+        among=(SUPERSET,),
+    ),
+]
 OWN_FIELDS = ("moe_lab", "distinct_experts")  # of the form that the model was read from
 
 

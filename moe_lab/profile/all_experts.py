@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.models.activations import Activations
-from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.experts import expert_forward, expert_parameters, scales_input
 from moe_lab.models.layers import MoELayer, check_kept
 from moe_lab.models.probing import route
 from moe_lab.models.routers import masked_layer, restricted_layer
@@ -198,7 +198,7 @@ def _check_tellable(layer: MoELayer) -> None:
     told = "what the layer is without some of its experts cannot be told for this family"
     if layer.info.zero_experts:
         raise UserError(f"{layer.info.family} has zero experts, which copy what they get: {told}")
-    if getattr(layer.experts, "scales_input", False):
+    if scales_input(layer.experts):
         raise UserError(
             f"{layer.info.family} multiplies what its experts get by the router's "
             f"weights, which change without some of them: {told}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.opening import text_config
 from moe_lab.models.predictions import divergence_terms, log_probabilities
 from moe_lab.models.routers import restricted
 
@@ -28,7 +29,7 @@ class IntactPredictions:
     def __init__(self, model: Model, batches: Sequence[dict[str, Tensor]]):
         self.model, self.batches = model, batches
         self.num_positions = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        size = self.num_positions * model.config.get_text_config().vocab_size
+        size = self.num_positions * text_config(model.config).vocab_size
         logger.info(
             "the intact model's predictions at %d positions take %.2f GiB of memory",
             self.num_positions, size * model.dtype.itemsize / 2**30,

@@ -10,6 +10,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.finetune import teacher
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.opening import text_config
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, Store, check_writable
@@ -55,7 +56,7 @@ def check_teacher(store: Store, asked: Teaching) -> None:
     """Refuse a teacher for which the disk has no room, with a UserError."""
     if store.find("teacher", asked.identity()) is not None:
         return
-    vocabulary = asked.dense.config.get_text_config().vocab_size
+    vocabulary = text_config(asked.dense.config).vocab_size
     try:
         check_writable(store.root, teacher.teacher_bytes(asked.texts, vocabulary, asked.top_k))
     except UserError as error:

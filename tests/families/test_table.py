@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tempfile import gettempdir
+
 import pytest
 from rich.console import Console
 
@@ -43,7 +45,8 @@ ROWS = [
         "AutoModelForSeq2SeqLM",
         {
             "find": Outcome(
-                "refused", "/tmp/moe_lab_families_x1/lost/dense is not a model that can be read"
+                "refused",
+                f"{gettempdir()}/moe_lab_families_x1/lost/dense is not a model that can be read",
             )
         },
     ),

@@ -107,31 +107,34 @@ class Told(Qwen2MoeSparseMoeBlock):
         return y, y.mean(dim=-1)
 
 
-class Unpacking(Qwen2MoeDecoderLayer):
+class Around(Qwen2MoeDecoderLayer):
+    """A decoder layer that does with its block's output what `added` says."""
+
+    def added(self, output: Any) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        arguments.pop("use_cache", None)
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), **arguments
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.added(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class Unpacking(Around):
     """A decoder layer of blocks that return more."""
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        arguments.pop("use_cache", None)
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), **arguments
-        )
-        hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))[0]
+    def added(self, output: Any) -> Tensor:
+        return output[0]
 
 
-class NormedBehind(Qwen2MoeDecoderLayer):
+class NormedBehind(Around):
     """A decoder layer with a norm behind its block."""
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        arguments.pop("use_cache", None)
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), **arguments
-        )
-        hidden_states = residual + hidden_states
-        y = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.final_layernorm(y)
+    def added(self, output: Any) -> Tensor:
+        return self.final_layernorm(output)
 
 
 BLOCKS: dict[str, type[Qwen2MoeSparseMoeBlock]] = {

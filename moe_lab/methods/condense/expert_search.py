@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence, weighted_mean
 from moe_lab.models.condensing import check_condensable
-from moe_lab.models.experts import expert_forward, expert_parameters
+from moe_lab.models.experts import expert_forward, expert_parameters, scales_input
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.probing import Terms, terms
 from moe_lab.models.stream import LayerStream, States
@@ -27,7 +27,7 @@ SEARCH_TOKENS_AT_ONCE = (
 
 def search_terms(layer: MoELayer) -> Terms:
     """The factors of a block's two sums; UserError where it is no such sum, as a search needs."""
-    found = None if getattr(layer.experts, "scales_input", False) else terms(layer)
+    found = None if scales_input(layer.experts) else terms(layer)
     if found is None:
         raise UserError(
             f"{type(layer.block).__name__} does more than add its shared and routed experts, so "

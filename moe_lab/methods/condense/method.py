@@ -17,7 +17,7 @@ from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
-from moe_lab.models.superset import SUPERSET
+from moe_lab.models.superset import Convert
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import Choice, LayerInfo, UserError
@@ -54,13 +54,7 @@ class Condense(Method):
         float,
         Option("largest share of zeros so that stock transformers can hold it", least=0, most=1),
     ] = 0.01
-    convert: Annotated[
-        str | None,
-        Option(
-            "superset: as a family that computes the same and says more, where that makes it stock",
-            among=(SUPERSET,),
-        ),
-    ] = None
+    convert: Convert = None
     mtp: Mtp = "prune"
 
     of_condense = (
