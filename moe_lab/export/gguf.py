@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moe_lab.export.folder import stored_tensors
 from moe_lab.export.given import Given
 from moe_lab.export.llama_cpp import Answers, NotLoaded, logprobs_and_tokens, require_packages
-from moe_lab.models.checkpoint import Checkpoint, Model, load, weight_files
-from moe_lab.models.stored import stored_in
+from moe_lab.models.checkpoint import Checkpoint, Model, load
 from moe_lab.types import UserError
 
 ENDING = ".gguf"
@@ -163,7 +163,7 @@ def _untie(folder: Path, view: Path, config: dict[str, Any]) -> None:
     """Where llama.cpp wants an output matrix of its own, write the embeddings as one."""
     if config["architectures"][0] not in NEVER_TIED:
         return
-    tensors = {one.key: one for file in weight_files(folder) for one in stored_in(file)}
+    tensors = stored_tensors(folder)
     if "lm_head.weight" in tensors:
         return
     save_file(
