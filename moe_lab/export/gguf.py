@@ -183,7 +183,12 @@ def _untie(folder: Path, view: Path, config: dict[str, Any]) -> None:
 def convert(
     folder: Path, out: Path, outtype: str = "f32", pre_tokenizer: str | None = None
 ) -> None:
-    """Write a checkpoint as a GGUF file by the public converter, unchecked (see `export_gguf`)."""
+    """Write a checkpoint as a GGUF file by the public converter, not compared with it.
+
+    Raises UserError for what the file cannot say as far as it is known, and what the converter
+    refuses.
+    """
+    check_gguf(folder)
     import gguf
     from conversion import ModelBase, ModelType, get_model_architecture
 
