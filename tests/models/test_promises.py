@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_lab.models import promises, saving
 from moe_lab.models.checkpoint import load
+from moe_lab.models.own_config import own_values
 from moe_lab.models.promises import PromiseBroken, broken_promises, check_promises
 from moe_lab.models.saving import save_checkpoint
 
@@ -78,8 +79,9 @@ def test_layers_of_an_own_form_and_of_a_wrapper_are_read_inside(
 ) -> None:
     folder = written(tmp_path, num_nextn_predict_layers=1)
     values = json.loads((folder / "config.json").read_text())
-    other = {"moe_lab": {"config": values}} if inside else {"text_config": values}
-    (folder / "config.json").write_text(json.dumps({"model_type": "x"} | other))
+    wrapper = {"model_type": "x", "text_config": values}
+    other = own_values(values | {"moe_lab": {"layers": {}}}) if inside else wrapper
+    (folder / "config.json").write_text(json.dumps(other))
     assert any("promises MTP layers" in one for one in broken_promises(folder))
 
 
