@@ -1,9 +1,9 @@
 """config.json of our own form: another model type, with the family's config inside.
 
 docs/form.md describes it for other readers. Who does not know it refuses the model type; who builds
-a class of the family in spite of that stumbles over a dtype that says what to do. As an object a
-config is always the family's, with an attribute `moe_lab`; as values it is the family's with a key
-of that name. Only files are wrapped, and both ways of reading and writing them are here.
+a class of the family in spite of that stumbles over a sentence where a size should be. As an object
+a config is always the family's, with an attribute `moe_lab`; as values it is the family's with a
+key of that name. Only files are wrapped, and both ways of reading and writing them are here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
 VERSION = 2  # 1 was the family's config.json with one key more
 OWN, FAMILY = "moe_lab", "config"
-# transformers looks a dtype up before it builds anything, and quotes what it does not find.
-NO_DTYPE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
+# Configs of families check the type of the first before anything is built, those of wrappers that
+# of the second, and quote what they find. Who wants the tokenizer alone asks for neither.
+STUMBLES = ("vocab_size", "text_config")
+SENTENCE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
 
 
 class MoeLabConfig(PreTrainedConfig):
@@ -70,8 +72,8 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     own = {**values[OWN], "version": VERSION, FAMILY: inside}
     return {
         "architectures": [ARCHITECTURE],
-        "dtype": NO_DTYPE,
         "model_type": MODEL_TYPE,
+        **dict.fromkeys(STUMBLES, SENTENCE),
         OWN: own,
     }
 

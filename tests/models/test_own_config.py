@@ -14,7 +14,7 @@ from families import logits_of
 from stand_ins import saved
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
-from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.checkpoint import Checkpoint, copy_beside, load, resolve
 from moe_lab.models.own_config import family_values, own_values
 from moe_lab.types import UserError
 
@@ -65,16 +65,25 @@ def test_the_page_for_other_readers_names_all_that_is_written(tmp_path: Path) ->
 def test_a_familys_own_class_refuses_it_in_words(tmp_path: Path) -> None:
     """Also where nobody asks for the model type: sizes may be those that the class has anyway."""
     assert not edited("qwen2_moe", [prune(1, [0, 1, 2, 3])], tmp_path / "x")
+    folder = tmp_path / "x" / "model"
+    for file in resolve("shipped:tiny_qwen2_moe").path.glob("token*"):
+        copy_beside(file, file.parent, folder)
     code = (
-        "import sys, transformers\n"
-        "for kind in (transformers.Qwen2MoeConfig, transformers.LlamaConfig):\n"
-        "    try: kind.from_pretrained(sys.argv[1])\n"
-        "    except AttributeError as error: print(error)\n"
+        "import json, sys, transformers\n"
+        "names = 'Qwen2MoeConfig Qwen2MoeForCausalLM MixtralConfig Llama4Config Gemma4Config'\n"
+        "said = []\n"
+        "for name in names.split():\n"
+        "    try: getattr(transformers, name).from_pretrained(sys.argv[1])\n"
+        "    except Exception as error: said.append(str(error))\n"
+        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(json.dumps([said, tokenizer('def f(x)').input_ids]))\n"
     )
-    arguments = [sys.executable, "-c", code, str(tmp_path / "x" / "model")]
+    arguments = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
-    assert first == second and "moe_lab's own form: import moe_lab first" in first
+    said, ids = json.loads(done.stdout)
+    assert len(said) == 5
+    assert all("in moe_lab's own form: import moe_lab first" in one for one in said), said
+    assert ids == resolve("shipped:tiny_qwen2_moe").tokenizer()("def f(x)").input_ids
 
 
 def test_the_older_form_is_read_and_written_as_the_new_one(tmp_path: Path) -> None:
