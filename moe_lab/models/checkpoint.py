@@ -36,6 +36,7 @@ from moe_lab.models.families.base import (
 )
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.opening import empty_model, empty_tensors, model_class
+from moe_lab.models.own_config import read_config
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.stored import Held, held_by
 from moe_lab.types import LayerInfo, UserError
@@ -74,7 +75,7 @@ class Checkpoint:
             return self.known_fingerprint
         # Where it was loaded from and which version wrote it do not change what a model computes.
         ignored = ("_name_or_path", "transformers_version")
-        config = json.loads((self.path / "config.json").read_text())
+        config = _read_config(self.path)
         config = {key: value for key, value in config.items() if key not in ignored}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for file in weight_files(self.path):
@@ -201,12 +202,9 @@ class Original(Checkpoint):
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text())
+        return read_config(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.json cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{folder}/config.json cannot be read: it holds no object")
-    return values
 
 
 def text_files(folder: Path) -> list[Path]:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_MODELING = "transformers.modeling_utils"
-
 
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the module as others do, and changes it behind its own code."""
+    """Finds a module as others do, and changes it behind its own code."""
+
+    def __init__(self, name: str, teach: Callable[[ModuleType], None]):
+        self.name, self.teach = name, teach
 
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        if name != _MODELING:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -35,18 +38,40 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _teach(module)
+        self.teach(module)
 
 
 def teach_when_imported() -> None:
-    """Let models be built as the "moe_lab" of their config says, now or once there are any."""
-    if _MODELING in sys.modules:
-        _teach(sys.modules[_MODELING])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    """Let our own form be read, built and written, now or once transformers is there."""
+    lessons = {
+        "transformers.models.auto.configuration_auto": _read_and_write,
+        "transformers.modeling_utils": _build,
+    }
+    for name, teach in lessons.items():
+        if name in sys.modules:
+            teach(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _WhenImported(name, teach))
 
 
-def _teach(modeling: ModuleType) -> None:
+def _read_and_write(auto: ModuleType) -> None:
+    """Let AutoConfig know the model type, and let configs with structures be written as ours."""
+    from moe_lab.models.own_config import MODEL_TYPE, MoeLabConfig, read_config, write_config
+
+    auto.AutoConfig.register(MODEL_TYPE, MoeLabConfig, exist_ok=True)
+    base: Any = MoeLabConfig.__base__
+    original = base.to_json_file
+
+    def to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
+        original(self, json_file_path, use_diff)
+        if getattr(self, "moe_lab", None):
+            write_config(Path(json_file_path), read_config(Path(json_file_path)))
+
+    base.to_json_file = to_json_file
+
+
+def _build(modeling: ModuleType) -> None:
+    """Let models be built as the "moe_lab" of their config says."""
     original = modeling.PreTrainedModel.post_init
 
     def post_init(self: Any) -> None:

@@ -28,6 +28,7 @@ from moe_lab.models.mtp import (
     of_router,
 )
 from moe_lab.models.opening import text_config
+from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.stored import INDEX
 from moe_lab.types import MtpName, UserError
 
@@ -102,7 +103,7 @@ def _quantised_before(config: Any, folder: Path) -> Quantised | None:
     An engine takes them for what the config says. UserError for a way that is not known here.
     """
     before = getattr(config, "quantization_config", None)
-    if not before or "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if not before or "quantization_config" in read_config(folder / "config.json"):
         return None
     values = before if isinstance(before, dict) else before.to_dict()
     if values.get("quant_method") != "fp8":
@@ -242,11 +243,11 @@ def _indexed(folder: Path) -> tuple[dict[str, str], int]:
 
 def _promise(path: Path, source: Path) -> None:
     """Make a config.json promise the MTP layers that its source promises."""
-    values, told = (json.loads(file.read_text()) for file in (path, source))
+    values, told = map(read_config, (path, source))
     for name in MTP_COUNTS:
         if told.get(name) and not values.get(name):
             values[name] = told[name]
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_config(path, values)
 
 
 def _say_none(path: Path) -> None:
@@ -258,13 +259,13 @@ def _say_none(path: Path) -> None:
             for key, value in values.items()
         }
 
-    values = json.loads(path.read_text())
+    values = read_config(path)
     if (agreeing := without(values)) != values:
-        path.write_text(json.dumps(agreeing, indent=2, sort_keys=True) + "\n")
+        write_config(path, agreeing)
 
 
 def _say_whole(path: Path, num_experts: dict[str, int]) -> None:
     """Say in our own form how many experts each MoE block of the MTP layers has."""
-    values = json.loads(path.read_text())
+    values = read_config(path)
     values["moe_lab"]["mtp_experts"] = num_experts
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_config(path, values)

@@ -1,12 +1,11 @@
 """Writing an edited model so that it can be read again, by stock transformers where possible.
 
-Where the family's own config can say an edited structure, it is saved so. Otherwise `config.json`
-carries it in "moe_lab", and it is replayed on the model before the weights come in.
+Where the family's own config can say an edited structure, it is saved so. Otherwise in our own form
+(`own_config.py`), whose structures are replayed on the model before the weights come in.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Collection
@@ -34,6 +33,7 @@ from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.mtp import find_mtp
 from moe_lab.models.mtp_saving import carry_mtp
 from moe_lab.models.opening import text_config, text_values
+from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.reading_back import check_saved, few_logits
 from moe_lab.models.routers import with_twins
 from moe_lab.models.stored import (
@@ -137,10 +137,10 @@ def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
 
 
 def _adapt_config(path: Path, source: Path, config: Any) -> None:
-    values, told = (json.loads(file.read_text()) for file in (path, source))
+    values, told = map(read_config, (path, source))
     _tell_dtypes(values, told)
     _write_count_aliases(text_values(values, config), text_config(config))
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_config(path, values)
 
 
 def _tell_dtypes(values: dict[str, Any], told: dict[str, Any], whole: bool = True) -> None:

@@ -61,7 +61,7 @@ for folder in sys.argv[2:]:
             got = model(input_ids=want["input_ids"], attention_mask=want["attention_mask"]).logits
         clean = not info["missing_keys"] and not info["unexpected_keys"]
         found[folder] = float((got - want["logits"]).abs().max()) if clean else str(info)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         found[folder] = "refused: " + str(error)[:200]
 print("RESULT" + json.dumps(found))
 """
