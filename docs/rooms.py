@@ -49,6 +49,11 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "what works for each model type of transformers",
         ("compute", "models", "profile", "methods", "stages.profile"),
     ),
+    "serving": (
+        "what serving engines make of the checkpoints",
+        ("store", "dependencies", "models", "profile", "methods", "families", "report.serving",
+         "export"),
+    ),
     "runs": (
         "jobs and sweeps, from start to end",
         ("report", "tables", "track", "store", "models.edits"),
@@ -65,7 +70,7 @@ LIBRARIES = {
     "transformers.conversion_mapping": ("models.layerwise", "models.stored"),
     "transformers.modeling_utils": ("models.layerwise",),
     "transformers.models": ("models.adapters",),
-    "transformers": ("models", "families"),
+    "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "hydra": ("run.py", "runs.sweep"),

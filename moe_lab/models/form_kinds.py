@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_lab.models.layers import COUNT_FIELDS, TOP_K_FIELDS
+from moe_lab.models.own_config import KEY, family_values, is_own_form
 
 NATIVE, OWN = "native", "own form"
 # What each word of a form means; a form is NATIVE or OWN, and what is unusual about it.
@@ -32,15 +33,9 @@ FEATURES = {
 LISTS_OF_DENSE = ("mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "num_dense_layers")
 
 
-def inner_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The family's own config.json: of our own form that inside, else the config itself."""
-    inside: Mapping[str, Any] | None = (config.get("moe_lab") or {}).get("config")
-    return inside or config
-
-
 def family_named(config: Mapping[str, Any]) -> str:
     """The model type of a config.json; of our own form that of the family."""
-    return str(inner_config(config).get("model_type"))
+    return str(family_values(config).get("model_type"))
 
 
 def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
@@ -48,7 +43,8 @@ def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
 
     config, source: the config.json of each, as it lies there.
     """
-    own: Mapping[str, Any] | None = (config.get("moe_lab") or {}).get("layers")
+    values = family_values(config)
+    own: Mapping[str, Any] | None = values[KEY]["layers"] if is_own_form(values) else None
     found = {*_of_config(_text(config), _text(source), own is not None)}
     for layer in (own or {}).values():
         found |= {*_of_layer(layer, _text(config))}
@@ -60,9 +56,9 @@ def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that says what its decoder layers are."""
-    inner = inner_config(config)
-    text: Mapping[str, Any] | None = inner.get("text_config")
-    return text or inner
+    values = family_values(config)
+    text: Mapping[str, Any] | None = values.get("text_config")
+    return text or values
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:

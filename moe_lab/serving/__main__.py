@@ -55,17 +55,16 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MKL_CBWR", "AVX2")  # every process rounds alike
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("moe_lab.models").setLevel(logging.WARNING)  # in which form each is saved
     console = Console()
     try:
         found = _found(asked)
     except UserError as error:
         console.print(str(error), markup=False, soft_wrap=True)
         return 2
-    from moe_lab.serving.table import counts, sentences, terminal_table, with_matrix
+    from moe_lab.serving.table import reasons, serving_table, verdict_counts, with_matrix
 
-    console.print(terminal_table(found))
-    parts = [counts(found), *sentences(found.cells)]
+    console.print(serving_table(found))
+    parts = [verdict_counts(found), *reasons(found.cells)]
     console.print("\n\n".join(parts), markup=False, soft_wrap=True)
     if asked.write:
         before = Matrix.read() if MATRIX.is_file() else Matrix({}, ())
@@ -77,8 +76,8 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def _found(asked: argparse.Namespace) -> Matrix:
+    from moe_lab.serving.asking import cells_of, chosen, made
     from moe_lab.serving.engines import engines
-    from moe_lab.serving.served import cells, chosen, made
     from moe_lab.store import Store
 
     wanted = chosen(asked.only)
@@ -89,7 +88,7 @@ def _found(asked: argparse.Namespace) -> Matrix:
     versions = {engine.name: engine.versions() for engine in some}  # refused before any work
     store = Store(asked.store)
     checkpoints = made(store, wanted)
-    found = [cell for engine in some for cell in cells(store, engine, checkpoints)]
+    found = [cell for engine in some for cell in cells_of(store, engine, checkpoints)]
     return Matrix(versions, tuple(found))
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from moe_lab.export.llama_cpp import PROCESS
 from moe_lab.serving import in_llama_cpp, in_transformers, in_vllm
-from moe_lab.serving.judging import Answer
-from moe_lab.serving.making import NEW_TOKENS, Served
+from moe_lab.serving.checkpoints import Served
+from moe_lab.serving.judging import EngineAnswer
+from moe_lab.serving.making import NUM_NEW_TOKENS
 from moe_lab.types import UserError
 
 TOP = 20  # logprobs of the next token that are compared
-PATIENCE = 600.0  # seconds without an answer, after which a process counts as hanging
+PATIENCE = 600.0  # seconds without an answer, after which a process verdict_counts as hanging
 VLLM = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -86,7 +87,9 @@ class Engine:
             raise UserError(f"{self.name}: {self.packages[0]} is not installed for {self.python}")
         return found
 
-    def answers(self, jobs: Sequence[Served], setting: Setting) -> Iterator[tuple[Served, Answer]]:
+    def answers(
+        self, jobs: Sequence[Served], setting: Setting
+    ) -> Iterator[tuple[Served, EngineAnswer]]:
         """What the engine makes of each checkpoint, as it is known.
 
         Where its process ends, another one goes on with the checkpoint behind the one at which it
@@ -99,9 +102,9 @@ class Engine:
                 folder.mkdir()
                 run = _Run(self, waiting, setting, folder)
                 for reply in run.replies():
-                    yield waiting.pop(0), Answer.from_json(reply)
+                    yield waiting.pop(0), EngineAnswer.from_json(reply)
                 if waiting:
-                    yield waiting.pop(0), Answer(error=run.last_words(), crashed=True)
+                    yield waiting.pop(0), EngineAnswer(error=run.last_words(), crashed=True)
 
 
 class _Run:
@@ -167,7 +170,7 @@ def _job(served: Served, setting: Setting) -> dict[str, Any]:
         "id": served.name,
         "folder": str(served.folder),
         "prompts": served.prompts,
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": NUM_NEW_TOKENS,
         "top": TOP,
         "options": setting.options,
     }

@@ -20,7 +20,7 @@ from typing import Any
 PRE_TOKENIZER = "refact"  # how the shipped tokenizers split text; the converter knows them not
 
 
-def convert(folder: Path, file: Path) -> None:
+def _convert(folder: Path, file: Path) -> None:
     """Write a checkpoint as a GGUF file in float32."""
     import gguf
     import torch
@@ -42,11 +42,11 @@ def convert(folder: Path, file: Path) -> None:
         known(folder, gguf.LlamaFileType.ALL_F32, file).write()
 
 
-def answer(job: dict[str, Any]) -> dict[str, Any]:
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
     """The next-token logprobs of each prompt, and the tokens that greedy decoding adds to it."""
     with TemporaryDirectory(prefix="moe_lab_serving_") as place:
         file = Path(place) / "model.gguf"
-        convert(Path(job["folder"]), file)
+        _convert(Path(job["folder"]), file)
         asked = {
             "path": str(file),
             "prompts": job["prompts"],
@@ -66,7 +66,7 @@ def main(jobs: Path, answers: Path) -> None:
     for line in jobs.read_text().splitlines():
         job = json.loads(line)
         try:
-            reply = answer(job)
+            reply = _answer(job)
         except Exception as error:  # noqa: BLE001  # every refusal is an answer
             reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         with answers.open("a") as file:

@@ -26,7 +26,7 @@ def continued(model: Any, ids: list[int], new_tokens: int) -> Tensor:
     return torch.stack(found)
 
 
-def answer(job: dict[str, Any]) -> dict[str, Any]:
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
     """The next-token logprobs of each prompt, and the tokens that greedy decoding adds to it."""
     from transformers import AutoModelForCausalLM
 
@@ -52,7 +52,7 @@ def main(jobs: Path, answers: Path) -> None:
     for line in jobs.read_text().splitlines():
         job = json.loads(line)
         try:
-            reply = answer(job)
+            reply = _answer(job)
         except Exception as error:  # noqa: BLE001  # every refusal is an answer
             reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         with answers.open("a") as file:

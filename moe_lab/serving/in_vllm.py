@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def answer(job: dict[str, Any]) -> dict[str, Any]:
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
     """The next-token logprobs of each prompt, and the tokens that greedy decoding adds to it."""
     from vllm import LLM, SamplingParams
 
@@ -72,7 +72,7 @@ def main(jobs: Path, answers: Path) -> None:
     for line in jobs.read_text().splitlines():
         job = json.loads(line)
         try:
-            reply = answer(job)
+            reply = _answer(job)
         except Exception as error:  # noqa: BLE001  # every refusal is an answer
             reply = {"error": words(error)}
         with answers.open("a") as file:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moe_lab.report.serving import Verdict
 
-LONGEST = 240  # characters of a refusal that are told
+_LONGEST = 240  # characters of a refusal that are told
 
 
 @dataclass(frozen=True)
-class Answer:
+class EngineAnswer:
     """What an engine made of a checkpoint.
 
     top: for each prompt the logprobs of the most probable next tokens; tokens: for each the greedy
@@ -33,7 +33,7 @@ class Answer:
         return {"top": top, "tokens": self.tokens, "error": self.error}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Answer:
+    def from_json(cls, values: dict[str, Any]) -> EngineAnswer:
         """The inverse of `to_json`; crashed is not said there."""
         top = [{int(token): value for token, value in one} for one in values.get("top", ())]
         return cls(top, values.get("tokens", []), values.get("error", ""))
@@ -49,7 +49,9 @@ class Judgement:
     detail: str = ""
 
 
-def judged(answer: Answer, reference: dict[str, Tensor], tolerance: float) -> Judgement:
+def judged_answer(
+    answer: EngineAnswer, reference: dict[str, Tensor], tolerance: float
+) -> Judgement:
     """Right where all logprobs are within `tolerance`, and all greedy tokens agree.
 
     reference: logprobs [P, V] of the next token, greedy tokens [P, T], and by how much [P, T] each
@@ -100,4 +102,4 @@ def _agreeing(tokens: Sequence[int], reference_T: Tensor) -> int:
 
 def _line(text: str) -> str:
     words = " ".join(text.split())
-    return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lab.dependencies import code_version
@@ -25,10 +26,9 @@ from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.listed import Listed
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, load, resolve
+from moe_lab.models.checkpoint import Checkpoint, load, no_bars, resolve
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.plan import Plan, apply_plan, check_plan
-from moe_lab.models.form_kinds import family_named, form_kind
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.saving import save_checkpoint
@@ -45,14 +45,14 @@ PROMPTS = (
     "def square(number):\n    return",
     "Two and two are four; four and four are",
 )
-NEW_TOKENS = 16  # for each prompt
-LIMIT = 2**30  # bytes of memory for what is kept between layers: more than tiny models need
-REFERENCE = "reference.safetensors"
+NUM_NEW_TOKENS = 16  # for each prompt
+_LIMIT = 2**30  # bytes of memory for what is kept between layers: more than tiny models need
+COMPUTED = "computed.safetensors"
 Layers = Sequence[LayerInfo]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CheckpointRecipe:
     """How a checkpoint is made of a dense one.
 
     method: for these MoE layers, None where nothing is done; changed: what becomes of its plan;
@@ -70,26 +70,32 @@ def _some(layers: Layers, number: int) -> list[int]:
     return [info.index for info in layers][-1 - number : -1]
 
 
-def _prune(ratio: float, replacement: str = "nothing") -> Recipe:
-    return Recipe(lambda layers: Prune(reap, Uniform(ratio), replacement))
+def _prune(ratio: float, replacement: str = "nothing") -> CheckpointRecipe:
+    return CheckpointRecipe(lambda layers: Prune(reap, Uniform(ratio), replacement))
 
 
-def _merge(grouping: str, router: str) -> Recipe:
-    return Recipe(lambda layers: Merge(1, grouping=grouping, ratio=Uniform(0.25), router=router))
+def _merge(grouping: str, router: str) -> CheckpointRecipe:
+    return CheckpointRecipe(
+        lambda layers: Merge(1, grouping=grouping, ratio=Uniform(0.25), router=router)
+    )
 
 
-def _condense(number: int, num_routed: int, padding: float, convert: str | None = None) -> Recipe:
+def _condense(
+    number: int, num_routed: int, padding: float, convert: str | None = None
+) -> CheckpointRecipe:
     def method(layers: Layers) -> Method:
         chosen = _some(layers, number)
         return Condense(
             number, num_routed, experts="frequency", layers=chosen, padding=padding, convert=convert
         )
 
-    return Recipe(method)
+    return CheckpointRecipe(method)
 
 
-def _drop(number: int, padding: float) -> Recipe:
-    return Recipe(lambda layers: DropLayers(number, layers=_some(layers, number), padding=padding))
+def _drop(number: int, padding: float) -> CheckpointRecipe:
+    return CheckpointRecipe(
+        lambda layers: DropLayers(number, layers=_some(layers, number), padding=padding)
+    )
 
 
 def _unequal(layers: Layers) -> Listed:
@@ -107,9 +113,9 @@ def _two_widths(plan: Plan) -> Plan:
     return dataclasses.replace(plan, edits=edits)
 
 
-DENSE = "dense"
+INTACT = "dense"
 OF_ALL = {
-    DENSE: Recipe(lambda layers: None),
+    INTACT: CheckpointRecipe(lambda layers: None),
     "prune .25": _prune(0.25),
 }
 OF_SHIPPED = {
@@ -121,11 +127,11 @@ OF_SHIPPED = {
     "prune .25, zero": _prune(0.25, "zero"),
     "prune .25, constant": _prune(0.25, "constant"),
     "prune .25, copy": _prune(0.25, "copy"),
-    "prune .25, ratio=global": Recipe(lambda layers: Prune(reap, Global(0.25))),
+    "prune .25, ratio=global": CheckpointRecipe(lambda layers: Prune(reap, Global(0.25))),
     "drop_layers": _drop(2, 0.01),
     "drop_layers, padding=0": _drop(2, 0),
-    "drop_blocks": Recipe(lambda layers: DropBlocks(2, layers=_some(layers, 2))),
-    "one expert per token, twins": Recipe(
+    "drop_blocks": CheckpointRecipe(lambda layers: DropBlocks(2, layers=_some(layers, 2))),
+    "one expert per token, twins": CheckpointRecipe(
         lambda layers: Prune(reap, Global(0.25)), top_k=1, twins=1.0
     ),
 }
@@ -144,12 +150,12 @@ WITHOUT_SHARED = {
 OF_RANDOM = {
     "condense": _condense(1, 1, 1.0),
     "drop_layers": _drop(1, 1.0),
-    "unequal": Recipe(lambda layers: Prune(reap, _unequal(layers))),
-    "unequal, constant": Recipe(lambda layers: Prune(reap, _unequal(layers), "constant")),
+    "unequal": CheckpointRecipe(lambda layers: Prune(reap, _unequal(layers))),
+    "unequal, constant": CheckpointRecipe(lambda layers: Prune(reap, _unequal(layers), "constant")),
 }
 
 
-def recipes(subject: Subject) -> dict[str, Recipe]:
+def recipes(subject: Subject) -> dict[str, CheckpointRecipe]:
     """What is made of a model, by name; the dense one first."""
     if subject.random:
         return OF_ALL | OF_RANDOM
@@ -157,60 +163,34 @@ def recipes(subject: Subject) -> dict[str, Recipe]:
     return OF_ALL | OF_SHIPPED | more
 
 
-@dataclass(frozen=True)
-class Served:
-    """A checkpoint that is to be served.
-
-    subject: the name of the model that it comes from; made: of the recipe; family, form: as
-    `form_kinds` says; key: by which its answers are remembered; prompts: token ids.
-    """
-
-    subject: str
-    made: str
-    family: str
-    form: str
-    folder: Path
-    key: str
-    prompts: list[list[int]]
-    reference: dict[str, Tensor]
-
-    @property
-    def name(self) -> str:
-        """By which it is told from all others."""
-        return f"{self.subject} / {self.made}"
-
-
-def made_checkpoint(store: Store, subject: Subject, made: str) -> Served:
-    """A checkpoint of a subject, and what transformers computes with it in float32."""
-    dense = _stored(store, subject, DENSE)
-    result = dense if made == DENSE else _stored(store, subject, made)
-    folder = result.folder / CHECKPOINT
-    config, source = (_config(one.folder / CHECKPOINT) for one in (result, dense))
-    prompts = _prompts(Checkpoint(dense.folder / CHECKPOINT))
-    return Served(
-        subject.name, made, family_named(config), form_kind(config, source), folder, result.key,
-        prompts, load_file(result.folder / REFERENCE),
-    )  # fmt: skip
-
-
-def _config(folder: Path) -> dict[str, object]:
-    values: dict[str, object] = json.loads((folder / "config.json").read_text())
-    return values
-
-
-def _stored(store: Store, subject: Subject, made: str) -> Artifact:
+def stored(store: Store, subject: Subject, made: str) -> Artifact:
+    """A folder with checkpoint/ and what transformers computes with it in float32."""
     recipe = recipes(subject)[made]
-    identity = {"subject": subject.name, "made": made, "code": code_version(made_checkpoint)}
+    identity = {"subject": subject.name, "made": made, "code": code_version(stored)}
 
     def make(folder: Path) -> None:
-        source = subject.write(folder / "source")
-        _write(recipe, resolve(source), folder / CHECKPOINT)
-        save_file(_computed(folder / CHECKPOINT), folder / REFERENCE)
+        with _quiet():
+            source = subject.write(folder / "source")
+            _write(recipe, resolve(source), folder / CHECKPOINT)
+            save_file(_computed(folder / CHECKPOINT), folder / COMPUTED)
 
     return store.get("serving", identity, make)
 
 
-def _write(recipe: Recipe, dense: Checkpoint, folder: Path) -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the stages tell of each of a hundred checkpoints."""
+    ours = logging.getLogger("moe_lab")
+    before = ours.level
+    ours.setLevel(logging.WARNING)
+    try:
+        with no_bars():
+            yield
+    finally:
+        ours.setLevel(before)
+
+
+def _write(recipe: CheckpointRecipe, dense: Checkpoint, folder: Path) -> None:
     """What the stages plan, compress and finetune do, with the same functions."""
     layers = dense.layers()
     model, method, padding, convert = dense.load(), recipe.method(layers), None, None
@@ -240,13 +220,14 @@ def _profile(dense: Checkpoint) -> Profile:
     statistics = collection.of_group()
 
     def open_stream(num_samples: int | None = None) -> LayerStream:
-        model = LayerwiseModel(dense, "cpu", keep_bytes=LIMIT)
-        return LayerStream(model, [batch], Activations(limit=LIMIT))
+        model = LayerwiseModel(dense, "cpu", keep_bytes=_LIMIT)
+        return LayerStream(model, [batch], Activations(limit=_LIMIT))
 
     return Profile(statistics, open_stream, lambda _=None: (dense.load(), [batch]))
 
 
-def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
+def prompts_for(checkpoint: Checkpoint) -> list[list[int]]:
+    """The prompts as a checkpoint's tokenizer has them."""
     tokenizer = checkpoint.tokenizer()
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
@@ -254,7 +235,7 @@ def _prompts(checkpoint: Checkpoint) -> list[list[int]]:
 def _computed(folder: Path) -> dict[str, Tensor]:
     """The logprobs [P, T, V] at each step of greedy decoding behind each prompt, and its tokens."""
     model = load(folder, dtype="float32")
-    steps = [continued(model, ids, NEW_TOKENS) for ids in _prompts(Checkpoint(folder))]
+    steps = [continued(model, ids, NUM_NEW_TOKENS) for ids in prompts_for(Checkpoint(folder))]
     logprobs_PTV = torch.stack(steps)
     return {"logprobs": logprobs_PTV[:, 0].clone(), **_greedy(logprobs_PTV)}
 

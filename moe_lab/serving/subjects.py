@@ -10,12 +10,12 @@ from typing import Any
 from moe_lab.families.tiny import tiny_config, tiny_model
 from moe_lab.models.checkpoint import resolve
 
-SHIPPED = ("tiny_mixtral", "tiny_qwen2_moe", "tiny_deepseek")
+SHIPPED_MODELS = ("tiny_mixtral", "tiny_qwen2_moe", "tiny_deepseek")
 RANDOM = (
     "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe",
     "gpt_oss",
 )  # fmt: skip
-TOKENIZER = "tiny_mixtral"  # that of the random ones
+_TOKENIZER = "tiny_mixtral"  # that of the random ones
 # Sizes that the engines' attention kernels take; those of the families' tables are smaller.
 SIZES = {
     "vocab_size": 2048, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -24,7 +24,7 @@ SIZES = {
 }  # fmt: skip
 LATENT = {"qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 32}
 # Beside these sizes, what an engine's code takes for granted.
-MORE: dict[str, dict[str, Any]] = {
+_OF_TYPES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32},
     "olmoe": {"intermediate_size": 32},
     "gpt_oss": {"intermediate_size": 32},
@@ -45,7 +45,7 @@ class Subject:
             return resolve(f"shipped:{self.name}").path
         model = tiny_model(self.model_type, **_sizes(self.model_type))
         model.save_pretrained(folder)
-        for file in resolve(f"shipped:{TOKENIZER}").path.glob("tokenizer*"):
+        for file in resolve(f"shipped:{_TOKENIZER}").path.glob("tokenizer*"):
             shutil.copyfile(file, folder / file.name)
         return folder
 
@@ -53,7 +53,7 @@ class Subject:
 def _sizes(model_type: str) -> dict[str, Any]:
     there = tiny_config(model_type).to_dict()
     latent = "qk_rope_head_dim" in there
-    sizes = SIZES | (LATENT if latent else {}) | MORE.get(model_type, {})
+    sizes = SIZES | (LATENT if latent else {}) | _OF_TYPES.get(model_type, {})
     if latent:
         del sizes["head_dim"]
     return {name: value for name, value in sizes.items() if name in there}
@@ -61,7 +61,7 @@ def _sizes(model_type: str) -> dict[str, Any]:
 
 def subjects() -> list[Subject]:
     """All of them, the shipped ones first."""
-    shipped = [Subject(name, _model_type(name), random=False) for name in SHIPPED]
+    shipped = [Subject(name, _model_type(name), random=False) for name in SHIPPED_MODELS]
     return shipped + [Subject(f"random {name}", name, random=True) for name in RANDOM]
 
 

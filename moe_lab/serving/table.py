@@ -10,7 +10,7 @@ from rich.table import Table
 from moe_lab.report.serving import ENGINES, VERDICT_WORDS, Cell, Matrix
 
 MARKS = "<!-- serving: made by python -m moe_lab.serving --write -->", "<!-- /serving -->"
-STYLES = {"silent": "bold red", "own fault": "yellow", "crashed": "red", "refused": "yellow"}
+_STYLES = {"silent": "bold red", "own fault": "yellow", "crashed": "red", "refused": "yellow"}
 NOT_RUN = "–"
 
 
@@ -22,7 +22,7 @@ def by_subject(cells: Iterable[Cell]) -> dict[str, dict[str, dict[str, Cell]]]:
     return found
 
 
-def terminal_table(matrix: Matrix) -> Table:
+def serving_table(matrix: Matrix) -> Table:
     """A line for each checkpoint."""
     there = _engines(matrix)
     table = Table("checkpoint", "form", *(matrix.version(engine) for engine in there))
@@ -38,17 +38,17 @@ def terminal_table(matrix: Matrix) -> Table:
 def _styled(cell: Cell | None) -> str:
     if cell is None:
         return NOT_RUN
-    return f"[{STYLES.get(cell.verdict, 'default')}]{cell.words}"
+    return f"[{_STYLES.get(cell.verdict, 'default')}]{cell.words}"
 
 
 def _engines(matrix: Matrix) -> list[str]:
     return [engine for engine in ENGINES if engine in matrix.versions]
 
 
-def markdown(matrix: Matrix) -> str:
-    """The versions, the counts, a table for each subject, and why what is refused is."""
+def matrix_markdown(matrix: Matrix) -> str:
+    """The versions, the verdict_counts, a table for each subject, and why what is refused is."""
     there = _engines(matrix)
-    parts = ["\n".join(_versions(matrix, engine) for engine in there), counts(matrix)]
+    parts = ["\n".join(_versions(matrix, engine) for engine in there), verdict_counts(matrix)]
     for subject, rows in by_subject(matrix.cells).items():
         heads = (matrix.version(engine) for engine in there)
         lines = [f"| {subject} | form | {' | '.join(heads)} |", "| --- " * (len(there) + 2) + "|"]
@@ -57,7 +57,7 @@ def markdown(matrix: Matrix) -> str:
             cells = (row[engine].words if engine in row else NOT_RUN for engine in there)
             lines.append(f"| {made} | {form} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, *sentences(matrix.cells)])
+    return "\n\n".join([*parts, *reasons(matrix.cells)])
 
 
 def _versions(matrix: Matrix, engine: str) -> str:
@@ -70,7 +70,7 @@ def _form(cell: Cell, subject: str) -> str:
     return f"{cell.form} ({cell.family})"
 
 
-def counts(matrix: Matrix) -> str:
+def verdict_counts(matrix: Matrix) -> str:
     """How many checkpoints each engine made right, refused or garbled, in a sentence each."""
     told = []
     for engine in _engines(matrix):
@@ -87,7 +87,7 @@ def counts(matrix: Matrix) -> str:
     return "\n".join([*told, f"- Silently wrong: {silent}."])
 
 
-def sentences(cells: Sequence[Cell]) -> list[str]:
+def reasons(cells: Sequence[Cell]) -> list[str]:
     """What was said where an engine refused or crashed, or is right by a setting: each once."""
     titles = {
         "refused": "Refused, and in which words",
@@ -127,4 +127,4 @@ def with_matrix(page: str, matrix: Matrix) -> str:
     if start not in page:
         raise ValueError(f"it has no line {start!r}")
     before, rest = page.split(start)
-    return f"{before}{start}\n\n{markdown(matrix)}\n\n{end}{rest.split(end, 1)[1]}"
+    return f"{before}{start}\n\n{matrix_markdown(matrix)}\n\n{end}{rest.split(end, 1)[1]}"

@@ -12,20 +12,21 @@ from typing import Any
 from moe_lab.dependencies import code_version
 from moe_lab.progress import progress
 from moe_lab.report.serving import Cell
+from moe_lab.serving.checkpoints import Served, made_checkpoint
 from moe_lab.serving.engines import Engine, Setting
-from moe_lab.serving.judging import Answer, Judgement, beside_dense, judged
-from moe_lab.serving.making import DENSE, Served, made_checkpoint, recipes
+from moe_lab.serving.judging import EngineAnswer, Judgement, beside_dense, judged_answer
+from moe_lab.serving.making import INTACT, recipes
 from moe_lab.serving.subjects import subjects
 from moe_lab.store import Store
 
 logger = logging.getLogger(__name__)
-ANSWER = "answer.json"
+_ANSWER = "answer.json"
 
 
 def names() -> list[tuple[str, str]]:
     """Each subject and what is made of it, the dense ones first."""
     every = [(one.name, made) for one in subjects() for made in recipes(one)]
-    return sorted(every, key=lambda one: one[1] != DENSE)
+    return sorted(every, key=lambda one: one[1] != INTACT)
 
 
 def chosen(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -33,7 +34,7 @@ def chosen(words: Sequence[str]) -> list[tuple[str, str]]:
     every = names()
     asked = {one for one in every if all(word in " / ".join(one) for word in words)}
     subjects_asked = {subject for subject, _ in asked}
-    return [one for one in every if one in asked or one in {(s, DENSE) for s in subjects_asked}]
+    return [one for one in every if one in asked or one in {(s, INTACT) for s in subjects_asked}]
 
 
 def made(store: Store, wanted: Sequence[tuple[str, str]]) -> list[Served]:
@@ -44,21 +45,21 @@ def made(store: Store, wanted: Sequence[tuple[str, str]]) -> list[Served]:
     return list(progress(done, "checkpoints", len(wanted)))
 
 
-def cells(store: Store, engine: Engine, checkpoints: Sequence[Served]) -> list[Cell]:
+def cells_of(store: Store, engine: Engine, checkpoints: Sequence[Served]) -> list[Cell]:
     """What an engine makes of these checkpoints, among which are the dense ones.
 
     A dense model that it garbles is tried with its further settings; the checkpoints made from it
     are asked with that which helps.
     """
     versions = engine.versions()
-    dense = {one.subject: one for one in checkpoints if one.made == DENSE}
+    dense = {one.subject: one for one in checkpoints if one.made == INTACT}
     settings, first = _settings(store, engine, versions, list(dense.values()))
     found = [_cell(engine, dense[name], settings[name], one, one) for name, one in first.items()]
     for setting in engine.settings:
-        further = [one for one in checkpoints if one.made != DENSE]
+        further = [one for one in checkpoints if one.made != INTACT]
         rest = [one for one in further if settings[one.subject] == setting]
         for served, answer in _asked(store, engine, versions, rest, setting):
-            one = judged(answer, served.reference, engine.tolerance)
+            one = judged_answer(answer, served.reference, engine.tolerance)
             found.append(_cell(engine, served, setting, one, first[served.subject]))
     order = {one.name: place for place, one in enumerate(checkpoints)}
     return sorted(found, key=lambda cell: order[f"{cell.subject} / {cell.made}"])
@@ -74,7 +75,7 @@ def _settings(
         left = [one for one in dense if one.subject not in found]
         left += [one for one in dense if one.subject in found and _is_wrong(found[one.subject])]
         for served, answer in _asked(store, engine, versions, left, setting):
-            one = judged(answer, served.reference, engine.tolerance)
+            one = judged_answer(answer, served.reference, engine.tolerance)
             before = found.get(served.subject)
             if before is None or one.verdict == "right":
                 settings[served.subject] = setting
@@ -120,7 +121,7 @@ def _asked(
     versions: dict[str, str],
     checkpoints: Sequence[Served],
     setting: Setting,
-) -> Iterator[tuple[Served, Answer]]:
+) -> Iterator[tuple[Served, EngineAnswer]]:
     """The answers, those that are remembered first; a crash is not remembered."""
     asked = {"engine": engine.name, "versions": versions, "setting": setting.name}
     asked["code"] = code_version(engine.worker)
@@ -128,7 +129,7 @@ def _asked(
     waiting = []
     for served in checkpoints:
         if done := store.find("served", identities[served.name]):
-            yield served, Answer.from_json(json.loads((done.folder / ANSWER).read_text()))
+            yield served, EngineAnswer.from_json(json.loads((done.folder / _ANSWER).read_text()))
         else:
             waiting.append(served)
     if not waiting:
@@ -140,8 +141,8 @@ def _asked(
         yield served, answer
 
 
-def _remember(store: Store, identity: dict[str, Any], answer: Answer) -> None:
+def _remember(store: Store, identity: dict[str, Any], answer: EngineAnswer) -> None:
     def make(folder: Path) -> None:
-        (folder / ANSWER).write_text(json.dumps(answer.to_json()))
+        (folder / _ANSWER).write_text(json.dumps(answer.to_json()))
 
     store.get("served", identity, make)
