@@ -29,6 +29,7 @@ from moe_lab.report.units import (
     SHARE,
     SHARE_OF_DENSE,
     SMALL_NUMBER,
+    TEXT,
     TIMES_DENSE,
     TRUTH,
     Unit,
@@ -150,6 +151,14 @@ FIGURES = (
            when="always; with `calibration.group_by` the dense one alone"),
     Figure("<variant>/stock", "loads in stock transformers", TRUTH, row=True, section=COST,
            when="always", about="whether stock transformers loads it"),
+    Figure("<variant>/family", unit=TEXT, section=COST, when="always",
+           about="the model type of its config.json; of our own form that inside"),
+    Figure("<variant>/form", unit=TEXT, section=COST, when="always",
+           about="native or own form, and what is unusual about it beside the dense model's "
+           "([the words](serving.md#forms))"),
+    Figure("<variant>/serving", unit=TEXT, section=COST, when="always",
+           about="what each engine made of checkpoints of this family and form "
+           "([serving.md](serving.md)), or that none was run"),
     Figure("<variant>/repeated_parameters", section=COST, when="there are some",
            about="of copies of experts that fill layers up (`finetune.twins`)"),
     Figure("finetuned/trainable_parameters", section=COST, when="a recipe", about="that trained"),

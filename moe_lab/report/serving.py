@@ -32,6 +32,22 @@ ENGINES = {
     "vllm-plugin": "vLLM with the plugin",
     "llama.cpp": "llama.cpp",
 }
+# How a checkpoint is served; what a setting of the matrix adds.
+COMMANDS = {
+    "vllm": "vllm serve <this folder>",
+    "vllm-plugin": "pip install --no-deps ./plugins/vllm  # of moe_lab's repository, beside vLLM\n"
+    "vllm serve <this folder>",
+    "llama.cpp": "python -m moe_lab.export <this folder> --to gguf --out model.gguf\n"
+    "llama-server --model model.gguf",
+}
+SETTING_ARGUMENTS = {
+    "custom_ops none": """ --compilation-config '{"custom_ops": ["none"]}'""",
+}
+# Not run; found by reading an engine's source, by family and a word of the form.
+AS_READ = {
+    ("qwen2_moe", "dense layers"): "SGLang: not run. As read in its source, its Qwen2-MoE ignores "
+    "`mlp_only_layers` without an error: do not serve this checkpoint with it before checking",
+}
 
 
 @dataclass(frozen=True)
@@ -98,37 +114,63 @@ def _told(cell: Cell) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(cell).items() if value or value == 0}
 
 
-def where_it_runs(matrix: Matrix, family: str, form: str) -> dict[str, str]:
-    """What each engine of the matrix makes of a checkpoint of this family and form, in words.
+@dataclass(frozen=True)
+class WhereItRuns:
+    """What the matrix says of a checkpoint of a family and form (`models/form_kinds.py`)."""
 
-    The keys are engines; "not run" where the matrix has no such cell.
-    """
-    return {engine: _said(matrix, engine, family, form) for engine in ENGINES}
+    matrix: Matrix
+    family: str
+    form: str
+
+    def lines(self) -> dict[str, str]:
+        """By engine, what it makes of it, in words; "not run" where there is no such cell."""
+        return {engine: self._line(engine) for engine in ENGINES}
+
+    def commands(self) -> list[str]:
+        """How it is served by the engines that are right; without the plugin where none is due."""
+        right = [engine for engine in COMMANDS if self._verdict(engine) == "right"]
+        if "vllm" in right and "vllm-plugin" in right:
+            right.remove("vllm-plugin")
+        return [COMMANDS[engine] + self._arguments(engine) for engine in right]
+
+    def warnings(self) -> list[str]:
+        """With what it must not be served, and why."""
+        found = [
+            f"Do not serve it with {self.matrix.version(engine)}: what comes out is wrong, without "
+            "an error"
+            for engine in self.matrix.versions
+            if self._verdict(engine) in ("silent", "own fault")
+        ]
+        words = self.form.split(", ")
+        found += [said for (family, word), said in AS_READ.items()
+                  if family == self.family and word in words]  # fmt: skip
+        return found
+
+    def _cells(self, engine: str) -> list[Cell]:
+        wanted = (engine, self.family, self.form)
+        return [one for one in self.matrix.cells if (one.engine, one.family, one.form) == wanted]
+
+    def _verdict(self, engine: str) -> Verdict | None:
+        """The worst of all such checkpoints'; None where there are none."""
+        there = {cell.verdict for cell in self._cells(engine)}
+        return next((one for one in VERDICT_WORDS if one in there), None)
+
+    def _arguments(self, engine: str) -> str:
+        settings = {cell.setting for cell in self._cells(engine) if cell.setting}
+        return "".join(SETTING_ARGUMENTS.get(name, "") for name in sorted(settings))
+
+    def _line(self, engine: str) -> str:
+        cells, verdict = self._cells(engine), self._verdict(engine)
+        if verdict is None:
+            return f"{ENGINES[engine]}: not run"
+        those = [cell for cell in cells if cell.verdict == verdict]
+        worst = max(those, key=lambda cell: cell.difference or 0)
+        share = "" if len(those) == len(cells) else f", {len(those)} of {len(cells)} checkpoints"
+        told = verdict in ("refused", "crashed") and worst.detail
+        reason = f": {worst.detail}" if told else ""
+        return f"{self.matrix.version(engine)}: {worst.words}{share}{reason}"
 
 
-def runs_right(matrix: Matrix, engine: str, family: str, form: str) -> bool:
-    """Whether the matrix has such checkpoints, and the engine made all of them right."""
-    return {cell.verdict for cell in _alike(matrix, engine, family, form)} == {"right"}
-
-
-def _alike(matrix: Matrix, engine: str, family: str, form: str) -> list[Cell]:
-    wanted = (engine, family, form)
-    return [one for one in matrix.cells if (one.engine, one.family, one.form) == wanted]
-
-
-def _said(matrix: Matrix, engine: str, family: str, form: str) -> str:
-    cells = _alike(matrix, engine, family, form)
-    if not cells:
-        return f"{ENGINES[engine]}: not run"
-    verdict = next(one for one in VERDICT_WORDS if one in {cell.verdict for cell in cells})
-    those = [cell for cell in cells if cell.verdict == verdict]
-    worst = max(those, key=lambda cell: cell.difference or 0)
-    share = "" if len(those) == len(cells) else f" for {len(those)} of {len(cells)}"
-    reason = f": {worst.detail}" if verdict in ("refused", "crashed") and worst.detail else ""
-    return f"{matrix.version(engine)}: {worst.words}{share}{reason}"
-
-
-def serving_line(family: str, form: str) -> str:
-    """The same in one line, of the shipped matrix: the key `<variant>/serving` of a report."""
-    said = where_it_runs(Matrix.read(), family, form)
-    return f"{family}, {form}: " + "; ".join(said.values())
+def where_it_runs(family: str, form: str) -> WhereItRuns:
+    """What the shipped matrix says of a checkpoint."""
+    return WhereItRuns(Matrix.read(), family, form)
