@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import EnumType
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # rounding: some 1e-5 on tiny models; a file that means another model is off by 0.1 to 10.
 TOLERANCE = 2e-3
 # llama.cpp wants an output matrix of its own from these, and takes the embeddings elsewhere.
-NEVER_TIED = ("Qwen2MoeForCausalLM",)
+NEVER_TIED = ("GptOssForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM")
 # Its files know no dense layers among these families' MoE layers.
 NEVER_DENSE = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 PROMPT_LENGTH = 48
@@ -145,7 +146,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as a GGUF file by the public converter, unchecked (see `export_gguf`)."""
     import gguf
-    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+    from conversion import ModelBase, ModelType, get_model_architecture
 
     types = gguf.LlamaFileType
     kinds = {
@@ -159,7 +160,7 @@ def convert(
         warnings.simplefilter("ignore")  # of the converter's own code
         try:
             hparams = ModelBase.load_hparams(view, False)
-            kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+            kind = _converter(get_model_architecture(hparams, ModelType.TEXT))
             _knowing(kind, pre_tokenizer)(view, kinds[outtype], out).write()
         except UserError:
             raise
@@ -167,6 +168,23 @@ def convert(
             raise UserError(
                 f"--to gguf: llama.cpp's converter refuses {folder}: {_one_line(error)}"
             ) from error
+
+
+def _converter(architecture: str) -> Any:
+    """The converter's class for a model.
+
+    Its files also name tensors and models that the gguf package of the same day does not know yet:
+    these names are given, so that the other models of a file can be converted.
+    """
+    from conversion import get_model_class
+
+    while True:
+        try:
+            return get_model_class(architecture)
+        except AttributeError as error:
+            if not isinstance(error.obj, EnumType):
+                raise
+            setattr(error.obj, error.name, f"{error.name}, not known to the installed gguf package")
 
 
 def _knowing(kind: Any, stated: str | None) -> Any:

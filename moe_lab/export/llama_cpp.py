@@ -56,8 +56,7 @@ def logprobs_and_tokens(
 ) -> Answers:
     """Load a GGUF file in llama.cpp, in a process of its own on the CPU, and ask it.
 
-    prompts: token ids; num_tokens: greedy tokens for each, whatever ends the text among them;
-    num_logprobs: of the next token, the most probable ones; texts: to be tokenised by the file's
+    prompts: token ids; num_tokens: greedy tokens for each, fewer where the text ends; num_logprobs: of the next token, the most probable ones; texts: to be tokenised by the file's
     own vocabulary. Raises NotLoaded where llama.cpp does not load it, with what it says.
     """
     require_packages()

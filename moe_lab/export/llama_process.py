@@ -29,41 +29,48 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = params.cache_prompt = params.ctx_shift = False
     server = Server(params)
-    found = [_continued(server, prompt, job) for prompt in job["prompts"]]
+    prompts = job["prompts"]
     return {
-        "logprobs": [first for first, _ in found],
-        "tokens": [tokens for _, tokens in found],
+        "logprobs": [_logprobs(server, prompt, job["num_logprobs"]) for prompt in prompts],
+        "tokens": [_greedy(server, prompt, job["num_tokens"]) for prompt in prompts],
         "token_ids": [_tokenised(server, text) for text in job["texts"]],
     }
 
 
-def _continued(server: Any, prompt: list[int], job: dict[str, Any]) -> tuple[Any, list[int]]:
-    request = {
-        "prompt": prompt,
-        "n_predict": job["num_tokens"],
-        "logprobs": job["num_logprobs"],
-        "samplers": ["top_k"],
-        "top_k": 1,
-        "ignore_eos": True,
-        "cache_prompt": False,
-    }
-    said = server.handle_completions(request)
-    if "choices" not in said:
-        raise RuntimeError(f"llama.cpp does not answer: {json.dumps(said)[:300]}")
-    content = said["choices"][0]["logprobs"]["content"]
-    first = {one["id"]: one["logprob"] for one in content[0]["top_logprobs"]}
-    return first, [one["id"] for one in content]
+def _logprobs(server: Any, prompt: list[int], number: int) -> dict[int, float]:
+    # It tells the logprobs of a token only with its text, which a part of a character is not yet.
+    # So the next token is made one that is text; its logprobs are told as they were before.
+    plain = _tokenised(server, "a")[-1]
+    said = _asked(
+        server, "completion", prompt=prompt, n_predict=1, n_probs=number, cache_prompt=False,
+        logit_bias=[[plain, 1e6]],
+    )  # fmt: skip
+    first = said["completion_probabilities"][0]
+    return {one["id"]: one["logprob"] for one in first["top_logprobs"]}
+
+
+def _greedy(server: Any, prompt: list[int], number: int) -> list[int]:
+    said = _asked(
+        server, "completion", prompt=prompt, n_predict=number, samplers=["top_k"], top_k=1,
+        return_tokens=True, cache_prompt=False,
+    )  # fmt: skip
+    tokens: list[int] = said["tokens"]
+    return tokens
 
 
 def _tokenised(server: Any, text: str) -> list[int]:
-    body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-    request = urllib.request.Request(
-        f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-    )
-    # No proxy: the server is of this process.
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
-        ids: list[int] = json.load(reply)["tokens"]
+    asked = {"content": text, "add_special": False, "parse_special": False}
+    ids: list[int] = _asked(server, "tokenize", **asked)["tokens"]
     return ids
+
+
+def _asked(server: Any, what: str, **body: Any) -> Any:
+    address = f"{server.listening_address}/{what}"
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    # No proxy: the server is in this process.
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
+        return json.load(reply)
 
 
 if __name__ == "__main__":
