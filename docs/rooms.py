@@ -58,6 +58,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "jobs and sweeps, from start to end",
         ("report", "tables", "track", "store", "models.edits"),
     ),
+    "export": ("checkpoints and plans in the words of serving engines", ("models", "store")),
     "run.py": ("Hydra's entry", ("stages", "runs")),
 }  # fmt: skip
 # The package's own face: lazy entry points, so that `import moe_lab` stays light.
@@ -72,7 +73,9 @@ LIBRARIES = {
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),
+    "conversion": ("export.gguf",),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
+    "gguf": ("export.gguf",),
     "hydra": ("run.py", "runs.sweep"),
     "huggingface_hub": ("models.checkpoint", "evaluate.tasks.harness", "report.card"),
     "jinja2": ("report",),
@@ -80,11 +83,13 @@ LIBRARIES = {
     "matplotlib": ("report.plots", "diagnose.pictures"),
     "tensorboardX": ("track.tensorboard",),
     "wandb": ("track.wandb",),
+    "xllamacpp": ("export.llama_process",),
 }
 
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "standard_library", "tokens"),
+    "export": ("__main__", "source", "llama_cpp", "llama_process"),
     "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
     "methods": ("base", "layer_choice", "dropping"),
     "methods.metrics": ("base",),
