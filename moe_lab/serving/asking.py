@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def _cell(
 
 
 def _rounded(difference: float | None) -> float | None:
-    """Two digits: the others are another machine's."""
-    return None if difference is None else float(f"{difference:.1e}")
+    """Two digits: the others are another machine's. None where it is no number."""
+    known = difference is not None and math.isfinite(difference)
+    return float(f"{difference:.1e}") if known else None
 
 
 def _without_folder(text: str, folder: Path) -> str:

