@@ -359,9 +359,10 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
     be converted first.
     """
     _refuse_original(Path(path))
+    config = Checkpoint(Path(path)).config
     try:
         with no_bars(), empty_tensors():
-            kind = model_class(AutoConfig.from_pretrained(path, **LOCAL))
+            kind = model_class(config)
             loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **LOCAL)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error

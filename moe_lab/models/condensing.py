@@ -232,17 +232,21 @@ def _condensed_in_place(
 
 def one_wide_expert(layer: MoELayer, width: int) -> nn.Module:
     """The same of a layer without weights, whose one expert has so many hidden units."""
-    experts = layer.experts
-    some = _widened(experts, [0], [1.0])
-    axes = _unit_axes(experts)
-    for name, tensor in some.items():
-        shape = list(tensor.shape)
-        if name in axes:
-            factor = tensor.shape[axes[name]] // layer.info.expert_width
-            shape[axes[name]] = width * factor
-        setattr(experts, name, nn.Parameter(tensor.new_empty(shape), requires_grad=False))
+    for name, tensor in _widened(layer.experts, [0], [1.0]).items():
+        setattr(layer.experts, name, nn.Parameter(tensor, requires_grad=False))
+    set_width(layer, width)
     _leave_one(layer)
     return layer.block
+
+
+def set_width(layer: MoELayer, width: int) -> None:
+    """Give each expert of a layer so many hidden units, whose weights are still to come."""
+    for name, axis in _unit_axes(layer.experts).items():
+        tensor = layer.experts.get_parameter(name)
+        shape = list(tensor.shape)
+        shape[axis] = width * (shape[axis] // layer.info.expert_width)
+        empty = nn.Parameter(tensor.new_empty(shape), tensor.requires_grad)
+        setattr(layer.experts, name, empty)
 
 
 def _leave_one(layer: MoELayer) -> None:

@@ -29,7 +29,7 @@ from moe_lab.models.layers import (
     num_parameters,
 )
 from moe_lab.models.opening import text_config
-from moe_lab.models.own_form import own_config, own_structures
+from moe_lab.models.own_form import differing_layers, own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
 from moe_lab.models.superset import SUPERSET, SUPERSETS, as_superset, obstacle_of
@@ -159,6 +159,8 @@ def _native_config(
     if len(counts) > 1:
         numbers = " and ".join(map(str, counts))
         return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
+    if told := _differing(model.config, layers):
+        return None, f"{told}, {config.model_type} has one number for all"
     for count in counts:
         set_num_experts(config, count)
     if kept := [name for name, block in edited.items() if is_condensed_in_place(block)]:
@@ -166,6 +168,16 @@ def _native_config(
         return None, f"{where} are no gated MLPs, which {config.model_type} has as dense layers"
     native, obstacle = config_with_dense(config, edited)
     return native, obstacle or _other_tensor(model, native, edited)
+
+
+def _differing(config: Any, layers: list[MoELayer]) -> str | None:
+    """In words which layers' experts have a width, or are chosen in a number, of their own."""
+    found = differing_layers(config, layers)
+    for name, words in (("expert_width", "have experts {} wide"), ("top_k", "choose {} experts")):
+        if values := {index: one[name] for index, one in found.items() if name in one}:
+            numbers = " and ".join(map(str, sorted(set(values.values()))))
+            return f"layers {sorted(values)} {words.format(numbers)}"
+    return None
 
 
 def _other_tensor(model: PreTrainedModel, config: Any, edited: dict[str, nn.Module]) -> str | None:

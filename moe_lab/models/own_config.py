@@ -60,7 +60,7 @@ def family_values(values: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(version, int) and version > VERSION
             else f"model_type is {MODEL_TYPE!r}, and no family's config stands in {KEY}.{INSIDE}"
         )
-    inside = own[INSIDE]
+    inside: dict[str, Any] = own[INSIDE]
     return inside | {KEY: {key: value for key, value in own.items() if key != INSIDE}}
 
 

@@ -1,8 +1,10 @@
-"""moe_lab's own form: layer structures that no family can say, in `config.json` under "moe_lab".
+"""moe_lab's own form: layer structures that no family can say.
 
-Written by `own_config`, and replayed by `apply_structure` on the model before its weights come in.
-How many experts and router rows a layer has, and how wide a dense block is, is said here, whatever
-edit left it so; under "own" stands what kinds of edits say themselves (`Edit.written`), by kind.
+Written by `own_config`, and replayed by `apply_structure` on the model before its weights come in;
+docs/form.md describes it for other readers, `own_config.py` has its file. How many experts and
+router rows a layer has, how wide experts and dense blocks are and how many experts a token gets is
+said here, whatever edit left it so; under "own" stands what kinds of edits say themselves
+(`Edit.written`), by kind.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.condensing import one_wide_expert, width_of
+from moe_lab.models.condensing import one_wide_expert, set_width, width_of
 from moe_lab.models.editing import DenseMLP, no_mlp, prune_layer, set_block
 from moe_lab.models.edits.plan import known_kinds
 from moe_lab.models.experts import OneExpert
@@ -25,7 +27,10 @@ from moe_lab.models.layers import (
     moe_layers,
     standing_at,
 )
+from moe_lab.models.opening import empty_model
+from moe_lab.models.own_config import VERSION
 from moe_lab.models.remapped import RemappedExperts, remap
+from moe_lab.models.routers import set_top_k_of
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -75,10 +80,19 @@ def _replay(model: PreTrainedModel, info: LayerInfo, name: str, written: dict[st
 
 
 def _keep(
-    layer: MoELayer, num_experts: int, rows: int | None = None, stand_in: str | None = None
+    layer: MoELayer,
+    num_experts: int,
+    rows: int | None = None,
+    stand_in: str | None = None,
+    expert_width: int | None = None,
+    top_k: int | None = None,
 ) -> None:
     """Leave so many experts and router rows; where the rows lead comes in with the weights."""
     rows = rows or num_experts
+    if expert_width not in (None, layer.info.expert_width):
+        set_width(layer, expert_width)
+    if top_k not in (None, layer.info.top_k):
+        set_top_k_of(layer, top_k)
     if rows < layer.info.num_experts:
         prune_layer(layer, range(rows))
         layer = replace(layer, info=replace(layer.info, num_experts=rows))
@@ -95,12 +109,34 @@ def own_config(
 ) -> Any:
     """A model's config that lists its layers' structures; edited: its dense blocks, by path."""
     config = copy.deepcopy(model.config)
-    structure = {str(one.info.index): _experts_structure(one) for one in layers}
+    differing = differing_layers(model.config, layers)
+    structure = {
+        str(one.info.index): _experts_structure(one) | differing[one.info.index] for one in layers
+    }
     structure |= {str(layer_index(name)): _dense_structure(b) for name, b in edited.items()}
     for index, own in own_structures(model, layers).items():
         structure[str(index)] = structure.get(str(index), {}) | {"own": own}
-    config.moe_lab = {"version": 1, "padding": padding, "layers": structure}
+    config.moe_lab = {"version": VERSION, "padding": padding, "layers": structure}
     return config
+
+
+def differing_layers(config: Any, layers: list[MoELayer]) -> dict[int, dict[str, int]]:
+    """By index the expert_width and top_k of these layers where a family has others by its config.
+
+    config: it may have structures of ours, which do not count.
+    """
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "moe_lab"):
+        del plain.moe_lab
+    built = {layer.info.index: layer.info for layer in moe_layers(empty_model(plain))}
+    return {
+        layer.info.index: {
+            name: getattr(layer.info, name)
+            for name in ("expert_width", "top_k")
+            if getattr(layer.info, name) != getattr(built.get(layer.info.index), name, None)
+        }
+        for layer in layers
+    }
 
 
 def own_structures(model: nn.Module, layers: list[MoELayer]) -> dict[int, dict[str, Any]]:

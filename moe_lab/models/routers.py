@@ -143,6 +143,20 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
         )
 
 
+def set_top_k_of(layer: MoELayer, top_k: int) -> None:
+    """Make the router of one layer choose `top_k` experts per token; UserError where it does not.
+
+    The layer may be on the meta device.
+    """
+    for holder, field, _ in _top_k_places(routed_modules(layer)):
+        setattr(holder, field, top_k)
+    if (chosen := chosen_by(layer)) != top_k:
+        raise UserError(
+            f"layer {layer.info.index}: its router chooses {chosen} experts for each token, and "
+            f"cannot be made to choose {top_k} beside layers with another number"
+        )
+
+
 @contextmanager
 def at_top_k(model: PreTrainedModel, top_k: int | None) -> Iterator[None]:
     """While open, `set_top_k(model, top_k)`; None changes nothing."""

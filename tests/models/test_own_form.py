@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from edited_models import condense, drop, edited, in_fresh_process, prune
-from families import logits_of, tiny_batch
-from safetensors.torch import load_file
+from families import logits_of, tiny_batch, tiny_model
+from safetensors.torch import load_file, save_file
 from stand_ins import saved
+from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import load
+from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
@@ -43,6 +47,110 @@ def test_what_a_family_cannot_say_is_loaded_by_us_and_refused_loudly_by_stock(
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             logits = load(tmp_path / name / "model")(**inputs).logits
         assert torch.equal(logits, batch["logits"])
+
+
+def narrowed(model: PreTrainedModel, widths: dict[int, int], top_k: dict[int, int]) -> None:
+    """Cut experts to their first hidden units, and routers to fewer experts, layer by layer."""
+    for layer in moe_layers(model):
+        experts, index = layer.experts, layer.info.index
+        for name, tensor in list(experts.named_parameters()):
+            if index not in widths:
+                break
+            width, last = widths[index], name.startswith("down") != experts.is_transposed
+            if name == "down_proj_bias":
+                continue
+            parts = tensor if last or "bias" in name else tensor.transpose(1, 2)
+            if name.startswith("down"):
+                parts = parts[..., :width]
+            elif experts.is_concatenated:
+                parts = torch.cat([half[..., :width] for half in parts.chunk(2, -1)], -1)
+            else:  # gate and up take turns
+                parts = parts[..., : 2 * width]
+            parts = parts if last or "bias" in name else parts.transpose(1, 2)
+            setattr(experts, name, torch.nn.Parameter(parts.contiguous()))
+        for module in layer.block.modules():
+            if index in top_k and hasattr(module, "top_k"):
+                module.top_k = top_k[index]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_widths_of_experts_and_numbers_of_choices_may_differ(family: str, tmp_path: Path) -> None:
+    model, batch = tiny_model(family), tiny_batch()
+    model.save_pretrained(tmp_path / "source")
+    plain, widths = (
+        logits_of(model),
+        {layer.info.index: layer.info.expert_width for layer in moe_layers(model)},
+    )
+    first, second, *_ = widths
+    # transformers' grouped products take rows of 16 bytes and multiples of that
+    narrowed(model, {first: 8, second: 12}, {second: 1})
+    expected = logits_of(model)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    form = save_checkpoint(model, tmp_path / "x" / "model", tmp_path / "source")
+    assert (
+        not form.stock and f"layers [{first}, {second}] have experts 8 and 12 wide" in form.reason
+    )
+    told = json.loads((tmp_path / "x" / "model" / "config.json").read_text())["moe_lab"]["layers"]
+    assert told[str(first)] == {"num_experts": 8, "expert_width": 8}
+    assert told[str(second)] == {"num_experts": 8, "expert_width": 12, "top_k": 1}
+    again = load(tmp_path / "x" / "model")
+    infos = {layer.info.index: layer.info for layer in moe_layers(again)}
+    assert {i: info.expert_width for i, info in infos.items()} == widths | {first: 8, second: 12}
+    assert infos[second].top_k == 1 and infos[first].top_k > 1
+    assert torch.equal(logits_of(again), expected)
+    save_file(batch | {"logits": expected}, tmp_path / "x" / "expected.safetensors")
+    assert in_fresh_process("ours", [tmp_path / "x"]) == {"x": 0.0}
+    assert "`moe_lab`" in str(in_fresh_process("stock", [tmp_path / "x"])["x"])
+
+
+def test_a_familys_own_class_refuses_it_in_words(tmp_path: Path) -> None:
+    """Also where nobody asks for the model type: sizes may be those that the class has anyway."""
+    assert not edited("qwen2_moe", [prune(1, [0, 1, 2, 3])], tmp_path / "x")
+    code = (
+        "import sys, transformers\n"
+        "for kind in (transformers.Qwen2MoeConfig, transformers.LlamaConfig):\n"
+        "    try: kind.from_pretrained(sys.argv[1])\n"
+        "    except AttributeError as error: print(error)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "x" / "model")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == second and "moe_lab's own form: import moe_lab first" in first
+
+
+def test_the_older_form_is_read_and_written_as_the_new_one(tmp_path: Path) -> None:
+    """Version 1 was the family's config.json with one key more."""
+    assert not edited("mixtral", [condense(1, [0, 4]), prune(2, [0, 1, 5])], tmp_path / "x")
+    folder = tmp_path / "x" / "model"
+    new = json.loads((folder / "config.json").read_text())
+    own = new["moe_lab"]
+    old = own.pop("config") | {"moe_lab": own | {"version": 1}}
+    assert old["model_type"] == "mixtral" and old["architectures"] == ["MixtralForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(old))
+    assert in_fresh_process("ours", [tmp_path / "x"]) == {"x": 0.0}
+    model = load(folder)
+    model.save_pretrained(tmp_path / "again")  # as a user's own script would
+    said = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert said["model_type"] == "moe_lab" and said["moe_lab"]["version"] == 2
+    assert said["moe_lab"]["layers"] == own["layers"]
+    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(model))
+
+
+def test_a_form_that_is_not_known_is_refused_in_words(tmp_path: Path) -> None:
+    assert not edited("mixtral", [prune(2, [0, 1, 5])], tmp_path / "x")
+    path = tmp_path / "x" / "model" / "config.json"
+    values = json.loads(path.read_text())
+    cases = {
+        "version 3, and this version of moe_lab reads up to 2: update": {"version": 3},
+        "no family's config stands in moe_lab.config": {"config": {}},
+        "the family 'nobody', which this version": {"config": {"model_type": "nobody"}},
+    }
+    for words, wrong in cases.items():
+        path.write_text(json.dumps(values | {"moe_lab": values["moe_lab"] | wrong}))
+        with pytest.raises(UserError, match=words):
+            _ = Checkpoint(path.parent).config
+        with pytest.raises(UserError, match=words):
+            load(path.parent)
 
 
 def test_what_was_dropped_is_compressed_again(tmp_path: Path) -> None:
