@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -41,8 +43,14 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="pages whose marked place gets the matrix, which is also shipped with the package "
         "(all checkpoints only; engines that are not asked stay as they are)",
     )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=max(1, min(2, os.cpu_count() or 1)),
+        help="engines at a time; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--store", type=Path, default=STORE, help="default: %(default)s")
     asked = parser.parse_args(given)
+    if asked.processes < 1:
+        parser.error(f"--processes={asked.processes}: at least 1")
     if asked.only and asked.write:
         parser.error("--write needs all checkpoints: leave --only out")
     return asked
@@ -67,7 +75,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parts = [verdict_counts(found), *reasons(found.cells)]
     console.print("\n\n".join(parts), markup=False, soft_wrap=True)
     if asked.write:
-        before = Matrix.read() if MATRIX.is_file() else Matrix({}, ())
+        before = Matrix.read(MATRIX) if MATRIX.is_file() else Matrix({}, ())
         found = before.with_cells(found.cells, found.versions)
         MATRIX.write_text(found.to_text(), encoding="utf-8")
     for page in asked.write:
@@ -88,8 +96,9 @@ def _found(asked: argparse.Namespace) -> Matrix:
     versions = {engine.name: engine.versions() for engine in some}  # refused before any work
     store = Store(asked.store)
     checkpoints = made(store, wanted)
-    found = [cell for engine in some for cell in cells_of(store, engine, checkpoints)]
-    return Matrix(versions, tuple(found))
+    with ThreadPoolExecutor(asked.processes) as pool:  # each waits for a process
+        found = list(pool.map(lambda engine: cells_of(store, engine, checkpoints), some))
+    return Matrix(versions, tuple(itertools.chain.from_iterable(found)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.dependencies import code_version
+from moe_lab.models.form_kinds import NATIVE
 from moe_lab.progress import progress
 from moe_lab.report.serving import Cell
 from moe_lab.serving.checkpoints import Served, made_checkpoint
@@ -57,13 +58,17 @@ def cells_of(store: Store, engine: Engine, checkpoints: Sequence[Served]) -> lis
     settings, first = _settings(store, engine, versions, list(dense.values()))
     found = [_cell(engine, dense[name], settings[name], one, one) for name, one in first.items()]
     for setting in engine.settings:
-        further = [one for one in checkpoints if one.made != INTACT]
+        further = [one for one in checkpoints if one.made != INTACT and _is_for(engine, one)]
         rest = [one for one in further if settings[one.subject] == setting]
         for served, answer in _asked(store, engine, versions, rest, setting):
             one = judged_answer(answer, served.reference, engine.tolerance)
             found.append(_cell(engine, served, setting, one, first[served.subject]))
     order = {one.name: place for place, one in enumerate(checkpoints)}
     return sorted(found, key=lambda cell: order[f"{cell.subject} / {cell.made}"])
+
+
+def _is_for(engine: Engine, served: Served) -> bool:
+    return not (engine.only_own and served.form.startswith(NATIVE))
 
 
 def _settings(

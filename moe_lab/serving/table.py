@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
+from moe_lab.models.form_kinds import FEATURES
 from moe_lab.report.serving import ENGINES, VERDICT_WORDS, Cell, Matrix
 
 MARKS = "<!-- serving: made by python -m moe_lab.serving --write -->", "<!-- /serving -->"
+FORM_MARKS = "<!-- forms: made by python -m moe_lab.serving --write -->", "<!-- /forms -->"
 _STYLES = {"silent": "bold red", "own fault": "yellow", "crashed": "red", "refused": "yellow"}
 NOT_RUN = "–"
 
@@ -53,7 +55,7 @@ def matrix_markdown(matrix: Matrix) -> str:
         heads = (matrix.version(engine) for engine in there)
         lines = [f"| {subject} | form | {' | '.join(heads)} |", "| --- " * (len(there) + 2) + "|"]
         for made, row in rows.items():
-            form = _form(next(iter(row.values())), subject)
+            form = _form(next(iter(row.values())))
             cells = (row[engine].words if engine in row else NOT_RUN for engine in there)
             lines.append(f"| {made} | {form} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
@@ -65,8 +67,8 @@ def _versions(matrix: Matrix, engine: str) -> str:
     return f"- **{ENGINES[engine]}**: {beside}"
 
 
-def _form(cell: Cell, subject: str) -> str:
-    """The form, and the family where it is not the subject's first."""
+def _form(cell: Cell) -> str:
+    """The form, and the family, which may be another than the source's."""
     return f"{cell.form} ({cell.family})"
 
 
@@ -121,10 +123,18 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def form_words() -> str:
+    """The words for forms, and what each means."""
+    rows = [f"| {name} | {about} |" for name, about in FEATURES.items()]
+    return "\n".join(["| word | what it means |", "| --- | --- |", *rows])
+
+
 def with_matrix(page: str, matrix: Matrix) -> str:
     """A page with what stands between its marks made anew; ValueError where it has none."""
-    start, end = MARKS
-    if start not in page:
-        raise ValueError(f"it has no line {start!r}")
-    before, rest = page.split(start)
-    return f"{before}{start}\n\n{matrix_markdown(matrix)}\n\n{end}{rest.split(end, 1)[1]}"
+    if MARKS[0] not in page:
+        raise ValueError(f"it has no line {MARKS[0]!r}")
+    for (start, end), made in ((MARKS, matrix_markdown(matrix)), (FORM_MARKS, form_words())):
+        if start in page:
+            before, rest = page.split(start)
+            page = f"{before}{start}\n\n{made}\n\n{end}{rest.split(end, 1)[1]}"
+    return page

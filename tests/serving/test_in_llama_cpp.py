@@ -1,0 +1,21 @@
+"""llama.cpp, really run behind its public converter: right, or refused in a line."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from moe_lab.serving.asking import cells_of
+from moe_lab.serving.checkpoints import Served
+from moe_lab.serving.engines import engines
+from moe_lab.store import Store
+
+pytest.importorskip("xllamacpp")
+
+
+def test_native_is_right_and_our_own_form_refused(few: list[Served], served_store: Store) -> None:
+    found = cells_of(served_store, engines(sys.executable)["llama.cpp"], few)
+    assert [one.verdict for one in found] == ["right", "right", "refused"]
+    assert found[1].tokens == "48/48"
+    assert "MoeLabForCausalLM" in found[2].detail
