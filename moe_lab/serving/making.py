@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT
@@ -26,11 +26,12 @@ from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.listed import Listed
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, load, no_bars, resolve
+from moe_lab.models.checkpoint import Checkpoint, Model, load, no_bars, resolve
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.plan import Plan, apply_plan, check_plan
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.models.routers import set_top_k
+from moe_lab.models.routers import set_top_k, set_top_k_of
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collecting
@@ -56,12 +57,12 @@ class CheckpointRecipe:
     """How a checkpoint is made of a dense one.
 
     method: for these MoE layers, None where nothing is done; changed: what becomes of its plan;
-    top_k: experts per token in the end; twins: whether layers may be filled up with copies.
+    finish: what is done to the model behind it; twins: whether layers may be filled up with copies.
     """
 
     method: Callable[[Layers], Method | None]
     changed: Callable[[Plan], Plan] = lambda plan: plan
-    top_k: int | None = None
+    finish: Callable[[Model], None] = lambda model: None
     twins: float = 0.0
 
 
@@ -113,6 +114,20 @@ def _two_widths(plan: Plan) -> Plan:
     return dataclasses.replace(plan, edits=edits)
 
 
+def _narrow(model: Model) -> None:
+    """A layer's experts keep about half of their hidden units, and a token gets one of them less.
+
+    No method cuts inside experts; the form can say it.
+    """
+    layer = moe_layers(model)[-2]
+    gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
+    width = layer.info.expert_width // 16 * 8  # grouped products take multiples of 16 bytes
+    halves = [half[:, :width] for half in gate_up.chunk(2, dim=1)]
+    layer.experts.gate_up_proj = nn.Parameter(torch.cat(halves, dim=1))
+    layer.experts.down_proj = nn.Parameter(down[..., :width].contiguous())
+    set_top_k_of(layer, layer.info.top_k - 1)
+
+
 INTACT = "dense"
 OF_ALL = {
     INTACT: CheckpointRecipe(lambda layers: None),
@@ -132,7 +147,9 @@ OF_SHIPPED = {
     "drop_layers, padding=0": _drop(2, 0),
     "drop_blocks": CheckpointRecipe(lambda layers: DropBlocks(2, layers=_some(layers, 2))),
     "one expert per token, twins": CheckpointRecipe(
-        lambda layers: Prune(reap, Global(0.25)), top_k=1, twins=1.0
+        lambda layers: Prune(reap, Global(0.25)),
+        finish=lambda model: set_top_k(model, 1),
+        twins=1.0,
     ),
 }
 WITH_SHARED = {
@@ -155,12 +172,19 @@ OF_RANDOM = {
 }
 
 
+NARROWED = {
+    "narrower experts, fewer per token": CheckpointRecipe(lambda layers: None, finish=_narrow)
+}
+
+
 def recipes(subject: Subject) -> dict[str, CheckpointRecipe]:
     """What is made of a model, by name; the dense one first."""
-    if subject.random:
+    if subject.model_type == "gpt_oss":  # whose experts lie the other way round
         return OF_ALL | OF_RANDOM
+    if subject.random:
+        return OF_ALL | OF_RANDOM | NARROWED
     more = WITHOUT_SHARED if subject.model_type == "mixtral" else WITH_SHARED
-    return OF_ALL | OF_SHIPPED | more
+    return OF_ALL | OF_SHIPPED | more | NARROWED
 
 
 def stored(store: Store, subject: Subject, made: str) -> Artifact:
@@ -200,8 +224,7 @@ def _write(recipe: CheckpointRecipe, dense: Checkpoint, folder: Path) -> None:
         check_plan(layers, plan.edited())
         apply_plan(model, plan)
         padding, convert = plan.notes.get("padding"), plan.notes.get("convert")
-    if recipe.top_k:
-        set_top_k(model, recipe.top_k)
+    recipe.finish(model)
     save_checkpoint(model, folder, dense.path, padding, recipe.twins, convert)
 
 

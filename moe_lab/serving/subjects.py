@@ -22,12 +22,14 @@ SIZES = {
     "moe_intermediate_size": 32, "intermediate_size": 96, "shared_expert_intermediate_size": 32,
     "head_dim": 32,
 }  # fmt: skip
-LATENT = {"qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 32}
+# Of latent attention vLLM takes DeepSeek's own sizes alone.
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
 # Beside these sizes, what an engine's code takes for granted.
 _OF_TYPES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32},
     "olmoe": {"intermediate_size": 32},
     "gpt_oss": {"intermediate_size": 32},
+    "glm4_moe": {"head_dim": 32, "use_qk_norm": True},
 }
 
 
@@ -53,10 +55,10 @@ class Subject:
 def _sizes(model_type: str) -> dict[str, Any]:
     there = tiny_config(model_type).to_dict()
     latent = "qk_rope_head_dim" in there
-    sizes = SIZES | (LATENT if latent else {}) | _OF_TYPES.get(model_type, {})
+    sizes = {name: value for name, value in SIZES.items() if name in there}
     if latent:
-        del sizes["head_dim"]
-    return {name: value for name, value in sizes.items() if name in there}
+        sizes = {name: value for name, value in sizes.items() if name != "head_dim"} | LATENT
+    return sizes | _OF_TYPES.get(model_type, {})
 
 
 def subjects() -> list[Subject]:
