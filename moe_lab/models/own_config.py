@@ -1,9 +1,9 @@
 """config.json of our own form: another model type, with the family's config inside.
 
 docs/form.md describes it for other readers. Who does not know it refuses the model type; who builds
-a class of the family in spite of that stumbles over a dtype that says what to do. As an object a
-config is always the family's, with an attribute `moe_lab`; as values it is the family's with a key
-of that name. Only files are wrapped, and both ways of reading and writing them are here.
+a class of the family in spite of that stumbles over a sentence where a size should be. As an object
+a config is always the family's, with an attribute `moe_lab`; as values it is the family's with a
+key of that name. Only files are wrapped, and both ways of reading and writing them are here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
 VERSION = 2  # 1 was the family's config.json with one key more
-KEY, INSIDE = "moe_lab", "config"
-# transformers looks a dtype up before it builds anything, and quotes what it does not find.
-NO_DTYPE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
+OWN, FAMILY = "moe_lab", "config"
+# Configs of families check the type of the first before anything is built, those of wrappers that
+# of the second, and quote what they find. Who wants the tokenizer alone asks for neither.
+STUMBLES = ("vocab_size", "text_config")
+SENTENCE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
 
 
 class MoeLabConfig(PreTrainedConfig):
@@ -41,7 +43,7 @@ class MoeLabConfig(PreTrainedConfig):
 
 def is_own_form(values: Mapping[str, Any]) -> bool:
     """Whether this is what a config.json of our own form says, of whichever version."""
-    return isinstance(values.get(KEY), dict)
+    return isinstance(values.get(OWN), dict)
 
 
 def family_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,28 +53,28 @@ def family_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     if values.get("model_type") != MODEL_TYPE:
         return dict(values)
-    own = values.get(KEY)
+    own = values.get(OWN)
     version = own.get("version") if isinstance(own, dict) else None
-    if own is None or version != VERSION or "model_type" not in own.get(INSIDE, {}):
+    if own is None or version != VERSION or "model_type" not in own.get(FAMILY, {}):
         raise ValueError(
             f"this checkpoint is in moe_lab's own form of version {version}, and this version of "
             f"moe_lab reads up to {VERSION}: update moe_lab"
             if isinstance(version, int) and version > VERSION
-            else f"model_type is {MODEL_TYPE!r}, and no family's config stands in {KEY}.{INSIDE}"
+            else f"model_type is {MODEL_TYPE!r}, and no family's config stands in {OWN}.{FAMILY}"
         )
-    inside: dict[str, Any] = own[INSIDE]
-    return inside | {KEY: {key: value for key, value in own.items() if key != INSIDE}}
+    inside: dict[str, Any] = own[FAMILY]
+    return inside | {OWN: {key: value for key, value in own.items() if key != FAMILY}}
 
 
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `family_values`."""
-    inside = {key: value for key, value in values.items() if key != KEY}
-    own = {**values[KEY], "version": VERSION, INSIDE: inside}
+    inside = {key: value for key, value in values.items() if key != OWN}
+    own = {**values[OWN], "version": VERSION, FAMILY: inside}
     return {
         "architectures": [ARCHITECTURE],
-        "dtype": NO_DTYPE,
         "model_type": MODEL_TYPE,
-        KEY: own,
+        **dict.fromkeys(STUMBLES, SENTENCE),
+        OWN: own,
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stand_ins import saved
 from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.checkpoint import load
 from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
@@ -101,56 +99,6 @@ def test_widths_of_experts_and_numbers_of_choices_may_differ(family: str, tmp_pa
     save_file(batch | {"logits": expected}, tmp_path / "x" / "expected.safetensors")
     assert in_fresh_process("ours", [tmp_path / "x"]) == {"x": 0.0}
     assert "`moe_lab`" in str(in_fresh_process("stock", [tmp_path / "x"])["x"])
-
-
-def test_a_familys_own_class_refuses_it_in_words(tmp_path: Path) -> None:
-    """Also where nobody asks for the model type: sizes may be those that the class has anyway."""
-    assert not edited("qwen2_moe", [prune(1, [0, 1, 2, 3])], tmp_path / "x")
-    code = (
-        "import sys, transformers\n"
-        "for kind in (transformers.Qwen2MoeConfig, transformers.LlamaConfig):\n"
-        "    try: kind.from_pretrained(sys.argv[1])\n"
-        "    except AttributeError as error: print(error)\n"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path / "x" / "model")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
-    assert first == second and "moe_lab's own form: import moe_lab first" in first
-
-
-def test_the_older_form_is_read_and_written_as_the_new_one(tmp_path: Path) -> None:
-    """Version 1 was the family's config.json with one key more."""
-    assert not edited("mixtral", [condense(1, [0, 4]), prune(2, [0, 1, 5])], tmp_path / "x")
-    folder = tmp_path / "x" / "model"
-    new = json.loads((folder / "config.json").read_text())
-    own = new["moe_lab"]
-    old = own.pop("config") | {"moe_lab": own | {"version": 1}}
-    assert old["model_type"] == "mixtral" and old["architectures"] == ["MixtralForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(old))
-    assert in_fresh_process("ours", [tmp_path / "x"]) == {"x": 0.0}
-    model = load(folder)
-    model.save_pretrained(tmp_path / "again")  # as a user's own script would
-    said = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert said["model_type"] == "moe_lab" and said["moe_lab"]["version"] == 2
-    assert said["moe_lab"]["layers"] == own["layers"]
-    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(model))
-
-
-def test_a_form_that_is_not_known_is_refused_in_words(tmp_path: Path) -> None:
-    assert not edited("mixtral", [prune(2, [0, 1, 5])], tmp_path / "x")
-    path = tmp_path / "x" / "model" / "config.json"
-    values = json.loads(path.read_text())
-    cases = {
-        "version 3, and this version of moe_lab reads up to 2: update": {"version": 3},
-        "no family's config stands in moe_lab.config": {"config": {}},
-        "the family 'nobody', which this version": {"config": {"model_type": "nobody"}},
-    }
-    for words, wrong in cases.items():
-        path.write_text(json.dumps(values | {"moe_lab": values["moe_lab"] | wrong}))
-        with pytest.raises(UserError, match=words):
-            _ = Checkpoint(path.parent).config
-        with pytest.raises(UserError, match=words):
-            load(path.parent)
 
 
 def test_what_was_dropped_is_compressed_again(tmp_path: Path) -> None:
