@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import (
 
 from moe_lab_vllm.building import shared_out
 from moe_lab_vllm.form import Layer
+from moe_lab_vllm.stand_ins import PlacedExperts
 
 # What vLLM has as one tensor, and a checkpoint as several.
 STACKED = {
@@ -61,6 +62,9 @@ class Arriving:
         parameters = {name for name, one in self.model.named_parameters() if one.numel()}
         if empty := sorted(parameters - loaded):
             raise ValueError(f"vLLM put no tensor of this checkpoint into {', '.join(empty)}")
+        for module in self.model.modules():
+            if isinstance(module, PlacedExperts):
+                module.check_places()
 
     def _is_for_others(self, name: str) -> bool:
         """Of another pipeline stage, of MTP layers, of a tied head, or what old files repeat."""

@@ -89,6 +89,16 @@ class PlacedExperts(MoERunner):
             out = out + added.to(out.dtype)
         return shared, out
 
+    def check_places(self) -> None:
+        """ValueError where a row leads to nothing."""
+        last = int(self.place_E.max())
+        ends = (self.layer.num_experts or 0) + self.layer.num_stand_ins
+        if int(self.place_E.min()) < 0 or last >= ends:
+            raise ValueError(
+                f"{self.layer_name}.place_E leads to {last}, and there are {ends} places: "
+                f"{self.layer.num_experts} experts, {self.layer.num_stand_ins} stand-ins"
+            )
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
         """Take out what is ours; the rest goes the stock way."""
         ours = dict(self.named_parameters(recurse=False))
@@ -121,6 +131,7 @@ def keep_rows(block: Any, layer: Layer) -> None:
     if (bias := getattr(gate, "e_score_correction_bias", None)) is not None:
         wider.e_score_correction_bias = nn.Parameter(bias.new_empty(rows), requires_grad=False)
         runner.router.e_score_correction_bias = wider.e_score_correction_bias
+        runner.routed_experts.e_score_correction_bias = wider.e_score_correction_bias
     elif hasattr(gate, "e_score_correction_bias"):
         wider.e_score_correction_bias = None
     block.gate = wider

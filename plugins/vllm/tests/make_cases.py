@@ -36,7 +36,8 @@ PROMPTS = ([5, 17, 60, 33, 9], [80, 3, 44, 44, 12, 71, 30, 8, 95, 21, 4], [50, 5
 TOKENS = 16
 # Sizes that vLLM's attention for CPUs takes, and two heads to be shared out.
 SIZES = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
-LATENT = dict(kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32)
+# Those of the real models: the only ones that vLLM has latent attention for CPUs for.
+LATENT = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32)
 CHANGES: dict[str, dict] = {
     "qwen3_moe": dict(head_dim=32),
     "glm4_moe": dict(head_dim=32, use_qk_norm=True),
@@ -94,6 +95,13 @@ STRUCTURES: dict[str, Callable[[Layers], Plan]] = {
     "narrow": counts,
 }
 
+# What no edit of moe_lab's makes, or not in this size, of the first layers: `cut`.
+CUTS: dict[str, Sequence[dict[str, int]]] = {
+    "narrow": ({"expert_width": 12}, {"top_k": 1}, {"expert_width": 8, "top_k": 1}),
+    "dense": ({"width": 31},),
+}
+MATRICES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
 
 def make(family: str, structure: str, folder: Path) -> None:
     """One case, from a tiny model with random weights."""
@@ -108,8 +116,8 @@ def make(family: str, structure: str, folder: Path) -> None:
     apply_plan(model, STRUCTURES[structure](layers))
     form = save_checkpoint(model, folder / "model", folder / "source", padding=0.0)
     assert not form.stock, form.reason
-    if structure == "narrow":
-        narrow_down(folder / "model")
+    if structure in CUTS:
+        cut(folder / "model", CUTS[structure])
     reference = along_greedy(moe_lab.load(folder / "model", dtype="float32"))
     differs = max(float((reference[name] - before[name]).abs().max()) for name in reference)
     assert differs > 0.1, f"{folder.name}: the edits change too little to be tested by"
@@ -133,21 +141,22 @@ def along_greedy(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def narrow_down(folder: Path) -> None:
-    """Cut a checkpoint's experts by hand, and choose fewer of them, as docs/form.md has it."""
+def cut(folder: Path, changes: Sequence[dict[str, int]]) -> None:
+    """Cut the first layers' MLPs by hand, or have fewer experts chosen, as docs/form.md has it."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     layers = config["moe_lab"]["layers"]
-    first, second, third = (layers[index] for index in sorted(layers)[:3])
-    first |= {"expert_width": 12}
-    second |= {"top_k": 1}
-    third |= {"expert_width": 8, "top_k": 1}
+    for index, change in zip(sorted(layers), changes, strict=False):
+        layers[index] |= change
     path.write_text(json.dumps(config, indent=2))
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        found = re.search(r"layers\.(\d+)\.\w+\.experts\.\d+\.(\w+)\.weight$", name)
-        if found and (width := layers[found[1]].get("expert_width")):
-            down = found[2] in ("down_proj", "w2")
+        found = re.search(r"layers\.(\d+)\.\w+\.(experts\.\d+\.)?(\w+)\.weight$", name)
+        if found is None or found[3] not in MATRICES or found[1] not in layers:
+            continue
+        width = layers[found[1]].get("expert_width" if found[2] else "width", None)
+        if width is not None:
+            down = found[3] in ("down_proj", "w2")
             tensors[name] = (tensor[:, :width] if down else tensor[:width]).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -2,8 +2,8 @@
 
     python plugins/vllm/tests/served.py FOLDER... [--tensor-parallel-size=2]
 
-Prints a line of JSON for each: the largest difference of the top-20 log-probabilities along the
-greedy path, and how many greedy tokens agree.
+Prints a line for each, its name and JSON: the largest difference of the top-20 log-probabilities
+along the greedy path, and how many greedy tokens agree; or the error with which it was refused.
 """
 
 from __future__ import annotations
@@ -61,24 +61,31 @@ def compare(llm: Any, folder: Path) -> dict[str, Any]:
     return {"off": off, "agree": agree, "of": length * len(numbers)}
 
 
-def close(llm: Any) -> None:
-    """Give the memory back, so that the next model fits."""
+def answer(folder: Path, **options: Any) -> dict[str, Any]:
+    """The comparison, or the words of the error behind all others."""
     import gc
 
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    try:
+        llm = serve(folder, **options)
+        told = compare(llm, folder)
+        llm.llm_engine.engine_core.shutdown()
+        return told
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is the answer
+        cause: BaseException = error
+        while deeper := cause.__cause__ or cause.__context__:
+            cause = deeper
+        return {"error": str(cause)}
+    finally:
+        llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
     folders = [Path(one) for one in sys.argv[1:] if not one.startswith("--")]
-    told = dict(one[2:].split("=") for one in sys.argv[1:] if one.startswith("--"))
-    options = {name.replace("-", "_"): json.loads(value) for name, value in told.items()}
+    asked = dict(one[2:].split("=") for one in sys.argv[1:] if one.startswith("--"))
+    options = {name.replace("-", "_"): json.loads(value) for name, value in asked.items()}
     for folder in folders:
-        llm = serve(folder, **options)
-        print("RESULT", folder.name, json.dumps(compare(llm, folder)), flush=True)
-        close(llm)
-        del llm
+        print("RESULT", folder.name, json.dumps(answer(folder, **options)), flush=True)
