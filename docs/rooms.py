@@ -90,7 +90,7 @@ LIBRARIES = {
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "standard_library", "tokens"),
-    "export": ("__main__", "source", "llama_cpp", "llama_process"),
+    "export": ("__main__", "given", "llama_cpp", "llama_process"),
     "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
     "methods": ("base", "layer_choice", "dropping"),
     "methods.metrics": ("base",),

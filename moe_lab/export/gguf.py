@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,21 +22,29 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moe_lab.export.given import Given
 from moe_lab.export.llama_cpp import Answers, NotLoaded, logprobs_and_tokens, require_packages
 from moe_lab.models.checkpoint import Checkpoint, Model, load, weight_files
 from moe_lab.models.stored import stored_in
 from moe_lab.types import UserError
 
-logger = logging.getLogger(__name__)
-
+ENDING = ".gguf"
+OPTIONS = ("outtype", "pre_tokenizer", "tolerance")
+TAKES = "checkpoints in their family's own form, of families that llama.cpp has"
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # The largest difference of a next token's logprob from transformers, both in float32, that is
-# rounding: some 1e-5 on tiny models; a file that means another model is off by 0.1 to 10.
+# rounding: at most 2e-5 was seen on tiny models; a file that means another one is off by 0.1 to 10.
 TOLERANCE = 2e-3
 # llama.cpp wants an output matrix of its own from these, and takes the embeddings elsewhere.
-NEVER_TIED = ("GptOssForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM")
+NEVER_TIED = (
+    "Dots1ForCausalLM", "GptOssForCausalLM", "MiniMaxM2ForCausalLM", "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+)  # fmt: skip
 # Its files know no dense layers among these families' MoE layers.
 NEVER_DENSE = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+# It tells DeepSeek-V2-Lite and its like, which have no q_lora_rank, by their number of layers.
+LITE = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+LITE_LAYERS = (26, 27, 48)
 PROMPT_LENGTH = 48
 TEXTS = (
     "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)  # 3.14, 1000\n",
@@ -44,29 +53,47 @@ TEXTS = (
 )
 
 
+def export(
+    given: Given,
+    out: Path,
+    outtype: str = "f32",
+    pre_tokenizer: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> list[str]:
+    """Write a checkpoint as a GGUF file, and check it (`export_gguf`)."""
+    folder = given.checkpoint().path
+    return export_gguf(folder, out, outtype, pre_tokenizer, tolerance)
+
+
 def export_gguf(
-    folder: Path, out: Path, outtype: str = "f32", pre_tokenizer: str | None = None
-) -> str:
+    folder: Path,
+    out: Path,
+    outtype: str = "f32",
+    pre_tokenizer: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> list[str]:
     """Write a checkpoint as the GGUF file `out`, and check it; what was found, in words.
 
     outtype: of the weights, one of OUTTYPES. What llama.cpp makes of the model is judged by a file
-    in f32; of the others, which round, the difference is told. pre_tokenizer: llama.cpp's name of
-    how the tokenizer splits text, where its converter does not know the tokenizer. Raises UserError
-    for what llama.cpp cannot say, before anything is written, and for a file that computes
-    something else, which is removed.
+    in f32, by the `tolerance`; of the others, which round, the difference is told. pre_tokenizer:
+    llama.cpp's name of how the tokenizer splits text, where its converter does not know the
+    tokenizer. Raises UserError for what llama.cpp cannot say, before anything is written, and for a
+    file that computes something else, which is removed.
     """
+    if outtype not in OUTTYPES:
+        raise UserError(f"--outtype {outtype} does not exist; there are {', '.join(OUTTYPES)}")
     require_packages()
     check_gguf(folder)
     model = load(folder, dtype="float32")
-    told = ""
+    told = []
     for one in dict.fromkeys(("f32", outtype)):
         try:
             convert(folder, out, one, pre_tokenizer)
-            found = _compared(folder, model, out, strict=one == "f32")
+            found = _compared(folder, model, out, tolerance if one == "f32" else float("inf"))
         except BaseException:
             out.unlink(missing_ok=True)
             raise
-        told = f"{told}; {one}: {found}" if told else f"{one}: {found}"
+        told.append(f"{one}: {found}")
     return told
 
 
@@ -96,15 +123,27 @@ def check_gguf(folder: Path) -> None:
             "method=merge), not condensed, and not with layers dropped"
         )
 
+    if (
+        architecture in LITE
+        and not config.get("q_lora_rank")
+        and config["num_hidden_layers"] not in LITE_LAYERS
+    ):
+        raise UserError(
+            f"--to gguf: {folder} has {config['num_hidden_layers']} layers, and llama.cpp tells "
+            "a model without q_lora_rank (DeepSeek-V2-Lite) by having 26, 27 or 48 of them: it "
+            "takes such a model with its layers, pruned or merged"
+        )
+
 
 @contextmanager
-def _as_converted(folder: Path) -> Iterator[Path]:
+def _as_converted(folder: Path, name: str) -> Iterator[Path]:
     """A folder of links to a checkpoint's files, as the converter has to see it.
 
-    Without code, which it would run, and with an output matrix where llama.cpp wants one.
+    Without code, which it would run, and with an output matrix where llama.cpp wants one. name: of
+    the folder, which it takes for the model's.
     """
     with TemporaryDirectory(prefix="moe_lab_gguf_") as place:
-        view = Path(place) / folder.resolve().name
+        view = Path(place) / name
         view.mkdir()
         for file in folder.resolve().iterdir():
             if file.is_file() and file.suffix != ".py":
@@ -156,7 +195,7 @@ def convert(
         "q8_0": types.MOSTLY_Q8_0,
     }
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
-    with _as_converted(folder) as view, torch.inference_mode(), warnings.catch_warnings():
+    with _as_converted(folder, out.stem) as view, torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converter's own code
         try:
             hparams = ModelBase.load_hparams(view, False)
@@ -184,7 +223,8 @@ def _converter(architecture: str) -> Any:
         except AttributeError as error:
             if not isinstance(error.obj, EnumType):
                 raise
-            setattr(error.obj, error.name, f"{error.name}, not known to the installed gguf package")
+            name = str(error.name)
+            setattr(error.obj, name, f"{name}, not known to the installed gguf package")
 
 
 def _knowing(kind: Any, stated: str | None) -> Any:
@@ -221,11 +261,8 @@ def _knowing(kind: Any, stated: str | None) -> Any:
     return type(kind.__name__, (kind,), members)
 
 
-def _compared(folder: Path, model: Model, out: Path, strict: bool) -> str:
-    """Compare a GGUF file with the checkpoint it was made from; the largest difference in words.
-
-    strict: whether more than rounding of float32 is refused.
-    """
+def _compared(folder: Path, model: Model, out: Path, tolerance: float) -> str:
+    """Compare a GGUF file with the checkpoint it was made from; the largest difference in words."""
     tokenizer = Checkpoint(folder).tokenizer()
     prompts = [tokenizer(text).input_ids[:PROMPT_LENGTH] for text in TEXTS]
     try:
@@ -245,10 +282,11 @@ def _compared(folder: Path, model: Model, out: Path, strict: bool) -> str:
         f"next-token logprobs differ by at most {difference:.1e} from transformers in float32, "
         f"{agreeing} of {sum(map(len, answers.tokens))} greedy tokens agree"
     )
-    if not difference <= (TOLERANCE if strict else float("inf")):
+    if not difference <= tolerance:
         raise UserError(
-            f"--to gguf: llama.cpp computes something else than the checkpoint: {found}, and "
-            f"{TOLERANCE:g} is rounding; removed"
+            f"--to gguf: llama.cpp computes something else than the checkpoint: {found}; removed. "
+            f"Up to {tolerance:g} would be rounding (--tolerance). Export the dense model as well: "
+            "where it is as far off, llama.cpp reads its family so"
         )
     return found
 
@@ -274,4 +312,6 @@ def compare(model: Model, prompts: Sequence[Sequence[int]], answers: Answers) ->
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """What was raised; of an assertion without words the line that says it."""
+    said = str(error) or str(traceback.extract_tb(error.__traceback__)[-1].line)
+    return " ".join(f"{type(error).__name__}: {said}".split())[:300]

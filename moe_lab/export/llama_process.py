@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-def answer(job: dict[str, Any]) -> dict[str, Any]:
+def answered(job: dict[str, Any]) -> dict[str, Any]:
     """What the file at job["path"] says to its prompts and texts (`llama_cpp.Answers`)."""
     from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
 
@@ -74,4 +74,4 @@ def _asked(server: Any, what: str, **body: Any) -> Any:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(answer(json.load(sys.stdin))), encoding="utf-8")
+    Path(sys.argv[1]).write_text(json.dumps(answered(json.load(sys.stdin))), encoding="utf-8")

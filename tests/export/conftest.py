@@ -1,4 +1,4 @@
-"""Checkpoints to export, made once."""
+"""A shipped model, as it is and as a GGUF file."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from moe_lab.types import UserError
 
 def test_tied_embeddings_are_written_as_an_output_matrix(tmp_path: Path) -> None:
     """llama.cpp does not load a qwen2_moe without one."""
-    told = export_gguf(
+    (told,) = export_gguf(
         PACKAGE / "checkpoints" / "tiny_qwen2_moe", tmp_path / "one.gguf", pre_tokenizer="refact"
     )
     assert "144 of 144 greedy tokens agree" in told and (tmp_path / "one.gguf").is_file()
