@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_lab.models.layers import COUNT_FIELDS, TOP_K_FIELDS
-from moe_lab.models.own_config import KEY, family_values, is_own_form
+from moe_lab.models.own_config import OWN, family_values, is_own_form
 
-NATIVE, OWN = "native", "own form"
-# What each word of a form means; a form is NATIVE or OWN, and what is unusual about it.
+NATIVE, OWN_FORM = "native", "own form"
+# What each word of a form means; a form is NATIVE or OWN_FORM, and what is unusual about it.
 FEATURES = {
     "fewer experts": "every MoE layer has as many experts, and fewer than the source's",
     "fewer layers": "whole decoder layers are gone",
@@ -39,18 +39,18 @@ def family_named(config: Mapping[str, Any]) -> str:
 
 
 def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    """NATIVE or OWN, and which FEATURES a checkpoint has that its source has not.
+    """NATIVE or OWN_FORM, and which FEATURES a checkpoint has that its source has not.
 
     config, source: the config.json of each, as it lies there.
     """
     values = family_values(config)
-    own: Mapping[str, Any] | None = values[KEY]["layers"] if is_own_form(values) else None
+    own: Mapping[str, Any] | None = values[OWN]["layers"] if is_own_form(values) else None
     found = {*_of_config(_text(config), _text(source), own is not None)}
     for layer in (own or {}).values():
         found |= {*_of_layer(layer, _text(config))}
     if own and len({one["num_experts"] for one in own.values() if "num_experts" in one}) > 1:
         found.add("unequal experts")
-    words = [NATIVE if own is None else OWN, *(name for name in FEATURES if name in found)]
+    words = [NATIVE if own is None else OWN_FORM, *(name for name in FEATURES if name in found)]
     return ", ".join(words)
 
 

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from moe_lab.report.card import hub_id, model_card
 from moe_lab.report.serving import ENGINES, where_it_runs
 
-
 NATIVE = {"family": "mixtral", "form": "native, fewer experts"}
 OWN = {"family": "mixtral", "form": "own form, zero stand-ins"}
 
