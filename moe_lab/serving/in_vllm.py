@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,12 @@ def clean() -> None:
 
 
 def words(error: BaseException) -> str:
-    """An error in one line: what it came from, where it was wrapped."""
+    """An error in one line: what it came from, where it was wrapped; where, if it says nothing."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split()) or f"in {Path(last.filename).name}, {last.name}"
+    return f"{type(error).__name__}: {said}"
 
 
 def main(jobs: Path, answers: Path) -> None:

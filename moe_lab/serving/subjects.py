@@ -29,6 +29,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32},
     "olmoe": {"intermediate_size": 32},
     "gpt_oss": {"intermediate_size": 32},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "glm4_moe": {"head_dim": 32, "use_qk_norm": True},
 }
 

@@ -14,3 +14,10 @@ def test_an_error_is_told_by_what_it_came_from() -> None:
         except ValueError as error:
             raise RuntimeError("Engine core initialization failed") from error
     assert words(caught.value) == "ValueError: no such architecture"
+
+
+def test_an_error_without_words_is_told_by_its_place() -> None:
+    with pytest.raises(AssertionError) as caught:
+        raise AssertionError
+    place = "test_an_error_without_words_is_told_by_its_place"
+    assert words(caught.value) == f"AssertionError: in test_in_vllm.py, {place}"
