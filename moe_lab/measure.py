@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.head import repeated_head
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts, all_to_experts
 from moe_lab.option import Option, Plugin, check_options
@@ -70,8 +71,8 @@ def measure(
         prefill, decode = times[name]
         dense_prefill, dense_decode = times[REFERENCE]
         figures |= {
-            f"{name}/parameters": num_parameters(model),
-            f"{name}/parameter_ratio": num_parameters(model) / num_parameters(models[REFERENCE]),
+            f"{name}/parameters": parameters(model),
+            f"{name}/parameter_ratio": parameters(model) / parameters(models[REFERENCE]),
             **counted(name, model, prompt_length),
             f"{name}/peak_memory_bytes": peaks[name],
             f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],
@@ -91,12 +92,17 @@ def counted(name: str, model: Model, length: int) -> dict[str, float]:
     }
 
 
+def parameters(model: Model) -> int:
+    """Parameters, tied ones counted once: also a head beside the embedding that it equals."""
+    return num_parameters(model) - repeated_head(model)
+
+
 def active_parameters(model: Model) -> int:
     """Parameters that one token uses: all but the routed experts, and top_k of those.
 
     Where router rows lead to stand-ins, it is a token that was sent to none of them.
     """
-    active = num_parameters(model)
+    active = parameters(model)
     for layer in moe_layers(model):
         experts, info = layer.experts, layer.info
         constants = experts.constants if isinstance(experts, RemappedExperts) else None

@@ -10,13 +10,20 @@ from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.profile.profile import Profile
-from moe_lab.types import LayerInfo, MtpName
+from moe_lab.types import LayerInfo, LmHeadName, MtpName
 
 Mtp = Annotated[
     str,
     Option(
         "what becomes of MTP layers: as many experts go as elsewhere, or none, or all of it",
         among=get_args(MtpName),
+    ),
+]
+LmHead = Annotated[
+    str,
+    Option(
+        "whether a head that is the embedding gets its own tensor; auto: where llama.cpp needs it",
+        among=get_args(LmHeadName),
     ),
 ]
 
@@ -43,6 +50,8 @@ class Method(Plugin, ABC):
     convert: whether it may be held as another family's; by default None, it may not.
     mtp: what becomes of the checkpoint's MTP layers, which no plan names (`models/mtp.py`); by
     default their experts are pruned to the number of the others'.
+    lm_head: whether a head that is the embedding is written beside it (`models/head.py`); by
+    default where llama.cpp needs it.
     parts(): plug-ins that decide the plan and are in no field, such as those looked up by a name;
     by default none.
     settings(options), groups(options): what a report says of its composed options, and the config
@@ -55,6 +64,7 @@ class Method(Plugin, ABC):
 
     of_condense: tuple[str, ...] = ()
     mtp: str = "prune"
+    lm_head: str = "auto"
 
     @property
     def from_routers(self) -> bool:

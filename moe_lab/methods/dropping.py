@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from moe_lab.methods.base import Method, Mtp
+from moe_lab.methods.base import LmHead, Method, Mtp
 from moe_lab.methods.layer_choice import check_layers, choose_layers, example_layers
 from moe_lab.models.edits.drop_block import DropBlock
 from moe_lab.models.edits.drop_layer import DropLayer
@@ -34,6 +34,7 @@ class Dropping(Method):
         Option("cosine: those that change the hidden state least; or a list of decoder layers"),
     ] = "cosine"
     mtp: Mtp = field(default="prune", kw_only=True)
+    lm_head: LmHead = field(default="auto", kw_only=True)
 
     of_condense = ("num_layers", "padding", "convert")
     name: ClassVar[str]

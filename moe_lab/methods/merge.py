@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import Method, Mtp
+from moe_lab.methods.base import LmHead, Method, Mtp
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.methods.grouping.base import (
     GROUPING_FILES,
@@ -90,6 +90,7 @@ class Merge(Method):
     ] = 32
     seed: Annotated[int, Option("seed of layers=random")] = 0
     mtp: Mtp = "prune"
+    lm_head: LmHead = "auto"
 
     of_condense = ("num_layers",)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import Method, Mtp
+from moe_lab.methods.base import LmHead, Method, Mtp
 from moe_lab.methods.metrics.base import Metric, Score, as_metric
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
@@ -62,6 +62,7 @@ class Prune(Method):
         bool, Option("measure each layer behind the layers that are pruned already")
     ] = False
     mtp: Mtp = "prune"
+    lm_head: LmHead = "auto"
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio with which a router cannot work, what the metric refuses, and options."""

@@ -46,7 +46,7 @@ class Form:
     stock: whether stock transformers can load it; reason: which form and why, with the option that
     changes it; plain: whether it is the family's own without any zeros. num_experts: to how many
     each layer's are filled up with twins, None where they stay as they are; repeated: the
-    parameters that these add; mtp: what became of the MTP layers, in words.
+    parameters that these add; mtp, head: what became of the MTP layers and the head, in words.
     """
 
     stock: bool
@@ -56,11 +56,13 @@ class Form:
     num_experts: int | None = None
     repeated: int = 0
     mtp: str = ""
+    head: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """What a stage keeps beside the checkpoint."""
         told = {"stock": self.stock, "reason": self.reason, "repeated_parameters": self.repeated}
-        return told | ({"mtp": self.mtp} if self.mtp else {})
+        words = {"mtp": self.mtp, "head": self.head}
+        return told | {key: said for key, said in words.items() if said}
 
 
 def form_of(

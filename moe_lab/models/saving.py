@@ -27,13 +27,16 @@ from moe_lab.models.checkpoint import (
 )
 from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.editing import NoMLP, prune_layer, set_block
+from moe_lab.models.engine_config import complete_config
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
-from moe_lab.models.layers import COUNT_FIELDS, moe_layers
+from moe_lab.models.head import untie_head
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.mtp import find_mtp
 from moe_lab.models.mtp_saving import carry_mtp
 from moe_lab.models.opening import text_config, text_values
 from moe_lab.models.own_config import read_config, write_config
+from moe_lab.models.promises import check_promises
 from moe_lab.models.reading_back import check_saved, few_logits
 from moe_lab.models.routers import with_twins
 from moe_lab.models.stored import (
@@ -45,7 +48,7 @@ from moe_lab.models.stored import (
     round_as_stored,
 )
 from moe_lab.models.superset import as_superset
-from moe_lab.types import MtpName
+from moe_lab.types import LmHeadName, MtpName
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ def save_checkpoint(
     twins: float = 0.0,
     convert: str | None = None,
     mtp: MtpName = "prune",
+    lm_head: LmHeadName = "auto",
 ) -> Form:
     """Write an edited model as a checkpoint, in the form that is returned.
 
@@ -69,9 +73,10 @@ def save_checkpoint(
     for each token) and adds at most this share; the config says how many were there before
     (`distinct_experts`). convert: superset, and the model may become one of another family that
     computes the same and says more (`superset.py`), where its own cannot hold it. mtp: what becomes
-    of the MTP layers that lie at `source` (`mtp.py`); the form says so. The model is not changed
-    except for its dtype, its config and the experts that are filled up. What was written is read
-    back and compared (`reading_back.py`).
+    of the MTP layers that lie at `source` (`mtp.py`); the form says so. lm_head: whether a head
+    that is the embedding is written as a tensor of its own (`head.py`). The model is not changed
+    except for its dtype, its config, its head and the experts that are filled up. What was written
+    is read back and compared (`reading_back.py`), and its config with its folder (`promises.py`).
     """
     original = AutoConfig.from_pretrained(source, local_files_only=True)
     before, weights = meta_model(original), weight_files(source)
@@ -86,6 +91,7 @@ def save_checkpoint(
     expected = few_logits(model)
     model = _in_form(model, form)
     as_stored(model, files, original.dtype)
+    head = untie_head(model, lm_head, form)
     # A model that came from fused files would be written fused; engines want per-expert names.
     vars(model)["_weight_conversions"] = None
     with no_bars():
@@ -95,9 +101,10 @@ def save_checkpoint(
     copy_text_files(source, folder)
     check_saved(model, folder, expected, computing)
     told = carry_mtp(mtp_layers, original, model, source, folder, mtp, form.stock)
-    if told:
-        logger.info(told)
-    return replace(form, mtp=told)
+    check_promises(folder, source)
+    for sentence in filter(None, (told, head)):
+        logger.info(sentence)
+    return replace(form, mtp=told, head=head)
 
 
 def _in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
@@ -139,7 +146,7 @@ def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
 def _adapt_config(path: Path, source: Path, config: Any) -> None:
     values, told = map(read_config, (path, source))
     _tell_dtypes(values, told)
-    _write_count_aliases(text_values(values, config), text_config(config))
+    complete_config(text_values(values, config), text_config(config))
     write_config(path, values)
 
 
@@ -153,14 +160,6 @@ def _tell_dtypes(values: dict[str, Any], told: dict[str, Any], whole: bool = Tru
     for key, part in values.items():
         if isinstance(part, dict) and isinstance(told.get(key), dict):
             _tell_dtypes(part, told[key], whole=False)
-
-
-def _write_count_aliases(values: dict[str, Any], config: Any) -> None:
-    # transformers 5 writes Qwen3-MoE's count as num_local_experts alone, 4.x reads num_experts.
-    written = [field for field in COUNT_FIELDS if field in values]
-    for field in ("num_experts", "num_local_experts"):
-        if written and field not in values and hasattr(config, field):
-            values[field] = values[written[0]]
 
 
 def _passing_by(

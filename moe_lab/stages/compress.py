@@ -34,13 +34,15 @@ def compress(context: Context, asked: Compression) -> Artifact:
     plan = Plan.load(asked.plan.folder / PLAN)
 
     def make(folder: Path) -> None:
-        mtp = plan.notes.get("mtp", "prune")
+        mtp, head = plan.notes.get("mtp", "prune"), plan.notes.get("lm_head", "auto")
         foresee_mtp(asked.dense, plan.edited(), mtp)
         model = asked.dense.load()
         apply_plan(model, plan)
         padding, convert = (plan.notes.get(name) for name in ("padding", "convert"))
         checkpoint, source = folder / CHECKPOINT, asked.dense.path
-        form = save_checkpoint(model, checkpoint, source, padding, convert=convert, mtp=mtp)
+        form = save_checkpoint(
+            model, checkpoint, source, padding, convert=convert, mtp=mtp, lm_head=head
+        )
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
 
     identity = {

@@ -74,8 +74,10 @@ def finetune(context: Context, asked: FineTuning) -> Artifact:
             model, plan, recipe, tokens, asked.seed, context.compute, folder, teacher, context.log
         ).run()
         place, source = folder / CHECKPOINT, asked.compressed.path
-        mtp = plan.notes.get("mtp", "prune")
-        form = save_checkpoint(model.cpu(), place, source, twins=recipe.twins, mtp=mtp)
+        mtp, head = plan.notes.get("mtp", "prune"), plan.notes.get("lm_head", "auto")
+        form = save_checkpoint(
+            model.cpu(), place, source, twins=recipe.twins, mtp=mtp, lm_head=head
+        )
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 

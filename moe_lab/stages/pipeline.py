@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
+from moe_lab.models.head import check_head, sized_with_head
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
     announce_form,
@@ -80,7 +81,8 @@ def prepare(
     store = Store(Path(config["store"]))
     check_writable(store.root, 4 * checkpoint.size_in_bytes(dense.path))
     layers = dense.layers()
-    method.check(layers)
+    check_head(dense.config, method.lm_head)
+    method.check(sized_with_head(dense, layers, method.lm_head))
     check_profile(compute, method)
     if parts.diagnose:
         parts.diagnose.check(compute.profile, layers)

@@ -21,6 +21,7 @@ from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan, check_plan
+from moe_lab.models.head import sized_with_head
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
@@ -64,16 +65,17 @@ def plan(context: Context, asked: Planning) -> Artifact:
 
 def _write(context: Context, asked: Planning, folder: Path) -> None:
     model, profiled = IntactModel(context, asked), asked.profile.folder
-    stored = {info.index: info for info in asked.checkpoint.layers()}
+    sized = sized_with_head(asked.checkpoint, asked.checkpoint.layers(), asked.method.lm_head)
+    stored = {info.index: info for info in sized}
 
     def planned(layers: list[LayerStatistics]) -> Plan:
         for layer in layers:  # profiled as the model computes; sizes count as it is saved
             layer.info = stored[layer.info.index]
         made = asked.method.plan(model.profile(layers))
         check_plan([layer.info for layer in layers], made.edited())
-        if (mtp := asked.method.mtp) == "prune":
-            return made
-        return dataclasses.replace(made, notes=made.notes | {"mtp": mtp})
+        asks = {"mtp": asked.method.mtp, "lm_head": asked.method.lm_head}
+        other = {name: how for name, how in asks.items() if how != getattr(Method, name)}
+        return dataclasses.replace(made, notes=made.notes | other)
 
     common, groups = collect.load_statistics(profiled), collect.load_groups(profiled)
     for number, layers in enumerate(groups.values()):

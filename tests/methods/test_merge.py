@@ -253,6 +253,7 @@ def test_options_that_decide_nothing_are_in_no_identity() -> None:
         "router",
         "propagate",
         "mtp",
+        "lm_head",
     }
     assert known(grouping="hc_smoe") - known() == {"num_samples"}
     assert grouping("hc_smoe") == {"name": "hc_smoe", "linkage": "average"}

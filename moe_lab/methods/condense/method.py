@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 
-from moe_lab.methods.base import Method, Mtp, form_notes
+from moe_lab.methods.base import LmHead, Method, Mtp, form_notes
 from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_search import CondensedSets
@@ -56,6 +56,7 @@ class Condense(Method):
     ] = 0.01
     convert: Convert = None
     mtp: Mtp = "prune"
+    lm_head: LmHead = "auto"
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "beam", "seed", "padding",
