@@ -15,10 +15,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -30,6 +32,7 @@ from moe_lab.models.editing import constants_name  # noqa: E402
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit  # noqa: E402
 from moe_lab.models.layers import moe_layers  # noqa: E402
 from moe_lab.models.saving import save_checkpoint  # noqa: E402
+from moe_lab.types import LayerInfo  # noqa: E402
 
 FAMILIES = "qwen2_moe qwen3_moe mixtral olmoe deepseek_v2 deepseek_v3 glm4_moe".split()
 PROMPTS = ([5, 17, 60, 33, 9], [80, 3, 44, 44, 12, 71, 30, 8, 95, 21, 4], [50, 51, 52])
@@ -46,7 +49,7 @@ CHANGES: dict[str, dict] = {
     "deepseek_v3": LATENT | dict(scoring_func="sigmoid", topk_method="noaux_tc"),
 }
 
-Layers = Sequence[tuple[int, str]]
+Layers = Sequence[LayerInfo]
 
 
 def counts(layers: Layers) -> Plan:
@@ -69,8 +72,10 @@ def stand_ins(layers: Layers) -> Plan:
     """Kept router rows: constants, copies, zeros."""
     kept = dict(constant=(6, 1, 3, 4), copy=(0, 2, 5, 7, 1), zero=(3, 2, 0))
     edits = [dict(edit="prune", kept=some, replacement=kind) for kind, some in kept.items()]
-    constants = torch.randn(4, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
-    return replace(_plan(layers, edits), tensors={constants_name(layers[0][0]): constants})
+    removed = layers[0].num_experts - len(kept["constant"])
+    generator = torch.Generator().manual_seed(1)
+    constants = torch.randn(removed, layers[0].hidden_size, generator=generator)
+    return replace(_plan(layers, edits), tensors={constants_name(layers[0].index): constants})
 
 
 def shared_rows(layers: Layers) -> Plan:
@@ -83,8 +88,8 @@ def shared_rows(layers: Layers) -> Plan:
 
 
 def _plan(layers: Layers, edits: Sequence[dict]) -> Plan:
-    named = zip(layers, edits, strict=False)
-    return Plan(tuple(read_edit({"index": i, "name": name} | edit) for (i, name), edit in named))
+    placed = zip(layers, edits, strict=False)
+    return Plan(tuple(read_edit({"index": i.index, "name": i.name} | edit) for i, edit in placed))
 
 
 STRUCTURES: dict[str, Callable[[Layers], Plan]] = {
@@ -111,10 +116,22 @@ def make(family: str, structure: str, folder: Path) -> None:
         for parameter in model.parameters():  # log-probabilities of a size that rounding leaves
             parameter.mul_(0.6 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(folder / "source")
-    layers = [(layer.info.index, layer.info.name) for layer in moe_layers(model)]
+    save_case(model, structure, folder, folder / "source")
+
+
+def make_shipped(folder: Path) -> None:
+    """The shipped qwen2_moe, with its tokenizer and its tied head."""
+    folder.mkdir(parents=True)
+    source = ROOT / "moe_lab" / "checkpoints" / "tiny_qwen2_moe"
+    save_case(moe_lab.load(source, dtype="float32"), "stand_ins", folder, source)
+
+
+def save_case(model: PreTrainedModel, structure: str, folder: Path, source: Path) -> None:
+    """Edit a model, save it, and write what moe_lab.load makes of it."""
+    layers = [layer.info for layer in moe_layers(model)]
     before = along_greedy(model)
     apply_plan(model, STRUCTURES[structure](layers))
-    form = save_checkpoint(model, folder / "model", folder / "source", padding=0.0)
+    form = save_checkpoint(model, folder / "model", source, padding=0.0)
     assert not form.stock, form.reason
     if structure in CUTS:
         cut(folder / "model", CUTS[structure])
@@ -161,11 +178,18 @@ def cut(folder: Path, changes: Sequence[dict[str, int]]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def main(target: Path, asked: Sequence[str]) -> None:
+    """Make the cases whose names begin with one of `asked`, or all."""
+    cases = {
+        f"{family}-{structure}": partial(make, family, structure)
+        for family in FAMILIES
+        for structure in STRUCTURES
+    }
+    for name, make_it in {**cases, "shipped": make_shipped}.items():
+        if not asked or name.startswith(tuple(asked)):
+            make_it(target / name)
+            print(name, flush=True)
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    for family in FAMILIES:
-        for structure in STRUCTURES:
-            name = f"{family}-{structure}"
-            if len(sys.argv) == 2 or any(name.startswith(asked) for asked in sys.argv[2:]):
-                make(family, structure, target / name)
-                print(name, flush=True)
+    main(Path(sys.argv[1]), sys.argv[2:])
