@@ -13,6 +13,7 @@ import pytest
 import torch
 from edited_models import edited, prune
 from families import tiny_model
+from sentencepiece import SentencePieceTrainer
 
 from moe_lab.export import gguf
 from moe_lab.export.gguf import convert, export, export_gguf
@@ -149,6 +150,21 @@ def test_an_unknown_tokenizer_is_stated_not_guessed(shipped: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"--outtype q2_k does not exist; there are f32, f16"):
         export_gguf(shipped, out, "q2_k")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_statement_that_nobody_asks_for_is_refused(tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "one", "mixtral")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(gguf.TEXTS * 9), model_prefix=str(folder / "tokenizer"),
+        vocab_size=100, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"refact: this tokenizer splits no text before its merges"):
+        convert(folder, tmp_path / "one.gguf", pre_tokenizer="refact")
+    assert not (tmp_path / "one.gguf").exists()
+    convert(folder, tmp_path / "one.gguf")
+    assert (tmp_path / "one.gguf").stat().st_size > 1e5
 
 
 def test_our_own_form_is_refused_here_and_by_the_converter_itself(tmp_path: Path) -> None:
