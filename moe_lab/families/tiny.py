@@ -87,10 +87,10 @@ def _counts_experts(config: Any) -> bool:
     return not names.isdisjoint(COUNT_FIELDS)
 
 
-def tiny_config(name: str) -> Any:
-    """The config of a tiny model of a type."""
+def tiny_config(name: str, **changes: Any) -> Any:
+    """The config of a tiny model of a type; changes: other values for fields of it."""
     kind = CONFIG_MAPPING[base_of(name)]
-    return kind(**_values(kind(), TEXT) | TYPE_VARIANTS.get(name, {}))
+    return kind(**_values(kind(), TEXT) | TYPE_VARIANTS.get(name, {}) | changes)
 
 
 def _values(config: Any, table: dict[str, Any]) -> dict[str, Any]:
@@ -129,13 +129,13 @@ def _lists(config: Any, values: dict[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model of a type, float32, in evaluation mode.
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny random model of a type, float32, in evaluation mode; changes: of its config.
 
     Every parameter is drawn, also those that transformers initialises to a constant: routers of
     zeros and norms of ones would hide mistakes.
     """
-    config, kind = tiny_config(name), auto_class(name)
+    config, kind = tiny_config(name, **changes), auto_class(name)
     _check_size(kind, config)
     torch.manual_seed(seed)
     model: PreTrainedModel = kind.from_config(config).float().eval()

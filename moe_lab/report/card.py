@@ -1,4 +1,4 @@
-"""Model cards of checkpoints that moe_lab wrote: the recipe and the figures."""
+"""Model cards of checkpoints that moe_lab wrote: where they run, the recipe, the figures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
 
+from moe_lab.report.serving import where_it_runs
+
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 
 
 def model_card(
     variant: str, report: Mapping[str, Any], config: Mapping[str, Any], table: str
 ) -> str:
-    """The card of one variant: what it is, how to load it, figures, and the composed config."""
+    """The card of one variant: what it is, how to load it, where it runs, figures, the config."""
     recipe = {key: config[key] for key in ("model", "calibration", "method", "finetune", "seed")}
     about = ModelCardData(
         library_name="transformers",
@@ -34,6 +36,9 @@ def model_card(
         fingerprint=report["fingerprint/model"],
         data=report["fingerprint/data"],
         stock=bool(report[f"{variant}/stock"]),
+        family=report[f"{variant}/family"],
+        form=report[f"{variant}/form"],
+        runs=where_it_runs(report[f"{variant}/family"], report[f"{variant}/form"]),
         seen=_seen(report) if variant == "finetuned" else {},
         table=table,
         recipe=json.dumps(recipe, indent=1),

@@ -18,6 +18,7 @@ from moe_lab.report.units import (
     AS_MEASURED,
     BYTES,
     COUNT,
+    IN_WORDS,
     NATS,
     NATS_PER_TOKEN,
     NUMBER,
@@ -150,6 +151,14 @@ FIGURES = (
            when="always; with `calibration.group_by` the dense one alone"),
     Figure("<variant>/stock", "loads in stock transformers", TRUTH, row=True, section=COST,
            when="always", about="whether stock transformers loads it"),
+    Figure("<variant>/family", unit=IN_WORDS, section=COST, when="always",
+           about="the model type of its config.json; of our own form that inside"),
+    Figure("<variant>/form", unit=IN_WORDS, section=COST, when="always",
+           about="native or own form, and what is unusual about it beside the dense model's "
+           "([the words](serving.md#forms))"),
+    Figure("<variant>/serving", unit=IN_WORDS, section=COST, when="always",
+           about="what each engine made of checkpoints of this family and form "
+           "([serving.md](serving.md)), or that none was run"),
     Figure("<variant>/repeated_parameters", section=COST, when="there are some",
            about="of copies of experts that fill layers up (`finetune.twins`)"),
     Figure("finetuned/trainable_parameters", section=COST, when="a recipe", about="that trained"),

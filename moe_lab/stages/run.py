@@ -14,7 +14,9 @@ from moe_lab.evaluate.top_k import with_top_k
 from moe_lab.files import CHECKPOINT, FORM
 from moe_lab.finetune.recipe import Distilling, sources
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.form_kinds import family_named, form_kind
 from moe_lab.report.report import write_report
+from moe_lab.report.serving import where_it_runs
 from moe_lab.stages.context import Context
 from moe_lab.stages.parts import Parts
 from moe_lab.store import Artifact
@@ -90,11 +92,16 @@ class Run:
         self.add_variant(name, checkpoint_of(result, self.dense))
 
     def add_variant(self, name: str, checkpoint: Checkpoint) -> None:
-        """Tell where a checkpoint lies, and whether stock transformers loads it."""
+        """Tell where a checkpoint lies, in which form, and what loads and serves that."""
         self.variants[name] = checkpoint
         form = _form_of(checkpoint)
         self.report[f"{name}/checkpoint"] = str(checkpoint.path)
         self.report[f"{name}/stock"] = form["stock"]
+        config, source = (_config_of(one) for one in (checkpoint, self.dense))
+        family, kind = family_named(config), form_kind(config, source)
+        self.report[f"{name}/family"], self.report[f"{name}/form"] = family, kind
+        served = where_it_runs(family, kind).lines().values()
+        self.report[f"{name}/serving"] = "; ".join(served)
         if form.get("repeated_parameters"):
             self.report[f"{name}/repeated_parameters"] = form["repeated_parameters"]
 
@@ -102,6 +109,11 @@ class Run:
 def checkpoint_of(result: Artifact, dense: Checkpoint) -> Checkpoint:
     """The checkpoint in the result of a stage, known by the result's key."""
     return Checkpoint(result.folder / CHECKPOINT, dense.dtype, result.key)
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text())
+    return values
 
 
 def _form_of(checkpoint: Checkpoint) -> dict[str, Any]:

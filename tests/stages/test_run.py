@@ -12,6 +12,7 @@ from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.report.report import read_report
+from moe_lab.report.serving import where_it_runs
 from moe_lab.stages.context import Context
 from moe_lab.stages.run import Run
 from moe_lab.store import Store
@@ -50,4 +51,11 @@ def test_a_variant_says_where_it_lies_and_in_which_form(run: Run, tmp_path: Path
     run.add_variant("compressed", dense)
     assert run.report["compressed/stock"] is False
     assert run.report["compressed/repeated_parameters"] == 5
+    fewer = tmp_path / "fewer" / "checkpoint"
+    tiny_model("mixtral", num_local_experts=4).save_pretrained(fewer)
+    run.add_variant("finetuned", Checkpoint(fewer))
+    assert (run.report["dense/family"], run.report["dense/form"]) == ("mixtral", "native")
+    assert run.report["finetuned/form"] == "native, fewer experts"
+    lines = where_it_runs("mixtral", "native, fewer experts").lines()
+    assert run.report["finetuned/serving"] == "; ".join(lines.values())
     assert "dense/repeated_parameters" not in run.report

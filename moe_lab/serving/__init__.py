@@ -1,0 +1,1 @@
+"""What serving engines make of the checkpoints that moe_lab writes: right, refused, or wrong."""
