@@ -73,7 +73,7 @@ class Cell:
     @property
     def words(self) -> str:
         """The verdict with its figures, without the reason of a refusal."""
-        found = [] if self.difference is None else [f"{self.difference:.0e}"]
+        found = [] if self.difference is None else [f"{self.difference:.0e}".replace("0e+00", "0")]
         found += [self.tokens] if self.tokens else []
         said = VERDICT_WORDS[self.verdict] + (f" ({', '.join(found)})" if found else "")
         return f"{said} with {self.setting}" if self.setting else said

