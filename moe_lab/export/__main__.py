@@ -82,6 +82,9 @@ def _export(asked: argparse.Namespace, options: dict[str, Any]) -> list[str]:
     out = asked.out or Path(f"{given.name}{target.ENDING}")
     with written_whole(out, asked.overwrite) as partial:
         told: list[str] = target.export(given, partial, **options)
+        if partial.is_dir():
+            made = f"Made by `python -m moe_lab.export --to {asked.to}` from {given.name}"
+            (partial / "README.md").write_text(f"# {out.name}\n\n{made}: {'; '.join(told)}.\n")
     return [*told, f"written: {out}"]
 
 

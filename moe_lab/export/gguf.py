@@ -106,7 +106,7 @@ def check_gguf(folder: Path) -> None:
             "family cannot say), and llama.cpp reads families' own forms only: equal numbers of "
             "experts in all layers, no stand-ins (ratio=uniform, method.replacement=nothing)"
         )
-    (architecture,) = config.get("architectures") or ("no architecture",)
+    architecture = (config.get("architectures") or ["no architecture"])[0]
     if architecture not in TEXT_MODEL_MAP:
         raise UserError(
             f"--to gguf: the converter does not know {architecture}; of models with experts it "
@@ -206,13 +206,20 @@ def convert(
         try:
             hparams = ModelBase.load_hparams(view, False)
             kind = _converter(get_model_architecture(hparams, ModelType.TEXT))
-            _knowing(kind, pre_tokenizer)(view, kinds[outtype], out).write()
+            knowing = _knowing(kind, pre_tokenizer)
+            knowing(view, kinds[outtype], out).write()
         except UserError:
             raise
         except Exception as error:  # it raises many kinds; each means: not to be converted
             raise UserError(
                 f"--to gguf: llama.cpp's converter refuses {folder}: {_one_line(error)}"
             ) from error
+    if pre_tokenizer and not knowing.was_asked:
+        out.unlink()
+        raise UserError(
+            f"--pre-tokenizer {pre_tokenizer}: this tokenizer splits no text before its merges (it "
+            "is a SentencePiece one): leave the option out"
+        )
 
 
 def _converter(architecture: str) -> Any:
@@ -240,6 +247,7 @@ def _knowing(kind: Any, stated: str | None) -> Any:
     """
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        type(self).was_asked = True
         try:
             known: str = kind.get_vocab_base_pre(self, tokenizer)
         except NotImplementedError:
@@ -263,7 +271,11 @@ def _knowing(kind: Any, stated: str | None) -> Any:
             )
         return known
 
-    members = {"model_arch": kind.model_arch, "get_vocab_base_pre": get_vocab_base_pre}
+    members = {
+        "model_arch": kind.model_arch,
+        "get_vocab_base_pre": get_vocab_base_pre,
+        "was_asked": False,
+    }
     return type(kind.__name__, (kind,), members)
 
 

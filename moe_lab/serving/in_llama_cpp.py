@@ -54,7 +54,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
             "num_logprobs": job["top"],
             "texts": [],
         }
-        said = runpy.run_path(job["options"]["process"])["answer"](asked)
+        said = runpy.run_path(job["options"]["process"])["answered"](asked)
     return {"top": [list(one.items()) for one in said["logprobs"]], "tokens": said["tokens"]}
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from edited_models import edited, prune
 from families import tiny_model
+from sentencepiece import SentencePieceTrainer
 
 from moe_lab.export import gguf
 from moe_lab.export.gguf import convert, export, export_gguf
@@ -26,12 +27,13 @@ from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
+SHARD = "300KB"  # of which the models here have several
 SHIPPED = PACKAGE / "checkpoints"
 
 
 def random_model(folder: Path, family: str, **changes: object) -> Path:
     """A tiny random checkpoint of a family with the tokenizer of a shipped one."""
-    tiny_model(family, vocab_size=2048, **changes).save_pretrained(folder)
+    tiny_model(family, vocab_size=2048, **changes).save_pretrained(folder, max_shard_size=SHARD)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / "tiny_mixtral" / name, folder / name)
     return folder
@@ -81,6 +83,14 @@ def test_tied_embeddings_are_written_as_an_output_matrix(tmp_path: Path) -> None
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     (told,) = export_gguf(folder, tmp_path / "one.gguf", pre_tokenizer="refact")
     assert "144 of 144 greedy tokens agree" in told and (tmp_path / "one.gguf").is_file()
+
+
+def test_the_output_matrix_joins_the_index_of_several_files(tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "one", "olmoe", tie_word_embeddings=True,
+                          num_key_value_heads=4)  # fmt: skip
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert export_gguf(folder, tmp_path / "one.gguf", pre_tokenizer="refact")
+    assert "lm_head.weight" not in (folder / "model.safetensors.index.json").read_text()
 
 
 def test_dense_layers_are_refused_where_llama_cpp_knows_none(tmp_path: Path) -> None:
@@ -138,17 +148,32 @@ def test_code_of_a_checkpoint_is_not_run_by_the_converter(tmp_path: Path) -> Non
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_unknown_tokenizer_is_stated_not_guessed(shipped: Path, tmp_path: Path) -> None:
-    out = tmp_path / "one.gguf"
+def test_an_unknown_tokenizer_is_stated_not_guessed(tmp_path: Path) -> None:
+    folder, out = random_model(tmp_path / "one", "mixtral"), tmp_path / "one.gguf"
     with pytest.raises(UserError, match=r"state it with --pre-tokenizer NAME.* llama-bpe, "):
-        export_gguf(shipped, out)
+        export_gguf(folder, out)
     with pytest.raises(UserError, match=r"--pre-tokenizer refract does not exist; there are "):
-        export_gguf(shipped, out, pre_tokenizer="refract")
+        export_gguf(folder, out, pre_tokenizer="refract")
     with pytest.raises(UserError, match=r"splits text into other tokens than .*; removed"):
-        export_gguf(shipped, out, pre_tokenizer="llama-bpe")
+        export_gguf(folder, out, pre_tokenizer="llama-bpe")
     with pytest.raises(UserError, match=r"--outtype q2_k does not exist; there are f32, f16"):
-        export_gguf(shipped, out, "q2_k")
-    assert not list(tmp_path.iterdir())
+        export_gguf(folder, out, "q2_k")
+    assert not out.exists()
+
+
+def test_a_statement_that_nobody_asks_for_is_refused(tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "one", "mixtral")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(gguf.TEXTS * 9), model_prefix=str(folder / "tokenizer"),
+        vocab_size=100, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"refact: this tokenizer splits no text before its merges"):
+        convert(folder, tmp_path / "one.gguf", pre_tokenizer="refact")
+    assert not (tmp_path / "one.gguf").exists()
+    convert(folder, tmp_path / "one.gguf")
+    assert (tmp_path / "one.gguf").stat().st_size > 1e5
 
 
 def test_our_own_form_is_refused_here_and_by_the_converter_itself(tmp_path: Path) -> None:
