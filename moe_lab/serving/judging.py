@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,5 +103,6 @@ def _agreeing(tokens: Sequence[int], reference_T: Tensor) -> int:
 
 
 def _line(text: str) -> str:
-    words = " ".join(text.split())
+    """The first sentence, in one line."""
+    words = re.split(r"\. (?=[A-Z])", " ".join(text.split()))[0]
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"

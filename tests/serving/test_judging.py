@@ -64,6 +64,8 @@ def test_an_error_is_a_refusal_in_a_line() -> None:
     one = judged_answer(answer, REFERENCE, TOLERANCE)
     assert one.verdict == "refused" and one.detail.startswith("ValueError: no such model xxx")
     assert len(one.detail) < 300 and one.difference is None
+    long = EngineAnswer(error="KeyError: no 'a.b.c' in Model. It may be\nthat you are wrong.")
+    assert judged_answer(long, REFERENCE, TOLERANCE).detail == "KeyError: no 'a.b.c' in Model"
     crashed = judged_answer(EngineAnswer(error="it ended", crashed=True), REFERENCE, TOLERANCE)
     assert crashed.verdict == "crashed" and crashed.detail == "it ended"
 
