@@ -32,14 +32,13 @@ def _convert(folder: Path, file: Path) -> None:
         warnings.simplefilter("ignore")
         hparams = ModelBase.load_hparams(folder, False)
         kind = _converter(get_model_architecture(hparams, ModelType.TEXT))
-        known = type(
-            kind.__name__,
-            (kind,),
-            {
-                "model_arch": kind.model_arch,
-                "get_vocab_base_pre": lambda self, tokenizer: PRE_TOKENIZER,
-            },
-        )
+        members = {
+            "model_arch": kind.model_arch,
+            # Of whatever family: the checkpoints have the shipped models' tokenizers.
+            "set_vocab": lambda self: self._set_vocab_gpt2(),
+            "get_vocab_base_pre": lambda self, tokenizer: PRE_TOKENIZER,
+        }
+        known = type(kind.__name__, (kind,), members)
         known(folder, gguf.LlamaFileType.ALL_F32, file).write()
 
 
