@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from moe_lab.measure import active_parameters
+from moe_lab.measure.speed import active_parameters
 from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.drop_layers import DropLayers

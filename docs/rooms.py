@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compute": ("device, threads, batch size, memory", ()),
     "data": ("where text comes from, and how it becomes samples", ()),
     "models": ("all knowledge of transformers", ()),
-    "measure": ("parameters, memory and speed of models side by side", ("models",)),
+    "measure": ("parameters, memory and speed of models, here and in vLLM", ("models",)),
     "profile": ("what is measured of an intact model", ("models",)),
     "methods": ("from a profile to a plan", ("profile", "models")),
     "finetune": (
@@ -82,7 +82,7 @@ LIBRARIES = {
     "lm_eval": ("evaluate",),
     "matplotlib": ("report.plots", "diagnose.pictures"),
     "tensorboardX": ("track.tensorboard",),
-    "vllm": ("serving.in_vllm",),
+    "vllm": ("serving.in_vllm", "measure.vllm_script"),
     "wandb": ("track.wandb",),
     "xllamacpp": ("export.llama_process",),
 }
@@ -90,7 +90,7 @@ LIBRARIES = {
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "standard_library", "tokens"),
-    "export": ("__main__", "given", "llama_cpp", "llama_process"),
+    "export": ("__main__", "folder", "given", "llama_cpp", "llama_process"),
     "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
     "methods": ("base", "layer_choice", "dropping"),
     "methods.metrics": ("base",),

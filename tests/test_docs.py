@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 
 import moe_lab
 from moe_lab import files
+from moe_lab.export.__main__ import _arguments as arguments_of_export
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan, known_kinds, read_edit
 from moe_lab.report.figures import FIGURES, better
@@ -587,6 +588,8 @@ def test_commands_can_be_given(page: Path, composed: Callable[..., Any]) -> None
             check_composes(composed, given)
         elif words[:3] == ["python", "-m", "moe_lab.tables"]:
             assert arguments_of_tables(words[3:])
+        elif words[:3] == ["python", "-m", "moe_lab.export"]:
+            assert arguments_of_export(words[3:])
         elif words[:3] == ["python", "-m", "moe_lab.runs"]:
             assert arguments_of_runs(words[3:])
         elif words[0] == "python" and words[1].endswith(".py"):

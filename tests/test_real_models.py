@@ -19,7 +19,7 @@ from real_models import (
 from running import Outcome
 from transformers import AutoConfig
 
-from moe_lab.measure import active_parameters
+from moe_lab.measure.speed import active_parameters
 from moe_lab.models.layers import moe_layers
 
 EACH = pytest.mark.parametrize("name", REAL)

@@ -12,7 +12,7 @@ from typing import Any
 from moe_lab.lookup import module_in, names_in
 from moe_lab.types import UserError
 
-OF_NO_TARGET = ("__main__", "given", "llama_cpp", "llama_process")
+OF_NO_TARGET = ("__main__", "folder", "given", "llama_cpp", "llama_process")
 
 
 def _targets() -> dict[str, str]:
@@ -42,6 +42,10 @@ def _arguments(given: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
     )
     group.add_argument(
         "--tolerance", type=float, help="gguf: largest difference of a logprob; default: 0.002"
+    )
+    group.add_argument("--bits", type=int, help="compressed-tensors: 4 (default) or 8")
+    group.add_argument(
+        "--group-size", metavar="N", help="compressed-tensors: 128 (default), 64, 32 or channel"
     )
     asked = vars(parser.parse_args(given))
     common = {"source", "to", "out", "overwrite", "plan", "model"}
@@ -78,6 +82,9 @@ def _export(asked: argparse.Namespace, options: dict[str, Any]) -> list[str]:
     out = asked.out or Path(f"{given.name}{target.ENDING}")
     with written_whole(out, asked.overwrite) as partial:
         told: list[str] = target.export(given, partial, **options)
+        if partial.is_dir():
+            made = f"Made by `python -m moe_lab.export --to {asked.to}` from {given.name}"
+            (partial / "README.md").write_text(f"# {out.name}\n\n{made}: {'; '.join(told)}.\n")
     return [*told, f"written: {out}"]
 
 

@@ -18,17 +18,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_lab.export.folder import stored_tensors, write_folder
 from moe_lab.export.given import Given
 from moe_lab.models.checkpoint import Checkpoint, meta_model, weight_files
 from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import layer_index, moe_layers
-from moe_lab.models.own_config import is_own_form, read_config, write_config
+from moe_lab.models.own_config import is_own_form, read_config
 from moe_lab.models.reading_back import NotReadBack
-from moe_lab.models.saving import copy_text_files, save_checkpoint
-from moe_lab.models.stored import INDEX, Stored, stored_in
+from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.stored import Stored, stored_in
 from moe_lab.types import UserError
 
 ENDING = "-constant-v1"
@@ -46,7 +46,7 @@ def export(given: Given, out: Path) -> list[str]:
     """Write a checkpoint with constant stand-ins, or what a plan with them makes of its model."""
     with _with_stand_ins(given) as folder:
         blocks = _blocks(folder)
-        _write(folder, blocks, out)
+        write_folder(out, _tensors(folder, blocks), _config(folder, blocks), folder)
         _compare(folder, blocks, out)
     number = sum(len(block.places) - block.num_experts for block in blocks)
     return [
@@ -146,14 +146,12 @@ class Block:
 
 def _blocks(folder: Path) -> list[Block]:
     layers, found = read_config(folder / "config.json")["moe_lab"]["layers"], []
-    for file in weight_files(folder):
-        for one in stored_in(file):
-            if one.key.endswith(f".{PLACES}"):
-                path = one.key.removesuffix(f".{PLACES}")
-                layer = layers[str(layer_index(path))]
-                zero = layer["stand_in"] == "zero"
-                places = tuple(one.load().tolist())
-                found.append(Block(path, places, layer["num_experts"], zero))
+    for key, one in stored_tensors(folder).items():
+        if key.endswith(f".{PLACES}"):
+            path = key.removesuffix(f".{PLACES}")
+            layer = layers[str(layer_index(path))]
+            places, zero = tuple(one.load().tolist()), layer["stand_in"] == "zero"
+            found.append(Block(path, places, layer["num_experts"], zero))
     return found
 
 
@@ -172,18 +170,8 @@ def _tensors(folder: Path, blocks: list[Block]) -> Iterator[tuple[str, dict[str,
         yield file.name, tensors
 
 
-def _write(folder: Path, blocks: list[Block], out: Path) -> None:
-    """Write weights, config.json and the files beside them."""
-    out.mkdir()
-    weight_map: dict[str, str] = {}
-    size = 0
-    for name, tensors in _tensors(folder, blocks):
-        save_file(tensors, out / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+def _config(folder: Path, blocks: list[Block]) -> dict[str, Any]:
+    """The family's config.json, and what the constants are in it."""
     values = read_config(folder / "config.json")
     del values["moe_lab"]
     substitution = {
@@ -191,17 +179,17 @@ def _write(folder: Path, blocks: list[Block], out: Path) -> None:
         "router_semantics": SEMANTICS,
         "targets": {block.path: block.target() for block in blocks},
     }
-    values["compression_config"] = {
-        "producer": {"name": "moe_lab"},
-        "transform_config": {"expert_substitution": substitution},
+    return values | {
+        "compression_config": {
+            "producer": {"name": "moe_lab"},
+            "transform_config": {"expert_substitution": substitution},
+        }
     }
-    write_config(out / "config.json", values)
-    copy_text_files(folder, out)
 
 
 def _compare(folder: Path, blocks: list[Block], out: Path) -> None:
     """Read what was written, and ask of each router row whether it leads to what it led to."""
-    was, now = _stored(folder), _stored(out)
+    was, now = stored_tensors(folder), stored_tensors(out)
     config = read_config(out / "config.json")["compression_config"]["transform_config"]
     for block in blocks:
         said = config["expert_substitution"]["targets"][block.path]["replacements"]
@@ -224,10 +212,6 @@ def _compare(folder: Path, blocks: list[Block], out: Path) -> None:
     _require(was.keys() == now.keys(), str(sorted(was.keys() ^ now.keys())[:3]), out)
     for key, one in was.items():
         _require(torch.equal(one.load(), now[key].load()), key, out)
-
-
-def _stored(folder: Path) -> dict[str, Stored]:
-    return {one.key: one for file in weight_files(folder) for one in stored_in(file)}
 
 
 def _require(same: bool, what: str, out: Path) -> None:

@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moe_lab.export.folder import stored_tensors
 from moe_lab.export.given import Given
 from moe_lab.export.llama_cpp import Answers, NotLoaded, logprobs_and_tokens, require_packages
-from moe_lab.models.checkpoint import Checkpoint, Model, load, weight_files
-from moe_lab.models.stored import stored_in
+from moe_lab.models.checkpoint import Checkpoint, Model, load
+from moe_lab.models.engine_config import complete_config
+from moe_lab.models.head import NEED_A_HEAD
+from moe_lab.models.opening import text_config, text_values
 from moe_lab.types import UserError
 
 ENDING = ".gguf"
@@ -35,11 +38,6 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # The largest difference of a next token's logprob from transformers, both in float32, that is
 # rounding: at most 2e-5 was seen on tiny models; a file that means another one is off by 0.1 to 10.
 TOLERANCE = 2e-3
-# llama.cpp wants an output matrix of its own from these, and takes the embeddings elsewhere.
-NEVER_TIED = (
-    "Dots1ForCausalLM", "GptOssForCausalLM", "MiniMaxM2ForCausalLM", "OlmoeForCausalLM",
-    "Qwen2MoeForCausalLM",
-)  # fmt: skip
 # Its files know no dense layers among these families' MoE layers.
 NEVER_DENSE = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 # It tells DeepSeek-V2-Lite and its like, which have no q_lora_rank, by their number of layers.
@@ -108,7 +106,7 @@ def check_gguf(folder: Path) -> None:
             "family cannot say), and llama.cpp reads families' own forms only: equal numbers of "
             "experts in all layers, no stand-ins (ratio=uniform, method.replacement=nothing)"
         )
-    (architecture,) = config.get("architectures") or ("no architecture",)
+    architecture = (config.get("architectures") or ["no architecture"])[0]
     if architecture not in TEXT_MODEL_MAP:
         raise UserError(
             f"--to gguf: the converter does not know {architecture}; of models with experts it "
@@ -139,8 +137,9 @@ def check_gguf(folder: Path) -> None:
 def _as_converted(folder: Path, name: str) -> Iterator[Path]:
     """A folder of links to a checkpoint's files, as the converter has to see it.
 
-    Without code, which it would run, and with an output matrix where llama.cpp wants one. name: of
-    the folder, which it takes for the model's.
+    Without code, which it would run; with the fields that it reads and transformers does not write,
+    and with an output matrix where llama.cpp wants one. name: of the folder, which it takes for the
+    model's.
     """
     with TemporaryDirectory(prefix="moe_lab_gguf_") as place:
         view = Path(place) / name
@@ -153,6 +152,8 @@ def _as_converted(folder: Path, name: str) -> Iterator[Path]:
                 values = json.loads((view / name).read_text())
                 values.pop("auto_map", None)
                 if name == "config.json":
+                    config = Checkpoint(folder).config
+                    complete_config(text_values(values, config), text_config(config))
                     _untie(folder, view, values)
                 (view / name).unlink()
                 (view / name).write_text(json.dumps(values, indent=2))
@@ -161,9 +162,9 @@ def _as_converted(folder: Path, name: str) -> Iterator[Path]:
 
 def _untie(folder: Path, view: Path, config: dict[str, Any]) -> None:
     """Where llama.cpp wants an output matrix of its own, write the embeddings as one."""
-    if config["architectures"][0] not in NEVER_TIED:
+    if config["model_type"] not in NEED_A_HEAD:
         return
-    tensors = {one.key: one for file in weight_files(folder) for one in stored_in(file)}
+    tensors = stored_tensors(folder)
     if "lm_head.weight" in tensors:
         return
     save_file(
@@ -183,7 +184,12 @@ def _untie(folder: Path, view: Path, config: dict[str, Any]) -> None:
 def convert(
     folder: Path, out: Path, outtype: str = "f32", pre_tokenizer: str | None = None
 ) -> None:
-    """Write a checkpoint as a GGUF file by the public converter, unchecked (see `export_gguf`)."""
+    """Write a checkpoint as a GGUF file by the public converter, not compared with it.
+
+    Raises UserError for what the file cannot say as far as it is known, and what the converter
+    refuses.
+    """
+    check_gguf(folder)
     import gguf
     from conversion import ModelBase, ModelType, get_model_architecture
 
@@ -200,13 +206,20 @@ def convert(
         try:
             hparams = ModelBase.load_hparams(view, False)
             kind = _converter(get_model_architecture(hparams, ModelType.TEXT))
-            _knowing(kind, pre_tokenizer)(view, kinds[outtype], out).write()
+            knowing = _knowing(kind, pre_tokenizer)
+            knowing(view, kinds[outtype], out).write()
         except UserError:
             raise
         except Exception as error:  # it raises many kinds; each means: not to be converted
             raise UserError(
                 f"--to gguf: llama.cpp's converter refuses {folder}: {_one_line(error)}"
             ) from error
+    if pre_tokenizer and not knowing.was_asked:
+        out.unlink()
+        raise UserError(
+            f"--pre-tokenizer {pre_tokenizer}: this tokenizer splits no text before its merges (it "
+            "is a SentencePiece one): leave the option out"
+        )
 
 
 def _converter(architecture: str) -> Any:
@@ -234,6 +247,7 @@ def _knowing(kind: Any, stated: str | None) -> Any:
     """
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        type(self).was_asked = True
         try:
             known: str = kind.get_vocab_base_pre(self, tokenizer)
         except NotImplementedError:
@@ -257,7 +271,11 @@ def _knowing(kind: Any, stated: str | None) -> Any:
             )
         return known
 
-    members = {"model_arch": kind.model_arch, "get_vocab_base_pre": get_vocab_base_pre}
+    members = {
+        "model_arch": kind.model_arch,
+        "get_vocab_base_pre": get_vocab_base_pre,
+        "was_asked": False,
+    }
     return type(kind.__name__, (kind,), members)
 
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from moe_lab.files import CHECKPOINT, PLAN, REPORT
-from moe_lab.models.checkpoint import Checkpoint, resolve
+from moe_lab.models.checkpoint import Checkpoint, Original, resolve
 from moe_lab.models.edits.plan import Plan, check_plan
 from moe_lab.store import DONE
 from moe_lab.types import LayerInfo, UserError
@@ -49,7 +49,10 @@ class Given:
                 f"{self.path} is a plan, and this target is made from a checkpoint: give the "
                 "folder of the weights (the run's report.json names it)"
             )
-        return resolve(self.checkpoint_folder)
+        found = resolve(self.checkpoint_folder)
+        if isinstance(found, Original):
+            found.load()  # refused, with what converts it
+        return found
 
     def plan(self) -> Plan:
         """The plan; UserError where none is found."""

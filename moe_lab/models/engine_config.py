@@ -23,6 +23,10 @@ def _rotary_dim(config: Any) -> int:
     return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
+def _head_dim(config: Any) -> int:
+    return int(config.hidden_size // config.num_attention_heads)
+
+
 # By model type: the fields, where the source has none.
 READ_BY_ENGINES: Mapping[str, Mapping[str, Told]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
@@ -30,6 +34,7 @@ READ_BY_ENGINES: Mapping[str, Mapping[str, Told]] = {
     "deepseek_v32": BIASED_SIGMOID,
     "dots1": BIASED_SIGMOID,
     "exaone_moe": BIASED_SIGMOID,
+    "glm4_moe": {"head_dim": _head_dim},
     "glm4_moe_lite": BIASED_SIGMOID,
     "glm_moe_dsa": BIASED_SIGMOID,
     "hy_v3": {

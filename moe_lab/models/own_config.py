@@ -18,10 +18,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
 VERSION = 2  # 1 was the family's config.json with one key more
 OWN, FAMILY = "moe_lab", "config"
-# Configs of families check the type of the first before anything is built, those of wrappers that
-# of the second, and quote what they find. Who wants the tokenizer alone asks for neither.
-STUMBLES = ("vocab_size", "text_config")
 SENTENCE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
+# Configs of families check this size before anything is built, those of wrappers the inner one, and
+# quote what they find. Who wants the tokenizer alone asks for neither.
+STUMBLE = {"vocab_size": SENTENCE}
 
 
 class MoeLabConfig(PreTrainedConfig):
@@ -73,7 +73,8 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        **dict.fromkeys(STUMBLES, SENTENCE),
+        **STUMBLE,
+        "text_config": STUMBLE,
         OWN: own,
     }
 

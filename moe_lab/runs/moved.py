@@ -125,7 +125,7 @@ NAMES = {
     "finetune.trained": "finetune.tuning.trained",
     "finetune.seer.GateEntropy": "finetune.gate_entropy.GateEntropy",
     "stages.evaluate.Suite": "evaluate.suite.Suite",
-    "stages.measure.Measurement": "measure.Measurement",
+    "stages.measure.Measurement": "measure.speed.Measurement",
     "stages.diagnose.Diagnosis": "diagnose.diagnosis.Diagnosis",
     "logbook.Logbook": "track.tracker.Tracker",
     "logbook.Item": "track.tracker.TrackedArtifact",

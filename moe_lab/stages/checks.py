@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moe_lab.compute import Compute
 from moe_lab.finetune.recipe import Recipe
+from moe_lab.measure.speed import Measurement
+from moe_lab.measure.vllm import ThroughVllm, check_plugin
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models.architecture import differences
@@ -71,6 +74,29 @@ def check_mtp(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo
         if edit.index in numbers and not edit.keeps_rows
     ]
     foresee_mtp(checkpoint, edits, "keep")
+
+
+def check_served(
+    checkpoint: Checkpoint,
+    method: Method,
+    how: Measurement | None,
+    layers: Sequence[LayerInfo],
+) -> None:
+    """Refuse what vLLM's environment could not serve, as far as the form is known before."""
+    if not isinstance(how, ThroughVllm):
+        return
+    found = how.check(checkpoint)
+    if edits := method.example(layers):
+        numbers = method.foreseen(layers) or {}
+        foreseen = [
+            replace(edit, kept=tuple(range(numbers[edit.index])))
+            if isinstance(edit, PruneExperts) and edit.index in numbers
+            else edit
+            for edit in edits
+        ]
+        form = form_of(checkpoint.config, foreseen, method.padding, method.convert)
+        if not form.stock:
+            check_plugin(found, "the result")
 
 
 def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo]) -> None:

@@ -1,4 +1,4 @@
-"""Measure: what each variant costs, side by side in one process (`moe_lab.measure`)."""
+"""Measure: what each variant costs, side by side in one process (`moe_lab.measure.speed`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
-from moe_lab.measure import REFERENCE, Measurement, bytes_on_disk, counted, measure
+from moe_lab.measure.speed import REFERENCE, Measurement, bytes_on_disk, counted, measure
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.opening import text_config
 from moe_lab.models.routers import at_top_k
@@ -82,7 +82,7 @@ def figures_of(artifact: Artifact) -> dict[str, float]:
 
 def _inputs(run: Run) -> dict[str, Measuring]:
     how = run.parts.measure
-    return {"measure": Measuring(run.all_variants, how)} if how else {}
+    return {"measure": Measuring(run.all_variants, how.in_one_process())} if how else {}
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:

@@ -12,7 +12,7 @@ from moe_lab.diagnose.diagnosis import Diagnosis
 from moe_lab.evaluate.suite import Suite
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.lookup import require_kind
-from moe_lab.measure import Measurement
+from moe_lab.measure.speed import Measurement
 from moe_lab.methods.base import Method
 
 

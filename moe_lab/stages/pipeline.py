@@ -19,6 +19,7 @@ from moe_lab.stages.checks import (
     check_mtp,
     check_profile,
     check_recipe,
+    check_served,
     compare_architecture,
 )
 from moe_lab.stages.context import Context
@@ -40,6 +41,7 @@ STAGES = (
     "evaluate",  # each variant on tasks and held-out text
     "evaluate_groups",  # each group of the calibration set with its own experts
     "measure",  # size, memory and speed of all variants, side by side
+    "measure_vllm",  # what vLLM serves of each in a second
 )
 
 
@@ -88,6 +90,7 @@ def prepare(
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
     check_mtp(dense, method, layers)
+    check_served(dense, method, parts.measure, layers)
     announce_form(dense, method, layers)
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import deepseek_original
 import pytest
 from distilling import FEW
 from running import QUICK, Job
@@ -84,6 +85,12 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, folder: bool) -> None
     assert read.read_text() == "first"
     write("second", overwrite=True)
     assert read.read_text() == "second" and list(out.parent.iterdir()) == [out]
+
+
+def test_a_checkpoint_that_must_be_converted_first_is_told(tmp_path: Path) -> None:
+    folder = deepseek_original.make(tmp_path / "original")
+    with pytest.raises(UserError, match="in its original layout, which transformers does not read"):
+        find_given(str(folder)).checkpoint()
 
 
 def test_a_report_that_says_nothing_of_checkpoints(checkpoint: Path, tmp_path: Path) -> None:

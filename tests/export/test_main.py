@@ -25,6 +25,20 @@ def test_a_run_becomes_a_profile_in_the_folder_one_is_in(
     assert again.returncode == 2 and again.stderr.startswith("job.riy.json exists: ")
 
 
+def test_a_folder_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--to", "compressed-tensors", "--bits", "4", "--group-size", "32"]
+    assert main(["shipped:tiny_mixtral", *arguments]) == 0
+    told, written = capsys.readouterr().out.splitlines()
+    assert written == "written: tiny_mixtral-compressed-tensors"
+    folder = tmp_path / "tiny_mixtral-compressed-tensors"
+    assert {"config.json", "tokenizer.json", "README.md"} <= set(os.listdir(folder))
+    card = (folder / "README.md").read_text()
+    assert "rounded to nearest without calibration" in told and told in card
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

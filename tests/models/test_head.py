@@ -12,7 +12,7 @@ from families import FAMILIES, tiny_batch, tiny_model
 from llama_cpp import in_llama_cpp
 from safetensors.torch import load_file, save_file
 
-from moe_lab.measure import active_parameters, parameters
+from moe_lab.measure.speed import active_parameters, parameters
 from moe_lab.models.checkpoint import Checkpoint, load, resolve
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.edits.prune import PruneExperts

@@ -38,7 +38,7 @@ def test_every_new_path_exists(path: str) -> None:
         ("data.StandardLibrary", "data.embedded.StandardLibrary"),
         ("data.Texts", "data.source.Source"),
         ("stages.evaluate.Suite", "evaluate.suite.Suite"),
-        ("stages.measure.Measurement", "measure.Measurement"),
+        ("stages.measure.Measurement", "measure.speed.Measurement"),
         ("track.Tracker", "track.wandb.WandbTracker"),
         ("statistics.LayerStatistics", "profile.layer.LayerStatistics"),
         ("statistics.collect", "profile.collect.collect"),

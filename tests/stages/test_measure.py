@@ -7,7 +7,7 @@ from pathlib import Path
 from closed_form import EXPERTS, tiny
 
 from moe_lab.compute import Compute
-from moe_lab.measure import Measurement, bytes_on_disk
+from moe_lab.measure.speed import Measurement, bytes_on_disk
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.stages.context import Context
 from moe_lab.stages.measure import Measuring, figures_of, measure_variants

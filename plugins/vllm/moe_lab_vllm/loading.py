@@ -83,7 +83,7 @@ def _wanted(model: Any, layers: Mapping[int, Layer]) -> dict[str, Wanted | None]
     for path, module in model.named_modules():
         if isinstance(module, RoutedExperts):
             width = _layer(layers, path).expert_width or module.moe_config.intermediate_size
-            hidden = module.moe_config.hidden_dim_unpadded
+            hidden = model.config.hidden_size
             down = module.ckpt_down_proj_name
             for expert in range(module.moe_config.num_logical_experts):
                 prefix = f"{path.removesuffix('.routed_experts')}.{expert}"
@@ -92,7 +92,7 @@ def _wanted(model: Any, layers: Mapping[int, Layer]) -> dict[str, Wanted | None]
                 wanted[f"{prefix}.{down}.weight"] = Wanted((hidden, width), 1)
     for path, _ in model.named_parameters():
         *parents, module, kind = path.split(".")
-        if parents[-1:] == ["routed_experts"] or module == "routed_experts":
+        if module == "routed_experts":
             continue
         for part in STACKED.get(module, (module,)):
             name = ".".join([*parents, part, kind])

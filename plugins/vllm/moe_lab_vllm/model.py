@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_prefix
@@ -16,6 +17,8 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_
 from moe_lab_vllm.building import Family, build_layer, with_config
 from moe_lab_vllm.form import Layer, read_layers
 from moe_lab_vllm.loading import Arriving
+
+logger = init_logger("vllm.plugins.moe_lab_vllm")
 
 
 class OwnLayers:
@@ -31,7 +34,9 @@ class OwnLayers:
         config = vllm_config.model_config.hf_config
         without = copy.deepcopy(config)
         without.num_hidden_layers = 0
-        super().__init__(vllm_config=with_config(vllm_config, without), prefix=prefix)
+        super().__init__(  # type: ignore[call-arg]  # of the family's class
+            vllm_config=with_config(vllm_config, without), prefix=prefix
+        )
         listed = read_layers(config.moe_lab)
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
@@ -72,7 +77,7 @@ class OwnForm:
         self.model: Any = self.layers_class(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
         )
-        self.lm_head: Any = PPMissingLayer()
+        self.lm_head: Any = PPMissingLayer()  # type: ignore[no-untyped-call]
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
@@ -83,7 +88,7 @@ class OwnForm:
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.make_empty_intermediate_tensors: Any = self.model.make_empty_intermediate_tensors
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The family's own loading, with every tensor looked at; ValueError if any is amiss."""
@@ -107,4 +112,10 @@ def _check(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"moe_lab_vllm does not serve moe_lab's own form with {' and '.join(asked)}: leave it "
             "out, or save the model in its family's own form (method.padding, method.convert)"
+        )
+    if parallel.enable_expert_parallel or parallel.pipeline_parallel_size > 1:
+        logger.warning_once(
+            "moe_lab_vllm could be tried with tensor parallelism only, since vLLM 0.32 for CPUs "
+            "does not run stock models with expert or pipeline parallelism: compare a few answers "
+            "with those of one rank"
         )

@@ -29,7 +29,7 @@ class PlacingRouter(BaseRouter):
     """
 
     def __init__(self, of_rows: BaseRouter, experts: PlacedExperts) -> None:
-        super().__init__(top_k=of_rows.top_k, global_num_experts=experts.layer.num_experts)
+        super().__init__(top_k=of_rows.top_k, global_num_experts=experts.num_experts)
         self.of_rows = of_rows
         self.experts = (experts,)  # in a tuple, since the experts hold this router
 
@@ -50,7 +50,7 @@ class PlacingRouter(BaseRouter):
             hidden_states, router_logits, indices_type, input_ids=input_ids
         )
         place_TK = experts.place_E[row_TK.long()]
-        gone_TK = place_TK >= experts.layer.num_experts
+        gone_TK = place_TK >= experts.num_experts
         experts.added = experts.of_stand_ins(hidden_states, place_TK, weight_TK * gone_TK)
         placed_TK = place_TK.masked_fill(gone_TK, 0).to(row_TK.dtype)
         return weight_TK.masked_fill(gone_TK, 0.0), placed_TK
@@ -63,20 +63,22 @@ class PlacedExperts(MoERunner):
     [R, D] where the stand-ins are constants. added: what the stand-ins gave to the tokens at hand.
     """
 
-    layer: Layer
+    num_experts: int
+    num_stand_ins: int
+    stand_in: str | None
     place_E: nn.Parameter
     constants: nn.Parameter | None
     added: Tensor | None
 
     def of_stand_ins(self, x_TD: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tensor | None:
         """Their weighted sum in float32; weight_TK: 0 where an expert was chosen."""
-        if self.layer.stand_in == "copy":
+        if self.stand_in == "copy":
             return weight_TK.sum(dim=1, keepdim=True) * x_TD
         if self.constants is None:
             return None
-        number = self.layer.num_stand_ins
-        r_TK = (place_TK - self.layer.num_experts).clamp(min=0)
-        weight_TR = weight_TK.new_zeros(len(weight_TK), number).scatter_add(1, r_TK, weight_TK)
+        r_TK = (place_TK - self.num_experts).clamp(min=0)
+        weight_TR = weight_TK.new_zeros(len(weight_TK), self.num_stand_ins)
+        weight_TR = weight_TR.scatter_add(1, r_TK, weight_TK)
         return weight_TR @ self.constants.to(weight_TR.dtype)
 
     def _apply_quant_method(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any]:
@@ -86,17 +88,18 @@ class PlacedExperts(MoERunner):
         if added is not None and (
             self._fused_output_is_reduced or get_tensor_model_parallel_rank() == 0
         ):
+            assert isinstance(out, Tensor)  # `_check` has seen to it
             out = out + added.to(out.dtype)
         return shared, out
 
     def check_places(self) -> None:
         """ValueError where a row leads to nothing."""
         last = int(self.place_E.max())
-        ends = (self.layer.num_experts or 0) + self.layer.num_stand_ins
+        ends = self.num_experts + self.num_stand_ins
         if int(self.place_E.min()) < 0 or last >= ends:
             raise ValueError(
                 f"{self.layer_name}.place_E leads to {last}, and there are {ends} places: "
-                f"{self.layer.num_experts} experts, {self.layer.num_stand_ins} stand-ins"
+                f"{self.num_experts} experts, {self.num_stand_ins} stand-ins"
             )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -118,9 +121,9 @@ class PlacedExperts(MoERunner):
 
 def keep_rows(block: Any, layer: Layer) -> None:
     """Give a family's block, built with the experts that exist, all its router rows, in place."""
-    runner = block.experts
+    runner, gate, rows = block.experts, block.gate, layer.rows
+    assert rows is not None
     _check(runner)
-    gate, rows = block.gate, layer.rows
     wider = GateLinear(
         gate.input_size,
         rows,
@@ -139,7 +142,8 @@ def keep_rows(block: Any, layer: Layer) -> None:
         runner.gate = wider
 
     runner.__class__ = PlacedExperts
-    runner.layer = layer
+    runner.num_experts, runner.num_stand_ins = layer.num_experts, layer.num_stand_ins
+    runner.stand_in = layer.stand_in
     runner.place_E = nn.Parameter(torch.empty(rows, dtype=torch.int64), requires_grad=False)
     runner.constants = None
     if layer.stand_in == "constant":

@@ -22,17 +22,17 @@ def serve(folder: Path, **options: Any) -> Any:
     """vLLM on a case's checkpoint, in float32, without a tokenizer."""
     from vllm import LLM
 
-    # vLLM's rotary kernel for CPUs is wrong for the latent attention of deepseek, dense ones too.
-    plain = {"custom_ops": ["none"]} if "deepseek" in folder.name else {}
+    defaults: dict[str, Any] = {"enforce_eager": True}
+    if "deepseek" in folder.name:
+        # vLLM's rotary kernel for CPUs is wrong for latent attention, of dense models too.
+        defaults["compilation_config"] = {"custom_ops": ["none"]}
     return LLM(
         model=str(folder / "model"),
         dtype="float32",
         skip_tokenizer_init=True,
-        enforce_eager=True,
         max_model_len=64,
         enable_prefix_caching=False,
-        compilation_config=plain,
-        **options,
+        **(defaults | options),
     )
 
 

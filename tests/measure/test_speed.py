@@ -11,7 +11,7 @@ from families import tiny_model
 from safetensors.torch import save_file
 from stand_ins import replaced
 
-from moe_lab.measure import (
+from moe_lab.measure.speed import (
     _StorageCounter,
     active_parameters,
     bytes_on_disk,

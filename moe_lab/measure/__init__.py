@@ -1,0 +1,1 @@
+"""What models cost: parameters, memory and speed, here and served by vLLM."""
