@@ -73,9 +73,9 @@ LIBRARIES = {
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),
-    "conversion": ("export.gguf", "serving.in_llama_cpp"),
+    "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
-    "gguf": ("export.gguf", "serving.in_llama_cpp"),
+    "gguf": ("export.gguf_converter", "serving.in_llama_cpp"),
     "hydra": ("run.py", "runs.sweep"),
     "huggingface_hub": ("models.checkpoint", "evaluate.tasks.harness", "report.card"),
     "jinja2": ("report",),
@@ -90,7 +90,14 @@ LIBRARIES = {
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "standard_library", "tokens"),
-    "export": ("__main__", "folder", "given", "llama_cpp", "llama_process"),
+    "export": (
+        "__main__",
+        "folder",
+        "gguf_converter",
+        "given",
+        "llama_cpp",
+        "llama_process",
+    ),
     "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
     "methods": ("base", "layer_choice", "dropping"),
     "methods.metrics": ("base",),

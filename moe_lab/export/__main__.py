@@ -12,7 +12,7 @@ from typing import Any
 from moe_lab.lookup import module_in, names_in
 from moe_lab.types import UserError
 
-OF_NO_TARGET = ("__main__", "folder", "given", "llama_cpp", "llama_process")
+OF_NO_TARGET = ("__main__", "folder", "gguf_converter", "given", "llama_cpp", "llama_process")
 
 
 def _targets() -> dict[str, str]:

@@ -23,7 +23,9 @@ def answered(job: dict[str, Any]) -> dict[str, Any]:
     params.model.path = job["path"]
     params.n_ctx = longest + job["num_tokens"] + 1
     params.n_parallel, params.n_gpu_layers, params.fit_params = 1, 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = min(4, os.cpu_count() or 1)
+    # Its threads wait for each other busily: more of them than free cores are slower than one.
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     # The cache is by default in float16, which rounds what the file says.
     params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
