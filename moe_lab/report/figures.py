@@ -155,11 +155,14 @@ FIGURES = (
            about="variant ÷ dense"),
     Figure("<variant>/vllm/decode_tokens_per_second", "vLLM decoding, tokens per second", COUNT,
            MORE, section=COST, when="`measure=vllm`",
-           about="tokens behind the first of all `measure.requests` together, the time of the "
-                 "prefill taken off"),
+           about="tokens of all `measure.requests` in a step, over the median step of all turns"),
     Figure("<variant>/vllm/decode_speedup", "decode speed in vLLM", TIMES_DENSE, MORE,
            row=True, columns=COMPRESSED, axis=10, picture=True, section=COST,
            when="`measure=vllm`", about="variant ÷ dense"),
+    Figure("<variant>/vllm/spread", "slowest ÷ fastest turn in vLLM", better=LESS, section=COST,
+           when="`measure=vllm`",
+           about="median of the slowest turn ÷ that of the fastest, of prefill or decoding, "
+                 "whichever is more: no smaller difference of two variants means anything"),
     Figure("<variant>/checkpoint", unit=PATH, section=COST, about="its folder",
            when="always; with `calibration.group_by` the dense one alone"),
     Figure("<variant>/stock", "loads in stock transformers", TRUTH, row=True, section=COST,
