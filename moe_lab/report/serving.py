@@ -25,12 +25,12 @@ VERDICT_WORDS: dict[Verdict, str] = {
     "refused": "refused",
     "right": "right",
 }
-# The engines by their names in the matrix, and what they are called.
+# The engines by their names in the matrix, and what they are called, with their version.
 ENGINES = {
-    "transformers": "transformers",
-    "vllm": "vLLM",
-    "vllm-plugin": "vLLM with the plugin",
-    "llama.cpp": "llama.cpp",
+    "transformers": "transformers {}",
+    "vllm": "vLLM {}",
+    "vllm-plugin": "vLLM {} with the plugin",
+    "llama.cpp": "llama.cpp {}",
 }
 # How a checkpoint is served; what a setting of the matrix adds.
 COMMANDS = {
@@ -105,8 +105,12 @@ class Matrix:
 
     def version(self, engine: str) -> str:
         """An engine's name with its version."""
-        first = next(iter(self.versions[engine].values()))
-        return f"{ENGINES[engine]} {first}"
+        return engine_title(engine, next(iter(self.versions[engine].values())))
+
+
+def engine_title(engine: str, version: str = "") -> str:
+    """What an engine is called, with its version or without."""
+    return " ".join(ENGINES[engine].format(version).split())
 
 
 def _told(cell: Cell) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class WhereItRuns:
     def _line(self, engine: str) -> str:
         cells, verdict = self._cells(engine), self._verdict(engine)
         if verdict is None:
-            return f"{ENGINES[engine]}: not run"
+            return f"{engine_title(engine)}: not run"
         those = [cell for cell in cells if cell.verdict == verdict]
         worst = max(those, key=lambda cell: cell.difference or 0)
         share = "" if len(those) == len(cells) else f", {len(those)} of {len(cells)} checkpoints"

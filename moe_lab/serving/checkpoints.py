@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_lab.files import CHECKPOINT
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.form_kinds import family_named, form_kind
+from moe_lab.models.own_config import family_values
 from moe_lab.serving.making import COMPUTED, INTACT, prompts_for, stored
 from moe_lab.serving.subjects import Subject
 from moe_lab.store import Store
@@ -48,9 +50,12 @@ def made_checkpoint(store: Store, subject: Subject, made: str) -> Served:
     folder = result.folder / CHECKPOINT
     config, source = (_config(one.folder / CHECKPOINT) for one in (result, dense))
     prompts = prompts_for(Checkpoint(dense.folder / CHECKPOINT))
+    reference = load_file(result.folder / COMPUTED)
+    ends = torch.tensor(family_values(config).get("eos_token_id") or [], dtype=torch.long)
+    reference["ends"] = torch.isin(reference["tokens"], ends)
     return Served(
         subject.name, made, family_named(config), form_kind(config, source), folder, result.key,
-        prompts, load_file(result.folder / COMPUTED),
+        prompts, reference,
     )  # fmt: skip
 
 

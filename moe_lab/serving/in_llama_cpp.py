@@ -13,6 +13,7 @@ import logging
 import runpy
 import sys
 import warnings
+from enum import EnumType
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,22 +25,39 @@ def _convert(folder: Path, file: Path) -> None:
     """Write a checkpoint as a GGUF file in float32."""
     import gguf
     import torch
-    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+    from conversion import ModelBase, ModelType, get_model_architecture
 
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hparams = ModelBase.load_hparams(folder, False)
-        kind: Any = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
-        known = type(
-            kind.__name__,
-            (kind,),
-            {
-                "model_arch": kind.model_arch,
-                "get_vocab_base_pre": lambda self, tokenizer: PRE_TOKENIZER,
-            },
-        )
+        kind = _converter(get_model_architecture(hparams, ModelType.TEXT))
+        members = {
+            "model_arch": kind.model_arch,
+            # Of whatever family: the checkpoints have the shipped models' tokenizers.
+            "set_vocab": lambda self: self._set_vocab_gpt2(),
+            "get_vocab_base_pre": lambda self, tokenizer: PRE_TOKENIZER,
+        }
+        known = type(kind.__name__, (kind,), members)
         known(folder, gguf.LlamaFileType.ALL_F32, file).write()
+
+
+def _converter(architecture: str) -> Any:
+    """The converter's class for a model.
+
+    Its files also name tensors that the gguf package of the same day does not know yet; these names
+    are given, so that the other models of a file can be converted.
+    """
+    from conversion import get_model_class
+
+    while True:
+        try:
+            return get_model_class(architecture)
+        except AttributeError as error:
+            if not isinstance(error.obj, EnumType):
+                raise
+            name = str(error.name)
+            setattr(error.obj, name, f"{name}, not known to the gguf package")
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:

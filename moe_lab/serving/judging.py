@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -55,25 +56,25 @@ def judged_answer(
 ) -> Judgement:
     """Right where all logprobs are within `tolerance`, and all greedy tokens agree.
 
-    reference: logprobs [P, V] of the next token, greedy tokens [P, T], and by how much [P, T] each
-    is ahead of the second. A token that is not, by more than the tolerance allows, ahead of the
-    second may be another one, and what follows it cannot be compared.
+    reference: logprobs [P, V] of the next token, greedy tokens [P, T], by how much [P, T] each is
+    ahead of the second, and which [P, T] end the text. A token that is not, by more than the
+    tolerance allows, ahead of the second may be another one, and what follows it cannot be
+    compared; nor what follows the end, at which an engine may stop.
     """
     if answer.error:
         return Judgement("crashed" if answer.crashed else "refused", detail=_line(answer.error))
     difference = _difference(answer.top, reference["logprobs"])
-    agreeing = [_agreeing(*one) for one in zip(answer.tokens, reference["tokens"], strict=True)]
-    total = reference["tokens"].numel()
-    ties = [
-        place == len(tokens) or float(margins[place]) <= 2 * tolerance
-        for place, tokens, margins in zip(
-            agreeing, reference["tokens"], reference["margins"], strict=True
-        )
-    ]
-    told = f"{sum(agreeing)}/{total}"
-    if difference <= tolerance and all(ties):
-        return Judgement("right", difference, told)
-    return Judgement("silent", difference, told)
+    agreeing, asked, same = 0, 0, len(answer.tokens) == len(reference["tokens"])
+    rows = (reference[name] for name in ("tokens", "margins", "ends"))
+    for found, tokens_T, margins_T, ends_T in zip(answer.tokens, *rows, strict=False):
+        equal = _agreeing(found, tokens_T)
+        end = bool(ends_T[max(equal - 1, 0) : equal + 1].any())
+        stopped = end and equal == len(found) < len(tokens_T)
+        total = equal if stopped else len(tokens_T)
+        same = same and (equal == total or float(margins_T[equal]) <= 2 * tolerance)
+        agreeing, asked = agreeing + equal, asked + total
+    right = same and difference <= tolerance
+    return Judgement("right" if right else "silent", difference, f"{agreeing}/{asked}")
 
 
 def beside_dense(one: Judgement, dense: Judgement) -> Judgement:
@@ -102,5 +103,6 @@ def _agreeing(tokens: Sequence[int], reference_T: Tensor) -> int:
 
 
 def _line(text: str) -> str:
-    words = " ".join(text.split())
+    """The first sentence, in one line."""
+    words = re.split(r"\. (?=[A-Z])", " ".join(text.split()))[0]
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"

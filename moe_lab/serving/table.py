@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 
 from moe_lab.models.form_kinds import FEATURES
-from moe_lab.report.serving import ENGINES, VERDICT_WORDS, Cell, Matrix
+from moe_lab.report.serving import ENGINES, VERDICT_WORDS, Cell, Matrix, engine_title
 
 MARKS = "<!-- serving: made by python -m moe_lab.serving --write -->", "<!-- /serving -->"
 FORM_MARKS = "<!-- forms: made by python -m moe_lab.serving --write -->", "<!-- /forms -->"
@@ -69,7 +69,7 @@ def matrix_markdown(matrix: Matrix) -> str:
 
 def _versions(matrix: Matrix, engine: str) -> str:
     beside = ", ".join(f"{name} {one}" for name, one in matrix.versions[engine].items())
-    return f"- **{ENGINES[engine]}**: {beside}"
+    return f"- **{engine_title(engine)}**: {beside}"
 
 
 def _family(row: dict[str, Cell]) -> str:
@@ -108,7 +108,7 @@ def reasons(cells: Sequence[Cell]) -> list[str]:
     return [
         f"**{title}.**\n\n"
         + "\n".join(
-            f"- {ENGINES[engine]}: {text}: {_some(where)}"
+            f"- {engine_title(engine)}: {text}: {_some(where)}"
             for (engine, text), where in found[verdict].items()
         )
         for verdict, title in titles.items()

@@ -104,6 +104,22 @@ def test_the_shipped_matrix_has_no_silent_cell() -> None:
     assert {cell.engine for cell in matrix.cells} == ENGINES.keys() == matrix.versions.keys()
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"],
+)
+def test_our_own_form_is_refused_by_all_but_the_plugin(family: str) -> None:
+    cells = [one for one in Matrix.read().cells if one.family == family]
+    own = [one for one in cells if one.form.startswith("own form")]
+    assert len({one.form for one in own}) >= 3
+    for cell in own:
+        if cell.engine == "vllm-plugin":
+            assert cell.verdict == "right" and cell.tokens == "48/48", cell
+            assert cell.difference is not None and cell.difference < 1e-4
+        else:
+            assert cell.verdict == "refused" and cell.detail, cell
+
+
 def test_what_the_shipped_matrix_says() -> None:
     """Of what every run makes: a uniform prune runs everywhere."""
     one = where_it_runs("mixtral", "native, fewer experts")

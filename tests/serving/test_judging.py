@@ -16,6 +16,7 @@ REFERENCE: dict[str, Tensor] = {
     "logprobs": LOGPROBS,
     "tokens": torch.tensor([[0, 1, 2], [2, 2, 2]]),
     "margins": torch.tensor([[1.25, 1.0, 0.5], [0.7, 0.015, 0.9]]),
+    "ends": torch.zeros(2, 3, dtype=torch.bool),
 }
 TOP = [{0: math.log(0.7), 1: math.log(0.2)}, {2: math.log(0.6), 1: math.log(0.3)}]
 TOKENS = [[0, 1, 2], [2, 2, 2]]
@@ -59,11 +60,28 @@ def test_another_token_is_wrong_unless_both_are_as_good() -> None:
     assert judged(TOP, [[0, 1], [2, 2, 2]]).verdict == "silent", "a token is missing"
 
 
+def test_an_engine_may_stop_at_the_end_of_a_text() -> None:
+    """With the token that ends it, or without; nowhere else, and not behind another token."""
+    ends = torch.tensor([[False, True, False], [False, False, False]])
+    reference = REFERENCE | {"ends": ends}
+    for first, verdict, tokens in (
+        ([0, 1], "right", "5/5"),
+        ([0], "right", "4/4"),
+        ([], "silent", "3/6"),
+        ([0, 2], "silent", "4/6"),
+    ):
+        answer = EngineAnswer(TOP, [first, [2, 2, 2]])
+        one = judged_answer(answer, reference, TOLERANCE)
+        assert (one.verdict, one.tokens) == (verdict, tokens), first
+
+
 def test_an_error_is_a_refusal_in_a_line() -> None:
     answer = EngineAnswer(error="ValueError: no\n  such model " + "x" * 500)
     one = judged_answer(answer, REFERENCE, TOLERANCE)
     assert one.verdict == "refused" and one.detail.startswith("ValueError: no such model xxx")
     assert len(one.detail) < 300 and one.difference is None
+    long = EngineAnswer(error="KeyError: no 'a.b.c' in Model. It may be\nthat you are wrong.")
+    assert judged_answer(long, REFERENCE, TOLERANCE).detail == "KeyError: no 'a.b.c' in Model"
     crashed = judged_answer(EngineAnswer(error="it ended", crashed=True), REFERENCE, TOLERANCE)
     assert crashed.verdict == "crashed" and crashed.detail == "it ended"
 
