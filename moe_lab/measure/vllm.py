@@ -87,7 +87,8 @@ class ThroughVllm(Measurement):
     """As `measure=speed`, and besides what vLLM serves of each variant in a second.
 
     Each variant is served `turns` times, in a process of its own, the order alternating; of each
-    turn `repeats` rounds count (`vllm_script.seconds`).
+    turn `repeats` rounds count, of each round the prefill and a step of decoding
+    (`vllm_script.seconds`).
     """
 
     python: Annotated[str, Option("of an environment that has vLLM")] = ".venv-vllm/bin/python"
@@ -174,13 +175,12 @@ def served_per_second(
     figures: dict[str, float] = {}
     for name in variants:
         of_name = [one for one in turns if one["variant"] == name]
-        for kind, tokens in (("prefill", how.prompt_length), ("decode", how.output_tokens)):
+        for kind, tokens in (("prefill", how.prompt_length), ("decode", 1)):
             middle = statistics.median(each for turn in of_name for each in turn[kind])
-            if middle <= 0:
+            if not middle:
                 raise UserError(
-                    f"measure=vllm: decoding {tokens} tokens of {name} takes no time that could be "
-                    "told from the prefill's noise: make measure.output_tokens or "
-                    "measure.requests larger"
+                    f"measure=vllm: {name} gets several tokens in one step (speculative decoding?),"
+                    " so that no step has a time of its own"
                 )
             figures[f"{name}/vllm/{kind}_tokens_per_second"] = how.requests * tokens / middle
     for name in variants:

@@ -7,46 +7,48 @@ took is given back.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-Generate = Callable[[list[list[int]], int], list[int]]
+# (prompts, number): the engine at work until each prompt has so many tokens more; after each of its
+# steps how many each has.
+Steps = Callable[[list[list[int]], int], Iterator[list[int]]]
 
 
 def seconds(
-    generate: Generate,
+    steps: Steps,
     asked: Mapping[str, Any],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Of each round the seconds of a prefill, and of the decoding behind it.
+    """Of each round the seconds of its prefill, and of a step of the decoding behind it.
 
-    generate(prompts, number): lets the engine add so many tokens to each prompt, all at once, and
-    says how many it has added to each. A round asks twice with the same prompts, for one token and
-    for `output_tokens` more; the difference is the decoding. The first round warms up and does not
-    count. Prompts are random token ids, the same for every checkpoint, others in each round.
+    The prefill ends when every prompt has its first token; of `output_tokens` steps behind it the
+    median counts, so that one that was held up changes nothing. The first round warms up and does
+    not count. Prompts are random token ids, the same for every checkpoint, others in each round.
     """
     draw = random.Random(asked["seed"])
-    prefill, decode = [], []
-    for number in range(asked["repeats"] + 1):
+    prefill, decode, number = [], [], asked["output_tokens"] + 1
+    for round_number in range(asked["repeats"] + 1):
         prompts = [
             [draw.randrange(asked["vocabulary_size"]) for _ in range(asked["prompt_length"])]
             for _ in range(asked["requests"])
         ]
-        taken = []
-        for tokens in (1, asked["output_tokens"] + 1):
-            started = clock()
-            added = generate(prompts, tokens)
-            taken.append(clock() - started)
-            if added != [tokens] * len(prompts):
-                raise RuntimeError(f"{tokens} tokens were asked for each prompt, and {added} came")
-        if number:
-            prefill.append(taken[0])
-            decode.append(taken[1] - taken[0])
+        times = [clock()]  # then those at which every prompt had one token, two, ...
+        for counts in steps(prompts, number):
+            times += [clock()] * (min(counts) + 1 - len(times))
+        if len(times) != number + 1:
+            raise RuntimeError(f"{number} tokens were asked for each prompt, not {len(times) - 1}")
+        if round_number:
+            prefill.append(times[1] - times[0])
+            waited = [later - time for time, later in itertools.pairwise(times[1:])]
+            decode.append(statistics.median(waited))
     return {"prefill": prefill, "decode": decode}
 
 
@@ -58,22 +60,29 @@ def time_in_vllm(asked: Mapping[str, Any]) -> dict[str, Any]:
         "model": asked["folder"],
         "dtype": asked["dtype"],
         "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,  # the second call of a round would find the first one's
+        "enable_prefix_caching": False,
         "max_model_len": asked["prompt_length"] + asked["output_tokens"] + 1,
         "max_num_seqs": asked["requests"],
+        "max_num_batched_tokens": asked["requests"] * (asked["prompt_length"] + 1),  # in one step
         "seed": asked["seed"],
     }
-    engine = LLM(**given | dict(asked["engine"]))
+    engine = LLM(**given | dict(asked["engine"])).llm_engine
+    rounds = itertools.count()
 
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+    def steps(prompts: list[list[int]], number: int) -> Iterator[list[int]]:
         sampling = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+            temperature=0, max_tokens=number, ignore_eos=True, detokenize=False
         )
-        texts = [{"prompt_token_ids": ids} for ids in prompts]
-        made = engine.generate(texts, sampling, use_tqdm=False)
-        return [len(one.outputs[0].token_ids) for one in made]
+        round_number = next(rounds)
+        counts = {f"{round_number}-{at}": 0 for at in range(len(prompts))}
+        for name, ids in zip(counts, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        while engine.has_unfinished_requests():
+            for one in engine.step():
+                counts[one.request_id] = len(one.outputs[0].token_ids)
+            yield list(counts.values())
 
-    return dict(seconds(generate, asked))
+    return dict(seconds(steps, asked))
 
 
 def cause_of(error: BaseException) -> str:

@@ -155,8 +155,7 @@ FIGURES = (
            about="variant ÷ dense"),
     Figure("<variant>/vllm/decode_tokens_per_second", "vLLM decoding, tokens per second", COUNT,
            MORE, section=COST, when="`measure=vllm`",
-           about="tokens behind the first of all `measure.requests` together, the time of the "
-                 "prefill taken off"),
+           about="tokens of all `measure.requests` in a step, over the median step of all turns"),
     Figure("<variant>/vllm/decode_speedup", "decode speed in vLLM", TIMES_DENSE, MORE,
            row=True, columns=COMPRESSED, axis=10, picture=True, section=COST,
            when="`measure=vllm`", about="variant ÷ dense"),

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,42 +21,45 @@ ASKED = {
 
 
 class Engine:
-    """It reads 100 tokens and writes 20 in a second, and is ten times slower at first."""
+    """It reads 100 tokens and takes a step in a quarter of a second, ten times slower at first."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, short: int = 0) -> None:
+        self.now, self.short = 0.0, short
         self.prompts: list[list[list[int]]] = []
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> list[int]:
-        slow = 10 if len(self.prompts) < 2 else 1
-        read = sum(map(len, prompts)) / 100
-        self.now += slow * (read + len(prompts) * (tokens - 1) / 20)
+    def steps(self, prompts: list[list[int]], number: int) -> Iterator[list[int]]:
+        slow = 1 if self.prompts else 10
         self.prompts.append(prompts)
-        return [tokens] * len(prompts)
+        for at, prompt in enumerate(prompts):  # first tokens come one after another
+            self.now += slow * len(prompt) / 100
+            yield [int(one <= at) for one in range(len(prompts))]
+        for count in range(2, number + 1 - self.short):
+            self.now += slow * (5.0 if count == 4 else 0.25)  # one step is held up
+            yield [count] * len(prompts)
+            yield [count] * len(prompts)  # a step that gives nothing
 
 
-def test_a_prefill_and_the_decoding_behind_it_are_told_apart() -> None:
+def test_a_prefill_and_the_steps_behind_it_are_told_apart() -> None:
     engine = Engine()
-    found = seconds(engine.generate, ASKED, lambda: engine.now)
+    found = seconds(engine.steps, ASKED, lambda: engine.now)
     assert found["prefill"] == pytest.approx([0.4] * 3)  # the first round is not among them
-    assert found["decode"] == pytest.approx([1.0] * 3)
+    assert found["decode"] == pytest.approx([0.25] * 3)
 
 
 def test_every_checkpoint_gets_the_same_prompts_and_no_round_those_of_another() -> None:
     one, other = Engine(), Engine()
     for engine in (one, other):
-        seconds(engine.generate, ASKED, lambda engine=engine: engine.now)
-    assert one.prompts == other.prompts and len(one.prompts) == 8
-    assert all(one.prompts[i] == one.prompts[i + 1] for i in range(0, 8, 2))
-    ids = {tuple(map(tuple, prompts)) for prompts in one.prompts}
-    assert len(ids) == 4
+        seconds(engine.steps, ASKED, lambda engine=engine: engine.now)
+    assert one.prompts == other.prompts and len(one.prompts) == 4
+    assert len({tuple(map(tuple, prompts)) for prompts in one.prompts}) == 4
+    assert {len(prompts) for prompts in one.prompts} == {4}
     assert {len(prompt) for prompts in one.prompts for prompt in prompts} == {10}
     assert all(0 <= i < 96 for prompts in one.prompts for prompt in prompts for i in prompt)
 
 
 def test_an_engine_that_adds_fewer_tokens_is_not_timed() -> None:
-    with pytest.raises(RuntimeError, match=r"6 tokens were asked for each prompt, and \[5"):
-        seconds(lambda prompts, tokens: [min(tokens, 5)] * len(prompts), ASKED)
+    with pytest.raises(RuntimeError, match=r"6 tokens were asked for each prompt, not 5"):
+        seconds(Engine(short=1).steps, ASKED)
 
 
 def test_an_error_is_told_by_what_it_came_from() -> None:

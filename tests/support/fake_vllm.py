@@ -27,9 +27,8 @@ class SamplingParams:
 
 
 class Answer:
-    def __init__(self, number):
-        self.token_ids = [7] * number
-        self.outputs = [self]
+    def __init__(self, name, number):
+        self.request_id, self.token_ids, self.outputs = name, [7] * number, [self]
 
 
 class LLM:
@@ -50,11 +49,23 @@ class LLM:
         self.short = told.get("short", 0)
         self.size = (Path(given["model"]) / "model.safetensors").stat().st_size
 
-    def generate(self, prompts, sampling, use_tqdm):
-        assert not use_tqdm
-        tokens = sum(len(one["prompt_token_ids"]) for one in prompts)
-        time.sleep(self.size * 1e-9 * (tokens + 8 * len(prompts) * (sampling.max_tokens - 1)))
-        return [Answer(sampling.max_tokens - self.short) for _ in prompts]
+        self.llm_engine, self.running = self, {}
+
+    def add_request(self, name, prompt, sampling):
+        self.running[name] = [len(prompt["prompt_token_ids"]), 0, sampling.max_tokens - self.short]
+
+    def has_unfinished_requests(self):
+        return any(made < wanted for _, made, wanted in self.running.values())
+
+    def step(self):
+        first = [length for length, made, _ in self.running.values() if not made]
+        time.sleep(self.size * 1e-9 * (sum(first) or 8 * len(self.running)))
+        for request in self.running.values():
+            request[1] += 1
+        made = [Answer(name, made) for name, (_, made, _) in self.running.items()]
+        if not self.has_unfinished_requests():
+            self.running = {}
+        return made
 """
 
 
