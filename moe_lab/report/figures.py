@@ -159,6 +159,10 @@ FIGURES = (
     Figure("<variant>/vllm/decode_speedup", "decode speed in vLLM", TIMES_DENSE, MORE,
            row=True, columns=COMPRESSED, axis=10, picture=True, section=COST,
            when="`measure=vllm`", about="variant ÷ dense"),
+    Figure("<variant>/vllm/spread", "slowest ÷ fastest turn in vLLM", better=LESS, section=COST,
+           when="`measure=vllm`",
+           about="median of the slowest turn ÷ that of the fastest, of prefill or decoding, "
+                 "whichever is more: no smaller difference of two variants means anything"),
     Figure("<variant>/checkpoint", unit=PATH, section=COST, about="its folder",
            when="always; with `calibration.group_by` the dense one alone"),
     Figure("<variant>/stock", "loads in stock transformers", TRUTH, row=True, section=COST,

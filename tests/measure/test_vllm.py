@@ -55,17 +55,20 @@ def test_variants_take_turns_each_in_its_own_process(
         for name in variants
         for kind in ("prefill", "decode")
         for what in ("tokens_per_second", "speedup")
-    }
+    } | {f"{name}/vllm/spread" for name in variants}
 
 
 def test_figures_are_tokens_over_the_median_of_all_rounds(
-    variants: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    variants: dict[str, Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from moe_lab.measure import vllm
 
     taken = {
-        "dense": [[0.2, 0.4], [0.8, 0.4]],
-        "compressed": [[0.1, 0.2], [0.2, 9.0]],
+        "dense": [[0.2, 0.4, 0.4], [0.41, 0.8, 0.4]],
+        "compressed": [[0.1, 0.2, 0.2], [0.2, 0.4, 9.0]],
     }
 
     def served(name: str, *_: object) -> dict[str, list[float]]:
@@ -81,6 +84,10 @@ def test_figures_are_tokens_over_the_median_of_all_rounds(
     assert figures["dense/vllm/prefill_speedup"] == figures["dense/vllm/decode_speedup"] == 1
     assert figures["compressed/vllm/prefill_speedup"] == pytest.approx(2)
     assert figures["compressed/vllm/decode_speedup"] == pytest.approx(2)
+    assert figures["dense/vllm/spread"] == pytest.approx(1.025)
+    assert figures["compressed/vllm/spread"] == pytest.approx(2)
+    told = "the turns of compressed lie 2.00-fold apart"
+    assert [told in one.getMessage() for one in caplog.records] == [True]
 
 
 def test_variables_of_the_build_for_the_cpu_are_its_alone(
