@@ -21,7 +21,7 @@ from moe_lab.models.opening import text_config
 from moe_lab.types import LayerInfo, UserError
 
 # Families of which llama.cpp has no model without `output.weight` (tried with build b11549).
-NEED_A_HEAD = ("gpt_oss", "olmoe", "qwen2_moe")
+NEED_A_HEAD = ("dots1", "gpt_oss", "minimax_m2", "olmoe", "qwen2_moe")
 
 
 def check_head(config: Any, how: str) -> None:
@@ -75,12 +75,17 @@ def untie_head(model: PreTrainedModel, how: str, form: Form) -> str:
 
 
 def repeated_head(model: PreTrainedModel) -> int:
-    """Parameters of a head that is a tensor of its own, and equals the embedding; else 0."""
+    """Parameters of a head that is a tensor of its own, and equals the embedding; else 0.
+
+    Also 0 of a model without weights, of which nobody knows.
+    """
     if model.get_output_embeddings() is None or _shares(model):
         return 0
     head = model.get_output_embeddings().get_parameter("weight")
     embedding = model.get_input_embeddings().get_parameter("weight")
-    same = head.shape == embedding.shape and torch.equal(head, embedding.to(head.device))
+    if head.is_meta or head.shape != embedding.shape:
+        return 0
+    same = torch.equal(head, embedding.to(head.device))
     return head.numel() if same else 0
 
 
