@@ -135,8 +135,6 @@ def keep_rows(block: Any, layer: Layer) -> None:
         wider.e_score_correction_bias = nn.Parameter(bias.new_empty(rows), requires_grad=False)
         runner.router.e_score_correction_bias = wider.e_score_correction_bias
         runner.routed_experts.e_score_correction_bias = wider.e_score_correction_bias
-    elif hasattr(gate, "e_score_correction_bias"):
-        wider.e_score_correction_bias = None
     block.gate = wider
     if runner.gate is not None:
         runner.gate = wider

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,14 @@ def of_family(serve: Serve) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_serves_what_moe_lab_loads(of_family: Any, family: str, structure: str) -> None:
     assert_right(of_family(family)[f"{family}-{structure}"])
+
+
+def test_it_says_the_same_compiled(serve: Serve, tmp_path: Path) -> None:
+    """All other tests run eagerly, as `QUIET` has it."""
+    compiling = {"TORCHDYNAMO_DISABLE": "0", "VLLM_CACHE_ROOT": str(tmp_path)}
+    answers = serve("qwen2_moe-stand_ins", environment=compiling, **{"enforce-eager": False})
+    assert_right(answers["qwen2_moe-stand_ins"])
+    assert list(tmp_path.glob("torch_compile_cache/**/*"))
 
 
 def test_without_the_plugin_vllm_refuses_in_one_line(serve: Serve) -> None:
