@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
+from moe_lab.files import MEASURED
 from moe_lab.measure.speed import REFERENCE, Measurement, bytes_on_disk, counted, measure
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.opening import text_config
@@ -19,8 +20,6 @@ from moe_lab.store import Artifact, write_whole
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
-
-MEASURED_FILE = "figures.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def measure_variants(context: Context, asked: Measuring) -> Artifact:
 
     def make(folder: Path) -> None:
         figures = _measured(variants, asked.how, context.compute.device)
-        write_whole(folder / MEASURED_FILE, json.dumps(figures, indent=1) + "\n")
+        write_whole(folder / MEASURED, json.dumps(figures, indent=1) + "\n")
 
     return context.store.get("measure", identity, make)
 
@@ -74,19 +73,13 @@ def _measured(
     return figures
 
 
-def figures_of(artifact: Artifact) -> dict[str, float]:
-    """What `measure_variants` found."""
-    figures: dict[str, float] = json.loads((artifact.folder / MEASURED_FILE).read_text())
-    return figures
-
-
 def _inputs(run: Run) -> dict[str, Measuring]:
     how = run.parts.measure
     return {"measure": Measuring(run.all_variants, how.in_one_process())} if how else {}
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:
-    run.report |= figures_of(result)
+    run.report |= json.loads((result.folder / MEASURED).read_text())
 
 
 STAGE = Stage(_inputs, measure_variants, _read)

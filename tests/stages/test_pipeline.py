@@ -88,7 +88,7 @@ def test_presentation_enters_no_key(name: str) -> None:
 def test_what_was_forgotten_in_lists_by_hand_is_reached() -> None:
     for stage, modules in {
         "evaluate": ("profile.layer", "models.routers", "evaluate.tasks.tiny.items"),
-        "measure": ("measure", "models.layers", "models.routers", "models.remapped"),
+        "measure": ("measure.speed", "models.layers", "models.routers", "models.remapped"),
         "profile": ("models.layerwise", "models.stream", "models.activations", "data.tokens"),
         "compress": ("models.forms", "models.own_form", "models.edits.plan"),
         "finetune": ("finetune.training", "finetune.tuning", "models.saving"),

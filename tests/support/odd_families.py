@@ -95,7 +95,7 @@ found = {}
 for folder in sys.argv[3:]:
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         found[folder] = "refused"
         continue
     with torch.no_grad():
