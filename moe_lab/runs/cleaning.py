@@ -27,7 +27,7 @@ from moe_lab.types import UserError
 
 KINDS = (
     "convert", "profile", "search", "plan", "compress", "teacher", "finetune", "evaluate",
-    "measure", "measure_vllm", "similarity", "diagnose",
+    "measure", "measure_vllm", "similarity", "diagnose", "serving", "served",
 )  # fmt: skip
 UNNAMED = ("search", "similarity")
 UNUSED, CHECKPOINTS, SEARCH = CHOICES = ("unused", "checkpoints", "search")

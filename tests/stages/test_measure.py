@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from closed_form import EXPERTS, tiny
 
 from moe_lab.compute import Compute
+from moe_lab.files import MEASURED
 from moe_lab.measure.speed import Measurement, bytes_on_disk
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.stages.context import Context
-from moe_lab.stages.measure import Measuring, figures_of, measure_variants
+from moe_lab.stages.measure import Measuring, measure_variants
 from moe_lab.store import Store
 
 
@@ -21,7 +23,8 @@ def test_the_stage_adds_sizes_on_disk_and_their_ratio(tmp_path: Path) -> None:
         variants[name] = Checkpoint(tmp_path / name)
     how = Measurement(prompt_length=8, decode_tokens=1, repeats=1)
     context = Context(Store(tmp_path / "store"), Compute(device="cpu"))
-    figures = figures_of(measure_variants(context, Measuring(variants, how)))
+    made = measure_variants(context, Measuring(variants, how))
+    figures = json.loads((made.folder / MEASURED).read_text())
     for name in variants:
         assert figures[f"{name}/bytes"] == bytes_on_disk(tmp_path / name)
     ratio = bytes_on_disk(tmp_path / "compressed") / bytes_on_disk(tmp_path / "dense")
