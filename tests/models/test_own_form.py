@@ -95,9 +95,10 @@ def test_widths_of_experts_and_numbers_of_choices_may_differ(family: str, tmp_pa
     infos = {layer.info.index: layer.info for layer in moe_layers(again)}
     assert {i: info.expert_width for i, info in infos.items()} == widths | {first: 8, second: 12}
     assert infos[second].top_k == 1 and infos[first].top_k > 1
-    assert torch.equal(logits_of(again), expected)
+    # Products over so few columns round by where in memory they lie.
+    torch.testing.assert_close(logits_of(again), expected, rtol=0, atol=1e-5)
     save_file(batch | {"logits": expected}, tmp_path / "x" / "expected.safetensors")
-    assert in_fresh_process("ours", [tmp_path / "x"]) == {"x": 0.0}
+    assert 0 <= float(str(in_fresh_process("ours", [tmp_path / "x"])["x"])) < 1e-5
     assert "`moe_lab`" in str(in_fresh_process("stock", [tmp_path / "x"])["x"])
 
 

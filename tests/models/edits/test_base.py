@@ -177,7 +177,7 @@ def test_a_kind_from_outside_with_a_structure_in_place(tmp_path: Path) -> None:
     model, _ = made(tmp_path, NarrowExperts(2, "", 8))
     layers = json.loads((tmp_path / "model" / "config.json").read_text())["moe_lab"]["layers"]
     plain = {"num_experts": 8}
-    own = {"own": {"narrow_experts": {"width": 8}}}
+    own = {"expert_width": 8, "own": {"narrow_experts": {"width": 8}}}
     assert layers == {"1": plain, "2": plain | own, "3": plain}
     assert loaded_elsewhere(tmp_path, "own_edits") == "0.0"
     refused = loaded_elsewhere(tmp_path, "nothing")
