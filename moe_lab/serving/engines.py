@@ -197,7 +197,7 @@ def engines(vllm: str) -> dict[str, Engine]:
     of_vllm: dict[str, Any] = {
         "worker": in_vllm,
         "tolerance": 1e-4,
-        "python": vllm,
+        "python": str(Path(vllm).expanduser().absolute()),  # its processes start elsewhere
         "settings": (Setting(), NO_CUSTOM_OPS),
         "installed": "`make serving` makes its environment; --vllm PYTHON names another",
     }

@@ -103,6 +103,16 @@ def test_versions(engine: Callable[[str], Engine]) -> None:
         replace(one, python="/none/such").versions()
 
 
+def test_vllms_python_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named from the folder where the command is given; a link, which says whose packages."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert engines("bin/python")["vllm"].python == str(tmp_path / "bin" / "python")
+
+
 def test_all_engines_are_those_of_the_matrix() -> None:
     assert list(engines("python")) == list(ENGINES)
     stock, plugin = engines("python")["vllm"], engines("python")["vllm-plugin"]
