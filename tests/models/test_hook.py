@@ -24,7 +24,7 @@ def load_all():
         read = AutoModelForCausalLM.from_pretrained
         try:
             model, info = read(folder + "/model", output_loading_info=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError):
             found[folder] = "refused"
             continue
         with torch.no_grad():

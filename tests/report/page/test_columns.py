@@ -53,13 +53,16 @@ def test_what_the_page_knows_of_axes() -> None:
         "memory_ratio": "peak memory of a forward, share of dense",
         "prefill_speedup": "prefill speed, times dense",
         "decode_speedup": "decode speed, times dense",
+        "vllm/prefill_speedup": "prefill speed in vLLM, times dense",
+        "vllm/decode_speedup": "decode speed in vLLM, times dense",
         "ratio": "ratio: share removed",
     }
     first = "parameter_ratio memory_ratio bytes flops_per_token active_parameters parameters"
-    assert found["costs"] == [*first.split(), "prefill_speedup", "decode_speedup", "ratio"]
+    speeds = "prefill_speedup decode_speedup vllm/prefill_speedup vllm/decode_speedup"
+    assert found["costs"] == [*first.split(), *speeds.split(), "ratio"]
     assert found["quality"] == "eval/average"
-    ratios = "parameter_ratio bytes_ratio memory_ratio prefill_speedup decode_speedup"
-    assert found["of_dense"] == ratios.split()
+    ratios = "parameter_ratio bytes_ratio memory_ratio"
+    assert found["of_dense"] == [*ratios.split(), *speeds.split()]
 
 
 def test_the_format_writes_what_python_does(tmp_path: Path) -> None:
