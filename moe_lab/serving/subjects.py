@@ -28,11 +28,8 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "
 _OF_TYPES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32},
     "olmoe": {"intermediate_size": 32},
-    # Without YaRN, with which llama.cpp is off by 0.3 on a head of size 32, and vLLM is right.
-    "gpt_oss": {
-        "intermediate_size": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
-    },
+    # With YaRN, as the real ones have it: vLLM takes no other, llama.cpp rounds where it begins.
+    "gpt_oss": {"intermediate_size": 32},
     "qwen3_moe": {"norm_topk_prob": True},
     "deepseek_v2": {"n_group": 1, "topk_group": 1},
     "glm4_moe": {"head_dim": 32, "use_qk_norm": True},
