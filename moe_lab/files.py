@@ -30,5 +30,5 @@ CURVE = "curve.jsonl"  # a fine-tuning, a row for each step
 TRAINABLE = "trainable.json"  # what trained, and the text that it saw
 FORM = "form.json"  # how a checkpoint was saved: `models.forms.Form`
 CHECKPOINT = "checkpoint"  # the folder of a checkpoint within a result
-MEASUREMENT = "figures.json"  # figures of a measurement, flat
+FIGURES_FILE = "figures.json"  # figures of a measurement or a diagnosis, flat
 LAYERS = "layers.json"  # of a profile: what each MoE layer is

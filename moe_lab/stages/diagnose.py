@@ -18,7 +18,7 @@ from moe_lab.dependencies import code_version
 from moe_lab.diagnose import pictures, similarity
 from moe_lab.diagnose import tables as diagnose_tables
 from moe_lab.diagnose.diagnosis import Diagnosis
-from moe_lab.files import DIAGNOSIS
+from moe_lab.files import DIAGNOSIS, FIGURES_FILE
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layerwise import LayerwiseModel
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from moe_lab.stages.run import Run
 
 logger = logging.getLogger(__name__)
-MATRICES, FIGURES_FILE = "similarities.safetensors", "figures.json"
+MATRICES = "similarities.safetensors"
 Matrices = dict[int, dict[str, Tensor]]  # by layer index and kind
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
-from moe_lab.files import MEASUREMENT
+from moe_lab.files import FIGURES_FILE
 from moe_lab.measure.speed import REFERENCE, Measurement, bytes_on_disk, counted, measure
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.opening import text_config
@@ -50,7 +50,7 @@ def measure_variants(context: Context, asked: Measuring) -> Artifact:
 
     def make(folder: Path) -> None:
         figures = _measured(variants, asked.how, context.compute.device)
-        write_whole(folder / MEASUREMENT, json.dumps(figures, indent=1) + "\n")
+        write_whole(folder / FIGURES_FILE, json.dumps(figures, indent=1) + "\n")
 
     return context.store.get("measure", identity, make)
 
@@ -79,7 +79,7 @@ def _inputs(run: Run) -> dict[str, Measuring]:
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:
-    run.report |= json.loads((result.folder / MEASUREMENT).read_text())
+    run.report |= json.loads((result.folder / FIGURES_FILE).read_text())
 
 
 STAGE = Stage(_inputs, measure_variants, _read)

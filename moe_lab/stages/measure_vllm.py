@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
-from moe_lab.files import MEASUREMENT
+from moe_lab.files import FIGURES_FILE
 from moe_lab.measure import vllm_script
 from moe_lab.measure.vllm import ThroughVllm, Vllm, check_plugin, served_per_second
 from moe_lab.models.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def serve_variants(context: Context, asked: Serving) -> Artifact:
         figures, turns = served_per_second(variants, asked.how, asked.vllm)
         told = {"engine": asked.vllm.named, "turns": turns}
         write_whole(folder / TURNS_FILE, json.dumps(told, indent=1) + "\n")
-        write_whole(folder / MEASUREMENT, json.dumps(figures, indent=1) + "\n")
+        write_whole(folder / FIGURES_FILE, json.dumps(figures, indent=1) + "\n")
 
     return context.store.get("measure_vllm", identity, make)
 
@@ -70,7 +70,7 @@ def _inputs(run: Run) -> dict[str, Serving]:
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:
-    run.report |= json.loads((result.folder / MEASUREMENT).read_text())
+    run.report |= json.loads((result.folder / FIGURES_FILE).read_text())
     run.report["measure/engine"] = json.loads((result.folder / TURNS_FILE).read_text())["engine"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from closed_form import EXPERTS, tiny
 
 from moe_lab.compute import Compute
-from moe_lab.files import MEASUREMENT
+from moe_lab.files import FIGURES_FILE
 from moe_lab.measure.speed import Measurement, bytes_on_disk
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.stages.context import Context
@@ -24,7 +24,7 @@ def test_the_stage_adds_sizes_on_disk_and_their_ratio(tmp_path: Path) -> None:
     how = Measurement(prompt_length=8, decode_tokens=1, repeats=1)
     context = Context(Store(tmp_path / "store"), Compute(device="cpu"))
     made = measure_variants(context, Measuring(variants, how))
-    figures = json.loads((made.folder / MEASUREMENT).read_text())
+    figures = json.loads((made.folder / FIGURES_FILE).read_text())
     for name in variants:
         assert figures[f"{name}/bytes"] == bytes_on_disk(tmp_path / name)
     ratio = bytes_on_disk(tmp_path / "compressed") / bytes_on_disk(tmp_path / "dense")
