@@ -8,7 +8,6 @@ that the router knows them by.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from moe_lab.export.given import Given
 from moe_lab.models.checkpoint import Checkpoint, meta_model, weight_files
 from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import layer_index, moe_layers
-from moe_lab.models.own_config import is_own_form, read_config
+from moe_lab.models.own_config import is_own_form, read_config, without_structures
 from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stored import Stored, stored_in
@@ -80,8 +79,7 @@ def _check(folder: Path) -> None:
             f"--to constant-v1: no layer of {folder} has stand-ins for removed experts: it is in "
             "its family's own form, which engines read as it is"
         )
-    config = copy.deepcopy(Checkpoint(folder).config)
-    del config.moe_lab
+    config = without_structures(Checkpoint(folder).config)
     whole = {str(one.info.index): one.info.num_experts for one in moe_layers(meta_model(config))}
     for index, layer in values["moe_lab"]["layers"].items():
         rows, stand_in = layer.get("rows"), layer.get("stand_in")

@@ -29,6 +29,7 @@ from moe_lab.models.layers import (
     num_parameters,
 )
 from moe_lab.models.opening import text_config
+from moe_lab.models.own_config import without_structures
 from moe_lab.models.own_form import differing_layers, own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
@@ -148,9 +149,7 @@ def _native_config(
     own: dict[int, dict[str, Any]],
 ) -> tuple[Any, str | None]:
     """The config with which the family itself builds this model, and what is in the way."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "moe_lab"):
-        del config.moe_lab
+    config = without_structures(model.config)
     if placed := [layer for layer in layers if layer.info.real_experts]:
         return None, _remapped_obstacle(placed, config.model_type)
     if own:
@@ -236,9 +235,7 @@ def _with_twins(
     if share > limit:
         more = f"{how}, would have {share:.1%} more parameters (finetune.twins={limit:g})"
         return None, f"{obstacle}; the family's own form, {more}"
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "moe_lab"):
-        del config.moe_lab
+    config = without_structures(model.config)
     set_num_experts(config, size)
     config.distinct_experts = {str(one.info.index): one.info.num_experts for one in layers}
     reason = (

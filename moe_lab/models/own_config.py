@@ -8,6 +8,7 @@ key of that name. Only files are wrapped, and both ways of reading and writing t
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,14 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
         "text_config": STUMBLE,
         OWN: own,
     }
+
+
+def without_structures(config: Any) -> Any:
+    """A copy of a config, as an object, that says nothing of structures of ours."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, OWN):
+        delattr(plain, OWN)
+    return plain
 
 
 def read_config(path: Path) -> dict[str, Any]:

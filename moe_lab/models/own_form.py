@@ -28,7 +28,7 @@ from moe_lab.models.layers import (
     standing_at,
 )
 from moe_lab.models.opening import empty_model
-from moe_lab.models.own_config import VERSION
+from moe_lab.models.own_config import VERSION, without_structures
 from moe_lab.models.remapped import RemappedExperts, remap
 from moe_lab.models.routers import set_top_k_of
 from moe_lab.types import LayerInfo, UserError
@@ -125,10 +125,8 @@ def differing_layers(config: Any, layers: list[MoELayer]) -> dict[int, dict[str,
 
     config: it may have structures of ours, which do not count.
     """
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "moe_lab"):
-        del plain.moe_lab
-    built = {layer.info.index: layer.info for layer in moe_layers(empty_model(plain))}
+    plain = empty_model(without_structures(config))
+    built = {layer.info.index: layer.info for layer in moe_layers(plain)}
     return {
         layer.info.index: {
             name: getattr(layer.info, name)
