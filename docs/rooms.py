@@ -19,6 +19,8 @@ GROUND = {
     "files": "the names of the files that moe_lab writes",
     "option": "plug-ins and their options: type, range, help",
     "lookup": "what a name in an option stands for",
+    "integrity": "whether files are still what was written",
+    "provenance": "where a result came from: commit, versions, machine",
     "progress": "progress bars, and times in words",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -98,7 +100,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "llama_cpp",
         "llama_process",
     ),
-    "finetune": ("recipe", "tuning", "training", "teacher", "gate_entropy"),
+    "finetune": ("recipe", "tuning", "training", "state", "teacher", "gate_entropy"),
     "methods": ("base", "layer_choice", "dropping"),
     "methods.metrics": ("base",),
     "methods.ratios": ("budget",),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from moe_lab.option import Option, Plugin, check_options
+from moe_lab.provenance import processor
 from moe_lab.types import UserError
 
 PROFILES = ("all", "routers")
@@ -80,3 +81,13 @@ class Compute(Plugin):
         if self.device.startswith("cuda"):
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    def hardware(self) -> str:
+        """What a report says of the machine: CPU, cores, memory, and the GPU where one is used."""
+        import os
+
+        import psutil
+
+        memory = psutil.virtual_memory().total / 2**30
+        told = f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+        return f"{told}; {self.machine()}" if self.device.startswith("cuda") else told

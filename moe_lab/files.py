@@ -17,6 +17,7 @@ USAGE = "usage.csv"  # the experts' usage on the calibration set: layer, expert,
 PLOTS = "plots"  # pictures, each a PNG and a PDF
 DIAGNOSIS = "diagnosis"  # tables and pictures of what the experts do
 HYDRA = ".hydra"  # what was asked for: config.yaml, overrides.yaml, hydra.yaml
+REPRODUCED = "reproduced"  # the run made again from its own record
 LOCK = "job.lock"  # held while a job runs
 
 # In a sweep's folder.
@@ -29,6 +30,7 @@ PLANS = "plans"  # of groups: <number>.json, one for each group of the calibrati
 CURVE = "curve.jsonl"  # a fine-tuning, a row for each step
 TRAINABLE = "trainable.json"  # what trained, and the text that it saw
 FORM = "form.json"  # how a checkpoint was saved: `models.forms.Form`
+MODEL_CARD = "README.md"  # in a checkpoint's folder; written when its run has ended
 CHECKPOINT = "checkpoint"  # the folder of a checkpoint within a result
 FIGURES_FILE = "figures.json"  # figures of a measurement or a diagnosis, flat
 LAYERS = "layers.json"  # of a profile: what each MoE layer is

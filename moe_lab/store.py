@@ -1,23 +1,20 @@
 """Results remembered on disk by what they depend on: outputs/store/<kind>/<key>/.
 
-A result is done when its artifact.json exists, which is written last. Jobs that ask for the same
-result at the same time wait for one computation; a killed one leaves its partial files for the
-next attempt. By hand: no cache library keys a result by what it depends on, or resumes one.
+A result is done when its artifact.json exists, which is written last, with the size and sha256 of
+every other file. A result that no longer is what it says is set aside and made again. Jobs that ask
+for the same result at the same time wait for one computation; a killed one leaves its partial files
+for the next attempt. By hand: no cache library keys a result by what it depends on, or resumes one.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,13 +26,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from moe_lab.files import MODEL_CARD
+from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal
+from moe_lab.provenance import commit, versions
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 
 DONE = "artifact.json"
+FILES = "files"  # in a record: the bytes and sums of its folder's; the record's own is beside them
+ASIDE = "damaged"  # what was found damaged: <key>.damaged-<number>, its record damaged.json
 KEY_LENGTH = 12
-VERSIONED = ("torch", "transformers", "lm_eval", "moe_lab")
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,21 @@ class Store:
         self.root = Path(root)
 
     def find(self, kind: str, identity: Mapping[str, Any]) -> Artifact | None:
-        """The result for `identity` where it is finished, else None."""
+        """The result for `identity` where it is finished and undamaged, else None."""
         key = key_of(identity)
         folder = self.root / kind / key
-        seconds = _seconds_if_done(folder)
-        if seconds is None:
+        try:
+            wrong = _damage_once(folder)
+            seconds = None if wrong else float(read_record(folder)["seconds"])
+        except FileNotFoundError:  # not there, or another job sets it aside just now
             return None
-        return Artifact(kind, key, folder, cached=True, seconds=seconds)
+        return None if seconds is None else Artifact(kind, key, folder, True, seconds)
 
     def get(self, kind: str, identity: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
         """The result for `identity`, made by `make(folder)` unless it is there.
 
         The folder outlives a killed or failed attempt, so `make` may resume from what lies in it.
+        A damaged result is set aside (warned of), and made from nothing.
         Raises whatever `make` raises, TypeError for an identity that is not JSON, and UserError
         when the disk is full.
         """
@@ -82,6 +86,12 @@ class Store:
         with _locked(folder.with_suffix(".lock"), f"{kind}/{key}"):
             if artifact := self.find(kind, identity):  # another job may have made it meanwhile
                 return artifact
+            if wrong := damage_of(folder):
+                aside = set_aside(folder)
+                logger.warning(
+                    "%s/%s in the store is damaged: %s. It is made again; what was there lies in "
+                    "%s", kind, key, wrong, aside,
+                )  # fmt: skip
             folder.mkdir(exist_ok=True)
             started = time.perf_counter()
             with _disk_full_explained(folder):
@@ -89,6 +99,58 @@ class Store:
                 seconds = time.perf_counter() - started
                 _mark_done(folder, kind, key, identity, seconds)
         return Artifact(kind, key, folder, cached=False, seconds=seconds)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What artifact.json says of a finished result; ValueError where it is not as it was written.
+
+    Those from before records had a sum of their own, or of their folder's files, are taken as read.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        told = record.pop(SUM, None)
+        if told not in (None, _sum_of(record)):
+            raise ValueError("it has changed since it was written (another sha256)")
+        if not isinstance(record["seconds"], (int, float)) or record["key"] != folder.name:
+            raise ValueError(f"it is that of {record['key']}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{DONE} cannot be read: {error}") from error
+    return record
+
+
+def damage_of(folder: Path, quick: bool = True) -> str | None:
+    """What is wrong with a finished result, in words; None where nothing is, or it is unfinished.
+
+    quick: as of `integrity.damage`.
+    """
+    if not (folder / DONE).is_file():
+        return None
+    try:
+        return damage(folder, read_record(folder).get(FILES, {}), quick)
+    except ValueError as error:
+        return str(error)
+
+
+def check_undamaged(folder: Path) -> None:
+    """Refuse a folder within a result of a store (its checkpoint) that is not what was written."""
+    if wrong := damage_of(folder.resolve().parent):
+        raise UserError(
+            f"{folder} is damaged: {wrong}. The run that made it, started again, makes it anew"
+        )
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a damaged result out of the way, to be looked at; where it lies now.
+
+    Its record goes first, so that no moment has a finished result that is damaged. The caller holds
+    its lock.
+    """
+    os.replace(folder / DONE, folder / f"{ASIDE}.json")
+    numbers = range(1, len(list(folder.parent.iterdir())) + 2)
+    places = (folder.with_name(f"{folder.name}.{ASIDE}-{number}") for number in numbers)
+    aside = next(place for place in places if not place.exists())
+    os.replace(folder, aside)
+    return aside
 
 
 def canonical(identity: Mapping[str, Any]) -> str:
@@ -104,31 +166,6 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return _digest(canonical(identity))
 
 
-@functools.cache
-def commit() -> str:
-    """The git commit of the checkout this code runs from.
-
-    "+dirty" is appended where tracked or new files differ; "unknown" outside a checkout.
-    """
-    checkout = Path(__file__).resolve().parents[1]
-    top = _git(checkout, "rev-parse", "--show-toplevel")
-    head = _git(checkout, "rev-parse", "HEAD")
-    if not top or not head or Path(top).resolve() != checkout:
-        return "unknown"
-    return f"{head}+dirty" if _git(checkout, "status", "--porcelain") else head
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, read from their metadata."""
-    by_name = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            by_name[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            by_name[name] = "not installed"
-    return by_name
-
-
 def check_writable(root: Path, needed_bytes: int) -> None:
     """Refuse an output folder that cannot be written or has too little space, before any work.
 
@@ -136,7 +173,7 @@ def check_writable(root: Path, needed_bytes: int) -> None:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=root, suffix=".partial") as probe:
+        with tempfile.NamedTemporaryFile(dir=root, suffix=PARTIAL) as probe:
             probe.write(b"moe_lab")
             probe.flush()
     except OSError as error:
@@ -155,12 +192,13 @@ def check_writable(root: Path, needed_bytes: int) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there in full or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    flush(path.parent)
 
 
 def _plain(value: object, where: str) -> Any:
@@ -183,27 +221,23 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    """Git's answer, or an empty string where there is no git or no repository."""
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return answer.stdout.strip()
+_undamaged: dict[Path, tuple[int, int]] = {}  # looked at in this process, by their records' files
 
 
-def _seconds_if_done(folder: Path) -> float | None:
-    """How long a finished result took to make; None while it is not finished."""
-    path = folder / DONE
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-    except FileNotFoundError:
+def _damage_once(folder: Path) -> str | None:
+    """`damage_of` a result when this process first asks for it, and whenever it is another."""
+    file = (folder / DONE).stat()
+    seen, now = _undamaged.get(folder.resolve()), (file.st_ino, file.st_mtime_ns)
+    if seen == now:
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        logger.warning("%s cannot be read (%r): making this result again", path, error)
-        return None
+    wrong = damage_of(folder)
+    if wrong is None:
+        _undamaged[folder.resolve()] = now
+    return wrong
+
+
+def _sum_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _mark_done(
@@ -217,8 +251,10 @@ def _mark_done(
         "versions": versions(),
         "seconds": round(seconds, 3),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        FILES: seal(folder, without=(DONE, MODEL_CARD)),
     }
-    write_whole(folder / DONE, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / DONE, json.dumps(record | {SUM: _sum_of(record)}, indent=2) + "\n")
+    flush(folder.parent)
 
 
 @contextmanager

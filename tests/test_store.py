@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab import store
+from moe_lab import integrity, store
 from moe_lab.store import Store, canonical, check_writable, key_of
 from moe_lab.types import UserError
 
@@ -206,11 +206,121 @@ def test_tensor_in_identity_is_refused() -> None:
         key_of({"scores": torch.zeros(2)})
 
 
-def test_commit_is_unknown_outside_a_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+DAMAGE = {
+    "bit": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "cut": lambda file: os.truncate(file, file.stat().st_size - 2),
+    "emptied": lambda file: file.write_bytes(b""),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "gone": lambda file: file.unlink(),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+def write_tree(folder: Path) -> None:
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "weights").write_text("weights")
+    (folder / "hello").write_text("hello")
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        (how, name)
+        for how in DAMAGE
+        for name in ("hello", "checkpoint/weights", "artifact.json")
+        # Without its record a result was never finished, as after a kill.
+        if not (name == "artifact.json" and how in ("gone", "a folder"))
+    ],
+)
+def test_damaged_is_set_aside_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str, name: str
 ) -> None:
-    monkeypatch.setattr(store, "__file__", str(tmp_path / "moe_lab" / "store.py"))
-    assert store.commit.__wrapped__() == "unknown"
+    first = Store(tmp_path).get("plan", IDENTITY, write_tree)
+    DAMAGE[how](first.folder / name)
+    os.utime(first.folder / "artifact.json", ns=(1, 1))  # as another process would meet it
+    assert Store(tmp_path).find("plan", IDENTITY) is None
+    with caplog.at_level(logging.WARNING):
+        again = Store(tmp_path).get("plan", IDENTITY, write_tree)
+    assert not again.cached and (again.folder / "checkpoint" / "weights").read_text() == "weights"
+    aside = tmp_path / "plan" / f"{again.key}.damaged-1"
+    assert name in caplog.text and str(aside) in caplog.text
+    assert sorted(path.name for path in aside.iterdir())[:2] == ["checkpoint", "damaged.json"]
+    assert Store(tmp_path).get("plan", IDENTITY, never).cached
+
+
+def test_second_damage_lies_beside_the_first(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        made = Store(tmp_path).get("plan", IDENTITY, write_hello)
+        (made.folder / "hello").write_text(f"other {number}")
+        assert store.damage_of(made.folder)
+        os.utime(made.folder / "artifact.json", ns=(number, number))
+    names = sorted(path.name for path in (tmp_path / "plan").iterdir() if path.is_dir())
+    assert names == [made.key, f"{made.key}.damaged-1", f"{made.key}.damaged-2"]
+
+
+def test_what_a_run_adds_is_no_damage(tmp_path: Path) -> None:
+    made = Store(tmp_path).get("compress", IDENTITY, write_tree)
+    (made.folder / "checkpoint" / "README.md").write_text("the model card, when the run has ended")
+    assert store.damage_of(made.folder, quick=False) is None
+
+
+def test_folder_of_another_result_is_damaged(tmp_path: Path) -> None:
+    made = Store(tmp_path).get("plan", IDENTITY, write_hello)
+    other = Store(tmp_path).get("plan", {"other": 1}, write_hello)
+    (made.folder / "artifact.json").write_bytes((other.folder / "artifact.json").read_bytes())
+    assert str(store.damage_of(made.folder)).endswith(f"it is that of {other.key}")
+
+
+def test_every_bit_of_a_record_counts(tmp_path: Path) -> None:
+    made = Store(tmp_path).get("plan", IDENTITY, write_hello)
+    record = made.folder / "artifact.json"
+    whole = record.read_bytes()
+    unseen = []
+    for place in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        record.write_bytes(flipped)
+        if store.damage_of(made.folder) is None and json.loads(flipped) != json.loads(whole):
+            unseen.append(bytes(flipped[place - 20 : place + 20]))
+    assert not unseen
+
+
+def test_results_from_before_sums_are_taken(tmp_path: Path) -> None:
+    made = Store(tmp_path).get("plan", IDENTITY, write_hello)
+    path = made.folder / "artifact.json"
+    record = json.loads(path.read_text())
+    del record["files"], record["sha256"]
+    path.write_text(json.dumps(record))
+    assert Store(tmp_path).get("plan", IDENTITY, never).cached
+
+
+def test_large_files_are_summed_when_asked(tmp_path: Path, monkeypatch) -> None:
+    made = Store(tmp_path).get("compress", IDENTITY, write_tree)
+    monkeypatch.setattr(integrity, "QUICK_BYTES", 5)
+    (made.folder / "checkpoint" / "weights").write_text("WEIGHTS")
+    assert store.damage_of(made.folder) is None
+    assert "checkpoint/weights" in str(store.damage_of(made.folder, quick=False))
+    (made.folder / "hello").write_text("HELLO")
+    assert "hello" in str(store.damage_of(made.folder))
+
+
+def test_sums_are_taken_once_in_a_process(tmp_path: Path, monkeypatch) -> None:
+    Store(tmp_path).get("plan", IDENTITY, write_hello)
+    summed = []
+    real = integrity.sha256_of
+    monkeypatch.setattr(integrity, "sha256_of", lambda file: summed.append(file) or real(file))
+    for _ in range(3):
+        assert Store(tmp_path).find("plan", IDENTITY)
+    assert len(summed) == 1
+
+
+def test_checkpoint_of_a_store_is_refused_when_damaged(tmp_path: Path) -> None:
+    made = Store(tmp_path).get("compress", IDENTITY, write_tree)
+    store.check_undamaged(made.folder / "checkpoint")
+    store.check_undamaged(tmp_path)  # in no result
+    (made.folder / "checkpoint" / "weights").write_text("WEIGHTS")
+    with pytest.raises(UserError, match=r"checkpoint is damaged: checkpoint/weights has changed"):
+        store.check_undamaged(made.folder / "checkpoint")
 
 
 def test_unwritable_folder_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lab.files import MODEL_CARD
 from moe_lab.lookup import module_in, names_in
 from moe_lab.types import UserError
 
@@ -84,7 +85,7 @@ def _export(asked: argparse.Namespace, options: dict[str, Any]) -> list[str]:
         told: list[str] = target.export(given, partial, **options)
         if partial.is_dir():
             made = f"Made by `python -m moe_lab.export --to {asked.to}` from {given.name}"
-            (partial / "README.md").write_text(f"# {out.name}\n\n{made}: {'; '.join(told)}.\n")
+            (partial / MODEL_CARD).write_text(f"# {out.name}\n\n{made}: {'; '.join(told)}.\n")
     return [*told, f"written: {out}"]
 
 

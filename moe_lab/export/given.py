@@ -17,7 +17,7 @@ from typing import Any
 from moe_lab.files import CHECKPOINT, PLAN, REPORT
 from moe_lab.models.checkpoint import Checkpoint, Original, resolve
 from moe_lab.models.edits.plan import Plan, check_plan
-from moe_lab.store import DONE
+from moe_lab.store import DONE, check_undamaged
 from moe_lab.types import LayerInfo, UserError
 
 
@@ -50,6 +50,7 @@ class Given:
                 "folder of the weights (the run's report.json names it)"
             )
         found = resolve(self.checkpoint_folder)
+        check_undamaged(found.path)
         if isinstance(found, Original):
             found.load()  # refused, with what converts it
         return found

@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.files import CURVE, TRAINABLE
 from moe_lab.finetune.recipe import Phase, Recipe, sources
+from moe_lab.finetune.state import read_state, write_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.models import observing
@@ -248,14 +248,23 @@ class Training:
             tensors[f"{name}/weight"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{name}/{key}"] = value
-        partial = self.folder / f"{STATE}.partial"
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(self.folder / STATE)
+        write_state(tensors, self.folder / STATE)
 
     def _resume(self) -> dict[str, Tensor]:
-        """The last saved state, with its weights and counts restored and the curve cut to it."""
+        """The last saved state, with its weights and counts restored and the curve cut to it.
+
+        One that cannot be read whole is none: warned of, and training starts over.
+        """
         path, curve = self.folder / STATE, self.folder / CURVE
-        state = load_file(path) if path.is_file() else {}
+        rows = curve.read_text(errors="replace").splitlines() if curve.is_file() else []
+        state: dict[str, Tensor] = {}
+        try:
+            state = read_state(path) if path.is_file() else {}
+            if state and int(state["num_rows"]) > len(rows):
+                raise ValueError(f"{curve.name} has {len(rows)} of its {state['num_rows']} rows")
+        except (ValueError, KeyError) as error:
+            logger.warning("%s cannot be read (%s): fine-tuning starts over", path, error)
+            state = {}
         for name in ("done", "num_tokens", "num_rows") if state else ():
             setattr(self, name, int(state[name]))
         for name, parameter in self.trainable.items() if state else ():
@@ -265,8 +274,7 @@ class Training:
             kept = {key[mark:]: value for key, value in state.items() if key.startswith(TUNING)}
             self.tuning.restore(kept)
         if self.processes.is_main_process:
-            rows = curve.read_text().splitlines()[: self.num_rows] if curve.is_file() else []
-            curve.write_text("".join(f"{row}\n" for row in rows))
+            curve.write_text("".join(f"{row}\n" for row in rows[: self.num_rows]))
         return state
 
     def _restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:

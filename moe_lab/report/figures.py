@@ -284,6 +284,12 @@ def is_truth(key: str) -> bool:
     return unit_of(key) is TRUTH
 
 
+def is_timed(key: str) -> bool:
+    """Whether a clock decides a figure, so that it is another one each time."""
+    timed = (SECONDS, SECONDS_OF_STAGE, TIMES_DENSE)
+    return "/vllm/" in key or unit_of(key) in timed or key.startswith("seconds/")
+
+
 def titles_of(key: str) -> tuple[str, str]:
     """A figure's variant and its name, for people: ("compressed", "KL to dense")."""
     variant, _, rest = key.partition("/")

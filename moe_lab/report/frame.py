@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_lab.files import REPORT
+from moe_lab.files import REPORT, REPRODUCED
 from moe_lab.report.figures import VARIANTS
 from moe_lab.report.report import OK, job_order, read_report
 from moe_lab.types import UserError
@@ -26,13 +26,19 @@ RESULT_KEYS = re.compile(
     r"(status|error|sweep|job|run_id|url|fingerprint/request)$|"
     rf"(({'|'.join(VARIANTS)})(_top_\d+)?|seconds|cached|artifact|plan|diagnosis)/"
 )
-ORIGIN_KEYS = re.compile(r"commit$|fingerprint/")  # told below a table, not made rows by themselves
+ORIGIN_KEYS = re.compile(
+    r"(commit|hardware)$|(fingerprint|versions)/"
+)  # told below a table, not made rows by themselves
 SEED_KEYS = re.compile(r"(^|/)seed$")
 
 
 def report_folders(folder: Path) -> list[Path]:
-    """The folders with a report at or below `folder`, in the order of the jobs: 10 after 9."""
-    return sorted((path.parent for path in folder.rglob(REPORT)), key=job_order)
+    """The folders with a report at or below `folder`, in the order of the jobs: 10 after 9.
+
+    Not those of runs that were only made again to be compared.
+    """
+    found = (path.parent for path in folder.rglob(REPORT))
+    return sorted((one for one in found if one.name != REPRODUCED), key=job_order)
 
 
 def read_reports(folder: Path) -> pd.DataFrame:

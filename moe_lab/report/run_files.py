@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,11 @@ def commands_of(commit: str | None, overrides: list[str], hydra: str | None) -> 
         lines.append(f"git checkout {name}" + ("  # and changes not committed" if dirty else ""))
     if not overrides and hydra is None:
         return lines
+    return [*lines, shlex.join(["python", "run.py", *words_of(overrides, hydra)])]
+
+
+def words_of(overrides: Sequence[str], hydra: str | None) -> list[str]:
+    """What run.py is given to make a run again; hydra: its hydra.yaml."""
     asked = [override for override in overrides if not override.startswith("resume=")]
     places = re.findall(
         CONFIG_FOLDER, hydra or "", re.MULTILINE
@@ -106,7 +111,7 @@ def commands_of(commit: str | None, overrides: list[str], hydra: str | None) -> 
     sweeps = hydra is None or re.search(r"^  mode: MULTIRUN$", hydra, re.MULTILINE)
     single = ["hydra.mode=RUN"] if of_experiment and sweeps else []
     folders = [word for place in places for word in ("--config-dir", place)]
-    return [*lines, shlex.join(["python", "run.py", *folders, *asked, *single])]
+    return [*folders, *asked, *single]
 
 
 def versions_of(one: Mapping[str, Any], config: str | None, hydra: str | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Look at runs, run unfinished ones again, and clean their store: `python -m moe_lab.runs FOLDER`.
+"""Look at runs, run them again, and look after their store: `python -m moe_lab.runs FOLDER`.
 
 A line for each job below the folder; then, by kind, what the store holds and how much of it these
-jobs use. Nothing is changed without --rerun or --yes.
+jobs use. Nothing is changed without --rerun or --yes; --reproduce adds a folder to each run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.report.report import OK
-from moe_lab.runs import cleaning, listing, rerun
+from moe_lab.runs import cleaning, listing, reproducing, rerun, verifying
 from moe_lab.runs.cleaning import CHECKPOINTS, SEARCH, UNUSED, Contents, Result
 from moe_lab.runs.listing import many, size, took
 from moe_lab.runs.status import FAILED, KILLED, NOT_STARTED, RUNNING, STATUSES, Job, find_jobs
@@ -37,7 +37,11 @@ def main(given: Sequence[str] | None = None) -> int:
         if asked.rerun:
             return _rerun(asked.folder, jobs)
         roots = [asked.store] if asked.store else cleaning.stores(jobs)
+        if asked.reproduce:
+            return _reproduce(asked.folder, jobs, roots)
         stores = [cleaning.contents(root) for root in roots]
+        if asked.verify:
+            return _verify(asked, stores)
         if asked.clean:
             _clean(asked, stores, jobs)
         else:
@@ -175,6 +179,32 @@ def _rerun(folder: Path, jobs: list[Job]) -> int:
     return max(codes)
 
 
+def _reproduce(folder: Path, jobs: list[Job], roots: list[Path]) -> int:
+    """1 where a job was not the same again."""
+    same = True
+    for one in reproducing.reproduce(jobs, roots):
+        print("\n".join(one.told(folder)), flush=True)
+        same = same and one.same
+    return int(not same)
+
+
+def _verify(asked: argparse.Namespace, stores: list[Contents]) -> int:
+    """1 where something is damaged."""
+    if not stores:
+        raise UserError("no store of these runs is there: name its folder with --store")
+    total = 0
+    for held in stores:
+        found = verifying.damaged(held)
+        total += len(found)
+        print("\n".join(verifying.lines_of(held, found)))
+        for place in verifying.set_all_aside(found) if asked.yes else ():
+            print(f"set aside: {place}")
+    if total and not asked.yes:
+        command = _command(asked.folder, "--verify", "--yes")
+        print(f"to set these aside, so that runs make them again: {command}")
+    return int(total > 0)
+
+
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
@@ -211,16 +241,26 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
                       help="show what would be removed from the store: what no run below the "
                       "folder uses (unused, the default), the weights that these runs made "
                       "(checkpoints), or the steps of their searches (search)")  # fmt: skip
-    parser.add_argument("--yes", action="store_true", help="with --clean: remove it")
+    deed.add_argument("--verify", action="store_true",
+                      help="compare every byte of the store with what was written")  # fmt: skip
+    deed.add_argument("--reproduce", action="store_true",
+                      help="make each finished run again from its own record, and compare its "
+                      "figures and files")  # fmt: skip
+    parser.add_argument("--yes", action="store_true",
+                        help="with --clean: remove it; with --verify: set aside what is damaged, "
+                        "so that it is made again")  # fmt: skip
     parser.add_argument("--store", type=Path, help="the store; default: the one the runs used")
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     asked = parser.parse_args(given)
-    if asked.yes and not asked.clean:
-        parser.error("--yes goes with --clean, which alone shows what would be removed")
-    if asked.status and (asked.rerun or asked.clean):
-        parser.error("--status chooses what is listed, and does not go with --rerun or --clean")
-    if asked.rerun and asked.json:
-        parser.error("--rerun prints what the runs print, and does not go with --json")
+    if asked.yes and not (asked.clean or asked.verify):
+        parser.error("--yes goes with --clean or --verify, which alone say what would be done")
+    deeds = {"rerun": asked.rerun, "clean": asked.clean, "verify": asked.verify,
+             "reproduce": asked.reproduce}  # fmt: skip
+    chosen = next((name for name, given in deeds.items() if given), None)
+    if asked.status and chosen:
+        parser.error(f"--status chooses what is listed, and does not go with --{chosen}")
+    if asked.json and chosen not in (None, "clean"):
+        parser.error(f"--{chosen} prints lines, and does not go with --json")
     return asked
 
 

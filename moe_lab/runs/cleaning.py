@@ -32,7 +32,7 @@ KINDS = (
 UNNAMED = ("search", "similarity")
 UNUSED, CHECKPOINTS, SEARCH = CHOICES = ("unused", "checkpoints", "search")
 KINDS_WITH_WEIGHTS = ("convert", "compress", "finetune")
-KEY_FOLDER = re.compile(r"[0-9a-f]{12}")
+KEY_FOLDER = re.compile(r"[0-9a-f]{12}(\.damaged-\d+)?")  # with a word: set aside by the store
 RECENT = 600.0  # seconds in which a result nobody names may still be waiting for its job's report
 
 
@@ -175,7 +175,10 @@ def chosen_results(store: Contents, jobs: list[Job], what: str) -> dict[Result, 
     if kinds:
         done = (one for one in store.results if one.seconds is not None and one.kind in kinds)
         return {one: "can be made again" for one in done if one.folder in kept}
-    partial = {one: "not finished" for one in store.results if one.seconds is None}
+    partial = {
+        one: "damaged" if one.key.partition(".")[2] else "not finished"
+        for one in store.results if one.seconds is None
+    }  # fmt: skip
     done = (one for one in store.results if one.seconds is not None and one.folder not in kept)
     return partial | {one: "not used" for one in done if time.time() - one.made > RECENT}
 

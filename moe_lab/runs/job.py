@@ -14,13 +14,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from moe_lab.files import CURVE, LOCK, LOG, PLAN, PLOTS, REPORT, USAGE
+from moe_lab.files import CURVE, LOCK, LOG, MODEL_CARD, PLAN, PLOTS, REPORT, USAGE
 from moe_lab.progress import duration
 from moe_lab.report.card import model_card
 from moe_lab.report.figures import VARIANTS
 from moe_lab.report.frame import REQUEST
 from moe_lab.report.plots.run import draw_run
-from moe_lab.report.report import read_report, write_report
+from moe_lab.report.report import Report, read_report, write_report
 from moe_lab.report.summary import (
     result_markdown,
     result_rows,
@@ -52,7 +52,7 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
     lock is that of a killed job.
     """
     logging.captureWarnings(True)
-    before = read_report(job.folder) if (job.folder / REPORT).is_file() else {}
+    before = _report_before(job.folder)
     report = report_head(job)
     same = before.get(REQUEST) == report[REQUEST]
     if job.config["resume"] and same and before["status"] == "ok":
@@ -71,6 +71,17 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def _report_before(folder: Path) -> Report:
+    """The report of a job that was here before; one that cannot be read is none."""
+    if not (folder / REPORT).is_file():
+        return {}
+    try:
+        return read_report(folder)
+    except UserError as error:
+        logger.warning("%s: it is written anew", error)
+        return {}
 
 
 def _tracked(
@@ -162,7 +173,7 @@ def _write_cards(job: Description, report: dict[str, Any]) -> None:
         folder = report.get(f"{variant}/checkpoint")
         if folder:
             text = model_card(variant, report, job.config, result_markdown(report))
-            (Path(folder) / "README.md").write_text(text)
+            (Path(folder) / MODEL_CARD).write_text(text)
 
 
 def _show(job: Description, report: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def _check(home: Path, asked: Path, members: list[Job]) -> None:
         raise UserError(
             f"{home} is a job of a sweep from before sweeps left {SWEEP}, so its command is not "
             "known: give it again with "
-            f"{_override('hydra.sweep.dir', home.parent)} resume=true, or name another folder here"
+            f"{override('hydra.sweep.dir', home.parent)} resume=true, or name another folder here"
         )
     if busy := [job.folder.name for job in members if job.status == RUNNING]:
         raise UserError(
@@ -87,8 +87,8 @@ def _of_sweep(sweep: SweepRecord) -> tuple[list[str], Path]:
                 f"{sweep.folder / SWEEP} was written where {path} existed, and it is not there "
                 "now: correct it in that file"
             )
-    own = _without(sweep.argv, "hydra.sweep.dir", "resume")
-    where = _override("hydra.sweep.dir", sweep.folder)
+    own = without(sweep.argv, "hydra.sweep.dir", "resume")
+    where = override("hydra.sweep.dir", sweep.folder)
     return [str(sweep.python), str(sweep.script), *own, where, "resume=true"], sweep.cwd
 
 
@@ -101,16 +101,16 @@ def _of_run(job: Job) -> tuple[list[str], Path]:
     cwd = Path(said.get("hydra", {}).get("runtime", {}).get("cwd") or Path.cwd())
     if not cwd.is_dir():
         raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
-    own = _without(job.overrides, "run_dir")
-    return [sys.executable, str(SCRIPT), *own, _override("run_dir", job.folder)], cwd
+    own = without(job.overrides, "run_dir")
+    return [sys.executable, str(SCRIPT), *own, override("run_dir", job.folder)], cwd
 
 
-def _without(words: tuple[str, ...], *keys: str) -> list[str]:
+def without(words: tuple[str, ...], *keys: str) -> list[str]:
     """The command's words without overrides of these keys, also those written +key= or ++key=."""
     return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
 
 
-def _override(key: str, folder: Path) -> str:
+def override(key: str, folder: Path) -> str:
     """key=<folder> as Hydra reads it, also where the folder's name has spaces or commas."""
     text = str(folder)
     if not PLAIN.fullmatch(text):

@@ -12,9 +12,9 @@ from typing import Any, TypeGuard
 from moe_lab.files import PLAN
 from moe_lab.models.edits.plan import Plan
 from moe_lab.option import Plugin, plain_options
+from moe_lab.provenance import commit, versions
 from moe_lab.report.frame import REQUEST, RESULT_KEYS
 from moe_lab.runs.options import target_of
-from moe_lab.store import commit
 from moe_lab.track.tracker import stable_hash
 from moe_lab.types import UserError
 
@@ -75,6 +75,7 @@ def report_head(job: Description) -> dict[str, Any]:
     head |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
     head |= _told("calibration", config["calibration"]) | _told("finetune", config["finetune"])
     head |= {"seed": config["seed"], "commit": commit(), REQUEST: _request(config)}
+    head |= {f"versions/{name}": version for name, version in versions().items()}
     return head | {"sweep": job.sweep, "job": job.name}
 
 

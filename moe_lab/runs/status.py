@@ -28,7 +28,9 @@ FAILED, KILLED, RUNNING, NOT_STARTED = "failed", "killed", "running", "missing"
 STATUSES = OK, FAILED, KILLED, RUNNING, NOT_STARTED
 STARTING = 60.0  # seconds from Hydra's first files to a job's first report, imports and all
 KEY = re.compile(r"\b[0-9a-f]{12}\b")  # as the store's keys and fingerprints are written
-INSIDE = re.compile(r"\.|(wandb|diagnosis|plans|checkpoint)$|[0-9a-f]{12}$")  # no jobs in these
+INSIDE = re.compile(
+    r"\.|(wandb|diagnosis|plans|checkpoint|reproduced)$|[0-9a-f]{12}$"
+)  # no jobs in these
 WHERE = re.compile(r"\+*(hydra\..+|run_dir|store|resume)=")  # overrides that are no settings
 
 
@@ -108,9 +110,11 @@ class Job:
 
     @property
     def note(self) -> str:
-        """Why it failed, or what it is doing, in one line; empty for others."""
+        """Why it failed, what it is doing, or that its report is torn, in one line; else empty."""
         if self.status == RUNNING:
             return _last_line(self.folder / LOG)
+        if self.report is None and (self.folder / REPORT).is_file():
+            return f"{REPORT} cannot be read"
         error = self._told.get("error") if self.status == FAILED else None
         return " ".join(str(error or "").split())
 
@@ -168,10 +172,14 @@ def read_sweep(folder: Path) -> SweepRecord | None:
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file's content, None where there is no such file."""
+    """A YAML file's content, None where there is no such file; UserError if it is not whole."""
     if not path.is_file():
         return None
-    return yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)  # 15 times as fast
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)  # 15 times as fast
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {told}. Move the folder away") from error
 
 
 def held(lock: Path) -> bool:
@@ -225,7 +233,11 @@ def _job(folder: Path, sweep: SweepRecord | None) -> Job:
 
 
 def _report(folder: Path) -> Report | None:
-    return read_report(folder) if (folder / REPORT).is_file() else None
+    """A job's report; None where it left none that can be read."""
+    try:
+        return read_report(folder) if (folder / REPORT).is_file() else None
+    except UserError:
+        return None
 
 
 def _status(folder: Path, said: Report | None) -> str:

@@ -27,7 +27,7 @@ from moe_lab.stages.parts import Parts
 from moe_lab.stages.run import Run
 from moe_lab.stages.stage import Stage
 from moe_lab.stages.texts import tokenize
-from moe_lab.store import Store, check_writable
+from moe_lab.store import Store, check_undamaged, check_writable
 
 # In this order: files beside this one, or modules elsewhere, with a `STAGE` each.
 STAGES = (
@@ -79,6 +79,7 @@ def prepare(
     """Refuse whatever can be refused before anything expensive, and read the text."""
     compute, method, asked = parts.compute.start(), parts.method, config["model"]
     dense = checkpoint.resolve(asked["path"], asked["revision"], asked["dtype"])
+    check_undamaged(dense.path)
     compare_architecture(dense, asked)
     store = Store(Path(config["store"]))
     check_writable(store.root, 4 * checkpoint.size_in_bytes(dense.path))
@@ -96,6 +97,7 @@ def prepare(
     final = parts.finetune.final_top_k if parts.finetune else None
     top_k = other_top_k(told, final, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
+    figures["hardware"] = compute.hardware()
     figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint
     run = Run(config, parts, Context(store, compute, log), folder, figures, texts, top_k)

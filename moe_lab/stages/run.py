@@ -15,6 +15,7 @@ from moe_lab.files import CHECKPOINT, FORM
 from moe_lab.finetune.recipe import Distilling, sources
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.form_kinds import family_named, form_kind
+from moe_lab.models.own_config import is_own_form
 from moe_lab.report.report import write_report
 from moe_lab.report.serving import where_it_runs
 from moe_lab.stages.context import Context
@@ -117,7 +118,9 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _form_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a checkpoint was saved; nothing more than that it is stock where no stage of ours did."""
+    """How a checkpoint was saved; where no stage of ours did, whether its config is not ours."""
     file = checkpoint.path.parent / FORM
-    form: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"stock": True}
-    return form
+    if file.is_file():
+        form: dict[str, Any] = json.loads(file.read_text())
+        return form
+    return {"stock": not is_own_form(_config_of(checkpoint))}

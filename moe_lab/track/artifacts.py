@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_lab.files import CHECKPOINT, CURVE, FORM, PLAN
+from moe_lab.files import CHECKPOINT, CURVE, FORM, MODEL_CARD, PLAN
 from moe_lab.store import DONE
 from moe_lab.track.tracker import TrackedArtifact
 
@@ -16,11 +16,11 @@ LINKS = {
     "plan": ("plan", (DONE, PLAN)),
     "compress": (
         "checkpoint",
-        (DONE, FORM, f"{CHECKPOINT}/config.json", f"{CHECKPOINT}/README.md"),
+        (DONE, FORM, f"{CHECKPOINT}/config.json", f"{CHECKPOINT}/{MODEL_CARD}"),
     ),
     "finetune": (
         "checkpoint",
-        (DONE, FORM, f"{CHECKPOINT}/config.json", f"{CHECKPOINT}/README.md", CURVE),
+        (DONE, FORM, f"{CHECKPOINT}/config.json", f"{CHECKPOINT}/{MODEL_CARD}", CURVE),
     ),
 }
 MADE_FROM = {"profile": ("model",), "plan": ("model", "profile"), "compress": ("model", "plan"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,43 @@ def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch) ->
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert curve == resumed_curve
     assert [row["step"] for row in steps_of(folder)] == list(range(1, 13))
+
+
+TORN = {
+    "the state, cut": lambda folder: os.truncate(folder / finetune_training.STATE, 1000),
+    "the state, emptied": lambda folder: (folder / finetune_training.STATE).write_bytes(b""),
+    "a bit of the state": lambda folder: flip(folder / finetune_training.STATE),
+    "the curve, cut": lambda folder: (folder / "curve.jsonl").write_text("{}\n"),
+    "the curve, no text": lambda folder: (folder / "curve.jsonl").write_bytes(b"\xff\xfe"),
+    "the curve, gone": lambda folder: (folder / "curve.jsonl").unlink(),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_torn_state_is_none(case: str, tmp_path: Path, monkeypatch, caplog) -> None:
+    """Warned of; what comes of it is what comes of a start from the beginning, to the bit."""
+    plan = compressed("prune", tmp_path)
+    results = []
+    for name in ("whole", "torn"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "torn":
+            model = load(tmp_path / "compressed", dtype="float32")
+            run_killed(training(model, plan, folder), 3, 2, monkeypatch)
+            TORN[case](folder)
+        model = load(tmp_path / "compressed", dtype="float32")
+        training(model, plan, folder).run()
+        results.append((model.state_dict(), (folder / "curve.jsonl").read_text()))
+    (whole, curve), (again, curve_again) = results
+    assert "cannot be read" in caplog.text and "starts over" in caplog.text
+    assert curve == curve_again
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_it_learns_and_the_curve_says_so(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_the_store_by_kind(stored: Stored, command: Command) -> None:
         two = kind in ("profile", "search", "compress")
         assert counts == (1 + two, 1, int(kind == "evaluate"))
     _, text, _ = command(stored.runs)
-    assert re.search(r"^compress +2 +1 +0 +8\.\d kB", text, re.MULTILINE)
-    assert re.search(r"^--clean unused would free 4\.\d kB: 4 results", text, re.MULTILINE)
+    assert re.search(r"^compress +2 +1 +0 +\d\.\d kB", text, re.MULTILINE)
+    assert re.search(r"^--clean unused would free \d\.\d kB: 4 results", text, re.MULTILINE)
 
 
 def test_the_store_is_found_where_it_was_made(

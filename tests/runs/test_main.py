@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import Command, Process, write_sweep
+from made_up_runs import Command, Process, start, tell, write_sweep
 
 from moe_lab.runs.__main__ import main
 
@@ -18,18 +18,33 @@ from moe_lab.runs.__main__ import main
     [
         ("gone", "gone is no folder"),
         ("empty", "empty has no runs: no report.json, .hydra or sweep.json"),
-        ("broken", "report.json cannot be read"),
         ("half", "sweep.json cannot be read: KeyError('overrides')"),
     ],
 )
 def test_complaints(place: Path, command: Command, name: str, words: str) -> None:
-    for made in ("empty", "broken", "half/0"):
+    for made in ("empty", "half/0"):
         (place / made).mkdir(parents=True)
-    (place / "broken" / "report.json").write_text("{")
     (place / "half" / "sweep.json").write_text('{"argv": []}')
     code, text, complaints = command(place / name)
     assert (code, text) == (2, "")
     assert words in complaints
+
+
+def test_torn_report_is_that_of_a_killed_job(place: Path, command: Command) -> None:
+    for name in ("torn", "whole"):
+        start(place / "runs" / name, ["model=tiny"], place)
+    tell(place / "runs" / "whole", "ok")
+    (place / "runs" / "torn" / "report.json").write_text('{"status": "o')
+    code, text, _ = command("runs")
+    assert code == 0 and "1 ok, 1 killed" in text and "report.json cannot be read" in text
+
+
+def test_torn_record_of_hydra_is_named(place: Path, command: Command) -> None:
+    start(place / "one", ["model=tiny"], place)
+    tell(place / "one", "failed")
+    (place / "one" / ".hydra" / "overrides.yaml").write_text("- [a\n- }")
+    code, _, complaints = command("one")
+    assert code == 2 and "overrides.yaml cannot be read" in complaints
 
 
 def test_from_a_shell(sweep: Path) -> None:
