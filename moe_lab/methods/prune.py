@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
 from moe_lab.methods.base import LmHead, Method, Mtp
 from moe_lab.methods.metrics.base import Metric, Score, as_metric
@@ -135,6 +136,8 @@ class Prune(Method):
         """One pruning edit per MoE layer."""
         layers = [layer.info for layer in profile.statistics]
         measured = list(zip(layers, self._metric.scores(profile), strict=True))
+        for info, score_E in measured:
+            check_scores(info.index, info.num_experts, score_E, self._metric.title)
         protected = self._protected(profile.statistics)
         scores = lifted(measured, protected)
         numbers = self.ratio.numbers(scores, profile)
@@ -152,6 +155,7 @@ class Prune(Method):
 
         def edit_again(layer: LayerStatistics) -> Edit:
             score = self._metric.score(layer)
+            check_scores(layer.info.index, len(score), score, self._metric.title)
             [(info, above)] = lifted([(layer.info, score)], protected)
             return edit(layer, score, budget.best(info, above, numbers[info.index]))
 

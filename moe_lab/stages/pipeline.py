@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
+from moe_lab.models.damage import explained
 from moe_lab.models.head import check_head, sized_with_head
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
@@ -28,6 +29,7 @@ from moe_lab.stages.run import Run
 from moe_lab.stages.stage import Stage
 from moe_lab.stages.texts import tokenize
 from moe_lab.store import Store, check_writable
+from moe_lab.types import NotFinite, UserError
 
 # In this order: files beside this one, or modules elsewhere, with a `STAGE` each.
 STAGES = (
@@ -59,8 +61,11 @@ def pipeline(
     """
     stages = [stage_named(name) for name in STAGES]
     run = prepare(config, parts, figures, folder, log)
-    for stage in stages:
-        stage.run(run)
+    try:
+        for stage in stages:
+            stage.run(run)
+    except NotFinite as error:  # the stage says where; the weights may say why
+        raise UserError(f"{error}. {explained(run.variants, error.layer)}") from error
 
 
 def stage_named(name: str) -> Stage[Any]:

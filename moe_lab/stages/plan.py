@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import PLAN, PLANS
+from moe_lab.finite import not_finite_in
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model
@@ -30,6 +31,7 @@ from moe_lab.profile.profile import Answer, Profile
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, write_whole
+from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
@@ -73,6 +75,7 @@ def _write(context: Context, asked: Planning, folder: Path) -> None:
             layer.info = stored[layer.info.index]
         made = asked.method.plan(model.profile(layers))
         check_plan([layer.info for layer in layers], made.edited())
+        check_numbers(made)
         asks = {"mtp": asked.method.mtp, "lm_head": asked.method.lm_head}
         other = {name: how for name, how in asks.items() if how != getattr(Method, name)}
         return dataclasses.replace(made, notes=made.notes | other)
@@ -82,6 +85,21 @@ def _write(context: Context, asked: Planning, folder: Path) -> None:
         (folder / PLANS).mkdir(exist_ok=True)
         _save(planned(layers), folder / PLANS / f"{number}.json")
     _save(_keep_all(common, list(groups)) if groups else planned(common), folder / PLAN)
+
+
+def check_numbers(made: Plan) -> None:
+    """Refuse a plan with a number that is none, wherever it stands: gates, divergences, notes."""
+    parts = [(f"layer {one.index}", one.to_json()) for one in (*made.edits, *made.searched)]
+    parts += [("the choice of layers", {"divergence": list(made.layer_divergence)})]
+    parts += [("the plan's notes", made.notes)]
+    parts += [("the plan's tensors", {name: float(t.abs().max()) if t.numel() else 0.0
+               for name, t in made.tensors.items()})]  # fmt: skip
+    for where, values in parts:
+        if place := not_finite_in(values):
+            raise UserError(
+                f"{where}: {place} of the plan is not finite, and the statistics are: what "
+                "decided it has no value here"
+            )
 
 
 def _save(made: Plan, path: Path) -> None:
