@@ -237,7 +237,8 @@ class Merge(Method):
             "experts_without_tokens": unseen,
         }
         if self.num_experts is None:
-            notes |= self._ratio.notes(scores, numbers)
+            layers = [info for info, _ in scores]
+            notes |= self._ratio.told(layers, numbers) | self._ratio.notes(scores, numbers)
         return Plan(tuple(edits), layer_order=order, notes=notes, tensors=tensors)
 
     def _numbers(self, scores: budget.Scores, profile: Profile) -> Mapping[int, int]:

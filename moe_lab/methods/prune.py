@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast, get_args
@@ -28,6 +29,7 @@ from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
 from moe_lab.types import LayerInfo, ReplacementName, UserError
 
+logger = logging.getLogger(__name__)
 PROTECTIONS = ("super_experts", "outliers")
 
 
@@ -139,6 +141,10 @@ class Prune(Method):
         for info, score_E in measured:
             check_scores(info.index, info.num_experts, score_E, self._metric.title)
         protected = self._protected(profile.statistics)
+        if self.protect and not any(protected.values()):
+            logger.info(
+                "method.protect=%s protects nothing: the model has no such expert", self.protect
+            )
         scores = lifted(measured, protected)
         numbers = self.ratio.numbers(scores, profile)
         _check_protected(layers, protected, numbers)
@@ -184,8 +190,9 @@ class Prune(Method):
         notes: dict[str, Any] = {"statistics": MEASURED[self.propagate]}
         if self.protect:
             notes["protected"] = {str(i): list(some) for i, some in protected.items() if some}
-        notes |= self.ratio.notes(scores, numbers)
-        return notes | self._metric.notes([info for info, _ in scores], numbers)
+        layers = [info for info, _ in scores]
+        notes |= self.ratio.told(layers, numbers) | self.ratio.notes(scores, numbers)
+        return notes | self._metric.notes(layers, numbers)
 
 
 def lifted(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:

@@ -21,6 +21,7 @@ from moe_lab.stages.checks import (
     check_profile,
     check_recipe,
     check_served,
+    check_steps,
     compare_architecture,
 )
 from moe_lab.stages.context import Context
@@ -101,6 +102,7 @@ def prepare(
     final = parts.finetune.final_top_k if parts.finetune else None
     top_k = other_top_k(told, final, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
+    check_steps(parts.finetune, texts)
     figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint
     run = Run(config, parts, Context(store, compute, log), folder, figures, texts, top_k)

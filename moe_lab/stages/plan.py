@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,9 @@ from moe_lab.types import UserError
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
 
+logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
+ROUNDING = 1e-6  # of what is given and asked, where they are the same
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,16 @@ class IntactModel:
 
     def _batches(self, num_samples: int | None) -> list[dict[str, Tensor]]:
         tokens, compute = self.asked.tokens, self.context.compute
+        if num_samples is not None and num_samples > len(tokens.samples):
+            _say_fewer(num_samples, len(tokens.samples))
         sample = tokens.take(range(len(tokens.samples))[: num_samples or None])
         return sample.batches(compute.batch_size, compute.device)
+
+
+@functools.cache
+def _say_fewer(asked: int, there: int) -> None:
+    logger.info("asked for the first %d calibration samples, given all %d that there are "
+                "(calibration.num_samples)", asked, there)  # fmt: skip
 
 
 def _answer(work: Callable[[], Any], folder: Path) -> None:
@@ -182,6 +193,29 @@ def _read(run: Run, name: str, result: Artifact) -> None:
     notes = copy_plan(result, run.folder).notes
     if "statistics" in notes:
         run.report["statistics"] = notes["statistics"]
+    plans = sorted((result.folder / PLANS).glob("*.json")) or [result.folder / PLAN]
+    tell_given([Plan.load(path).notes for path in plans], run.report)
+
+
+def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> None:
+    """Say what goes of the experts beside what was asked for; of groups' plans the mean.
+
+    It differs where whole experts, multiples, groups of experts and floors leave something else.
+    """
+    every = [one["given"] for one in notes if "given" in one]
+    if not every:
+        return
+    asked, words = notes[0].get("asked", {}), every[0]["experts"]
+    for unit in (unit for unit in ("ratio", "target_gib") if unit in every[0]):
+        given = sum(one[unit] for one in every) / len(every)
+        report[f"plan/{unit}"] = given
+        if unit in asked and abs(given - asked[unit]) > ROUNDING:
+            logger.info(
+                "asked for ratio.%s=%g, given %.4g: %s experts go, whole experts and what routers "
+                "need taken into account", unit, asked[unit], given, words,
+            )  # fmt: skip
+        elif unit not in asked:
+            logger.info("%s experts go", words)
 
 
 STAGE = Stage(_inputs, plan, _read)
