@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What every room may import.
 GROUND = {
     "types": "the values that pass between rooms: LayerInfo, Routing, Choice; UserError",
+    "finite": "numbers that are none",
     "files": "the names of the files that moe_lab writes",
     "option": "plug-ins and their options: type, range, help",
     "lookup": "what a name in an option stands for",

@@ -30,6 +30,7 @@ WITHOUT_RESULTS = {
     "moe_lab.files": "the names of files, not what is in them",
     "moe_lab.integrity": "whether files are what was written, not what that is",
     "moe_lab.provenance": "where a result came from",
+    "moe_lab.finite": "it refuses numbers that are none, and changes none",
     "moe_lab.store": "how results are kept, not what they are",
     "moe_lab.dependencies": "what their keys are made from",
     "moe_lab.compute": "where they are computed; what is the machine's has it in its key",

@@ -19,6 +19,17 @@ class UserError(ValueError):
     """A request that cannot be met: says what was asked, what is possible, how to ask for it."""
 
 
+class NotFinite(UserError):
+    """A number that is NaN or infinite where one has to be known: says where it showed first.
+
+    layer: the true index of the decoder layer where it did, None where that is not known.
+    """
+
+    def __init__(self, message: str, layer: int | None = None):
+        super().__init__(message)
+        self.layer = layer
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """What one MoE layer is, without its weights.

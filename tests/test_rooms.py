@@ -37,6 +37,7 @@ OF_NO_MODULE = {
     "test_extending.py": "code from outside the package",
     "test_options_page.py": "docs/options.md and the help",
     "test_models_page.py": "docs/models.md",
+    "test_not_finite.py": "NaN and infinities, in whole jobs",
     "test_mutations.py": "the list of mutations/",
     "test_real_models.py": "the models of conf/model/ that are on the hub",
     "test_rooms.py": "the package as a whole",

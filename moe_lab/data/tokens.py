@@ -101,7 +101,11 @@ class Tokens:
 
     def by_length(self) -> Tokens:
         """The same samples, short ones first."""
-        return self.take(sorted(range(len(self.samples)), key=lambda i: len(self.samples[i])))
+        return self.take(self.positions_by_length())
+
+    def positions_by_length(self) -> list[int]:
+        """Where the samples of `by_length` stand here."""
+        return sorted(range(len(self.samples)), key=lambda i: len(self.samples[i]))
 
     def pad(self, rows: Iterable[tuple[int, ...]]) -> dict[str, Tensor]:
         """One batch of the given samples."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.observing import observe_routers
@@ -18,6 +19,7 @@ from moe_lab.models.remapped import RemappedExperts, stand_in_rows
 from moe_lab.models.routers import at_top_k, scoring
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.progress import progress
+from moe_lab.types import NotFinite
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ def compare_held_out(
     model: Model,
     batches: Sequence[dict[str, Tensor]],
     dense_top_k: int | None = None,
+    documents: Sequence[int] | None = None,
 ) -> HeldOut:
     """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same.
 
-    dense_top_k: experts per token of the dense model, None for as many as it has now.
+    dense_top_k: experts per token of the dense model, None for as many as it has now. documents:
+    the numbers of the batches' rows, which a NotFinite names; None: they are in order.
     """
-    divergence, loss, count = 0.0, 0.0, 0
+    divergence, loss, count, rows = 0.0, 0.0, 0, 0
     routers = {
         layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
         for layer in moe_layers(model)
@@ -72,14 +76,39 @@ def compare_held_out(
                 p = log_probabilities(next_token_logits(dense, batch, valid))
         divergence += divergence_terms(p, q).sum(dtype=torch.float64).item()
         loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
-        count += len(target)
-    figures = {"held_out/perplexity": math.exp(loss / count), "kl": divergence / count}
+        if not math.isfinite(divergence + loss):
+            row = rows + _first_row(valid, p, q)
+            number = row if documents is None else documents[row]
+            raise NotFinite(
+                f"the predictions for document {number} of the held-out text are not finite: loss "
+                f"{number_word(loss)}, divergence from dense {number_word(divergence)}"
+            )
+        count, rows = count + len(target), rows + len(valid)
+    figures = {"held_out/perplexity": perplexity(loss / count), "kl": divergence / count}
     routed = {
         "layers": list(routers),
         "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
     }
     figures |= _routing_figures(list(routers.values())) | _stand_ins(moe_layers(model), routers)
     return HeldOut(figures, routed)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); NotFinite where no float holds it."""
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise NotFinite(
+            f"the held-out text's loss is {loss:.4g} nats per token, so that its perplexity is "
+            "more than a number can be: the model is broken"
+        ) from error
+
+
+def _first_row(valid_BL: Tensor, p_NV: Tensor, q_NV: Tensor) -> int:
+    """The first sequence of a batch whose predictions [N, V], of its valid positions, are none."""
+    bad_N = divergence_terms(p_NV, q_NV).sum(dim=-1).isfinite().logical_not()
+    row_N = valid_BL.nonzero()[:, 0]
+    return int(row_N[bad_N.to(row_N.device)].min()) if bool(bad_N.any()) else 0
 
 
 def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:

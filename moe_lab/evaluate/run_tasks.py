@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from moe_lab.data.tokens import Tokenizer
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
 from moe_lab.evaluate.tasks.tiny.tasks import configs, write_items
+from moe_lab.finite import check_number
 from moe_lab.models.checkpoint import Model
+from moe_lab.types import NotFinite
 
 
 def run_tasks(
@@ -27,23 +29,40 @@ def run_tasks(
     results: dict[str, dict[str, Any]] = {}
     with harness.offline() if local else contextlib.nullcontext(), _quiet():
         from lm_eval import evaluator, simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
+        from moe_lab.evaluate.watched import WatchedLM
+
         evaluator.get_git_commit_hash = str  # it asks git of where we are, which may complain
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = WatchedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
         if embedded:
             write_items(folder, num_items=suite.num_items)
             chosen = [config for config in configs(folder) if config["task"] in embedded]
             manager = TaskManager(include_defaults=False)
-            results |= simple_evaluate(tasks=chosen, task_manager=manager, **common)["results"]
+            results |= _evaluated(simple_evaluate, tasks=chosen, task_manager=manager, **common)
         if others:
             with harness.data_from(others, suite.mirror):
                 chosen = harness.load_tasks(others)
             common |= {"limit": suite.limit, "task_manager": harness.manager_of(others)}
-            results |= simple_evaluate(tasks=chosen, **common)["results"]
+            results |= _evaluated(simple_evaluate, tasks=chosen, **common)
     return _flat(results, suite)
+
+
+def _evaluated(evaluate: Callable[..., Any], **options: Any) -> dict[str, dict[str, Any]]:
+    """Its results by task; NotFinite where a score is a number that is none."""
+    try:
+        results: dict[str, dict[str, Any]] = evaluate(**options)["results"]
+    except OverflowError as error:
+        raise NotFinite(
+            "a perplexity of the tasks is more than a number can be: the model's loss is far too "
+            "large"
+        ) from error
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "stderr" not in name:
+                check_number(value, f"task {task}: {name.removesuffix(',none')}")
+    return results
 
 
 def _flat(by_task: dict[str, dict[str, Any]], suite: Suite) -> dict[str, float]:

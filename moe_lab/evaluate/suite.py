@@ -49,6 +49,11 @@ class Suite(Plugin):
     def check(self) -> None:
         """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""
         check_options(self, "eval")
+        if not (self.tasks or self.group_task or self.held_out):
+            raise UserError(
+                "eval.tasks=[] eval.held_out=null evaluates nothing: name tasks or a text, or "
+                "leave it out (eval=none)"
+            )
         _check_tasks(self.tasks, self.mirror, "eval.tasks")
 
     def check_groups(self, groups: Sequence[str]) -> None:

@@ -97,6 +97,16 @@ class ExpertDropping(Recipe):
                 f"work with one expert ({error}): finetune.force=null drops by the threshold alone"
             ) from error
 
+    def check_steps(self, num_steps: int) -> None:
+        """Say where there are fewer steps than windows."""
+        most = self.forced_after(num_steps)
+        if self.windows > most:
+            logger.warning(
+                "asked for finetune.windows=%d, given %d: the training has %d steps, %d of them "
+                "before the last drop, and a window has at least one", self.windows, most,
+                num_steps, most,
+            )  # fmt: skip
+
     def forced_after(self, num_steps: int) -> int:
         """The number of steps after which each layer's one expert is taken, or the last dropped."""
         return max(1, num_steps // 2) if self.force == "half" else num_steps
@@ -230,6 +240,12 @@ class ExpertDroppingTuning(Tuning):
 
     def finish(self) -> None:
         """Remove the dropped experts."""
+        if not self._reduced():
+            logger.warning(
+                "finetune=expert_dropping dropped no expert: each got at least finetune.beta=%g of "
+                "an even share of its layer's router weight; a larger beta drops more",
+                self.recipe.beta,
+            )  # fmt: skip
         for handle in self.handles:
             handle.remove()
         self.restriction.close()

@@ -159,6 +159,9 @@ class Recipe(Plugin):
     def check_model(self, config: Any, layers: Sequence[LayerInfo]) -> None:
         """Refuse a model of this config with which the recipe cannot work."""
 
+    def check_steps(self, num_steps: int) -> None:
+        """Refuse, or say, what so many steps in all cannot do."""
+
     def prepare(self, model: Model, plan: Plan) -> Tuning:
         """The recipe at work on a loaded model that the plan was carried out on."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.option import Option
 from moe_lab.types import LayerInfo, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def linear(progress: float, first: int, last: int) -> float:
@@ -115,6 +118,17 @@ class Seer(Recipe):
                 "the task's loss has no gradient for routers, and nothing else trains: "
                 "finetune.annealing=linear, finetune.entropy above 0, or finetune.trains=both"
             )
+
+    def check_steps(self, num_steps: int) -> None:
+        """Say where no step is trained with the number of experts that the result will have."""
+        if self.top_k is not None and self.annealed_at < 1 and self.annealing != "at_once":
+            with_last = num_steps - math.ceil(self.annealed_at * num_steps)
+            if with_last < 1:
+                logger.warning(
+                    "finetune.top_k=%d: of %d steps none is trained with as many experts, since "
+                    "their number falls until finetune.annealed_at=%g of them: ask for more steps",
+                    self.top_k, num_steps, self.annealed_at,
+                )  # fmt: skip
 
     def k_at(self, step: int, num_steps: int, first: int) -> int:
         """Experts per token at a step (counted from 0) of a model that began with `first`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from moe_lab.models.predictions import divergence_terms, exact, log_probabilitie
 from moe_lab.models.stream import LayerStream
 from moe_lab.progress import progress
 from moe_lab.store import write_whole
+from moe_lab.types import NotFinite
 
 SHARD_BYTES = 2**28  # a file is closed once it has as many
 CHUNK_VALUES = 2**24  # logits that are worked on at a time
@@ -113,8 +114,12 @@ def write_teacher(
         save_file(whole, folder / f"{len(first_rows) - 1}.safetensors")
         first_rows.append(first_rows[-1] + len(whole[LOG_PROBABILITIES]))
 
+    def named(sample: tuple[int, ...]) -> str:
+        numbers = (one.samples.index(sample) for one in texts if sample in one.samples)
+        return f"document {next(numbers)} of the tuning text"
+
     with torch.no_grad():
-        for rows in _distributions(checkpoint, parts, top_k, temperature, compute, folder):
+        for rows in _distributions(checkpoint, parts, top_k, temperature, compute, folder, named):
             held.append(rows)
             size += sum(tensor.numel() * tensor.element_size() for tensor in rows.values())
             if size >= SHARD_BYTES:
@@ -132,6 +137,7 @@ def _distributions(
     temperature: float,
     compute: Compute,
     folder: Path,
+    named: Callable[[tuple[int, ...]], str],
 ) -> Iterator[dict[str, Tensor]]:
     """What goes to disk, for a few rows at a time."""
     batches = [
@@ -141,13 +147,17 @@ def _distributions(
     all_logits = _logits(checkpoint, batches, compute, folder)
     for part, logits_BLV in zip(parts, all_logits, strict=True):
         targets = part.labelled()["labels"][:, 1:] != IGNORED
-        for logits_LV, is_target in zip(logits_BLV[:, :-1], targets, strict=True):
+        for sample, logits_LV, is_target in zip(
+            part.samples, logits_BLV[:, :-1], targets, strict=True
+        ):
             vocabulary = logits_LV.shape[1]
             chosen = logits_LV[is_target.to(logits_LV.device)]
             for rows in chosen.split(max(1, CHUNK_VALUES // vocabulary)):
                 logits, kept = exact(rows), _kept(top_k, vocabulary)
                 ids = None if kept is None else logits.topk(kept, dim=-1).indices
                 row = {LOG_PROBABILITIES: coarsened(logits, ids, temperature).float().cpu()}
+                if bool(row[LOG_PROBABILITIES].sum().isnan()):  # -inf is a class that cannot be
+                    raise NotFinite(f"the intact model's logits are not finite at {named(sample)}")
                 yield row if ids is None else row | {IDS: ids.int().cpu()}
 
 

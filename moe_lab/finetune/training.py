@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -25,12 +26,13 @@ from moe_lab.finetune.recipe import Phase, Recipe, sources
 from moe_lab.finetune.state import read_state, write_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
+from moe_lab.finite import number_word
 from moe_lab.models import observing
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
 from moe_lab.progress import progress
-from moe_lab.types import UserError
+from moe_lab.types import NotFinite, UserError
 
 logger = logging.getLogger(__name__)
 STATE = "training_state.safetensors"
@@ -132,23 +134,55 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = self._rows(name, step)
-        losses = self._backward(rows, phase.batch_size)
-        if not torch.isfinite(losses["loss"]):
-            raise UserError(
-                f"fine-tuning diverged: the loss is {losses['loss']} at step {step + 1} of phase "
-                f"{name}; try a lower finetune.phases.{name}.learning_rate than "
-                f"{phase.learning_rate}"
-            )
-        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip)
+        losses = {
+            key: value.item() for key, value in self._backward(rows, phase.batch_size).items()
+        }
+        for key, value in losses.items():
+            self._check(value, f"the {key}", name, rows)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip).item()
+        self._check(norm, "the norm of the gradient", name, rows)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.num_tokens += rows.num_tokens
         return {
             "tokens": self.num_tokens,
-            **{key: value.item() for key, value in losses.items()},
+            **losses,
             "learning_rate": rate,
-            "gradient_norm": norm.item(),
+            "gradient_norm": norm,
         }
+
+    def _check(
+        self, value: float, what: str, name: str, rows: Tokens, source: str = "data"
+    ) -> None:
+        """Refuse a number of a step or a validation that is not finite, before it moves a weight.
+
+        Before the first step nothing was trained: then the model is to blame, or its text.
+        """
+        if math.isfinite(value):
+            return
+        told = f"{what} is {number_word(value)} after {self.done} steps, in phase {name}"
+        if document := self._first_document(name, rows, source):
+            told += f", first at {document}"
+        if self.done == 0:
+            raise NotFinite(f"fine-tuning cannot begin: {told}")
+        rate = self.recipe.phases[name].learning_rate
+        raise UserError(
+            f"fine-tuning diverged: {told}; try a lower finetune.phases.{name}.learning_rate than "
+            f"{rate}"
+        )
+
+    @torch.no_grad()
+    def _first_document(self, name: str, rows: Tokens, source: str) -> str | None:
+        """The first of these samples whose own losses are not finite, in words."""
+        mine = self._my_share(rows)
+        samples = self.tokens[f"{name}/{source}"].samples
+        for position in range(len(mine.samples)):
+            one = mine.take([position])
+            losses = self._mean_losses(one, one).values()
+            if not all(math.isfinite(loss) for loss in losses):
+                number = samples.index(mine.samples[position])
+                return f"document {number} of finetune.phases.{name}.{source}"
+        return None
 
     def _rows(self, name: str, step: int) -> Tokens:
         """The samples of one step of a phase, over all processes."""
@@ -206,14 +240,17 @@ class Training:
         self.tuning.before_validation()
         mine = self._my_share(tokens.by_length())
         sums = {
-            name: torch.zeros((), dtype=torch.float64, device=self.device)
-            for name in ("loss", *self.tuning.weights)
+            key: torch.zeros((), dtype=torch.float64, device=self.device)
+            for key in ("loss", *self.tuning.weights)
         }
         for start in range(0, len(mine.samples), self.eval_batch_size):
             positions = range(len(mine.samples))[start : start + self.eval_batch_size]
             for key, value in self._mean_losses(mine.take(positions), tokens).items():
                 sums[key] += value
-        return {f"validation_{key}": reduce(value, "sum").item() for key, value in sums.items()}
+        means = {key: reduce(value, "sum").item() for key, value in sums.items()}
+        for key, value in means.items():
+            self._check(value, f"the validation's {key}", name, tokens, "validation")
+        return {f"validation_{key}": value for key, value in means.items()}
 
     def _log(self, row: dict[str, Any]) -> None:
         self.num_rows += 1

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
 from moe_lab.methods.base import LmHead, Method, Mtp
 from moe_lab.methods.grouping.alignment import permutation
@@ -216,6 +217,10 @@ class Merge(Method):
             for one in profile.statistics
             if one.info.index in order
         ]
+        for info, score_E in scores:
+            check_scores(
+                info.index, info.num_experts, score_E, f"the grouping {self._grouping.name}"
+            )
         numbers = self._numbers(scores, profile)
         for info, _ in scores:
             self._grouping.check(info, numbers[info.index])
@@ -232,7 +237,8 @@ class Merge(Method):
             "experts_without_tokens": unseen,
         }
         if self.num_experts is None:
-            notes |= self._ratio.notes(scores, numbers)
+            layers = [info for info, _ in scores]
+            notes |= self._ratio.told(layers, numbers) | self._ratio.notes(scores, numbers)
         return Plan(tuple(edits), layer_order=order, notes=notes, tensors=tensors)
 
     def _numbers(self, scores: budget.Scores, profile: Profile) -> Mapping[int, int]:

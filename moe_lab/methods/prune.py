@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast, get_args
@@ -10,6 +11,7 @@ from typing import Annotated, Any, cast, get_args
 import torch
 from torch import Tensor
 
+from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
 from moe_lab.methods.base import LmHead, Method, Mtp
 from moe_lab.methods.metrics.base import Metric, Score, as_metric
@@ -27,6 +29,7 @@ from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
 from moe_lab.types import LayerInfo, ReplacementName, UserError
 
+logger = logging.getLogger(__name__)
 PROTECTIONS = ("super_experts", "outliers")
 
 
@@ -135,7 +138,13 @@ class Prune(Method):
         """One pruning edit per MoE layer."""
         layers = [layer.info for layer in profile.statistics]
         measured = list(zip(layers, self._metric.scores(profile), strict=True))
+        for info, score_E in measured:
+            check_scores(info.index, info.num_experts, score_E, self._metric.title)
         protected = self._protected(profile.statistics)
+        if self.protect and not any(protected.values()):
+            logger.info(
+                "method.protect=%s protects nothing: the model has no such expert", self.protect
+            )
         scores = lifted(measured, protected)
         numbers = self.ratio.numbers(scores, profile)
         _check_protected(layers, protected, numbers)
@@ -152,6 +161,7 @@ class Prune(Method):
 
         def edit_again(layer: LayerStatistics) -> Edit:
             score = self._metric.score(layer)
+            check_scores(layer.info.index, len(score), score, self._metric.title)
             [(info, above)] = lifted([(layer.info, score)], protected)
             return edit(layer, score, budget.best(info, above, numbers[info.index]))
 
@@ -180,8 +190,9 @@ class Prune(Method):
         notes: dict[str, Any] = {"statistics": MEASURED[self.propagate]}
         if self.protect:
             notes["protected"] = {str(i): list(some) for i, some in protected.items() if some}
-        notes |= self.ratio.notes(scores, numbers)
-        return notes | self._metric.notes([info for info, _ in scores], numbers)
+        layers = [info for info, _ in scores]
+        notes |= self.ratio.told(layers, numbers) | self.ratio.notes(scores, numbers)
+        return notes | self._metric.notes(layers, numbers)
 
 
 def lifted(scores: Scores, protected: Mapping[int, Sequence[int]]) -> Scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +16,18 @@ from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.opening import text_config
 from moe_lab.models.stream import LayerStream, States
-from moe_lab.types import UserError
+from moe_lab.types import NotFinite, UserError
 
-logger = logging.getLogger(__name__)
 BATCH = (2, 8)  # sequences, tokens of each
 # The largest difference of a logit, as a share of the largest logit.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def check_logits(logits: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a model whose logits on a few tokens are not finite, before it is written."""
+    if not bool(logits.isfinite().all()):
+        told = "the edited model's logits on a few tokens are not finite"
+        raise NotFinite(f"{told} ({_name(dtype)})")
 
 
 class NotReadBack(RuntimeError):
@@ -62,12 +67,6 @@ def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: t
         again = load(folder, dtype=_name(dtype))
         _compare_tensors(folder, model, again)
         found = few_logits(again)
-    if not expected.isfinite().all():
-        logger.warning(
-            "the model's logits are not finite in %s: of the checkpoint only its tensors were "
-            "compared with it", _name(dtype),
-        )  # fmt: skip
-        return
     difference = (found - expected).abs().max()
     scale = expected.abs().max().clamp(min=1e-6)
     if not difference <= TOLERANCE[dtype] * scale:  # also where one is NaN
@@ -122,6 +121,9 @@ def _compare_tensors(folder: Path, one: nn.Module, other: nn.Module) -> None:
         if name in theirs and not torch.equal(tensor.cpu().to(theirs[name].dtype), theirs[name])
     ]
     if wrong:
+        tensor = mine.get(wrong[0])
+        if tensor is not None and not bool(tensor.isfinite().all()):  # NaN equals nothing
+            raise NotFinite(f"the edited model's {wrong[0]} is not finite")
         raise NotReadBack(
             f"{folder} was read back, and {len(wrong)} of its tensors are not those that were "
             f"written, such as {wrong[0]}. Please report this"

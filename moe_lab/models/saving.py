@@ -37,7 +37,7 @@ from moe_lab.models.mtp_saving import carry_mtp
 from moe_lab.models.opening import text_config, text_values
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.promises import check_promises
-from moe_lab.models.reading_back import check_saved, few_logits
+from moe_lab.models.reading_back import check_logits, check_saved, few_logits
 from moe_lab.models.routers import with_twins
 from moe_lab.models.stored import (
     Held,
@@ -89,6 +89,7 @@ def save_checkpoint(
     computing = model.get_input_embeddings().get_parameter("weight").dtype
     round_as_stored(model, files, original.dtype, computing)
     expected = few_logits(model)
+    check_logits(expected, computing)
     model = _in_form(model, form)
     as_stored(model, files, original.dtype)
     head = untie_head(model, lm_head, form)

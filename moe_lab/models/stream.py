@@ -22,7 +22,7 @@ from moe_lab.models.editing import NoMLP, set_block
 from moe_lab.models.handed_on import Decoders, HandedOn, forwards
 from moe_lab.models.layers import MoELayer, Output, hidden_of, moe_layers
 from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
-from moe_lab.types import UserError
+from moe_lab.types import NotFinite, UserError
 
 
 class LayerStream:
@@ -151,6 +151,7 @@ class LayerStream:
             rest + caught["y"].reshape(output.shape), output, rtol=tolerance, atol=tolerance
         )
         if not adds:
+            check_state(output, index)
             raise UserError(
                 f"{type(layer.decoder).__name__} does more with its MoE block's output than add "
                 "it: greedy expert search is not available for this family; name the experts with "
@@ -168,6 +169,12 @@ class LayerStream:
                 "name them (condense.layers=[...]) or choose them by statistics "
                 "(condense.layers=cosine)"
             )
+
+
+def check_state(hidden: Tensor, index: int) -> None:
+    """Refuse a hidden state at a decoder layer that is not finite, whatever else is wrong."""
+    if not bool(hidden.isfinite().all()):
+        raise NotFinite(f"layer {index}: the hidden state is not finite", index)
 
 
 class States:

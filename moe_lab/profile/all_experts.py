@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab.finite import check_experts
 from moe_lab.models.activations import Activations
 from moe_lab.models.experts import expert_forward, expert_parameters, scales_input
 from moe_lab.models.layers import MoELayer, check_kept
 from moe_lab.models.probing import route
 from moe_lab.models.routers import masked_layer, restricted_layer
-from moe_lab.models.stream import LayerStream, States
+from moe_lab.models.stream import LayerStream, States, check_state
 from moe_lab.profile.profile import Answer, Profile
 from moe_lab.progress import progress
 from moe_lab.types import LayerInfo, UserError
@@ -129,13 +130,14 @@ class AllExperts:
         return (restricted_layer if possible else masked_layer)(self.layer, sorted(kept))
 
     def add(self, x_TD: Tensor) -> None:
-        """Take in tokens, while the layer's weights are there."""
+        """Take in tokens, while the layer's weights are there; NotFinite where an output is not."""
         parameters = expert_parameters(self.layer.experts)
         for x in x_TD.split(TOKENS_AT_ONCE):
             logits, weight, index = route(self.layer, x)
             outputs = x.new_empty(len(parameters), *x.shape)  # filled in place: never held twice
             for expert, weights in enumerate(parameters):
                 outputs[expert] = expert_forward(self.layer.experts, weights, x)
+            check_outputs(outputs, self.info.index)
             routed = routed_sum(outputs, index, weight)
             chunk = Chunk(x, logits, index, weight, outputs, routed)
             for field in fields(Chunk):
@@ -160,6 +162,13 @@ class AllExperts:
             for name in (*(field.name for field in fields(Chunk)), "products"):
                 self._cache.pop((name, number))
         self._num_chunks = 0
+
+
+def check_outputs(outputs_ETD: Tensor, index: int) -> None:
+    """Refuse outputs that are not finite: tokens that a router sends elsewhere may be too large."""
+    if outputs_ETD.shape[1]:
+        extremes = [torch.stack(one.aminmax()) for one in outputs_ETD]
+        check_experts(torch.stack(extremes), "its output on a token of the sample", index)
 
 
 def _distances(product_TEE: Tensor, intact_TE: Tensor, changed_TEN: Tensor) -> Tensor:
@@ -274,6 +283,7 @@ def _input_of_experts(layer: MoELayer, caught: dict[str, Tensor]) -> Tensor:
     """The tokens [T, D], padding included, once it is sure that the layer is the usual sum."""
     x, routed = (caught[name].reshape(-1, caught[name].shape[-1]) for name in ("x", "routed"))
     if x.shape != routed.shape or not torch.equal(x, routed):
+        check_state(x, layer.info.index)
         raise UserError(
             f"the experts of {type(layer.block).__name__} get something else than their router: "
             "what the layer is without some of them cannot be told for this family"

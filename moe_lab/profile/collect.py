@@ -66,6 +66,12 @@ class Collection:
             return {name: known[0][name] for name in CONSTANTS}
         return weight_statistics(layer)
 
+    def check_finite(self, index: int | None = None) -> None:
+        """Refuse numbers that are none, in the first layer that has some; index: of one layer."""
+        for group, one in sorted(self.found, key=lambda key: (key[1], key[0])):
+            if index in (None, one):
+                self.found[group, one].check_finite()
+
     def of_group(self, group: int = 0) -> list[LayerStatistics]:
         """The statistics of one group, by layer."""
         return [self.found[key] for key in sorted(self.found) if key[0] == group]
@@ -102,12 +108,16 @@ def collect_by_group(
     batches: Iterable[tuple[int, dict[str, Tensor]]],
     only_routers: bool = False,
 ) -> Collection:
-    """The same split by the number of the group that stands before each batch."""
+    """The same split by the number of the group that stands before each batch.
+
+    NotFinite where a layer's sums are not finite.
+    """
     with collecting(model, only_routers) as collection:
         for group, batch in batches:
             with collection.batch(batch["attention_mask"].bool(), group):
                 # Only the last position's logits: nobody reads them, and they would dominate.
                 model(**batch, use_cache=False, logits_to_keep=1)
+        collection.check_finite()
     return collection
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moe_lab.finite import check_number
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.opening import text_config
 from moe_lab.models.predictions import divergence_terms, log_probabilities
@@ -62,6 +63,7 @@ class IntactPredictions:
                 for ours, theirs in zip(*parts, strict=True):
                     p, q = log_probabilities(theirs.to(ours.device)), log_probabilities(ours)
                     total += float(measure(p, q).sum(dtype=torch.float64))
+        check_number(total, "how far the model's predictions without some experts are from its own")
         return total / self.num_positions
 
     def _valid_logits(self, batch: dict[str, Tensor]) -> Tensor:

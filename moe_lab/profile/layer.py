@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lab.finite import check_experts, check_number
 from moe_lab.models.routers import SCORINGS, matching_scoring
 from moe_lab.types import LayerInfo, Routing, UserError
 
@@ -20,6 +21,19 @@ from moe_lab.types import LayerInfo, Routing, UserError
 OF_PROBABILITY = ("probability_sum", "entropy_sum")
 # Known only where a token has one hidden state, to which the block adds.
 AROUND = ("gate_norm_change_sum", "block_cosine_sum", "layer_cosine_sum")
+# What a message calls some of them; all others by their names.
+STATISTICS_IN_WORDS = {
+    "router_norm": "the norm of its router row",
+    "weight_abs_sum": "the sum of its weights' absolute values",
+    "weight_square_sum": "the sum of its weights' squares",
+    "logit_product_sum": "the router's logit",
+    "gate_sum": "the router's weight",
+    "norm_sum": "the norm of its output",
+    "output_sum": "its output",
+    "block_cosine_sum": "what leaves it",
+    "layer_cosine_sum": "what leaves it",
+    "shared_gate_sum": "the gate of its shared expert",
+}
 # What is no sum: parts of the data combine by the larger one, or have the same.
 MAXIMA = ("max_activation",)
 CONSTANTS = ("router_norm", "weight_abs_sum", "weight_square_sum", "weight_count")
@@ -142,17 +156,19 @@ class LayerStatistics:
         chosen_TE = chosen_TE.scatter_(1, index_TK, 1.0)[:, :num_experts]
         real_TE = logits_TE[:, :num_experts]
         self._add("pair_count", (chosen_TE.T @ chosen_TE).double())  # exact: whole numbers
-        self._add("logit_product_sum", real_TE.T @ real_TE)
+        self._add("logit_product_sum", _products(real_TE))
         self._add("rank_count", torch.stack(ranks))
         share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
         share_TK = share_TK.where(weight_TK > 0, 0.0)  # of a token that gets no expert at all
         self._add("rank_share_sum", share_TK.sum(dim=0))
         if self.scoring is not None:
             probability_TE = SCORINGS[self.scoring](logits_TE)
-            share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True)
+            # Scores may all be too small for float64: then no expert has a share.
+            tiny = torch.finfo(probability_TE.dtype).tiny
+            share_TE = probability_TE / probability_TE.sum(dim=1, keepdim=True).clamp(min=tiny)
             self._add("probability_sum", probability_TE.sum(dim=0)[:num_experts])
             # log of the smallest number where a share is 0: their product is 0 as it should be.
-            log_TE = share_TE.clamp(min=torch.finfo(share_TE.dtype).tiny).log()
+            log_TE = share_TE.clamp(min=tiny).log()
             self._add("entropy_sum", -(share_TE * log_TE).sum()[None])
 
     def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
@@ -179,6 +195,24 @@ class LayerStatistics:
             raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
         return self.sums[name]
 
+    def check_finite(self) -> None:
+        """Refuse sums that are not finite: NotFinite names the layer and the first expert.
+
+        What comes first of a token's way through the layer is looked at first, so that the message
+        names where it began: NaN spreads from there to all that follows.
+        """
+        index, sums = self.info.index, self.sums
+        order = (*CONSTANTS, "logit_product_sum", "gate_sum", *OF_PROBABILITY, *sums)
+        for name in (name for name in dict.fromkeys(order) if name in sums):
+            value = sums[name]
+            if name == "logit_product_sum":  # its rows and columns are of pairs
+                value = value.diagonal()
+            what = STATISTICS_IN_WORDS.get(name, f"the statistic {name}")
+            if len(value) == self.info.num_experts:
+                check_experts(value, what, index)
+            else:
+                check_number(float(value.sum()), f"layer {index}: {what}", index)
+
     def usage(self) -> Tensor:
         """Each expert's share of the routed slots times the number of experts, [E]: 1 is even."""
         return self["count"] * self.info.num_experts / (self["tokens"] * self.info.top_k)
@@ -202,6 +236,15 @@ class LayerStatistics:
         """A sum over routed tokens divided by their count; 0 for experts that saw no token."""
         count = self["count"]
         return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
+
+
+def _products(logits_TE: Tensor) -> Tensor:
+    """Sums over tokens of the products of two experts' logits [E, E]; a masked one (-inf) is 0."""
+    product_EE = logits_TE.T @ logits_TE
+    if bool(product_EE.isfinite().all()):
+        return product_EE
+    known_TE = logits_TE.masked_fill(logits_TE == -torch.inf, 0.0)
+    return known_TE.T @ known_TE
 
 
 def combined(name: str, parts: Sequence[Tensor]) -> Tensor:

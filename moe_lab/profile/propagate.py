@@ -81,6 +81,7 @@ def _measured(stream: LayerStream, states: States, index: int) -> LayerStatistic
         for batch in range(stream.num_batches):
             with collection.batch(stream.valid[batch]):
                 stream.replay(index, batch, states[batch])
+    collection.check_finite(index)
     return collection.of(index)
 
 

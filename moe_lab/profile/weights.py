@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.finite import check_experts
 from moe_lab.models.layers import MoELayer, by_expert
 from moe_lab.models.remapped import by_row
 from moe_lab.types import UserError
@@ -13,8 +14,26 @@ FEW = 8  # experts at a time: no copy of all of them is made
 
 
 def weight_statistics(layer: MoELayer) -> dict[str, Tensor]:
-    """All of it by name, in float64; the layer's weights are in memory."""
+    """All of it by name, in float64; the layer's weights are in memory.
+
+    NotFinite where a vector of the router or the experts, which no sum tells of, is not finite.
+    """
+    check_vectors(layer)
     return {"router_norm": router_row_norms(layer), **weight_sums(layer)}
+
+
+def check_vectors(layer: MoELayer) -> None:
+    """Refuse biases and factors by expert that are NaN or infinite: a router's bias alone decides.
+
+    A bias of -inf is one that masks its expert.
+    """
+    inside = set(layer.experts.modules())
+    for module, name, tensor, dimension in by_expert(layer):
+        dimensions = sum(size > 1 for size in tensor.shape) - int(module in inside)
+        if tensor.is_floating_point() and dimensions <= 1:
+            rows = tensor.detach().movedim(dimension, 0)
+            masked = rows.masked_fill(rows == -torch.inf, 0.0)
+            check_experts(masked, f"its part of {name}", layer.info.index)
 
 
 def router_row_norms(layer: MoELayer) -> Tensor:

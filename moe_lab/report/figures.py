@@ -198,6 +198,11 @@ FIGURES = (
            about="mean cosine of two experts' weights"),
     Figure("diagnosis/output_similarity", section=EXPERTS, when="`diagnose.num_samples` above 0",
            about="mean cosine of two experts' outputs"),
+    Figure("plan/ratio", "share removed", SHARE, section=COST,
+           when="a ratio decides, and no size",
+           about="of what `ratio` asks for: what the plan gives, in whole experts (`ratio.of`)"),
+    Figure("plan/target_gib", "GiB of weights", SMALL_NUMBER, section=COST,
+           when="`ratio.target_gib`", about="GiB that the weights take by the plan"),
     Figure("seconds/<stage>", unit=SECONDS_OF_STAGE, better=LESS),
     Figure("cached/<stage>", unit=TRUTH),
 )  # fmt: skip

@@ -8,10 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from moe_lab.report.figures import (
+    EDITED,
     MAIN_QUALITIES,
     MISSING,
     RESULT_ROWS,
     VARIANTS,
+    figure_of,
     figure_text,
     finite,
     main_metric,
@@ -19,6 +21,8 @@ from moe_lab.report.figures import (
     unit_of,
 )
 from moe_lab.report.units import SHARE
+
+ROUNDING = 1e-6  # of what is asked and given, where they are the same
 
 
 def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -33,6 +37,7 @@ def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
         for figure in RESULT_ROWS
     ]
     body += [row for row in figures if any(cell != MISSING for cell in row[1:])]
+    body += _given(report, variants)
     return [["", *(name.replace("_top_", " top-") for name in variants)], *body]
 
 
@@ -111,6 +116,20 @@ def _cells(report: Mapping[str, Any], variants: list[str], key: str) -> list[str
         if variant != "dense" and value is not None and dense is not None:
             cells[position] += f" ({signed(100 * (value - dense))})"
     return cells
+
+
+def _given(report: Mapping[str, Any], variants: list[str]) -> list[list[str]]:
+    """What the plan gives, where something else was asked for."""
+    rows = []
+    for key, asked in (("plan/ratio", "ratio"), ("plan/target_gib", "ratio/target_gib")):
+        given, wanted = report.get(key), report.get(asked)
+        if given is None or wanted is None or abs(given - wanted) <= ROUNDING:
+            continue
+        figure = figure_of(key)
+        title = figure.title if figure else key
+        cells = [figure_text(key, given) if one in EDITED else MISSING for one in variants]
+        rows.append([f"{title}, asked {figure_text(key, wanted)}", *cells])
+    return rows
 
 
 def _took(seconds: float | None) -> str:

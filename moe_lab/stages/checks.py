@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_lab.compute import Compute
+from moe_lab.data.tokens import Tokens
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.measure.speed import Measurement
 from moe_lab.measure.vllm import ThroughVllm, check_plugin
@@ -61,6 +62,15 @@ def check_recipe(
         others = (info for info in layers if info.index not in indices)
         kept = tuple(KeepLayer(info.index, info.name) for info in others)
         recipe.check(Plan((*edits, *kept)))
+
+
+def check_steps(recipe: Recipe | None, texts: Mapping[str, Tokens]) -> None:
+    """Refuse what a recipe cannot do in as few steps as its text gives."""
+    if recipe:
+        phases = recipe.phases.items()
+        recipe.check_steps(
+            sum(phase.steps(len(texts[f"{name}/data"].samples)) for name, phase in phases)
+        )
 
 
 def check_mtp(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo]) -> None:

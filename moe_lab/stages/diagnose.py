@@ -51,6 +51,13 @@ class Diagnosing:
         """The samples on which every expert runs."""
         return self.tokens.take(range(len(self.tokens.samples))[: self.how.num_samples])
 
+    def say_fewer(self) -> None:
+        """Say where there are fewer samples than were asked for."""
+        asked, there = self.how.num_samples, len(self.tokens.samples)
+        if asked > there:
+            logger.info("asked for diagnose.num_samples=%d, given all %d calibration samples",
+                        asked, there)  # fmt: skip
+
 
 def diagnose(context: Context, asked: Diagnosing) -> Artifact:
     """A folder with the tables (CSV), pictures (PNG and PDF), matrices, and figures.json."""
@@ -152,8 +159,9 @@ def _inputs(run: Run) -> dict[str, Diagnosing]:
     how = run.parts.diagnose
     if how is None:
         return {}
-    profiled, tokens = run.results["profile"], run.texts["calibration"]
-    return {"diagnose": Diagnosing(run.dense, profiled, tokens, how)}
+    asked = Diagnosing(run.dense, run.results["profile"], run.texts["calibration"], how)
+    asked.say_fewer()
+    return {"diagnose": asked}
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from moe_lab.store import Artifact
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
 
+logger = logging.getLogger(__name__)
 TOLD_OF_TRAINING = ("used_expert_", "experts_alive")  # what recipes say of a whole training
 
 
@@ -104,6 +106,7 @@ def told_of_training(folder: Path, dense: Checkpoint) -> dict[str, Any]:
 def _inputs(run: Run) -> dict[str, FineTuning]:
     recipe = run.parts.finetune
     if recipe is None or not run.tunes:
+        say_untuned(run)
         return {}
     return {
         "finetune": FineTuning(
@@ -111,6 +114,19 @@ def _inputs(run: Run) -> dict[str, FineTuning]:
             run.tuning_texts, run.config["seed"], run.results.get("teacher"),
         )
     }  # fmt: skip
+
+
+def say_untuned(run: Run) -> None:
+    """Say that nothing is tuned; UserError where a method was to leave something, and did not."""
+    recipe, made = run.parts.finetune, Plan.load(run.results["plan"].folder / PLAN)
+    if recipe is None or "groups" in made.notes:
+        return
+    if run.report["method"] != "none":
+        recipe.check(made)
+    logger.warning(
+        "nothing is tuned: finetune=%s trains what is left of compressed layers, and method=none "
+        "compresses none (finetune=seer tunes the model as it is)", run.report["finetune"],
+    )  # fmt: skip
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:

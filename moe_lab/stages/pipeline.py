@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
+from moe_lab.models.damage import explained
 from moe_lab.models.head import check_head, sized_with_head
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
@@ -20,6 +21,7 @@ from moe_lab.stages.checks import (
     check_profile,
     check_recipe,
     check_served,
+    check_steps,
     compare_architecture,
 )
 from moe_lab.stages.context import Context
@@ -28,6 +30,7 @@ from moe_lab.stages.run import Run
 from moe_lab.stages.stage import Stage
 from moe_lab.stages.texts import tokenize
 from moe_lab.store import Store, check_undamaged, check_writable
+from moe_lab.types import NotFinite, UserError
 
 # In this order: files beside this one, or modules elsewhere, with a `STAGE` each.
 STAGES = (
@@ -59,8 +62,11 @@ def pipeline(
     """
     stages = [stage_named(name) for name in STAGES]
     run = prepare(config, parts, figures, folder, log)
-    for stage in stages:
-        stage.run(run)
+    try:
+        for stage in stages:
+            stage.run(run)
+    except NotFinite as error:  # the stage says where; the weights may say why
+        raise UserError(f"{error}. {explained(run.variants, error.layer)}") from error
 
 
 def stage_named(name: str) -> Stage[Any]:
@@ -98,6 +104,7 @@ def prepare(
     top_k = other_top_k(told, final, dense.config, layers)
     texts = tokenize(parts, dense.tokenizer())
     figures["hardware"] = compute.hardware()
+    check_steps(parts.finetune, texts)
     figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint
     run = Run(config, parts, Context(store, compute, log), folder, figures, texts, top_k)

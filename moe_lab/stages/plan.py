@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import PLAN, PLANS
+from moe_lab.finite import not_finite_in
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model
@@ -30,11 +32,14 @@ from moe_lab.profile.profile import Answer, Profile
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, write_whole
+from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
 
+logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
+ROUNDING = 1e-6  # of what is given and asked, where they are the same
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def _write(context: Context, asked: Planning, folder: Path) -> None:
             layer.info = stored[layer.info.index]
         made = asked.method.plan(model.profile(layers))
         check_plan([layer.info for layer in layers], made.edited())
+        check_numbers(made)
         asks = {"mtp": asked.method.mtp, "lm_head": asked.method.lm_head}
         other = {name: how for name, how in asks.items() if how != getattr(Method, name)}
         return dataclasses.replace(made, notes=made.notes | other)
@@ -82,6 +88,21 @@ def _write(context: Context, asked: Planning, folder: Path) -> None:
         (folder / PLANS).mkdir(exist_ok=True)
         _save(planned(layers), folder / PLANS / f"{number}.json")
     _save(_keep_all(common, list(groups)) if groups else planned(common), folder / PLAN)
+
+
+def check_numbers(made: Plan) -> None:
+    """Refuse a plan with a number that is none, wherever it stands: gates, divergences, notes."""
+    parts = [(f"layer {one.index}", one.to_json()) for one in (*made.edits, *made.searched)]
+    parts += [("the choice of layers", {"divergence": list(made.layer_divergence)})]
+    parts += [("the plan's notes", made.notes)]
+    parts += [("the plan's tensors", {name: float(t.abs().max()) if t.numel() else 0.0
+               for name, t in made.tensors.items()})]  # fmt: skip
+    for where, values in parts:
+        if place := not_finite_in(values):
+            raise UserError(
+                f"{where}: {place} of the plan is not finite, and the statistics are: what "
+                "decided it has no value here"
+            )
 
 
 def _save(made: Plan, path: Path) -> None:
@@ -131,8 +152,16 @@ class IntactModel:
 
     def _batches(self, num_samples: int | None) -> list[dict[str, Tensor]]:
         tokens, compute = self.asked.tokens, self.context.compute
+        if num_samples is not None and num_samples > len(tokens.samples):
+            _say_fewer(num_samples, len(tokens.samples))
         sample = tokens.take(range(len(tokens.samples))[: num_samples or None])
         return sample.batches(compute.batch_size, compute.device)
+
+
+@functools.cache
+def _say_fewer(asked: int, there: int) -> None:
+    logger.info("asked for the first %d calibration samples, given all %d that there are "
+                "(calibration.num_samples)", asked, there)  # fmt: skip
 
 
 def _answer(work: Callable[[], Any], folder: Path) -> None:
@@ -164,6 +193,29 @@ def _read(run: Run, name: str, result: Artifact) -> None:
     notes = copy_plan(result, run.folder).notes
     if "statistics" in notes:
         run.report["statistics"] = notes["statistics"]
+    plans = sorted((result.folder / PLANS).glob("*.json")) or [result.folder / PLAN]
+    tell_given([Plan.load(path).notes for path in plans], run.report)
+
+
+def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> None:
+    """Say what goes of the experts beside what was asked for; of groups' plans the mean.
+
+    It differs where whole experts, multiples, groups of experts and floors leave something else.
+    """
+    every = [one["given"] for one in notes if "given" in one]
+    if not every:
+        return
+    asked, words = notes[0].get("asked", {}), every[0]["experts"]
+    for unit in (unit for unit in ("ratio", "target_gib") if unit in every[0]):
+        given = sum(one[unit] for one in every) / len(every)
+        report[f"plan/{unit}"] = given
+        if unit in asked and abs(given - asked[unit]) > ROUNDING:
+            logger.info(
+                "asked for ratio.%s=%g, given %.4g: %s experts go, whole experts and what routers "
+                "need taken into account", unit, asked[unit], given, words,
+            )  # fmt: skip
+        elif unit not in asked:
+            logger.info("%s experts go", words)
 
 
 STAGE = Stage(_inputs, plan, _read)

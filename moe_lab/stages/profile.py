@@ -105,6 +105,7 @@ def _layer_by_layer(stream: LayerStream, groups: Sequence[int], only_routers: bo
                     with collection.batch(stream.valid[number], group):
                         hidden = stream.replay(index, number, stream.cache["input", number])
                         stream.cache["input", number] = hidden
+            collection.check_finite(index)
     return collection
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.evaluate.top_k import with_top_k
 from moe_lab.files import CHECKPOINT, FORM
 from moe_lab.finetune.recipe import Distilling, sources
+from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.form_kinds import family_named, form_kind
 from moe_lab.models.own_config import is_own_form
@@ -21,6 +23,7 @@ from moe_lab.report.serving import where_it_runs
 from moe_lab.stages.context import Context
 from moe_lab.stages.parts import Parts
 from moe_lab.store import Artifact
+from moe_lab.types import NotFinite
 
 
 @dataclass
@@ -87,6 +90,13 @@ class Run:
         self.report[f"cached/{name}"] = result.cached
         self.report[f"artifact/{name}"] = f"{result.kind}/{result.folder.name}"
         write_report(self.folder, self.report)
+
+    def check_figures(self, stage: str) -> None:
+        """Refuse a figure of the report that is NaN or infinite: what does not exist is absent."""
+        for key, value in self.report.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                del self.report[key]
+                raise NotFinite(f"{stage}: the figure {key} is {number_word(value)}")
 
     def add_made(self, name: str, result: Artifact) -> None:
         """The variant whose checkpoint lies in the result of a stage."""

@@ -22,7 +22,8 @@ class Stage(Generic[Inputs]):
     inputs(run): what it works on, for each result that it has to make in this run, by the name
     under which the report tells of it; nothing where nothing was asked. make(context, inputs): the
     result, which the store may have. read(run, name, result): what it says goes into the report
-    and the run's folder, and what later stages need into the run.
+    and the run's folder, and what later stages need into the run. A figure that is no number ends
+    the run.
     """
 
     inputs: Callable[[Run], Mapping[str, Inputs]]
@@ -35,3 +36,4 @@ class Stage(Generic[Inputs]):
             result = self.make(run.context, inputs)
             run.add_result(name, result)
             self.read(run, name, result)
+            run.check_figures(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ def check_teacher(store: Store, asked: Teaching) -> None:
     if store.find("teacher", asked.identity()) is not None:
         return
     vocabulary = text_config(asked.dense.config).vocab_size
+    if asked.top_k is not None and asked.top_k > vocabulary:
+        logger.info("asked for finetune.teacher_top_k=%d, given all %d tokens of the vocabulary",
+                    asked.top_k, vocabulary)  # fmt: skip
     try:
         check_writable(store.root, teacher.teacher_bytes(asked.texts, vocabulary, asked.top_k))
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from trainings import PLANS, compressed, rows_of, samples, steps_of, train_one, 
 from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.recipe import Phase
 from moe_lab.models.checkpoint import load
-from moe_lab.types import UserError
+from moe_lab.types import NotFinite, UserError
 
 RESUMED = {
     "prune": ("prune", {}, 5, 4),
@@ -251,13 +252,54 @@ def test_the_report_line_counts_what_trains(tmp_path: Path, caplog) -> None:
     assert f"fine-tuning trains {number:,} of {total:,} parameters ({share})" in caplog.text
 
 
-def test_divergence_is_reported_with_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["data", "validation"])
+def test_a_model_that_gives_nan_is_not_told_to_learn_slower(part: str, tmp_path: Path) -> None:
+    """One token's embedding is NaN: the documents before its first one are not to blame."""
     plan = compressed("condense", tmp_path)
     model = load(tmp_path / "compressed", dtype="float32")
+    made = training(model, plan, tmp_path)
+    text = made.tokens[f"lm/{part}"]
+    others = {token for sample in made.tokens["lm/validation"].samples for token in sample}
+    rows = (sample[1:] for sample in text.samples)
+    token = next(t for row in rows for t in row if part == "validation" or t not in others)
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"lower finetune\.phases\.lm\.learning_rate"):
-        training(model, plan, tmp_path).run()
+        model.model.embed_tokens.weight[token] = float("nan")
+    with pytest.raises(NotFinite) as raised:
+        made.run()
+    message = str(raised.value)
+    (told,) = re.findall(r"document (\d+) of finetune\.phases\.lm\.(\w+)", message)
+    assert told[1] == part
+    assert token in text.samples[int(told[0])]
+    assert "after 0 steps" in message and "learning_rate" not in message
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_divergence_is_reported_with_the_way_out(
+    spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began finite and is not later: the learning rate is to blame, and no weight moves."""
+    plan = compressed("condense", tmp_path)
+    model = load(tmp_path / "compressed", dtype="float32")
+    made = training(model, plan, tmp_path)
+    losses, before = made.tuning.losses, {}
+
+    def diverging(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = losses(batch)
+        if made.done == 2 and torch.is_grad_enabled():
+            before.update({name: p.detach().clone() for name, p in made.trainable.items()})
+            if spoilt == "loss":
+                return {key: value * torch.nan for key, value in found.items()}
+            found["loss"].register_hook(lambda gradient: gradient * torch.inf)
+        return found
+
+    monkeypatch.setattr(made.tuning, "losses", diverging)
+    with pytest.raises(UserError, match=r"lower finetune\.phases\.lm\.learning_rate") as raised:
+        made.run()
+    assert f"the {'norm of the ' if spoilt == 'gradient' else ''}{spoilt} is NaN after 2 steps" in (
+        str(raised.value)
+    )
+    for name, parameter in made.trainable.items():
+        assert torch.equal(parameter, before[name]), "nothing computed is lost"
 
 
 PROCESS = """

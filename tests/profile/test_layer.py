@@ -15,7 +15,7 @@ from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.types import UserError
+from moe_lab.types import NotFinite, UserError
 
 
 def test_an_expert_without_tokens_scores_zero_and_divides_nothing() -> None:
@@ -67,3 +67,41 @@ def test_ranks_go_by_weight_and_ties_by_the_routers_order() -> None:
     tied.add_routed(torch.zeros(1, 4), torch.tensor([[3, 1]]), torch.tensor([[0.25, 0.25]]))
     assert tied["rank_count"].tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
     assert tied["entropy_sum"].item() == pytest.approx(math.log(4))
+
+
+def routed(logits_TE: torch.Tensor) -> LayerStatistics:
+    """What a softmax router with two experts a token makes of some logits."""
+    info = moe_layers(tiny_model("mixtral"))[1].info
+    weight_TK, index_TK = logits_TE.softmax(dim=1).topk(2)
+    statistics = LayerStatistics(info, scoring="softmax")
+    statistics.add_routed(logits_TE, index_TK, weight_TK)
+    return statistics
+
+
+def test_a_masked_expert_and_one_without_tokens_are_no_numbers_that_are_none() -> None:
+    logits_TE = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    logits_TE[:, 2], logits_TE[:, 4] = -torch.inf, -50.0
+    statistics = routed(logits_TE)
+    statistics.check_finite()
+    assert statistics["count"][[2, 4]].tolist() == [0, 0]
+    assert statistics["probability_sum"][2] == 0
+    others = logits_TE.double().masked_fill(logits_TE == -torch.inf, 0)
+    torch.testing.assert_close(statistics["logit_product_sum"], others.T @ others)
+    assert statistics.logit_cosine().isfinite().all()
+
+
+def test_scores_that_are_all_too_small_have_no_entropy_and_no_nan() -> None:
+    info = moe_layers(tiny_model("mixtral"))[1].info
+    statistics = LayerStatistics(info, scoring="sigmoid")
+    logits_TE = torch.full((3, 8), -1e4)
+    statistics.add_routed(logits_TE, torch.zeros(3, 2).long(), torch.full((3, 2), 0.5))
+    statistics.check_finite()
+    assert statistics["entropy_sum"].item() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_logit_that_is_none_is_told_of_its_expert(value: float) -> None:
+    logits_TE = torch.randn(6, 8)
+    logits_TE[3, 5] = value
+    with pytest.raises(NotFinite, match=r"layer 1, expert 5: the router's logit is"):
+        routed(logits_TE).check_finite()

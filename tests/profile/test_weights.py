@@ -10,7 +10,7 @@ from stand_ins import KEPT, replaced
 from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile import weights
-from moe_lab.types import UserError
+from moe_lab.types import NotFinite, UserError
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -52,3 +52,25 @@ def test_a_router_without_rows_is_refused() -> None:
     layer.router.weight = torch.nn.Parameter(torch.ones(3, 5))
     with pytest.raises(UserError, match="no weight with a row for each expert"):
         weights.router_row_norms(layer)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "name"),
+    [
+        ("deepseek_v3", "router", "e_score_correction_bias"),
+        ("gpt_oss", "router", "bias"),
+        ("gpt_oss", "experts", "down_proj_bias"),
+        ("gpt_oss", "experts", "gate_up_proj_bias"),
+    ],
+)
+@torch.no_grad()
+def test_a_bias_that_no_sum_tells_of_is_looked_at(family: str, part: str, name: str) -> None:
+    """A bias of NaN makes its expert the first choice of every token, and every sum finite."""
+    layer = moe_layers(tiny_model(family))[1]
+    bias = getattr(getattr(layer, part), name)
+    bias[5].fill_(torch.nan)
+    expected = rf"layer {layer.info.index}, expert 5: its part of {name} is NaN"
+    with pytest.raises(NotFinite, match=expected):
+        weights.weight_statistics(layer)
+    bias[5].fill_(-torch.inf)  # masks the expert
+    weights.weight_statistics(layer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from running import Job
 from safetensors.torch import load_file
 from trainings import compressed, recipe_of, samples
 
@@ -44,3 +46,43 @@ def test_the_stage_is_remembered_by_text_not_by_path(tmp_path: Path) -> None:
     assert told["finetuned/trainable_parameters"] == number
     assert told["finetuned/trainable_share"] == number / dense
     assert told["finetune/lm/data"] == "the standard library's train split"
+
+
+def test_where_nothing_is_left_to_tune_it_is_said_or_refused(job: Job) -> None:
+    """Without a compression it is the default recipe that has nothing to do; else it was asked."""
+    done = job("method=none", "finetune=experts")
+    assert done.code == 0
+    assert "nothing is tuned: finetune=experts trains what is left" in done.text
+    assert "finetune" not in done.stages()
+    refused = job("method=merge", "ratio.ratio=0", "finetune=experts")
+    assert refused.code == 2
+    assert "it changes nothing" in refused.report["error"]
+    assert refused.stages() == ["plan", "profile"]
+
+
+FEW = [
+    "finetune.phases.lm.data.num_samples=16",
+    "finetune.phases.lm.validation=null",
+    "+finetune.phases.lm.num_steps=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["finetune=expert_dropping"], "asked for finetune.windows=8, given 1: the training has 2"),
+        (["finetune=seer"], "finetune.top_k=1: of 2 steps none is trained with as many experts"),
+        (["finetune=expert_dropping", "finetune.beta=0.001", "finetune.force=null"],
+         "dropped no expert: each got at least finetune.beta=0.001"),
+        (["finetune=seer", "finetune.annealing=at_once"], None),
+    ],
+)  # fmt: skip
+def test_what_so_few_steps_cannot_do_is_said(
+    job: Job, options: list[str], words: str | None
+) -> None:
+    done = job(*options, *FEW)
+    assert done.code == 0, done.text
+    if words:
+        assert words in done.text
+    else:
+        assert "WARNING" not in done.text

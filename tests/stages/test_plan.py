@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from running import Outcome
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
-from moe_lab.stages.plan import copy_plan
+from moe_lab.stages.plan import check_numbers, copy_plan
 from moe_lab.store import Store
+from moe_lab.types import UserError
 
 BY_GROUP = ["calibration.group_by=subject", "metric=frequency", "ratio.ratio=0.5"]
 
@@ -99,3 +101,82 @@ def test_a_plan_comes_into_the_run_s_folder_with_all_that_it_needs(tmp_path: Pat
     copied = copy_plan(store.get("plan", {"a": 2}, write_alone), tmp_path / "alone")
     assert copied == alone and torch.equal(copied.tensors["layers.1.constants"], constants)
     assert copy_plan(store.get("plan", {"a": 1}, write), tmp_path / "alone").tensors == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "given", "row"),
+    [
+        (["ratio.ratio=0.3"], "plan/ratio", 0.25, ["share removed, asked 30.0 %", "25.0 %"]),
+        (["ratio.ratio=0.3", "ratio.round_to=4"], "plan/ratio", 0.5,
+         ["share removed, asked 30.0 %", "50.0 %"]),
+        (["ratio=global", "ratio.ratio=0.3"], "plan/ratio", 7 / 24,
+         ["share removed, asked 30.0 %", "29.2 %"]),
+        (["method=merge", "ratio.ratio=0.3"], "plan/ratio", 0.25,
+         ["share removed, asked 30.0 %", "25.0 %"]),
+        (["ratio.ratio=0.25"], "plan/ratio", 0.25, None),
+        (["ratio.ratio=0"], "plan/ratio", 0.0, None),
+        (["ratio=listed", "ratio.kept=[6,7,8]"], "plan/ratio", 3 / 24, None),
+        (["ratio.target_gib=0.00029"], "plan/target_gib", None, ["GiB of weights, asked 0.00029"]),
+    ],
+)  # fmt: skip
+def test_what_was_asked_for_is_told_beside_what_is_given(
+    job: Callable[..., Outcome], caplog: pytest.LogCaptureFixture, options: list[str], key: str,
+    given: float | None, row: list[str] | None,
+) -> None:  # fmt: skip
+    """In the report, in the table, and once in the log; also where the plan was there before."""
+    job("metric=frequency", *options)
+    with caplog.at_level("INFO"):
+        done = job("metric=frequency", *options)
+    assert done.code == 0, done.text
+    assert done.report["cached/plan"]
+    if given is not None:
+        assert done.report[key] == pytest.approx(given)
+    else:
+        assert 0.9 * 0.00029 < done.report[key] <= 0.00029
+    said = [line for line in caplog.messages if line.startswith("asked for ratio.")]
+    assert len(said) == (row is not None)
+    shown = [line for line in done.text.splitlines() if ", asked" in line and "│" in line]
+    assert len(shown) == (row is not None)
+    assert all(word in shown[0] for word in row or ())
+
+
+def test_groups_tell_the_mean_of_their_plans(
+    job: Callable[..., Outcome], subjects: list[str]
+) -> None:
+    done = job(*subjects, *BY_GROUP[:2], "ratio.ratio=0.4")
+    assert done.report["plan/ratio"] == 0.375, "3 of 8, in each layer of each group"
+
+
+def test_fewer_samples_than_a_search_asks_for_are_said_once(
+    job: Callable[..., Outcome], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        job("metric=leave_one_out", "metric.num_samples=500", "diagnose=full",
+            "diagnose.num_samples=300", "diagnose.weights=false")  # fmt: skip
+    said = [line for line in caplog.messages if line.startswith("asked for ") and "sample" in line]
+    assert sorted(said) == [
+        "asked for diagnose.num_samples=300, given all 8 calibration samples",
+        "asked for the first 500 calibration samples, given all 8 that there are "
+        "(calibration.num_samples)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "place"),
+    [
+        (dict(scores=(0.0, float("nan"))), r"layer 1: scores\[1\] of the plan is not finite"),
+        (dict(notes={"curve": {"3": [1.0, float("inf")]}}), r"the plan's notes: curve\.3\[1\]"),
+        (dict(divergence=(float("inf"),)), r"the choice of layers: divergence\[0\]"),
+        (dict(tensors={"layers.1.constants": torch.tensor([[1.0, float("nan")]])}),
+         r"the plan's tensors: layers\.1\.constants"),
+    ],
+)  # fmt: skip
+def test_a_plan_with_a_number_that_is_none_is_refused(number: dict[str, Any], place: str) -> None:
+    edit = PruneExperts(1, "a", kept=(0,), scores=number.get("scores", (1.0, 0.0)))
+    plan = Plan(
+        (edit,), layer_order=(1,), layer_divergence=number.get("divergence", ()),
+        notes=number.get("notes", {}), tensors=number.get("tensors", {}),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=place):
+        check_numbers(plan)
+    check_numbers(Plan((PruneExperts(1, "a", kept=(0,), scores=(1.0, 0.0)),)))

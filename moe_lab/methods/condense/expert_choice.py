@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_lab.finite import check_scores
 from moe_lab.methods.condense.base import ExpertCandidates, choice_named, draws, shared_gate
 from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer, search_terms
 from moe_lab.models.condensing import part_widths
@@ -92,6 +93,8 @@ class ExpertChoices:
 
     def _edit(self, statistics: LayerStatistics) -> CondenseLayer:
         gates = choice_named("gates", self.method.gates)(statistics)
+        info, source = statistics.info, f"condense.gates={self.method.gates}"
+        check_scores(info.index, info.num_experts, gates, source)
         choice = self._choice(statistics, gates)
         return CondenseLayer(
             statistics.info.index,

@@ -18,6 +18,7 @@ from moe_lab.models.experts import expert_forward, expert_parameters, scales_inp
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.probing import Terms, terms
 from moe_lab.models.stream import LayerStream, States
+from moe_lab.profile.all_experts import check_outputs
 from moe_lab.types import Choice, UserError
 
 SEARCH_TOKENS_AT_ONCE = (
@@ -66,6 +67,7 @@ class OpenLayer:
             outputs = x.new_empty(len(parameters), *x.shape)  # filled in place: never held twice
             for expert, weights in enumerate(parameters):
                 outputs[expert] = expert_forward(self._layer.experts, weights, x)
+            check_outputs(outputs, self._layer.info.index)
             if self._routed_factor != 1.0:
                 outputs *= self._routed_factor
             self.cache["outputs", chunk] = outputs

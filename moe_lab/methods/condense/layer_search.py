@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_lab.finite import check_number
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence, weighted_mean
 from moe_lab.models.condensing import condensed, dense_terms
@@ -88,7 +89,15 @@ class CondensedSets:
         self, name: str, sets: Sequence[Collection[int]], work: Callable[[], list[float]]
     ) -> list[float]:
         identity = {"question": name, "sets": [sorted(one) for one in sets]}
-        return self._remember(identity, work)
+
+        def known() -> list[float]:
+            values = work()
+            for one, value in zip(sets, values, strict=True):
+                if value != value:  # an infinite perplexity is one that is not chosen
+                    check_number(value, f"{name} with layers {sorted(one)} condensed")
+            return values
+
+        return self._remember(identity, known)
 
     def _divergences(self, sets: Sequence[Collection[int]], measure: Divergence) -> list[float]:
         stream, cache = self.stream, self.stream.cache

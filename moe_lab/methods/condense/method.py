@@ -104,6 +104,11 @@ class Condense(Method):
             num_routed = self.num_routed
         else:
             num_routed = len(self.experts)
+            if not num_routed:
+                raise UserError(
+                    "condense.experts=[] names none: name one or more, or keep the shared experts "
+                    "alone with condense.experts=greedy_js condense.num_routed=0"
+                )
             if len(set(self.experts)) < num_routed:
                 raise UserError(f"condense.experts={list(self.experts)}: name each only once")
             if unknown := [e for e in self.experts if not 0 <= e < info.num_experts]:

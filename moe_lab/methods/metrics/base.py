@@ -48,6 +48,11 @@ class Metric(Plugin):
     judges_sets: bool = False
 
     @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"the metric {type(self).__name__}"
+
+    @property
     def from_routers(self) -> bool:
         """Whether the routers' statistics are enough."""
         return False
@@ -88,6 +93,11 @@ class FunctionMetric(Metric):
     """A metric that is a function of one layer's statistics, its other parameters bound."""
 
     function: Score
+
+    @property
+    def title(self) -> str:
+        """What messages call it: by its function."""
+        return f"the metric {getattr(_unbound(self.function), '__name__', self.function)}"
 
     @property
     def from_routers(self) -> bool:

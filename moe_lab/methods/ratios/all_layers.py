@@ -27,7 +27,7 @@ class Global(Budget):
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio that leaves too few experts for the floors of all layers."""
         super().check(layers)
-        self.total(layers)
+        self.check_something(layers)
 
     def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
         """How many experts each layer keeps, by layer index."""

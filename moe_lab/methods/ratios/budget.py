@@ -9,6 +9,7 @@ expert of each group, the r-th best of each together. Elsewhere a unit is one ex
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,14 @@ class Ratio(Plugin, ABC):
     def notes(self, scores: Scores, numbers: Any) -> dict[str, Any]:
         """Facts about the decision, for the plan; numbers: what `numbers` gave."""
         return {}
+
+    def told(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
+        """What goes, for the plan and the report: "given", and "asked" where a size was asked for.
+
+        given: ratio, the share of these layers' experts that goes; experts, in words.
+        """
+        gone, everything = _gone(layers, numbers), sum(info.num_experts for info in layers)
+        return {"given": {"ratio": gone / everything, "experts": f"{gone} of {everything}"}}
 
 
 class Numbers(dict[int, int]):
@@ -145,6 +154,66 @@ class Budget(Ratio):
         unused = ("ratio", "of") if self.target_gib is not None else ()
         return {name: value for name, value in options.items() if name not in unused}
 
+    def told(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
+        """What was asked for and what is given, in the same unit: ratio, or target_gib."""
+        given = super().told(layers, numbers)["given"]
+        if self.target_gib is not None:
+            size = layers[0].model_bytes - sum(
+                (info.num_experts - numbers[info.index]) * info.expert_bytes for info in layers
+            )
+            given = {"target_gib": size / GIB, "experts": given["experts"]}
+            return {"asked": {"target_gib": self.target_gib}, "given": given}
+        if self.of != "experts":
+            given["ratio"] = sum(
+                (info.num_experts - numbers[info.index]) * self._size(info) for info in layers
+            ) / self._whole(layers)
+        return {"asked": {"ratio": self.ratio}, "given": given}
+
+    def kept(self, layers: Sequence[LayerInfo]) -> int:
+        """How many experts the layers keep together, which no score decides."""
+        return self.total(layers)
+
+    def check_something(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse a share of which whole experts and multiples leave nothing; 0 is no such share."""
+        everything = sum(info.num_experts for info in layers)
+        if (self.ratio == 0 and self.target_gib is None) or self.kept(layers) < everything:
+            return
+        multiple = f", in multiples of ratio.round_to={self.round_to}" * (self.round_to > 1)
+        ways = [self._least(layers), self._smaller_multiple(layers)]
+        if self.target_gib is not None:
+            ways = [f"{self.possible(layers)}: ask for less than it has"]
+        raise UserError(
+            f"{self.request()} removes nothing: all {everything} experts of {len(layers)} MoE "
+            f"layers would stay{multiple}. "
+            + ("; or ".join(filter(None, ways)) or "Its routers need all of them")
+            + ". method=none leaves the model as it is"
+        )
+
+    def _least(self, layers: Sequence[LayerInfo]) -> str | None:
+        """The smallest share that removes an expert, in words."""
+        whole, everything = self._whole(layers), sum(info.num_experts for info in layers)
+        size = min(self._size(info) for info in layers)
+        for number in range(1, everything):
+            share = math.ceil(10_000 * number * size / whole) / 10_000
+            if share > self.ratio and share < 1 and (gone := self._would_go(layers, ratio=share)):
+                return f"ratio.ratio={share:g} would remove {gone} of them"
+        return None
+
+    def _smaller_multiple(self, layers: Sequence[LayerInfo]) -> str | None:
+        """The largest smaller round_to with which something goes, in words."""
+        for number in range(self.round_to - 1, 0, -1):
+            if gone := self._would_go(layers, round_to=number):
+                return f"ratio.round_to={number} would remove {gone} of them"
+        return None
+
+    def _would_go(self, layers: Sequence[LayerInfo], **changes: Any) -> int:
+        """How many experts would go with other options; 0 where that is refused."""
+        try:
+            kept = dataclasses.replace(self, **changes).kept(layers)
+        except UserError:
+            return 0
+        return sum(info.num_experts for info in layers) - kept
+
     def multiple(self, layers: Sequence[LayerInfo]) -> int:
         """What every layer's number is a multiple of, for round_to and for the routers' groups."""
         return math.lcm(self.round_to, *(info.groups for info in layers))
@@ -195,10 +264,14 @@ class Budget(Ratio):
 
     def asked(self) -> str:
         """What is refused, to begin a message with."""
+        return f"{self.request()} is too {'much' if self.target_gib is None else 'little'}"
+
+    def request(self) -> str:
+        """What was asked for, as a user writes it."""
         if self.target_gib is not None:
-            return f"ratio.target_gib={self.target_gib} is too little"
+            return f"ratio.target_gib={self.target_gib}"
         of = f" ratio.of={self.of}" if self.of != "experts" else ""
-        return f"ratio.ratio={self.ratio}{of} is too much"
+        return f"ratio.ratio={self.ratio}{of}"
 
     def possible(self, layers: Sequence[LayerInfo]) -> str:
         """How much may go, to end a message with."""
@@ -209,6 +282,9 @@ class Budget(Ratio):
             least = now - sum(number * info.expert_bytes for info, number in gone)
             return f"The model has {_gib(now)} GiB now, and can have as little as {_gib(least)} GiB"
         share = sum(number * self._size(info) for info, number in gone) / self._whole(layers)
+        if not share:
+            smaller = self._smaller_multiple(layers)
+            return f"In multiples of {step} nothing can be removed" + f"; {smaller}" * bool(smaller)
         return f"At most {math.floor(10_000 * share) / 10_000:.4g} can be removed"
 
     def _share_of_experts(self, layers: Sequence[LayerInfo]) -> float:
@@ -224,6 +300,10 @@ class Budget(Ratio):
     def _whole(self, layers: Sequence[LayerInfo]) -> int:
         sizes = {"parameters": layers[0].model_parameters, "bytes": layers[0].model_bytes}
         return sizes.get(self.of) or sum(info.num_experts for info in layers)
+
+
+def _gone(layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> int:
+    return sum(info.num_experts - numbers[info.index] for info in layers)
 
 
 def _gib(size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -36,7 +37,24 @@ class Coverage(Ratio):
 
     def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
         """How many experts each layer keeps, by layer index; UserError for scores < 0."""
-        return {info.index: self._number(info, score) for info, score in scores}
+        numbers = {info.index: self._number(info, score) for info, score in scores}
+        if self.coverage < 1 and all(numbers[info.index] == info.num_experts for info, _ in scores):
+            raise UserError(
+                f"ratio.coverage={self.coverage} removes nothing: every layer needs all its "
+                f"experts for it. {self._most(scores)}; method=none leaves the model as it is"
+            )
+        return numbers
+
+    def _most(self, scores: Scores) -> str:
+        """The largest share for which a layer can do without some, in words."""
+        parts = [(info, units(info, score), score) for info, score in scores]
+        shares = [
+            _share(score, [expert for unit in some[:-1] for expert in unit])
+            for info, some, score in parts
+            if info.num_experts - len(some[-1]) >= floor_of(info, self.floor)
+        ]
+        most = math.floor(10_000 * max(shares, default=0.0)) / 10_000
+        return f"ratio.coverage={most:g} would remove some" if most else "Their routers need them"
 
     def notes(self, scores: Scores, numbers: dict[int, int]) -> dict[str, Any]:
         """How many experts each layer keeps, and the share of its score that they have."""

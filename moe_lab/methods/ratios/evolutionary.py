@@ -48,7 +48,7 @@ class Evolutionary(Budget):
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible budget, and a search that could not be; say what it costs."""
         super().check(layers)
-        self.total(layers)
+        self.check_something(layers)
         if self.parents >= self.population:
             raise UserError(
                 f"ratio.parents={self.parents}: fewer than ratio.population={self.population} "

@@ -52,7 +52,7 @@ class Sensitivity(Budget):
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible budget and unknown options; say what the measuring costs."""
         super().check(layers)
-        self.total(layers)
+        self.check_something(layers)
         if self.error == "kl":
             multiple = self.multiple(layers)
             forwards = sum(len(self._measured(info, multiple)) for info in layers)

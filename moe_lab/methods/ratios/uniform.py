@@ -29,6 +29,14 @@ class Uniform(Budget):
             except UserError as error:
                 possible = self.possible([info] if of_layer else layers)
                 raise UserError(f"{self.asked()}: {error}. {possible}") from error
+        self.check_something(layers)
+
+    def kept(self, layers: Sequence[LayerInfo]) -> int:
+        """How many experts all layers keep together; UserError where one keeps too few."""
+        numbers = self.foreseen(layers)
+        for info in layers:
+            self._check_number(info, numbers[info.index])
+        return sum(numbers.values())
 
     def _check_number(self, info: LayerInfo, number: int) -> None:
         check_kept(info, number)

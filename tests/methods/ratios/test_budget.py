@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from edited_models import saved_bytes
@@ -15,6 +16,7 @@ from running import Outcome
 from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.budget import GIB, Budget, Ratio, Scores, floor_of
 from moe_lab.methods.ratios.evolutionary import Evolutionary
+from moe_lab.methods.ratios.listed import Listed
 from moe_lab.methods.ratios.sensitivity import Sensitivity
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
@@ -44,15 +46,18 @@ def test_shares_may_be_of_parameters_or_bytes() -> None:
 @pytest.mark.parametrize("make", [Uniform, Global, Evolutionary, Sensitivity])
 def test_a_target_is_met_from_below(make: type[Budget]) -> None:
     layers = [sized(1), sized(2), sized(3)]
-    for size in range(8_200, 10_300, 37):
+    for size in range(8_200, 9_900, 37):
         budget = make(0.9, target_gib=size / GIB)
         budget.check(layers)
         if make is Uniform:
             kept, step = sum(budget.numbers(scored(layers), Profile([])).values()), 3
         else:
             kept, step = budget.total(layers), 1
-        assert 10_000 - 100 * (24 - kept) <= size or kept == 24
-        assert kept == 24 or 10_000 - 100 * (24 - kept - step) > size
+        assert kept < 24 and 10_000 - 100 * (24 - kept) <= size
+        assert 10_000 - 100 * (24 - kept - step) > size
+    for size in (10_000, 20_000):
+        with pytest.raises(UserError, match=r"removes nothing.*9\.314e-06 GiB now.*less than it"):
+            make(0.5, target_gib=size / GIB).check(layers)
     least = 10_000 - 18 * 100
     message = r"target_gib=.* is too little.*The model has 9\.314e-06 GiB now.* as 7\.637e-06 GiB"
     with pytest.raises(UserError, match=message):
@@ -148,3 +153,78 @@ def test_what_a_ratio_is_unless_it_says_so() -> None:
     assert not Evolutionary(0.5).takes_groups and not Sensitivity(0.5).takes_groups
     with pytest.raises(TypeError, match="abstract"):
         Budget(0.5)  # type: ignore[abstract]
+
+
+NOTHING = {  # options, and what would do something
+    "rounds to none": (dict(ratio=0.05), ["ratio.ratio=0.05 removes nothing: all 24 experts"]),
+    "no such multiple": (
+        dict(ratio=0.25, round_to=8),
+        ["in multiples of ratio.round_to=8", "ratio.round_to=7 would remove 3 of them"],
+    ),
+    "too large a multiple": (
+        dict(ratio=0.2, round_to=4),
+        ["ratio.ratio=0.25 would remove 12", "or ratio.round_to=3 would remove 6"],
+    ),
+    "bytes": (dict(ratio=0.001, of="bytes"), ["ratio.ratio=0.001 ratio.of=bytes removes nothing"]),
+    "parameters": (dict(ratio=0.001, of="parameters"), ["ratio.of=parameters removes nothing"]),
+    "size": (
+        dict(ratio=0.5, target_gib=1.0),
+        ["ratio.target_gib=1.0 removes nothing", "less than"],
+    ),
+    "floor": (dict(ratio=0.3, floor=8), []),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+@pytest.mark.parametrize("make", [Uniform, Global, Evolutionary, Sensitivity])
+def test_a_share_that_removes_nothing_is_refused_with_one_that_does(
+    make: type[Budget], case: str
+) -> None:
+    """And what the message proposes is asked for then, and removes what it says."""
+    layers = [sized(1), sized(2), sized(3)]
+    options, words = NOTHING[case]
+    budget = make(**options)
+    if make is not Uniform and case in ("rounds to none", "too large a multiple"):
+        budget = make(**(options | {"ratio": 0.02}))  # all layers together round less
+        words = ["removes nothing: all 24 experts"]
+    if make is not Uniform and case == "no such multiple":  # 16 of 24 would be one
+        words = ["In multiples of 8 nothing can be removed", "ratio.round_to=7 would remove 3 of"]
+    with pytest.raises(UserError) as raised:
+        budget.check(layers)
+    message = str(raised.value)
+    assert all(word in message for word in words), message
+    proposed = re.findall(r"ratio\.(ratio|round_to)=([\d.]+) would remove (\d+)", message)
+    assert proposed or case in ("size", "floor"), message
+    for name, value, number in proposed:
+        value = int(value) if name == "round_to" else float(value)
+        kept = (
+            numbers(make(**(budget_options(budget) | {name: value})), layers)
+            if (make in (Uniform, Global))
+            else [make(**(budget_options(budget) | {name: value})).total(layers)]
+        )
+        assert 24 - sum(kept) == int(number) > 0, message
+
+
+def budget_options(budget: Budget) -> dict[str, Any]:
+    """What a budget was made with."""
+    return {name: getattr(budget, name) for name in ("ratio", "of", "target_gib", "round_to")}
+
+
+@pytest.mark.parametrize("make", [Uniform, Global, Evolutionary, Sensitivity])
+def test_a_share_of_0_is_what_was_asked_for(make: type[Budget]) -> None:
+    layers = [sized(1), sized(2)]
+    make(0.0).check(layers)
+    make(0.0, round_to=8).check(layers)
+    assert make(0.0).told(layers, {1: 8, 2: 8})["given"]["ratio"] == 0
+
+
+def test_what_is_given_is_told_in_the_unit_of_what_was_asked() -> None:
+    layers, kept = [sized(1), sized(2)], {1: 6, 2: 5}  # 5 of 16 experts of 100 bytes
+    told = Uniform(0.3).told(layers, kept)
+    assert told == {"asked": {"ratio": 0.3}, "given": {"ratio": 5 / 16, "experts": "5 of 16"}}
+    assert Uniform(0.3, of="bytes").told(layers, kept)["given"]["ratio"] == 500 / 10_000
+    assert Uniform(0.3, of="parameters").told(layers, kept)["given"]["ratio"] == 250 / 5_000
+    size = Uniform(0.3, target_gib=9_600 / GIB).told(layers, kept)
+    assert size["asked"] == {"target_gib": 9_600 / GIB}
+    assert size["given"] == {"target_gib": 9_500 / GIB, "experts": "5 of 16"}
+    assert "asked" not in Listed(kept=[6, 5]).told(layers, kept)

@@ -1,0 +1,65 @@
+"""lm-eval's model in this process, whose predictions have to be numbers.
+
+With NaN every multiple-choice task picks its first answer and every generation its first token: the
+accuracy would be one that no model has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+from moe_lab.finite import number_word
+from moe_lab.types import NotFinite
+
+
+class WatchedLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+    """Refuses what is not finite: NotFinite names the task and its document."""
+
+    def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        """The log-likelihoods of continuations."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, **options)
+        _check(requests, [one[0] for one in found])
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **options: Any) -> list[float]:
+        """The log-likelihoods of whole texts."""
+        found: list[float] = super().loglikelihood_rolling(requests, **options)
+        _check(requests, found)
+        return found
+
+    def generate_until(self, requests: Sequence[Any], **options: Any) -> list[str]:
+        """Texts that continue prompts, each token from logits that are looked at."""
+        tasks = ", ".join(dict.fromkeys(str(one.task_name) for one in requests))
+        with _finite_logits(self.model, tasks):
+            found: list[str] = super().generate_until(requests, **options)
+        return found
+
+
+def _check(requests: Sequence[Any], values: Sequence[float]) -> None:
+    for one, value in zip(requests, values, strict=True):
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"task {one.task_name}, document {one.doc_id}: the log-likelihood is "
+                f"{number_word(value)}"
+            )
+
+
+@contextmanager
+def _finite_logits(model: nn.Module, tasks: str) -> Iterator[None]:
+    """While open, each forward's last logits are looked at: their largest is NaN where one is."""
+
+    def look(module: nn.Module, args: object, output: Any) -> None:
+        if not bool(output.logits[:, -1].amax(dim=-1).isfinite().all()):
+            raise NotFinite(f"task {tasks}: the logits of a generated token are not finite")
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
