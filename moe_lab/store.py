@@ -243,6 +243,8 @@ def _sum_of(record: Mapping[str, Any]) -> str:
 def _mark_done(
     folder: Path, kind: str, key: str, identity: Mapping[str, Any], seconds: float
 ) -> None:
+    for left in folder.rglob(f"*{PARTIAL}"):  # by an attempt that was killed while it wrote
+        left.unlink()
     record = {
         "kind": kind,
         "key": key,

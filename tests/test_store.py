@@ -248,6 +248,20 @@ def test_damaged_is_set_aside_and_made_again(
     assert Store(tmp_path).get("plan", IDENTITY, never).cached
 
 
+def test_what_a_killed_attempt_half_wrote_goes(tmp_path: Path) -> None:
+    def torn(folder: Path) -> None:
+        (folder / "checkpoint").mkdir()
+        (folder / "checkpoint" / ".config.json.123.partial").write_text("{")
+        (folder / "training_state.safetensors.partial").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get("plan", IDENTITY, torn)
+    made = Store(tmp_path).get("plan", IDENTITY, write_hello)
+    names = {path.name for path in made.folder.rglob("*")}
+    assert names == {"checkpoint", "hello", "artifact.json"}
+
+
 def test_second_damage_lies_beside_the_first(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         made = Store(tmp_path).get("plan", IDENTITY, write_hello)
