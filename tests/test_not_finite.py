@@ -116,6 +116,7 @@ def test_what_float16_cannot_hold_is_told_from_damage(
 
 
 OWN = """
+import torch
 
 def undefined(layer):
     return torch.where(layer["count"] > 0, layer["norm_sum"], torch.nan) / 0.0

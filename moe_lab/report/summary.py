@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,6 @@ from moe_lab.report.figures import (
     unit_of,
 )
 from moe_lab.report.units import SHARE
-
-ROUNDING = 1e-6  # of what is asked and given, where they are the same
 
 
 def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -123,7 +122,7 @@ def _given(report: Mapping[str, Any], variants: list[str]) -> list[list[str]]:
     rows = []
     for key, asked in (("plan/ratio", "ratio"), ("plan/target_gib", "ratio/target_gib")):
         given, wanted = report.get(key), report.get(asked)
-        if given is None or wanted is None or abs(given - wanted) <= ROUNDING:
+        if given is None or wanted is None or math.isclose(given, wanted, abs_tol=1e-6):
             continue
         figure = figure_of(key)
         title = figure.title if figure else key

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
-ROUNDING = 1e-6  # of what is given and asked, where they are the same
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> No
     for unit in (unit for unit in ("ratio", "target_gib") if unit in every[0]):
         given = sum(one[unit] for one in every) / len(every)
         report[f"plan/{unit}"] = given
-        if unit in asked and abs(given - asked[unit]) > ROUNDING:
+        if unit in asked and not math.isclose(given, asked[unit], abs_tol=1e-6):
             logger.info(
                 "asked for ratio.%s=%g, given %.4g: %s experts go, whole experts and what routers "
                 "need taken into account", unit, asked[unit], given, words,

@@ -10,9 +10,10 @@ import torch
 from families import tiny_model
 
 from moe_lab.data.tokens import Tokens
-from moe_lab.evaluate.held_out import compare_held_out
+from moe_lab.evaluate.held_out import compare_held_out, perplexity
 from moe_lab.models import routers
 from moe_lab.models.layers import moe_layers
+from moe_lab.types import NotFinite
 
 SAMPLES = tuple(tuple(range(3 + number, 9 + 3 * number)) for number in range(5))
 TOKENS = Tokens(SAMPLES, pad_id=0)
@@ -109,3 +110,29 @@ def test_a_model_without_routers_has_no_routing() -> None:
     found = compare_held_out(model, model, TOKENS.batches(4))
     assert set(found.figures) == {"held_out/perplexity", "kl"}
     assert found.routed == {"layers": [], "rank_count": []}
+
+
+@torch.no_grad()
+def test_a_prediction_that_is_none_names_its_document() -> None:
+    """By its number in the text, though batches hold the short ones first; dense and variant."""
+    samples = ((5, 6, 7, 8, 9, 10), (11, 12), (13, 14, 15), (16, 17, 18, 19))
+    tokens = Tokens(samples, pad_id=0)
+    model, dense = tiny_model("mixtral"), tiny_model("mixtral")
+    compare_held_out(dense, model, tokens.batches(2))
+    for broken in (model, dense):
+        weight = broken.model.embed_tokens.weight
+        before = weight[17].clone()
+        weight[17] = math.nan
+        with pytest.raises(NotFinite, match="document 3 of the held-out text are not finite"):
+            compare_held_out(
+                dense, model, tokens.batches(2), documents=tokens.positions_by_length()
+            )
+        with pytest.raises(NotFinite, match="document 2 of"):  # in the order of the batches
+            compare_held_out(dense, model, tokens.batches(3))
+        weight[17] = before
+
+
+def test_a_loss_of_which_no_perplexity_can_be_told() -> None:
+    assert perplexity(2.0) == math.exp(2.0)
+    with pytest.raises(NotFinite, match="loss is 800 nats per token"):
+        perplexity(800.0)

@@ -14,6 +14,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.finetune import teacher
 from moe_lab.finetune.teacher import IDS, LOG_PROBABILITIES, Teacher
 from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.types import NotFinite
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -131,3 +132,22 @@ def test_the_others_are_told_apart_from_nothing() -> None:
     assert teacher.divergence(taught(p_logits, 2, 1.0), far, 1.0).item() > 40
     certain = torch.tensor([[200.0, 0.0, 0.0, 0.0]])  # the others have probability 0 in float32
     assert torch.isfinite(teacher.divergence(taught(certain, 1, 1.0), far, 1.0)).all()
+
+
+@pytest.mark.parametrize("top_k", [8, None])
+def test_a_teacher_that_gives_nan_names_the_document(
+    top_k: int | None, home: Path, tmp_path: Path
+) -> None:
+    """A token's embedding is NaN: the first text of those that have it, whatever their order."""
+    model = load(home / "dense")
+    token = TEXTS["sft/data"].samples[4][-2]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = math.nan
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(NotFinite, match=r"document \d+ of the tuning text") as raised:
+        teach(tmp_path, "taught", top_k, 1.0)
+    number = int(str(raised.value).split("document ")[1].split()[0])
+    assert any(
+        number < len(text.samples) and token in text.samples[number][:-1] for text in TEXTS.values()
+    )
+    assert not (tmp_path / "taught" / teacher.ROWS).exists(), "a teacher by halves is none"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from expert_sets import LAYER, Case, routed_output, slow_error, slow_masked_error, some_sets
 from torch import nn
 
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import all_experts
-from moe_lab.profile.all_experts import ExpertSample
+from moe_lab.profile.all_experts import ExpertSample, check_outputs
+from moe_lab.types import NotFinite
 
 
 def test_error_is_that_of_a_pruned_copy(case: Case) -> None:
@@ -85,3 +89,37 @@ def test_outputs_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         for one, other in zip(errors, found[0], strict=True):
             assert one.mse == pytest.approx(other.mse, rel=1e-12)
             assert one.cosine == pytest.approx(other.cosine, rel=1e-9)
+
+
+def test_an_output_that_is_none_names_its_expert_also_where_no_token_is_sent_there(
+    case: Case,
+) -> None:
+    """What a router never asks for is computed here, and may be too large."""
+    with pytest.raises(NotFinite, match="layer 2, expert 1: its output on a token of the sample"):
+        check_outputs(torch.tensor([[[1.0, 2.0]], [[1.0, torch.inf]], [[0.0, 0.0]]]), 2)
+    check_outputs(torch.zeros(3, 0, 2), 2)
+    broken = copy.deepcopy(case.model)
+    layer = next(one for one in moe_layers(broken) if one.info.index == LAYER)
+    with torch.no_grad():
+        layer.experts.down_proj[6] = torch.nan
+        layer.router.weight[6] = 0
+    sample = ExpertSample(LayerStream(broken, case.batches))
+    with (
+        pytest.raises(NotFinite, match=f"layer {LAYER}, expert 6: its output"),
+        sample.open(LAYER),
+    ):
+        pass
+
+
+def test_a_state_that_is_none_is_not_called_another_familys(case: Case) -> None:
+    broken = copy.deepcopy(case.model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight.fill_(torch.nan)
+    stream = LayerStream(broken, case.batches)
+    with (
+        pytest.raises(NotFinite, match="layer 1: the hidden state is not finite"),
+        ExpertSample(stream).open(1),
+    ):
+        pass
+    with torch.no_grad(), pytest.raises(NotFinite, match="layer 1: the hidden state"):
+        stream.replay_open(1, 0, stream.cache["input", 0])

@@ -16,6 +16,7 @@ from moe_lab.report.serving import where_it_runs
 from moe_lab.stages.context import Context
 from moe_lab.stages.run import Run
 from moe_lab.store import Store
+from moe_lab.types import NotFinite
 
 
 @pytest.fixture
@@ -59,3 +60,12 @@ def test_a_variant_says_where_it_lies_and_in_which_form(run: Run, tmp_path: Path
     lines = where_it_runs("mixtral", "native, fewer experts").lines()
     assert run.report["finetuned/serving"] == "; ".join(lines.values())
     assert "dense/repeated_parameters" not in run.report
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_ends_the_run(run: Run, value: float) -> None:
+    run.report |= {"dense/kl": 0.0, "diagnosis/gate_entropy": None, "dense/eval/a/acc": value}
+    with pytest.raises(NotFinite, match="evaluate_dense: the figure dense/eval/a/acc is"):
+        run.check_figures("evaluate_dense")
+    assert "dense/eval/a/acc" not in run.report, "the report that is written has none"
+    run.check_figures("evaluate_dense")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moe_lab.methods.condense.layer_search import CondensedSets, greedy_layers
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.stream import LayerStream
+from moe_lab.types import NotFinite
 
 
 def test_layer_search_equals_brute_force(searched) -> None:
@@ -112,3 +113,16 @@ def test_the_layer_search_needs_few_layer_evaluations(measured) -> None:
     assert sets.evaluations < brute_force
     kept = [key for key in stream.cache._memory if key[0] not in ("input", "intact last")]
     assert len({key[:2] for key in kept}) <= 2 * len(stream.layers)
+
+
+def test_a_value_that_is_none_names_its_set_and_an_infinite_one_is_not_chosen(measured) -> None:
+    model, batches, _ = measured
+
+    def answer(values: list[float]) -> CondensedSets:
+        sets = CondensedSets(lambda: LayerStream(model, batches), {}, lambda _, work: work())
+        sets._divergences = lambda *_: values
+        return sets
+
+    assert answer([1.0, float("inf")]).js([(1,), (1, 2)]) == [1.0, float("inf")]
+    with pytest.raises(NotFinite, match=r"js with layers \[1, 2\] condensed is NaN"):
+        answer([1.0, float("nan")]).js([(1,), (2, 1)])
