@@ -13,6 +13,7 @@ from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.models.head import check_head, sized_with_head
+from moe_lab.models.opening import num_positions
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
     announce_form,
@@ -95,7 +96,7 @@ def prepare(
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None
     top_k = other_top_k(told, final, dense.config, layers)
-    texts = tokenize(parts, dense.tokenizer())
+    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config))
     figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint
     run = Run(config, parts, Context(store, compute, log), folder, figures, texts, top_k)
