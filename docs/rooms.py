@@ -20,6 +20,7 @@ GROUND = {
     "option": "plug-ins and their options: type, range, help",
     "lookup": "what a name in an option stands for",
     "progress": "progress bars, and times in words",
+    "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
 ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -74,6 +75,8 @@ LIBRARIES = {
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
+    "rich.console": ("console",),
+    "rich.markup": (),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "gguf": ("export.gguf_converter", "serving.in_llama_cpp"),
     "hydra": ("run.py", "runs.sweep"),
@@ -89,7 +92,7 @@ LIBRARIES = {
 
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
-    "data": ("source", "rows", "standard_library", "tokens"),
+    "data": ("source", "rows", "reading", "chat", "standard_library", "tokens"),
     "export": (
         "__main__",
         "folder",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_lab.data.reading import check_text, shown
+from moe_lab.data.reading import check_text, excerpt
 from moe_lab.data.tokens import Tokenizer
 from moe_lab.types import UserError
 
@@ -31,13 +31,13 @@ def chat_of(place: str, field: str, value: Sequence[Any]) -> Chat | str:
         if keys is None or not isinstance(message.get("role"), str) or "content" not in message:
             raise UserError(
                 f"{place}: {field!r} is a list, and its item {number} is no message with role and "
-                f"content: {shown(message)}; what it needs is text, or messages such as "
+                f"content: {excerpt(message)}; what it needs is text, or messages such as "
                 '[{"role": "user", "content": "Hello"}]'
             )
         content = message["content"]
         if not (content is None or isinstance(content, (str, list))):
             raise UserError(
-                f"{place}: {field!r}: the content of message {number} is {shown(content)} "
+                f"{place}: {field!r}: the content of message {number} is {excerpt(content)} "
                 f"({type(content).__name__}), and is to be text"
             )
     if not any(_says(message) for message in value):
@@ -62,7 +62,7 @@ def as_text(chat: Chat, tokenizer: Tokenizer) -> ChatText:
         if repr(part) in text and repr(part) != json.dumps(part, ensure_ascii=False):
             raise UserError(
                 f"{chat.place}: the chat template of the model's tokenizer prints the "
-                f"{type(part).__name__} {shown(part)} as Python writes it, and not what it says: "
+                f"{type(part).__name__} {excerpt(part)} as Python writes it, and not what it says: "
                 "give content as plain text, or a tokenizer whose template takes parts"
             )
     return text
@@ -76,7 +76,7 @@ def _applied(chat: Chat, tokenizer: Tokenizer) -> str:
     except Exception as error:  # a template is a program of the model's, and raises what it likes
         raise UserError(
             f"{chat.place}: the chat template of the model's tokenizer does not take these "
-            f"messages ({type(error).__name__}: {error}); the first is {shown(chat.messages[0])}"
+            f"messages ({type(error).__name__}: {error}); the first is {excerpt(chat.messages[0])}"
         ) from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from moe_lab.data.reading import Row, rows_of
+from moe_lab.data.reading import PlacedRow, file_rows
 from moe_lab.data.rows import Rows
 from moe_lab.option import Option
 from moe_lab.types import UserError
@@ -25,11 +25,11 @@ class Files(Rows):
         tuple[str, ...], Option("paths, such as [a.jsonl,b.csv.gz,c.parquet,d.txt]")
     ] = ()
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterable[PlacedRow]:
         if not self.files:
             raise UserError("no files were named: calibration.files=[a.jsonl,b.parquet,c.txt]")
         for name in self.files:
-            yield from rows_of(Path(name).expanduser(), self.field)
+            yield from file_rows(Path(name).expanduser(), self.field)
 
     def describe(self) -> str:
         return ", ".join(self.files)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from moe_lab.data.reading import Row
+from moe_lab.data.reading import PlacedRow
 from moe_lab.data.rows import Rows
 from moe_lab.option import Option
 from moe_lab.types import UserError
@@ -28,7 +28,7 @@ class HubDataset(Rows):
     data_files: Annotated[str | None, Option("read these of its files alone")] = None
     streaming: Annotated[bool, Option("read only as many rows as are taken")] = False
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterable[PlacedRow]:
         import datasets
 
         try:

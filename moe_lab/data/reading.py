@@ -21,10 +21,10 @@ from typing import IO, Any
 
 from moe_lab.types import UserError
 
-Row = tuple[str, Any]  # where it stands, for messages, and what is there
+PlacedRow = tuple[str, Any]  # where it stands, for messages, and what is there
 JSON_ENDINGS, DELIMITERS = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 MARK, UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
-SHOWN = 60  # characters of a value in a message
+MOST_SHOWN = 60  # characters of a value in a message
 DAMAGED = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)  # of files, as libraries say
 
 
@@ -40,7 +40,7 @@ PACKED: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def rows_of(path: Path, field: str) -> Iterator[Row]:
+def file_rows(path: Path, field: str) -> Iterator[PlacedRow]:
     """The rows of a file, by its ending; plain text is one row, whose `field` is all of it."""
     _check(path)
     packed = path.suffix.lower() in PACKED
@@ -61,10 +61,10 @@ def rows_of(path: Path, field: str) -> Iterator[Row]:
         raise UserError(f"{path} cannot be read: {error}; is all of it there?") from error
 
 
-def shown(value: object) -> str:
+def excerpt(value: object) -> str:
     """A value as a message has it: in one line, and not all of a long one."""
     text = ascii(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 def check_text(text: str, place: str) -> str:
@@ -74,8 +74,8 @@ def check_text(text: str, place: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{place}: its text has a lone surrogate, {text[error.start]!a} behind "
-            f"{shown(text[max(0, error.start - 20) : error.start])}: half of a character, which no "
-            "tokenizer takes; correct it, or leave the row out"
+            f"{excerpt(text[max(0, error.start - 20) : error.start])}: half of a character, which "
+            "no tokenizer takes; correct it, or leave the row out"
         ) from error
     return text
 
@@ -108,11 +108,11 @@ def _decoded(raw: bytes, path: Path, number: int) -> str:
         looks = " (this looks like UTF-16)" if number == 1 and raw.startswith(UTF_16) else ""
         raise UserError(
             f"{path}, line {number}, cannot be read as UTF-8: byte 0x{raw[error.start]:02x} behind "
-            f"{shown(raw[: error.start][-20:].decode())}{looks}; save the file as UTF-8"
+            f"{excerpt(raw[: error.start][-20:].decode())}{looks}; save the file as UTF-8"
         ) from error
 
 
-def _of_json(path: Path) -> Iterator[Row]:
+def _of_json(path: Path) -> Iterator[PlacedRow]:
     """JSON lines, or one array of all rows."""
     lines, found = _lines(path), False
     for number, line in lines:
@@ -134,13 +134,13 @@ def _json(text: str, path: Path, number: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         at, line = number + error.lineno - 1, text.splitlines()[error.lineno - 1 :][:1]
-        said = f"line {at} is not JSON ({error.msg}): {shown(line[0] if line else '')}"
+        said = f"line {at} is not JSON ({error.msg}): {excerpt(line[0] if line else '')}"
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 5,000 brackets
         said = f"line {number} is not JSON that can be read ({error})"
     raise UserError(f"{path}, {said}; JSON has one object a line, or is one array of all")
 
 
-def _of_csv(path: Path, delimiter: str) -> Iterator[Row]:
+def _of_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
     """Rows by the names in the head; a blank line is one without text."""
     csv.field_size_limit(sys.maxsize)  # else a text of 131,072 characters is an error
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
@@ -148,14 +148,14 @@ def _of_csv(path: Path, delimiter: str) -> Iterator[Row]:
     try:
         head = next(reader, [])
         if len(set(head)) < len(head):
-            raise UserError(f"{path}, line 1: two columns have one name in {shown(head)}")
+            raise UserError(f"{path}, line 1: two columns have one name in {excerpt(head)}")
         begins = reader.line_num + 1
         for cells in reader:
             place = f"{path}, line {begins}"
             if cells and len(cells) != len(head):
                 raise UserError(
                     f"{place}, has {len(cells)} cells, and the head {len(head)} columns "
-                    f"{shown(head)}: text with a {delimiter!r} stands in double quotes"
+                    f"{excerpt(head)}: text with a {delimiter!r} stands in double quotes"
                 )
             yield place, dict(zip(head, cells, strict=True)) if cells else None
             begins = reader.line_num + 1
@@ -166,7 +166,7 @@ def _of_csv(path: Path, delimiter: str) -> Iterator[Row]:
         ) from error
 
 
-def _of_parquet(path: Path) -> Iterator[Row]:
+def _of_parquet(path: Path) -> Iterator[PlacedRow]:
     import pyarrow.parquet
 
     if path.suffix.lower() in PACKED:

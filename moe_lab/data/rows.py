@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from moe_lab.data.chat import chat_of
-from moe_lab.data.reading import Row, check_text, shown
+from moe_lab.data.reading import PlacedRow, check_text, excerpt
 from moe_lab.data.source import Document, Pair, Source
 from moe_lab.option import Option
 from moe_lab.types import UserError
@@ -48,7 +48,7 @@ class Rows(Source):
                 "templates of a row's fields such as '{question}'"
             )
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterable[PlacedRow]:
         """Where each row lies, for messages, and the row."""
         raise NotImplementedError
 
@@ -74,7 +74,7 @@ class Rows(Source):
         if self.template is not None:
             return _fill(self.template, place, row)
         if not isinstance(row, dict) or self.field not in row:
-            what = f"; it is {shown(row)}" if not isinstance(row, dict) else ""
+            what = f"; it is {excerpt(row)}" if not isinstance(row, dict) else ""
             raise UserError(
                 f"{place}, has no field {self.field!r} (there is {_fields(row)}{what}); name "
                 "another with calibration.field=<name>"
@@ -87,8 +87,8 @@ class Rows(Source):
         if isinstance(value, list):
             return chat_of(place, self.field, value)
         raise UserError(
-            f"{place}: the field {self.field!r} holds {shown(value)} ({type(value).__name__}), and "
-            f"is to hold text or messages (there is {_fields(row)}); name another with "
+            f"{place}: the field {self.field!r} holds {excerpt(value)} ({type(value).__name__}), "
+            f"and is to hold text or messages (there is {_fields(row)}); name another with "
             "calibration.field=<name>"
         )
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
+from moe_lab.console import terminal
 from moe_lab.files import CURVE, LOCK, LOG, PLAN, PLOTS, REPORT, USAGE
 from moe_lab.progress import duration
 from moe_lab.report.card import model_card
@@ -171,7 +171,7 @@ def _show(job: Description, report: dict[str, Any]) -> None:
         took, told = duration(report["seconds/total"]), summary_line(report)
         logger.info("%s: %s in %s%s", job.place, report["status"], took, told and f"; {told}")
         return
-    console = Console()
+    console = terminal()
     if len(result_rows(report)) > 1:
         console.print(result_table(report))
     if len(stage_rows(report)) > 1:

@@ -12,7 +12,7 @@ from moe_lab.stages.parts import Parts
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-NAMES = {"calibration": "calibration", "held_out": "eval.held_out"}  # as users know them
+TEXT_NAMES = {"calibration": "calibration", "held_out": "eval.held_out"}  # as users know them
 
 
 def tokenize(parts: Parts, tokenizer: Tokenizer, positions: int | None = None) -> dict[str, Tokens]:
@@ -60,7 +60,7 @@ def _within(positions: int | None, name: str, source: Source) -> Source:
     """The source, its samples no longer than the model: cut, and that is said."""
     if positions is None or source.max_length <= positions:
         return source
-    where = NAMES.get(name) or f"finetune.phases.{name.replace('/', '.')}"
+    where = TEXT_NAMES.get(name) or f"finetune.phases.{name.replace('/', '.')}"
     logger.warning(
         "%s.max_length=%d is more than the %d positions that the model has "
         "(max_position_embeddings): its samples are cut there",

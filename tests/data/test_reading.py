@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moe_lab.data.reading import rows_of
+from moe_lab.data.reading import file_rows
 from moe_lab.types import UserError
 
 TEXTS = ['one, "two"', "three\nlines\n", "日本\u2028né\x85xt", "x" * 200_000, "  last"]
@@ -56,7 +56,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def texts_of(path: Path) -> list[Any]:
-    return [row and row["text"] for _, row in rows_of(path, "text")]
+    return [row and row["text"] for _, row in file_rows(path, "text")]
 
 
 @pytest.mark.parametrize("ending", PACKERS)
@@ -75,23 +75,23 @@ def test_every_kind_gives_the_same_texts(name: str, ending: str, tmp_path: Path)
 def test_plain_text_is_one_row(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(PACKERS[ending](b"\xef\xbb\xbfone\r\n\r\ntwo\n"))
-    assert list(rows_of(path, "body")) == [(str(path), {"body": "one\n\ntwo\n"})]
+    assert list(file_rows(path, "body")) == [(str(path), {"body": "one\n\ntwo\n"})]
 
 
 def test_places(tmp_path: Path) -> None:
     """The line on which a row begins, also behind blank lines and cells of several lines."""
     lines, table, column = tmp_path / "a.jsonl", tmp_path / "a.csv", tmp_path / "a.parquet"
     lines.write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert [place for place, row in rows_of(lines, "text") if row] == [
+    assert [place for place, row in file_rows(lines, "text") if row] == [
         f"{lines}, line 1", f"{lines}, line 3",
     ]  # fmt: skip
     table.write_text('text\n"a\nb"\n\nc\n')
-    assert list(rows_of(table, "text")) == [
+    assert list(file_rows(table, "text")) == [
         (f"{table}, line 2", {"text": "a\nb"}), (f"{table}, line 4", None),
         (f"{table}, line 5", {"text": "c"}),
     ]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 1030}), column)
-    assert [place for place, _ in rows_of(column, "text")][-1] == f"{column}, row 1030"
+    assert [place for place, _ in file_rows(column, "text")][-1] == f"{column}, row 1030"
 
 
 def test_several_streams_behind_each_other_are_one_file(tmp_path: Path) -> None:
