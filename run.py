@@ -15,9 +15,8 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab.runs import option_help, options, sweep
+from moe_lab.runs import option_help, options, refusals, sweep
 
-USER_MISTAKE = 2
 exit_codes: list[int] = []
 OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, replace=True)
 
@@ -59,9 +58,9 @@ if __name__ == "__main__":
             print(sweep.Sweep.started.how_to_go_on(), file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as error:
-        message = options.refusal(error)
+        message = refusals.refusal(error)
         if message is None:
             raise
         print(message, file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        sys.exit(refusals.USER_MISTAKE)
     sys.exit(max(exit_codes, default=0))

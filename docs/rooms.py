@@ -79,7 +79,7 @@ LIBRARIES = {
     "rich.markup": (),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "gguf": ("export.gguf_converter", "serving.in_llama_cpp"),
-    "hydra": ("run.py", "runs.sweep"),
+    "hydra": ("run.py", "runs.sweep", "runs.quoting"),
     "huggingface_hub": ("models.checkpoint", "evaluate.tasks.harness", "report.card"),
     "jinja2": ("report",),
     "lm_eval": ("evaluate",),

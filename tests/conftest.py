@@ -98,7 +98,7 @@ def job(
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    from moe_lab.runs import options as run_options
+    from moe_lab.runs import refusals
 
     folder = tmp_path / "job"
     folder.mkdir()
@@ -121,7 +121,7 @@ def job(
             main_module.main(config)
             code = main_module.exit_codes.pop()
         except Exception as error:
-            message = run_options.refusal(error)
+            message = refusals.refusal(error)
             if message is None:
                 raise
             print(message)

@@ -53,7 +53,9 @@ class Source(Plugin):
     num_samples: Annotated[int, Option("how many samples", least=1)]
     max_length: Annotated[int, Option("tokens of a sample at most", least=1)]
     pack: Annotated[bool, Option("join documents and cut them into full samples")] = False
-    seed: Annotated[int, Option("of the choice of documents, where there is one")] = 0
+    seed: Annotated[
+        int, Option("of the choice of documents, where there is one", least=0, most=2**32 - 1)
+    ] = 0
     loss_on: Annotated[
         str, Option("what is learned of prompts with answers", among=("answer", "all"))
     ] = "answer"

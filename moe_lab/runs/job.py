@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import time
@@ -30,6 +29,7 @@ from moe_lab.report.summary import (
     summary_line,
 )
 from moe_lab.runs.moved import refusal_of_import
+from moe_lab.runs.refusals import NO_ROOM
 from moe_lab.runs.settings import (
     Description,
     planned_layers,
@@ -42,7 +42,6 @@ from moe_lab.track.tracker import Tracker, flat
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], None]) -> int:

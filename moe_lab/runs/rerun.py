@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,15 +9,13 @@ from pathlib import Path
 
 from moe_lab.files import CHECKOUT, HYDRA, SWEEP
 from moe_lab.report.report import OK
+from moe_lab.runs.quoting import override
 from moe_lab.runs.status import RUNNING, Job, SweepRecord, read_yaml
 from moe_lab.types import UserError
 
 SCRIPT = CHECKOUT / "run.py"
 OLD_SWEEP = "multirun.yaml"  # which Hydra leaves in the folder of every sweep
 STOPPED = 130  # run.py's exit code after Ctrl-C
-PLAIN = re.compile(
-    r"[\w/.:+%@-]+", re.ASCII
-)  # what Hydra's grammar of overrides takes without quotes
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,8 @@ def _check(home: Path, asked: Path, members: list[Job]) -> None:
         raise UserError(
             f"{home} is a job of a sweep from before sweeps left {SWEEP}, so its command is not "
             "known: give it again with "
-            f"{_override('hydra.sweep.dir', home.parent)} resume=true, or name another folder here"
+            f"{override('hydra.sweep.dir', str(home.parent))} resume=true, or name another folder "
+            "here"
         )
     if busy := [job.folder.name for job in members if job.status == RUNNING]:
         raise UserError(
@@ -88,7 +86,7 @@ def _of_sweep(sweep: SweepRecord) -> tuple[list[str], Path]:
                 "now: correct it in that file"
             )
     own = _without(sweep.argv, "hydra.sweep.dir", "resume")
-    where = _override("hydra.sweep.dir", sweep.folder)
+    where = override("hydra.sweep.dir", str(sweep.folder))
     return [str(sweep.python), str(sweep.script), *own, where, "resume=true"], sweep.cwd
 
 
@@ -102,17 +100,9 @@ def _of_run(job: Job) -> tuple[list[str], Path]:
     if not cwd.is_dir():
         raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
     own = _without(job.overrides, "run_dir")
-    return [sys.executable, str(SCRIPT), *own, _override("run_dir", job.folder)], cwd
+    return [sys.executable, str(SCRIPT), *own, override("run_dir", str(job.folder))], cwd
 
 
 def _without(words: tuple[str, ...], *keys: str) -> list[str]:
     """The command's words without overrides of these keys, also those written +key= or ++key=."""
     return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
-
-
-def _override(key: str, folder: Path) -> str:
-    """key=<folder> as Hydra reads it, also where the folder's name has spaces or commas."""
-    text = str(folder)
-    if not PLAIN.fullmatch(text):
-        text = "'" + text.replace("'", "\\'") + "'"
-    return f"{key}={text}"

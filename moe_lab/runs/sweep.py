@@ -10,6 +10,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.files import PAGE, REPORT, SWEEP
+from moe_lab.option import word_of
+from moe_lab.runs.options import EARLY, check_early, check_names
+from moe_lab.runs.refusals import USER_MISTAKE, refusal
+from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,12 +45,19 @@ class Sweep(Callback):
 
     started: Sweep | None = None
 
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        """Refuse what can be refused at once, before Hydra makes the run's folder."""
+        with _told():
+            names = (str(name) for name in config if name != "hydra")
+            check_names(names, config.hydra.runtime.choices)
+            check_early({name: _plain(config[name]) for name in EARLY})
+
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
         importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
         self.config = config
-        self.folder = Path(config.hydra.sweep.dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _told():
+            self.folder = _made(config.hydra.sweep.dir)
         Sweep.started = self
         asked = {
             "argv": sys.argv[1:],
@@ -119,6 +132,34 @@ class Sweep(Callback):
             elif path.suffix in (".md", ".csv", ".tex"):
                 tracker.artifact(path, f"{path.stem}-{name}", "table")
         tracker.finish(0)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Refusals end the process: Hydra makes warnings of what a callback raises."""
+    try:
+        yield
+    except Exception as error:
+        message = refusal(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
+        raise SystemExit(USER_MISTAKE) from error
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _made(folder: object) -> Path:
+    """The sweep's folder; UserError where none can be made."""
+    if not isinstance(folder, str) or not folder.strip():
+        raise UserError(
+            f"hydra.sweep.dir={word_of(folder)}: it must be a folder, for all jobs of the sweep"
+        )
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def jobs(config: DictConfig) -> list[list[str]] | None:

@@ -10,7 +10,7 @@ import pytest
 from made_up_runs import REAP, Command, Process, start, tell, write_sweep
 from running import ROOT
 
-from moe_lab.runs import rerun
+from moe_lab.runs.quoting import override
 
 
 def fail(folder: Path, number: int, cwd: Path) -> None:
@@ -94,7 +94,7 @@ def test_folders_are_told_as_hydra_reads_them(place: Path, name: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (place / name).mkdir()
-    word = rerun._override("run_dir", place / name)
+    word = override("run_dir", str(place / name))
     parsed = OverridesParser.create().parse_override(word)
     assert not parsed.is_sweep_override()
     assert str(parsed.value()) == str(place / name)
