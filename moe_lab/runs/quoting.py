@@ -45,8 +45,12 @@ def as_written(word: str) -> str | None:
     ways = [f"{key}={quoted(value)}"]
     if value.startswith("["):
         items = [one.strip() for one in value.removeprefix("[").removesuffix("]").split(",")]
-        ways.insert(0, f"{key}=[{','.join(quoted(one.strip(chr(39))) for one in items)}]")
+        ways.insert(0, f"{key}=[{','.join(map(_item, items))}]")
     return next((way for way in ways if _reads(way)), None)
+
+
+def _item(text: str) -> str:
+    return text if UNQUOTED.fullmatch(text) else quoted(text.strip("'"))
 
 
 def _reads(word: str) -> bool:

@@ -57,8 +57,10 @@ def _of_a_config(error: BaseException) -> str | None:
     message = str(error).partition("\nConfig search path")[0]
     if isinstance(error, yaml.YAMLError):
         return f"a yaml file is broken: {' '.join(message.split())}"
-    if isinstance(error, UnicodeDecodeError) and _in_loading(error):
-        return f"a yaml file is no UTF-8: {message}"
+    if isinstance(error, UnicodeDecodeError) and (name := _loading(error)):
+        return f"{name} is no UTF-8, which a yaml file is: {message}"
+    if isinstance(error, UnicodeEncodeError) and "surrogate" in message:
+        return f"{error.object[:200]!a} has bytes that are no UTF-8: rename what it names"
     if isinstance(error, ValueError) and message.startswith(NO_NAME):
         got = message.rpartition(" ")[2].replace("NoneType", "null")
         return (
@@ -79,6 +81,8 @@ def _of_a_config(error: BaseException) -> str | None:
 
 
 def _unreadable(word: str, message: str) -> str:
+    if not word.isascii() and (odd := word.encode(errors="replace").decode()) != word:
+        return f"{odd} has bytes that are no UTF-8: rename what it names"
     if "=" not in word:
         return (
             f"{word!r} is no option, which is said as key=value, such as ratio.ratio=0.5, or as "
@@ -110,7 +114,7 @@ def _reference(error: InterpolationResolutionError) -> str:
         value = parent._get_node(error.key)._value() if parent is not None else None
     except (AttributeError, TypeError, KeyError):
         value = None
-    if not key or not isinstance(value, str):
+    if not key or key.startswith("hydra.") or not isinstance(value, str):
         return message
     text = for_shell(f"{key}={quoted(value)}")
     return f"{key}={value}: {message} (${{…}} stands for another option); as text it is {text}"
@@ -127,7 +131,9 @@ def _from_hydra(error: BaseException) -> bool:
     return type(error).__module__ == "hydra.errors"  # only run.py imports hydra
 
 
-def _in_loading(error: BaseException) -> bool:
-    """Whether it came up where OmegaConf loads a file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any("omegaconf" in frame.filename and frame.name == "load" for frame in frames)
+def _loading(error: BaseException) -> str | None:
+    """The file of a config that Hydra was reading when it came up."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_config" and "config_path" in frame.f_locals:
+            return str(frame.f_locals["config_path"])
+    return None

@@ -56,7 +56,12 @@ class Sweep(Callback):
         """Write sweep.json: how to run this again, and the overrides of each job."""
         importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
         self.config = config
+        of_jobs = jobs(config)
         with _told():
+            if of_jobs == []:
+                raise UserError(
+                    "this sweep has no jobs: one of its options has no values (as seed=range(0,0))"
+                )
             self.folder = _made(config.hydra.sweep.dir)
         Sweep.started = self
         asked = {
@@ -64,7 +69,7 @@ class Sweep(Callback):
             "cwd": os.getcwd(),
             "script": str(Path(sys.argv[0]).resolve()),
             "python": sys.executable,
-            "overrides": jobs(config),
+            "overrides": of_jobs,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
@@ -179,12 +184,12 @@ def description_of(config: DictConfig) -> Description:
     """The job that Hydra is at, as its sweep knows it."""
     from moe_lab.runs.settings import Description
 
+    plain: Any = OmegaConf.to_container(config, resolve=True)  # names the option, else Hydra's own
     around = HydraConfig.get()
     folder = Path(around.runtime.output_dir)
     # A single job that is put into a sweep's folder is none of its own.
     where = place(folder) if around.mode == RunMode.MULTIRUN else None
     named = where.told if where else around.job.override_dirname
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     choices = dict(around.runtime.choices)
     name = named or config.model.name
     return Description(folder, folder.parent.name, name, choices, plain, where)
