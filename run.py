@@ -11,11 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from moe_lab import stopping
 
-from moe_lab.runs import option_help, options, refusals, sweep
+if __name__ == "__main__":
+    stopping.install()  # before what takes long to import
+
+try:
+    import hydra
+    from hydra.utils import instantiate
+    from omegaconf import DictConfig, OmegaConf
+
+    from moe_lab.runs import option_help, options, refusals, sweep
+except stopping.Stopped as stop:
+    sys.exit(stopping.exit_code(stop))
 
 exit_codes: list[int] = []
 OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, replace=True)
@@ -47,16 +55,15 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
     os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
     try:
+        refusals.check_words(sys.argv)
         main()
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
-    except KeyboardInterrupt:
-        from moe_lab.runs.rerun import STOPPED
-
-        print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
-        if sweep.Sweep.started:
-            print(sweep.Sweep.started.how_to_go_on(), file=sys.stderr)
-        sys.exit(STOPPED)
+    except KeyboardInterrupt as stop:
+        print(f"stopped by {stopping.name_of(stop)}; finished stages are kept", file=sys.stderr)
+        print(sweep.how_to_go_on(), file=sys.stderr)
+        stopping.end_children()
+        sys.exit(stopping.exit_code(stop))
     except Exception as error:
         message = refusals.refusal(error)
         if message is None:

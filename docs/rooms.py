@@ -20,6 +20,7 @@ GROUND = {
     "option": "plug-ins and their options: type, range, help",
     "lookup": "what a name in an option stands for",
     "progress": "progress bars, and times in words",
+    "stopping": "signals that stop a run",
     "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.

@@ -135,6 +135,23 @@ def job(
     HydraConfig.instance().cfg = None
 
 
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """Signals as run.py takes them."""
+    import signal
+
+    from moe_lab import stopping
+
+    before = {one: signal.getsignal(one) for one in stopping.SIGNALS}
+    stopping.install()
+    try:
+        yield
+    finally:
+        stopping._state.asked, stopping._state.held = None, 0
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, Any]]:
     from families import tiny_batch

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from moe_lab import stopping
 from moe_lab.console import terminal
 from moe_lab.files import CURVE, LOCK, LOG, PLAN, PLOTS, REPORT, USAGE
 from moe_lab.progress import duration
@@ -90,20 +91,23 @@ def _tracked(
     code = 1
     try:
         code = _guarded(work, report)
-    except KeyboardInterrupt:
-        report["error"] = "stopped by Ctrl-C"
+    except KeyboardInterrupt as stop:
+        report["error"] = f"stopped by {stopping.name_of(stop)}"
+        logger.error("%s", report["error"])
         raise
     finally:
-        # Also on Ctrl-C: what is known so far is not lost.
-        report["status"] = "ok" if code == 0 else "failed"
-        report["seconds/total"] = round(time.perf_counter() - started, 3)
-        report |= planned_layers(job.folder) if code == 0 else {}
-        write_report(job.folder, report)
-        if code == 0:
-            _write_cards(job, report)
-        _track(job, tracker, report)
-        tracker.finish(code)
+        # Also after a signal, and not left by a further one: what is known so far is not lost.
+        with stopping.held():
+            report["status"] = "ok" if code == 0 else "failed"
+            report["seconds/total"] = round(time.perf_counter() - started, 3)
+            report |= planned_layers(job.folder) if code == 0 else {}
+            write_report(job.folder, report)
+            if code == 0:
+                _write_cards(job, report)
+            _track(job, tracker, report)
+            tracker.finish(code)
     _show(job, report)
+    stopping.check()  # of one that came behind the work: a sweep's next job is not begun
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -42,6 +43,13 @@ def refusal(error: BaseException | None) -> str | None:
     return "\n".join(lines) or None
 
 
+def check_words(words: Iterable[str]) -> None:
+    """Refuse words of a command that are no text: they could be written into no file."""
+    for word in words:
+        if (odd := word.encode(errors="replace").decode()) != word:
+            raise UserError(f"{odd} has bytes that are no UTF-8: rename what it names")
+
+
 def _of_the_disk(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or _from_hydra(error):
         return None
@@ -59,8 +67,6 @@ def _of_a_config(error: BaseException) -> str | None:
         return f"a yaml file is broken: {' '.join(message.split())}"
     if isinstance(error, UnicodeDecodeError) and (name := _loading(error)):
         return f"{name} is no UTF-8, which a yaml file is: {message}"
-    if isinstance(error, UnicodeEncodeError) and "surrogate" in message:
-        return f"{error.object[:200]!a} has bytes that are no UTF-8: rename what it names"
     if isinstance(error, ValueError) and message.startswith(NO_NAME):
         got = message.rpartition(" ")[2].replace("NoneType", "null")
         return (
@@ -81,8 +87,6 @@ def _of_a_config(error: BaseException) -> str | None:
 
 
 def _unreadable(word: str, message: str) -> str:
-    if not word.isascii() and (odd := word.encode(errors="replace").decode()) != word:
-        return f"{odd} has bytes that are no UTF-8: rename what it names"
     if "=" not in word:
         return (
             f"{word!r} is no option, which is said as key=value, such as ratio.ratio=0.5, or as "

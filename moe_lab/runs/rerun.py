@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_lab import stopping
 from moe_lab.files import CHECKOUT, HYDRA, SWEEP
 from moe_lab.report.report import OK
 from moe_lab.runs.quoting import override
@@ -15,7 +16,6 @@ from moe_lab.types import UserError
 
 SCRIPT = CHECKOUT / "run.py"
 OLD_SWEEP = "multirun.yaml"  # which Hydra leaves in the folder of every sweep
-STOPPED = 130  # run.py's exit code after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class Command:
 
     def run(self) -> int:
         """Run it to its end, its output going where ours goes; its exit code."""
-        with subprocess.Popen(self.words, cwd=self.cwd) as process:
+        with (
+            subprocess.Popen(self.words, cwd=self.cwd) as process,
+            stopping.passed_on(lambda number: process.send_signal(number)),
+        ):
             while True:
                 try:
                     code = process.wait()

@@ -118,8 +118,7 @@ class Sweep(Callback):
 
     def how_to_go_on(self) -> str:
         """The command that does what is not done."""
-        command = shlex.join(["python", "-m", "moe_lab.runs", str(self.folder), "--rerun"])
-        return f"once more, the others alone: {command}"
+        return f"once more, the others alone: {_again(self.folder)}"
 
     def _track(self, frame: pd.DataFrame, written: list[Path]) -> None:
         """A run of its own in the sweep's group: the table, the pictures, the page."""
@@ -137,6 +136,20 @@ class Sweep(Callback):
             elif path.suffix in (".md", ".csv", ".tex"):
                 tracker.artifact(path, f"{path.stem}-{name}", "table")
         tracker.finish(0)
+
+
+def how_to_go_on() -> str:
+    """The command after a signal: of the sweep, of the job, or the same where none has begun."""
+    if Sweep.started:
+        return Sweep.started.how_to_go_on()
+    folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else None
+    if folder and (folder / REPORT).is_file():
+        return f"to go on: {_again(folder)}"
+    return f"to begin again: {shlex.join(['python', *sys.argv])}"
+
+
+def _again(folder: Path) -> str:
+    return shlex.join(["python", "-m", "moe_lab.runs", str(folder), "--rerun"])
 
 
 @contextmanager

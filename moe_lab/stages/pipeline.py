@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_lab import stopping
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
@@ -61,6 +62,7 @@ def pipeline(
     stages = [stage_named(name) for name in STAGES]
     run = prepare(config, parts, figures, folder, log)
     for stage in stages:
+        stopping.check()
         stage.run(run)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from running import run_killed, start_two
 from safetensors.torch import load_file
 from trainings import PLANS, compressed, rows_of, samples, steps_of, train_one, training
 
+from moe_lab import stopping
 from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.recipe import Phase
 from moe_lab.models.checkpoint import load
@@ -53,6 +57,35 @@ def test_resumed_equals_uninterrupted(case: str, tmp_path: Path, monkeypatch) ->
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert curve == resumed_curve
     assert [row["step"] for row in steps_of(folder)] == list(range(1, 13))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_within_a_step_saves_that_step(name: str, tmp_path: Path, monkeypatch) -> None:
+    """Its state is of a whole step, whatever was being computed, and goes on to the same bits."""
+    plan, results = compressed("prune", tmp_path), []
+    for folder in (tmp_path / "whole", tmp_path / "stopped"):
+        folder.mkdir()
+        if folder.name == "stopped":
+            first = training(load(tmp_path / "compressed", dtype="float32"), plan, folder)
+            step = first._backward
+
+            def interrupted(*given: Any, step: Any = step, first: Any = first) -> Any:
+                if first.done == 2:
+                    os.kill(os.getpid(), getattr(signal, name))
+                return step(*given)
+
+            monkeypatch.setattr(first, "_backward", interrupted)
+            with pytest.raises(stopping.Stopped, match=name):
+                first.run()
+            assert int(load_file(folder / finetune_training.STATE)["done"]) == 3
+            stopping._state.asked = None
+        model = load(tmp_path / "compressed", dtype="float32")
+        training(model, plan, folder).run()
+        results.append((model.state_dict(), (folder / "curve.jsonl").read_text()))
+    (whole, curve), (resumed, resumed_curve) = results
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert curve == resumed_curve
 
 
 def test_it_learns_and_the_curve_says_so(tmp_path: Path) -> None:
