@@ -32,18 +32,23 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
 def main(config: DictConfig) -> None:
     """One job: the pipeline, then its report, whatever happened."""
-    # Imported here, so that --help and a misspelt option answer at once.
-    from moe_lab.runs import job
+    # Imported here, so that --help and a misspelt option answer at once; held, because what a
+    # signal leaves half imported fails in many ways.
+    with stopping.held():
+        from moe_lab.runs import job
 
-    description = sweep.description_of(config)
-    options.target_of(config.track._target_)  # made before the job, which checks the others
-    tracker = instantiate(config.track)
+        description = sweep.description_of(config)
+        options.target_of(config.track._target_)  # made before the job, which checks the others
+        tracker = instantiate(config.track)
+    stopping.check()
 
     def work(report: dict[str, Any]) -> None:
         raw: Any = OmegaConf.to_container(config)
-        options.check_request(description.config, raw, description.choices)
-        from moe_lab.stages import pipeline
-        from moe_lab.stages.parts import Parts
+        with stopping.held():
+            options.check_request(description.config, raw, description.choices)
+            from moe_lab.stages import pipeline
+            from moe_lab.stages.parts import Parts
+        stopping.check()
 
         parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
         pipeline.pipeline(description.config, parts, report, description.folder, tracker.log_curve)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def install() -> None:
     for one in SIGNALS:
         if signal.getsignal(one) is not signal.SIG_IGN:
             signal.signal(one, _arrived)
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda odd: None if isinstance(odd.exc_value, Stopped) else tell(odd)
 
 
 def _arrived(number: int, frame: FrameType | None) -> None:

@@ -139,14 +139,16 @@ def job(
 def installed() -> Iterator[None]:
     """Signals as run.py takes them."""
     import signal
+    import sys
 
     from moe_lab import stopping
 
-    before = {one: signal.getsignal(one) for one in stopping.SIGNALS}
+    hook, before = sys.unraisablehook, {one: signal.getsignal(one) for one in stopping.SIGNALS}
     stopping.install()
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         stopping._state.asked, stopping._state.held = None, 0
         for one, handler in before.items():
             signal.signal(one, handler)

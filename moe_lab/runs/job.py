@@ -115,6 +115,7 @@ def _guarded(work: Callable[[dict[str, Any]], None], report: dict[str, Any]) -> 
     try:
         work(report)
     except Exception as error:
+        stopping.check()  # what a signal broke off may end in any way
         mistake = _mistake(error)
         report["error"] = str(mistake or f"{type(error).__name__}: {error}")
         if mistake:

@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from moe_lab import stopping
 from moe_lab.files import PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
 from moe_lab.runs.options import EARLY, check_early, check_names
@@ -44,6 +45,7 @@ class Sweep(Callback):
     """
 
     started: Sweep | None = None
+    job: Path | None = None  # the folder of the job that was begun last
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         """Refuse what can be refused at once, before Hydra makes the run's folder."""
@@ -54,7 +56,9 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
-        importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
+        with stopping.held():
+            importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
+        stopping.check()
         self.config = config
         of_jobs = jobs(config)
         with _told():
@@ -142,9 +146,8 @@ def how_to_go_on() -> str:
     """The command after a signal: of the sweep, of the job, or the same where none has begun."""
     if Sweep.started:
         return Sweep.started.how_to_go_on()
-    folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else None
-    if folder and (folder / REPORT).is_file():
-        return f"to go on: {_again(folder)}"
+    if Sweep.job and (Sweep.job / REPORT).is_file():
+        return f"to go on: {_again(Sweep.job)}"
     return f"to begin again: {shlex.join(['python', *sys.argv])}"
 
 
@@ -199,7 +202,7 @@ def description_of(config: DictConfig) -> Description:
 
     plain: Any = OmegaConf.to_container(config, resolve=True)  # names the option, else Hydra's own
     around = HydraConfig.get()
-    folder = Path(around.runtime.output_dir)
+    folder = Sweep.job = Path(around.runtime.output_dir)
     # A single job that is put into a sweep's folder is none of its own.
     where = place(folder) if around.mode == RunMode.MULTIRUN else None
     named = where.told if where else around.job.override_dirname
