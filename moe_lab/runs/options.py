@@ -18,6 +18,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Annotated, Any
 
+from moe_lab import stopping
 from moe_lab.option import Declared, Option, declared_by, word_of
 from moe_lab.runs.moved import refusal_of_option, refusal_of_target
 from moe_lab.runs.quoting import for_shell, override
@@ -112,7 +113,9 @@ def _needed(options: Node) -> Iterator[tuple[str, str]]:
 
 def target_of(path: str) -> Any:
     """What a `_target_` names; UserError where it does not exist, with its new path if it moved."""
-    target: Any = locate(path)
+    with stopping.held():  # torch does not survive a signal within its import
+        target: Any = locate(path)
+    stopping.check()
     if target is None:
         raise refusal_of_target(path)
     return target
