@@ -114,7 +114,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
-    "track": ("tracker", "artifacts"),
+    "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.
 KINDS: dict[str, tuple[str, ...]] = {

@@ -170,6 +170,8 @@ def _rerun(folder: Path, jobs: list[Job]) -> int:
     for one in made:
         names = ", ".join(f"{job.folder.name} ({job.status})" for job in one.jobs)
         print(f"{_short(one.folder, folder)}: running again {names}")
+        if told := one.jobs[0].sweep and rerun.other_program(one.jobs[0].sweep):
+            print(told)
         print(shlex.join(one.words), flush=True)
         codes.append(one.run())
         if codes[-1] == CTRL_C or stopping.asked():
