@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import IO
+from typing import IO, Any
 
 import pandas as pd
 from rich.table import Table as RichTable
@@ -43,6 +43,20 @@ LATEX = {
 }  # fmt: skip
 
 
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+)  # full-width too
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 Writer = Callable[[str], str]
 
 
@@ -82,9 +96,12 @@ class Table:
         return "\n".join([*lines, "", *(f"- {remark}" for remark in self.remarks)]) + "\n"
 
     def csv(self) -> str:
-        """Plain numbers to ten digits; deviation, difference and p behind their figure."""
-        whole = pd.concat([self.index, self.numbers], axis=1)
-        return whole.to_csv(index=False, float_format="%.10g")
+        """Plain numbers to ten digits; deviation, difference and p behind their figure.
+
+        Text that a spreadsheet would take for a formula has an apostrophe before it.
+        """
+        whole = pd.concat([self.index, self.numbers], axis=1).rename(columns=_no_formula)
+        return whole.map(_no_formula).to_csv(index=False, float_format="%.10g")
 
     def latex(self) -> str:
         """A floating table, made smaller where it is too wide; its origin as comments above."""
@@ -189,6 +206,13 @@ def lay_out(
     origin = [one for one in told if one not in first]
     numbers = _numbers(made, comparisons)
     return Table(made.index, made.columns, text, best, numbers, tuple(first), tuple(origin))
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell that no spreadsheet computes; -0.5 stays a number, also as text."""
+    if not isinstance(cell, str) or not cell.lstrip(" ").startswith(FORMULA):
+        return cell
+    return cell if NUMBER.fullmatch(cell) else f"'{cell}"
 
 
 def latex(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,10 @@ def test_a_real_process_runs_again_and_never_what_the_file_names(place: Path) ->
     names = dict(script=str(evil), python=str(evil), argv=["-m", "metric=nope"])
     write_sweep(place / "s", [["metric=nope"]], cwd=str(place), **names)
     command = [sys.executable, "-m", "moe_lab.runs", "s", "--rerun"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=place, env=environment
+    )
     assert done.returncode == 2 and "Could not find 'metric/nope'" in done.stderr
     assert f"names python {evil} and script {evil}: not used" in done.stdout
     assert not (place / "evil_ran").exists()
