@@ -41,21 +41,7 @@ LATEX = {
     "[": "{[}", "]": "{]}", "*": "{*}",  # else taken for an argument of the line before
     "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "→": r"$\to$", "Δ": r"$\Delta$",
 }  # fmt: skip
-
-
-FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-    "\uff1d",
-    "\uff0b",
-    "\uff0d",
-    "\uff20",
-)  # full-width too
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # what begins one; full-width signs, too
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 Writer = Callable[[str], str]
 
