@@ -5,9 +5,11 @@ WORKERS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
+AUDIT := .venv-audit
+PIP_AUDIT := pip-audit==2.10.1
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
 
-.PHONY: help run test bench families serving lint format
+.PHONY: help run test bench families serving lint format audit
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +22,7 @@ help:
 	@echo "     [ARGS='--engines vllm --only mixtral']  some of it, without writing the matrix"
 	@echo "make lint                                   check style and formatting (ruff), types (mypy)"
 	@echo "make format                                 correct style and formatting with ruff"
+	@echo "make audit                                  look up known vulnerabilities of the pins (network)"
 	@echo "PYTHON=python3.12 make ...                  choose the interpreter that .venv is made from"
 
 run: $(STAMP)
@@ -54,6 +57,14 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Of every pin of constraints.txt, by PyPI's advisories. A pin that could not be looked up fails it,
+# too: without a network there is no answer, and that is none that all is well.
+audit: $(AUDIT)/.installed
+	@$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt || { \
+		echo "make audit: NOT passed. Either a pin above has a known vulnerability, or the advisories" \
+			"could not be had (pip-audit asks https://pypi.org): run it where that can be reached."; \
+		exit 1; }
+
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -67,6 +78,12 @@ $(STAMP): pyproject.toml constraints.txt
 		"which pip chooses by itself from the package index it is set to."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(AUDIT)/.installed: Makefile
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet $(PIP_AUDIT) || { \
+		echo "make audit: NOT passed: $(PIP_AUDIT) could not be installed"; exit 1; }
 	@touch $@
 
 # vLLM's CPU build pins an older transformers than moe_lab needs. What it installs for images and

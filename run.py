@@ -11,13 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from moe_lab import stopping
 
-from moe_lab.runs import option_help, options, sweep
+if __name__ == "__main__":
+    stopping.install()  # before what takes long to import
 
-USER_MISTAKE = 2
+try:
+    import hydra
+    from hydra.utils import instantiate
+    from omegaconf import DictConfig, OmegaConf
+
+    from moe_lab.runs import option_help, options, refusals, sweep
+except stopping.Stopped as stop:
+    sys.exit(stopping.exit_code(stop))
+
 exit_codes: list[int] = []
 OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, replace=True)
 
@@ -25,18 +32,23 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
 def main(config: DictConfig) -> None:
     """One job: the pipeline, then its report, whatever happened."""
-    # Imported here, so that --help and a misspelt option answer at once.
-    from moe_lab.runs import job
+    # Imported here, so that --help and a misspelt option answer at once; held, because what a
+    # signal leaves half imported fails in many ways.
+    with stopping.held():
+        from moe_lab.runs import job
 
-    description = sweep.description_of(config)
-    options.target_of(config.track._target_)  # made before the job, which checks the others
-    tracker = instantiate(config.track)
+        description = sweep.description_of(config)
+        options.target_of(config.track._target_)  # made before the job, which checks the others
+        tracker = instantiate(config.track)
+    stopping.check()
 
     def work(report: dict[str, Any]) -> None:
         raw: Any = OmegaConf.to_container(config)
-        options.check_request(description.config, raw, description.choices)
-        from moe_lab.stages import pipeline
-        from moe_lab.stages.parts import Parts
+        with stopping.held():
+            options.check_request(description.config, raw, description.choices)
+            from moe_lab.stages import pipeline
+            from moe_lab.stages.parts import Parts
+        stopping.check()
 
         parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
         pipeline.pipeline(description.config, parts, report, description.folder, tracker.log_curve)
@@ -48,20 +60,19 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
     os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
     try:
+        refusals.check_words(sys.argv)
         main()
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
-    except KeyboardInterrupt:
-        from moe_lab.runs.rerun import STOPPED
-
-        print("stopped; finished stages are kept, the same command goes on", file=sys.stderr)
-        if sweep.Sweep.started:
-            print(sweep.Sweep.started.how_to_go_on(), file=sys.stderr)
-        sys.exit(STOPPED)
+    except KeyboardInterrupt as stop:
+        print(f"stopped by {stopping.name_of(stop)}; finished stages are kept", file=sys.stderr)
+        print(sweep.how_to_go_on(), file=sys.stderr)
+        stopping.end_children()
+        sys.exit(stopping.exit_code(stop))
     except Exception as error:
-        message = options.refusal(error)
+        message = refusals.refusal(error)
         if message is None:
             raise
         print(message, file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        sys.exit(refusals.USER_MISTAKE)
     sys.exit(max(exit_codes, default=0))

@@ -23,6 +23,8 @@ GROUND = {
     "integrity": "whether files are still what was written",
     "provenance": "where a result came from: commit, versions, machine",
     "progress": "progress bars, and times in words",
+    "stopping": "signals that stop a run",
+    "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
 ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -77,9 +79,11 @@ LIBRARIES = {
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
+    "rich.console": ("console",),
+    "rich.markup": (),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "gguf": ("export.gguf_converter", "serving.in_llama_cpp"),
-    "hydra": ("run.py", "runs.sweep"),
+    "hydra": ("run.py", "runs.sweep", "runs.quoting"),
     "huggingface_hub": ("models.checkpoint", "evaluate.tasks.harness", "report.card"),
     "jinja2": ("report",),
     "lm_eval": ("evaluate",),
@@ -92,7 +96,7 @@ LIBRARIES = {
 
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
-    "data": ("source", "rows", "standard_library", "tokens"),
+    "data": ("source", "rows", "reading", "chat", "standard_library", "tokens"),
     "export": (
         "__main__",
         "folder",
@@ -113,7 +117,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
-    "track": ("tracker", "artifacts"),
+    "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.
 KINDS: dict[str, tuple[str, ...]] = {

@@ -27,6 +27,7 @@ OURS = __name__.partition(".")[0]
 # Modules of ours that stages and plug-ins import and that decide no result, and why.
 WITHOUT_RESULTS = {
     "moe_lab.progress": "progress bars, and times in words: for people",
+    "moe_lab.stopping": "when a run stops, not what it computes",
     "moe_lab.files": "the names of files, not what is in them",
     "moe_lab.integrity": "whether files are what was written, not what that is",
     "moe_lab.provenance": "where a result came from",

@@ -96,10 +96,11 @@ class Option:
         if self.among:
             return ", ".join(map(word_of, self.among))
         if self.least is not None and self.most is not None:
-            return f"from {self.least:g} to {self.most:g}"
+            return f"from {_number(self.least)} to {_number(self.most)}"
         bounds = {"at least": self.least, "above": self.above, "at most": self.most,
                   "below": self.below}  # fmt: skip
-        return ", ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        told = {word: bound for word, bound in bounds.items() if bound is not None}
+        return ", ".join(f"{word} {_number(bound)}" for word, bound in told.items())
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,11 @@ def word_of(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(word_of, value))}]"
     return str(value)
+
+
+def _number(bound: float) -> str:
+    """A bound as it is written, a large whole one with all its digits."""
+    return f"{bound:g}" if abs(bound) < 1e6 else str(bound)
 
 
 def _parts(hint: Any) -> tuple[Any, Option | None]:

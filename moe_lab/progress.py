@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from moe_lab import stopping
+
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
@@ -19,10 +21,13 @@ def progress(values: Iterable[Value], what: str, total: int | None = None) -> It
     if total is None and isinstance(values, Sized):
         total = len(values)
     if sys.stderr.isatty():
-        yield from tqdm(values, desc=what, total=total, dynamic_ncols=True, leave=False)
+        for value in tqdm(values, desc=what, total=total, dynamic_ncols=True, leave=False):
+            stopping.check()
+            yield value
         return
     shown, started = 0, time.monotonic()
     for done, value in enumerate(values, start=1):
+        stopping.check()
         yield value
         tenth = done * 10 // total if total else 0
         if total and tenth > shown and (tenth == 10 or total >= 5):

@@ -98,7 +98,7 @@ def job(
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    from moe_lab.runs import options as run_options
+    from moe_lab.runs import refusals
 
     folder = tmp_path / "job"
     folder.mkdir()
@@ -121,7 +121,7 @@ def job(
             main_module.main(config)
             code = main_module.exit_codes.pop()
         except Exception as error:
-            message = run_options.refusal(error)
+            message = refusals.refusal(error)
             if message is None:
                 raise
             print(message)
@@ -133,6 +133,25 @@ def job(
 
     yield run
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """Signals as run.py takes them."""
+    import signal
+    import sys
+
+    from moe_lab import stopping
+
+    hook, before = sys.unraisablehook, {one: signal.getsignal(one) for one in stopping.SIGNALS}
+    stopping.install()
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        stopping._state.asked, stopping._state.held = None, 0
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from running import ROOT, rooms
 
 from moe_lab.models import checkpoint
-from moe_lab.runs import options
+from moe_lab.runs import options, refusals
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
@@ -115,7 +115,7 @@ def test_conf_mirrors_code(group: str, composed: Compose) -> None:
 def test_a_misspelt_option_lists_what_exists(group: str, composed: Compose) -> None:
     with pytest.raises(HydraException) as caught:
         composed(f"{group}=mispelt")
-    message = options.refusal(caught.value)
+    message = refusals.refusal(caught.value)
     assert f"{group}/mispelt" in message
     assert all(option in message for name, option in OPTIONS if name == group)
     assert str(ROOT) not in message
@@ -127,7 +127,7 @@ def test_a_misspelt_key_lists_what_exists(node: str, composed: Compose) -> None:
     there = config[node] if node else config
     with pytest.raises(HydraException) as caught:
         composed(f"{node}.mispelt=1" if node else "mispelt=1")
-    message = options.refusal(caught.value)
+    message = refusals.refusal(caught.value)
     assert "mispelt is no option; there are" in message
     keys = {str(key) for key in there} - {"hydra", "_target_"}
     assert all(key in message for key in keys)

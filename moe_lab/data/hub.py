@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+from moe_lab.data.reading import PlacedRow
 from moe_lab.data.rows import Rows
 from moe_lab.option import Option
 from moe_lab.types import UserError
@@ -27,7 +28,7 @@ class HubDataset(Rows):
     data_files: Annotated[str | None, Option("read these of its files alone")] = None
     streaming: Annotated[bool, Option("read only as many rows as are taken")] = False
 
-    def rows(self) -> Iterable[tuple[str, Any]]:
+    def rows(self) -> Iterable[PlacedRow]:
         import datasets
 
         try:
@@ -44,8 +45,8 @@ class HubDataset(Rows):
                 f"the dataset {self.path!r} could not be loaded: {error}. Without a network give a "
                 "local folder of the same layout (calibration.path=<folder>), or calibration=files"
             ) from error
-        for row in rows:
-            yield self.path, row
+        for number, row in enumerate(rows, start=1):
+            yield f"{self.path}, row {number}", row
 
     def describe(self) -> str:
         parts = (self.path, self.name, self.data_files)
@@ -63,6 +64,8 @@ def _cache_of(folder: Path) -> str | None:
     import datasets
 
     files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats = [(str(path), path.stat()) for path in files]
+    # A change of content that keeps size and time of writing does not keep st_ctime.
+    state = [(path, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for path, one in stats]
     digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder_{digest}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, TypedDict
 
-from moe_lab.data.source import Document, Source
+from moe_lab.data.source import Document, Source, has_text
 from moe_lab.option import Option
 from moe_lab.types import UserError
 
@@ -49,7 +49,7 @@ class Mixture(Source):
             source = self.parts[name]["source"]
             share = round(self.num_samples * weight / total)
             share += share // 4 if self.skip_long else 0  # some will turn out too long
-            documents = itertools.islice(source.documents(), share + 1)
+            documents = itertools.islice(filter(has_text, source.documents()), share + 1)
             drawn.extend((name, document) for document in documents)
         random.Random(self.seed).shuffle(drawn)
         return drawn

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from moe_lab.data.chat import chat_of
+from moe_lab.data.reading import PlacedRow, check_text, excerpt
 from moe_lab.data.source import Document, Pair, Source
 from moe_lab.option import Option
 from moe_lab.types import UserError
@@ -17,10 +19,13 @@ class Rows(Source):
     """A source of rows with fields: subclasses say where `rows` come from.
 
     A row becomes a document by one of: `prompt` and `answer`, templates of the two parts, where
-    what `answer` gives may be looked up in `answers`; `template`; or the text in its `field`.
+    what `answer` gives may be looked up in `answers`; `template`; or what its `field` holds, text
+    or messages. A row that is null, or whose field is null or blank, is left out and counted.
     """
 
-    field: Annotated[str, Option("the field with a row's text")] = "text"
+    field: Annotated[
+        str, Option("the field with a row's text, or its messages (role and content)")
+    ] = "text"
     template: Annotated[
         str | None, Option("a row's text of several fields, such as '{title}: {body}'")
     ] = None
@@ -43,7 +48,7 @@ class Rows(Source):
                 "templates of a row's fields such as '{question}'"
             )
 
-    def rows(self) -> Iterable[tuple[str, Any]]:
+    def rows(self) -> Iterable[PlacedRow]:
         """Where each row lies, for messages, and the row."""
         raise NotImplementedError
 
@@ -52,22 +57,39 @@ class Rows(Source):
 
     def grouped(self, field: str) -> Iterable[tuple[str, Document]]:
         for place, row in self.rows():
+            if row is None:
+                yield "", ""
+                continue
             if not isinstance(row, dict) or row.get(field) is None:
                 raise UserError(
-                    f"group_by={field}: {place} has a row without it; there is {_fields(row)}"
+                    f"group_by={field}: {place}, is a row without it; there is {_fields(row)}"
                 )
             yield str(row[field]), self._document(place, row)
 
     def _document(self, place: str, row: Any) -> Document:
+        if row is None:
+            return ""
         if self.prompt is not None:
             return self._pair(place, row)
         if self.template is not None:
             return _fill(self.template, place, row)
-        if isinstance(row, dict) and isinstance(text := row.get(self.field), str):
-            return text
+        if not isinstance(row, dict) or self.field not in row:
+            what = f"; it is {excerpt(row)}" if not isinstance(row, dict) else ""
+            raise UserError(
+                f"{place}, has no field {self.field!r} (there is {_fields(row)}{what}); name "
+                "another with calibration.field=<name>"
+            )
+        value = row[self.field]
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return check_text(value, place)
+        if isinstance(value, list):
+            return chat_of(place, self.field, value)
         raise UserError(
-            f"{place} has rows without text in the field {self.field!r} (there is "
-            f"{_fields(row)}); name another with calibration.field=<name>"
+            f"{place}: the field {self.field!r} holds {excerpt(value)} ({type(value).__name__}), "
+            f"and is to hold text or messages (there is {_fields(row)}); name another with "
+            "calibration.field=<name>"
         )
 
     def _pair(self, place: str, row: Any) -> Pair:
@@ -98,7 +120,9 @@ class _Formatter(string.Formatter):
 
 def _fill(template: str, place: str, row: Any) -> str:
     try:
-        return _Formatter().vformat(template, (), row)
+        return check_text(_Formatter().vformat(template, (), row), place)
+    except UserError:
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{place} has fields {_fields(row)}, which do not fill the template {template!r}: "

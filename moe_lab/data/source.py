@@ -1,17 +1,20 @@
 """Calibration, tuning and held-out text: where documents come from, and how they become samples.
 
 One document is one sample, truncated to `max_length` tokens and never packed unless `pack` is set.
-A document may also be a prompt with its answer, of which only the answer is learned.
+A document may also be a prompt with its answer, of which only the answer is learned, or a
+conversation, which the tokenizer's chat template writes as text.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from moe_lab.data.chat import Chat, ChatText, as_text
 from moe_lab.data.tokens import Tokenizer, Tokens, chunks
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
@@ -26,7 +29,8 @@ class Pair(NamedTuple):
     answer: str
 
 
-Document = str | Pair
+Document = str | Pair | Chat
+LONG, WITHOUT_TEXT = "prompts that were too long", "rows without text (null, empty or blank)"
 
 
 class Sample(NamedTuple):
@@ -49,7 +53,9 @@ class Source(Plugin):
     num_samples: Annotated[int, Option("how many samples", least=1)]
     max_length: Annotated[int, Option("tokens of a sample at most", least=1)]
     pack: Annotated[bool, Option("join documents and cut them into full samples")] = False
-    seed: Annotated[int, Option("of the choice of documents, where there is one")] = 0
+    seed: Annotated[
+        int, Option("of the choice of documents, where there is one", least=0, most=2**32 - 1)
+    ] = 0
     loss_on: Annotated[
         str, Option("what is learned of prompts with answers", among=("answer", "all"))
     ] = "answer"
@@ -77,7 +83,9 @@ class Source(Plugin):
         """The documents, each after the name of its group by `field`; UserError without such."""
         raise UserError(f"group_by={field}: {self.describe()} has no fields")
 
-    def _wanted(self) -> Iterator[tuple[str, Document]]:
+    def _wanted(
+        self, tokenizer: Tokenizer, left_out: Counter[str]
+    ) -> Iterator[tuple[str, str | Pair]]:
         """The documents with text, of the group that was asked for, each after its group."""
         rows: Iterable[tuple[str, Document]]
         if self.group_by is None:
@@ -87,11 +95,16 @@ class Source(Plugin):
         others = set()
         none = True
         for group, document in rows:
-            if self.group is not None and group != self.group:
+            if not has_text(document):
+                left_out[WITHOUT_TEXT] += 1
+            elif self.group is not None and group != self.group:
                 others.add(group)
-            elif whole_text(document).strip():
+            else:
                 none = False
-                yield group, document
+                yield (
+                    group,
+                    as_text(document, tokenizer) if isinstance(document, Chat) else document,
+                )
         if self.group is not None and none:
             raise UserError(
                 f"group={self.group}: {self.describe()} has no text of it; by {self.group_by} "
@@ -100,16 +113,18 @@ class Source(Plugin):
 
     def tokens(self, tokenizer: Tokenizer) -> Tokens:
         """The samples; UserError where the source holds too few documents or tokens."""
-        samples = (self._packed if self.pack else self._each)(self._wanted(), tokenizer)
+        left_out: Counter[str] = Counter()
+        rows = self._wanted(tokenizer, left_out)
+        samples = (self._packed if self.pack else self._each)(rows, tokenizer)
         chosen: list[Sample] = []
-        skipped = 0
         while len(chosen) < self.num_samples and (sample := next(samples, None)):
             if sample.prompt < len(sample.ids):
                 chosen.append(sample)
             else:
-                skipped += 1
-        if skipped:
-            logger.info("%s: %d prompts were too long and left out", self.describe(), skipped)
+                left_out[LONG] += 1
+        told = " and ".join(f"{number} {what}" for what, number in left_out.items())
+        if told:
+            logger.info("%s: left out were %s", self.describe(), told)
         if len(chosen) < self.num_samples:
             unit = (
                 f"full samples of {self.max_length} tokens" if self.pack else "documents with text"
@@ -119,6 +134,7 @@ class Source(Plugin):
                 f"{len(chosen)} {unit}; "
                 + (f"ask for fewer (num_samples={len(chosen)}) or " if chosen else "")
                 + "give more text"
+                + (f"; left out were {told}" if told else "")
             )
         pad_id = tokenizer.pad_token_id
         prompts = tuple(sample.prompt for sample in chosen)
@@ -138,13 +154,14 @@ class Source(Plugin):
         """Each source with its split, in words: what a model has seen after training on it."""
         return (self.describe(),)
 
-    def _each(self, rows: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[Sample]:
+    def _each(
+        self, rows: Iterable[tuple[str, str | Pair]], tokenizer: Tokenizer
+    ) -> Iterator[Sample]:
         """A sample of each document."""
         for chunk in chunks(rows, 64):
             limits = dict(truncation=True, max_length=self.max_length)
-            encoded = tokenizer([whole_text(document) for _, document in chunk], **limits)[
-                "input_ids"
-            ]
+            texts = [whole_text(document) for _, document in chunk]
+            encoded = _encoded(texts, tokenizer, limits)
             for (group, document), ids in zip(chunk, encoded, strict=True):
                 prompt = _prompt_length(document, ids, tokenizer)
                 if isinstance(document, Pair) and prompt == len(ids) and not self.skip_long:
@@ -162,25 +179,43 @@ class Source(Plugin):
         )
 
     def _packed(
-        self, rows: Iterable[tuple[str, Document]], tokenizer: Tokenizer
+        self, rows: Iterable[tuple[str, str | Pair]], tokenizer: Tokenizer
     ) -> Iterator[Sample]:
         rest: list[int] = []
         for chunk in chunks((document for _, document in rows), 64):
-            if any(isinstance(document, Pair) for document in chunk):
+            texts = [document for document in chunk if not isinstance(document, Pair)]
+            if len(texts) < len(chunk):
                 raise UserError("pack=true would cut prompts from their answers: set pack=false")
-            for ids in tokenizer(chunk)["input_ids"]:
+            for ids in _encoded(texts, tokenizer, {}):
                 rest.extend(ids)
                 while len(rest) >= self.max_length:
                     yield Sample(tuple(rest[: self.max_length]))
                     rest = rest[self.max_length :]
 
 
-def whole_text(document: Document) -> str:
+def whole_text(document: str | Pair) -> str:
     """A document's text, of a prompt with its answer both."""
     return document if isinstance(document, str) else document.prompt + document.answer
 
 
-def _prompt_length(document: Document, ids: list[int], tokenizer: Tokenizer) -> int:
+def has_text(document: Document) -> bool:
+    """Whether a document says anything; messages that say nothing are no conversation."""
+    return isinstance(document, Chat) or bool(whole_text(document).strip())
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer, limits: dict[str, Any]) -> list[list[int]]:
+    """The ids of each; a chat template has written the special tokens already."""
+    found: dict[int, list[int]] = {}
+    for written in (False, True):
+        own = [number for number, text in enumerate(texts) if isinstance(text, ChatText) == written]
+        if own:
+            extra = {"add_special_tokens": False} if written else {}
+            ids = tokenizer([texts[number] for number in own], **limits, **extra)["input_ids"]
+            found |= dict(zip(own, ids, strict=True))
+    return [found[number] for number in range(len(texts))]
+
+
+def _prompt_length(document: str | Pair, ids: list[int], tokenizer: Tokenizer) -> int:
     """How many of a document's ids its prompt explains.
 
     A token across the border belongs to the answer; so does everything after the first token that

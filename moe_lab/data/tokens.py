@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: Any, **limits: Any) -> Mapping[str, Any]: ...
 
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
 
 def chunks(values: Iterable[Chunked], size: int) -> Iterator[list[Chunked]]:
     """The values in lists of `size`, the last one shorter where they do not fit."""

@@ -10,8 +10,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -48,12 +46,13 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MKL_CBWR", "AVX2")  # every process rounds alike
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from moe_lab.console import terminal
     from moe_lab.families.all_types import check_types
     from moe_lab.families.table import counts, sentences, terminal_table, with_table
     from moe_lab.families.tiny import model_types
     from moe_lab.progress import progress
 
-    console, known = Console(), model_types()
+    console, known = terminal(), model_types()
     for name in asked.types:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or ", ".join(known)
@@ -62,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> int:
     names = asked.types or list(known)
     rows = list(progress(check_types(names, asked.processes), "families", len(names)))
     console.print(terminal_table(rows))
-    console.print("\n\n".join([counts(rows), *sentences(rows)]), markup=False, soft_wrap=True)
+    console.print("\n\n".join([counts(rows), *sentences(rows)]), soft_wrap=True)
     if asked.json:
         asked.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
     for page in asked.write:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import transformers
 from rich.table import Table
+from rich.text import Text
 
 from moe_lab.families.all_types import Row
 from moe_lab.families.checks import CHECKS, NOT_REACHED
@@ -51,7 +52,7 @@ def terminal_table(rows: Iterable[Row]) -> Table:
     table = Table("type", *COLUMNS, "seconds")
     for group, some in by_group(rows).items():
         table.add_section()
-        table.add_row(f"[bold]{group}")
+        table.add_row(Text(group, "bold"))
         for row in some:
             states = {column: row.outcomes.get(column, NOT_REACHED).state for column in COLUMNS}
             cells = [

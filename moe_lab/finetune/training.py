@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from moe_lab import stopping
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.files import CURVE, TRAINABLE
@@ -105,16 +106,26 @@ class Training:
             self._log({"phase": name, "step": first} | self._validation(name))
         last = first + self.steps_of[name]
         for step in progress(range(self.done, last), f"finetune {name}", last - self.done):
-            row = {"phase": name, "step": step + 1}
-            self.tuning.before_step(step, self.num_steps)
-            row |= self._step(name, step - first, optimizer)
-            row |= self.tuning.after_step(step, self.num_steps)
-            if (step + 1) % self.recipe.validate_every == 0 or step + 1 == last:
-                row |= self._validation(name)
-            self._log(row)
-            self.done = step + 1
-            if self.done % self.save_every == 0:
-                self._save(optimizer)
+            with self._whole_step():
+                row = {"phase": name, "step": step + 1}
+                self.tuning.before_step(step, self.num_steps)
+                row |= self._step(name, step - first, optimizer)
+                row |= self.tuning.after_step(step, self.num_steps)
+                if (step + 1) % self.recipe.validate_every == 0 or step + 1 == last:
+                    row |= self._validation(name)
+                self._log(row)
+                self.done = step + 1
+                if self.done % self.save_every == 0 or stopping.asked():
+                    self._save(optimizer)
+            stopping.check()
+
+    def _whole_step(self) -> contextlib.AbstractContextManager[object]:
+        """A signal waits for the step's end, so that the state it leaves is one of a whole step.
+
+        Not where there are other processes, which may be at another step when it comes to them.
+        """
+        alone = self.processes.num_processes == 1
+        return stopping.held() if alone else contextlib.nullcontext()
 
     def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         # Decay pulls towards 0: right for weights, wrong for vectors of factors around 1.

@@ -23,7 +23,7 @@ import torch
 from moe_lab.measure import vllm_script
 from moe_lab.measure.speed import REFERENCE, Measurement
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.opening import text_config
+from moe_lab.models.opening import num_positions, text_config
 from moe_lab.models.own_config import is_own_form
 from moe_lab.option import Option
 from moe_lab.progress import progress
@@ -134,7 +134,7 @@ class ThroughVllm(Measurement):
             raise UserError(
                 "measure=vllm: vLLM knows no model.dtype=float64; float32 is its finest"
             )
-        longest = getattr(text_config(checkpoint.config), "max_position_embeddings", None)
+        longest = num_positions(checkpoint.config)
         asked = self.prompt_length + self.output_tokens + 1
         if longest is not None and asked > longest:
             raise UserError(

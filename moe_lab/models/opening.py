@@ -37,6 +37,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def num_positions(config: Any) -> int | None:
+    """How many tokens the text model takes at most, as its config says; None where it does not."""
+    said = getattr(text_config(config), "max_position_embeddings", None)
+    return said if isinstance(said, int) and said > 0 else None
+
+
 def text_values(values: dict[str, Any], config: Any) -> dict[str, Any]:
     """The part of a config's JSON object, `values`, that says its `text_config`."""
     wanted = text_config(config)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lab import stopping
 from moe_lab.report.report import OK
 from moe_lab.runs import cleaning, listing, reproducing, rerun, verifying
 from moe_lab.runs.cleaning import CHECKPOINTS, SEARCH, UNUSED, Contents, Result
@@ -21,6 +22,7 @@ from moe_lab.runs.listing import many, size, took
 from moe_lab.runs.status import FAILED, KILLED, NOT_STARTED, RUNNING, STATUSES, Job, find_jobs
 from moe_lab.types import UserError
 
+CTRL_C = 130  # run.py's exit code after it, which a terminal gives to both processes
 AFTER = {
     UNUSED: "runs outside this folder may share the store: what only they use counts as unused",
     CHECKPOINTS: "evaluations, profiles and plans stay; <variant>/checkpoint of the reports leads "
@@ -172,9 +174,11 @@ def _rerun(folder: Path, jobs: list[Job]) -> int:
     for one in made:
         names = ", ".join(f"{job.folder.name} ({job.status})" for job in one.jobs)
         print(f"{_short(one.folder, folder)}: running again {names}")
+        if told := one.jobs[0].sweep and rerun.other_program(one.jobs[0].sweep):
+            print(told)
         print(shlex.join(one.words), flush=True)
         codes.append(one.run())
-        if codes[-1] == rerun.STOPPED:
+        if codes[-1] == CTRL_C or stopping.asked():
             break
     return max(codes)
 

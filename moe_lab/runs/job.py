@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import time
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
+from moe_lab import stopping
+from moe_lab.console import terminal
 from moe_lab.files import CURVE, LOCK, LOG, MODEL_CARD, PLAN, PLOTS, REPORT, USAGE
 from moe_lab.progress import duration
 from moe_lab.report.card import model_card
@@ -30,6 +30,7 @@ from moe_lab.report.summary import (
     summary_line,
 )
 from moe_lab.runs.moved import refusal_of_import
+from moe_lab.runs.refusals import NO_ROOM
 from moe_lab.runs.settings import (
     Description,
     planned_layers,
@@ -42,7 +43,6 @@ from moe_lab.track.tracker import Tracker, flat
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], None]) -> int:
@@ -102,20 +102,23 @@ def _tracked(
     code = 1
     try:
         code = _guarded(work, report)
-    except KeyboardInterrupt:
-        report["error"] = "stopped by Ctrl-C"
+    except KeyboardInterrupt as stop:
+        report["error"] = f"stopped by {stopping.name_of(stop)}"
+        logger.error("%s", report["error"])
         raise
     finally:
-        # Also on Ctrl-C: what is known so far is not lost.
-        report["status"] = "ok" if code == 0 else "failed"
-        report["seconds/total"] = round(time.perf_counter() - started, 3)
-        report |= planned_layers(job.folder) if code == 0 else {}
-        write_report(job.folder, report)
-        if code == 0:
-            _write_cards(job, report)
-        _track(job, tracker, report)
-        tracker.finish(code)
+        # Also after a signal, and not left by a further one: what is known so far is not lost.
+        with stopping.held():
+            report["status"] = "ok" if code == 0 else "failed"
+            report["seconds/total"] = round(time.perf_counter() - started, 3)
+            report |= planned_layers(job.folder) if code == 0 else {}
+            write_report(job.folder, report)
+            if code == 0:
+                _write_cards(job, report)
+            _track(job, tracker, report)
+            tracker.finish(code)
     _show(job, report)
+    stopping.check()  # of one that came behind the work: a sweep's next job is not begun
     return code
 
 
@@ -123,6 +126,7 @@ def _guarded(work: Callable[[dict[str, Any]], None], report: dict[str, Any]) -> 
     try:
         work(report)
     except Exception as error:
+        stopping.check()  # what a signal broke off may end in any way
         mistake = _mistake(error)
         report["error"] = str(mistake or f"{type(error).__name__}: {error}")
         if mistake:
@@ -182,7 +186,7 @@ def _show(job: Description, report: dict[str, Any]) -> None:
         took, told = duration(report["seconds/total"]), summary_line(report)
         logger.info("%s: %s in %s%s", job.place, report["status"], took, told and f"; {told}")
         return
-    console = Console()
+    console = terminal()
     if len(result_rows(report)) > 1:
         console.print(result_table(report))
     if len(stage_rows(report)) > 1:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_lab.console import terminal
 from moe_lab.progress import duration
 from moe_lab.report.figures import MISSING, figure_text
 from moe_lab.report.report import OK
@@ -64,7 +64,7 @@ def summed_up(jobs: list[Job]) -> str:
 def show_jobs(described: Sequence[Mapping[str, Any]]) -> None:
     """Print a line per job; on a terminal cut to its width, with the jobs' folders as headings."""
     rows, notes = [_cells(one) for one in described], [one["note"] for one in described]
-    console = Console(highlight=False)
+    console = terminal()
     if not console.is_terminal:
         for line, note in zip(aligned([JOB_HEAD, *rows]), ["", *notes], strict=True):
             print(f"{line}  {note}" if note else line)
@@ -124,7 +124,7 @@ def aligned(rows: list[list[str]], right: bool = False) -> list[str]:
         made.add_column(justify="right" if right and number else "left", no_wrap=True)
     for row in rows:
         made.add_row(*map(Text, row))
-    console = Console(width=NO_LIMIT, no_color=True)
+    console = terminal(width=NO_LIMIT)
     lines = console.render_lines(made, pad=False)
     return ["".join(part.text for part in line).rstrip() for line in lines]
 
@@ -150,6 +150,6 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     return [one["job"], one["status"], stage, took(one["seconds"]), cached, one["settings"]]
 
 
-def _print_cut(console: Console, line: Text) -> None:
+def _print_cut(console: Any, line: Text) -> None:
     line.truncate(console.width, overflow="ellipsis")
     console.print(line, soft_wrap=True)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 OUR_LOGGERS, PYTHON = ("moe_lab", "run", "__main__"), "py.warnings"
 already_shown: set[str] = (
     set()
 )  # over all jobs of this process: Hydra sets logging up anew for each
+
+
+class RunLog(logging.FileHandler):
+    """run.log; where the disk is full that is said once, and not by a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            text = f"{self.baseFilename} is not whole: {error.strerror}"
+            if text not in already_shown:
+                already_shown.add(text)
+                print(text, file=sys.stderr)
+        else:
+            super().handleError(record)
 
 
 class Console(logging.Filter):

@@ -12,15 +12,16 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc import locate
 from typing import Annotated, Any
 
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
-from moe_lab.option import Declared, Option, declared_by
+from moe_lab import stopping
+from moe_lab.option import Declared, Option, declared_by, word_of
 from moe_lab.runs.moved import refusal_of_option, refusal_of_target
+from moe_lab.runs.quoting import for_shell, override
 from moe_lab.types import UserError
 
 NODES = ("table",)  # beside the groups, checked as they are
@@ -28,8 +29,8 @@ PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS |= {type(None): "null", Sequence: "a list [a,b]", Mapping: "a mapping"}
-NO_NAME = "Config group override must be a string"  # Hydra, of metric=true or metric=null
 CONFIG_REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to one name, not made from other references
+EARLY = ("seed", "resume", "store", "run_dir", "model", "table")  # what check_early looks at
 Node = Mapping[str, Any]
 
 
@@ -37,7 +38,7 @@ Node = Mapping[str, Any]
 class TopOptions:
     """The options that stand in no group."""
 
-    seed: Annotated[int, Option("of all random choices", least=0)]
+    seed: Annotated[int, Option("of all random choices", least=0, most=2**32 - 1)]
     resume: Annotated[bool, Option("leave out jobs whose folder holds a finished report")]
     store: Annotated[str, Option("folder of finished stages, shared by all runs")]
     run_dir: Annotated[str, Option("folder of a run's own files; a sweep's is hydra.sweep.dir")]
@@ -69,20 +70,52 @@ def check_request(options: Node, raw: Node, groups: Collection[str]) -> None:
     options: the composed config as plain data; raw: the same with its ${references} in place, from
     which a message takes the name that a user knows; groups: the config groups there are.
     """
-    chosen = [group for group in groups if "/" not in group and "@" not in group]
-    top = declared_by(TopOptions)
-    known = [*chosen, *NODES, *top]
-    if unknown := [name for name in options if name not in known]:
-        raise UserError(f"{unknown[0]} is no group and no option; there are {', '.join(known)}")
-    for name, declared in top.items():
-        _check_value(name, options[name], declared)
+    check_names(options, groups)
+    check_early(options)
     for name, value in options.items():
         _check_node(value, raw[name], name, raw)
 
 
+def check_names(names: Iterable[str], groups: Iterable[str]) -> None:
+    """Refuse what is neither a group nor an option that stands in none."""
+    chosen = [group for group in groups if "/" not in group and "@" not in group]
+    known = [*chosen, *NODES, *declared_by(TopOptions)]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{unknown[0]} is no group and no option; there are {', '.join(known)}")
+
+
+def check_early(options: Node) -> None:
+    """Of that what needs no import of torch and the like, before a run leaves any file."""
+    for name, declared in declared_by(TopOptions).items():
+        _check_value(name, options[name], declared)
+    for name, declared in declared_by(ModelOptions).items():
+        if name in (node := options.get("model") or {}):
+            _check_value(f"model.{name}", node[name], declared)
+    for name, value in _needed(options):
+        if not value.strip():
+            raise UserError(f"{name}= is empty: it must be given, or left out for what conf/ has")
+    folder = Path(options["run_dir"]).expanduser()
+    if found := next((one for one in (folder, *folder.parents) if one.is_file()), None):
+        raise UserError(f"run_dir={folder}: {found} is a file: choose another run_dir=<folder>")
+    expected = (options.get("table") or {}).get("expected")
+    if isinstance(expected, str):
+        from moe_lab.tables.expected import file_of_figures
+
+        file_of_figures(Path(expected))
+
+
+def _needed(options: Node) -> Iterator[tuple[str, str]]:
+    """What is text and must say something."""
+    yield from ((name, options[name]) for name in ("store", "run_dir"))
+    model = options.get("model") or {}
+    yield from ((f"model.{name}", model[name]) for name in ("name", "path") if name in model)
+
+
 def target_of(path: str) -> Any:
     """What a `_target_` names; UserError where it does not exist, with its new path if it moved."""
-    target: Any = locate(path)
+    with stopping.held():  # torch does not survive a signal within its import
+        target: Any = locate(path)
+    stopping.check()
     if target is None:
         raise refusal_of_target(path)
     return target
@@ -93,41 +126,10 @@ def require(name: str, value: Any, hint: Any) -> None:
     if value == "???":
         raise UserError(f"{name} must be given: {name}=<value>")
     if not _fits(value, hint):
-        raise UserError(f"{name}={value}: it must be {kind_in_words(hint)}")
-
-
-def refusal(error: BaseException | None) -> str | None:
-    """What Hydra, OmegaConf or we refuse, in a few lines that say what exists; else None."""
-    lines = []
-    while error is not None:
-        unknown = (ConfigKeyError, ConfigAttributeError)
-        if isinstance(error, unknown) and error.parent_node is not None:
-            there = [str(key) for key in error.parent_node if key not in ("hydra", "_target_")]
-            group = str(error.full_key).partition(".")[0]
-            names = there or [f"none yet: choose another {group}=<option> too"]
-            lines = [str(refusal_of_option(str(error.full_key), names))]
-        elif isinstance(error, UserError):
-            lines = [str(error)]
-        elif isinstance(error, OSError) and error.filename and not _from_hydra(error):
-            lines.append(
-                f"{error.filename}: {error.strerror}; choose another run_dir=<folder> "
-                "(of a sweep: hydra.sweep.dir=<folder>)"
-            )
-        elif isinstance(error, ValueError) and str(error).startswith(NO_NAME):
-            got = str(error).rpartition(" ")[2].replace("NoneType", "null")
-            lines.append(
-                f"a group was given {got}, and is chosen by a name, such as diagnose=full or "
-                "eval=none; --help lists them"
-            )
-        elif isinstance(error, OmegaConfBaseException) or _from_hydra(error):
-            message = str(error).partition("\nConfig search path")[0]
-            lines.append(message.partition("\n    full_key")[0].strip())
-        error = error.__cause__
-    return "\n".join(lines) or None
-
-
-def _from_hydra(error: BaseException) -> bool:
-    return type(error).__module__ == "hydra.errors"  # only run.py imports hydra
+        asked = f"{name}={word_of(value)}: it must be {kind_in_words(hint)}"
+        if _fits("", hint) and value is not None and not isinstance(value, Mapping):
+            asked += f"; as text it is {for_shell(override(name, word_of(value)))}"
+        raise UserError(asked)
 
 
 def _check_node(node: Any, raw: Any, name: str, root: Node) -> None:

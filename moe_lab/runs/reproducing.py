@@ -8,7 +8,6 @@ where their store still has them.
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from moe_lab.files import HYDRA, PLAN, REPORT, REPRODUCED
 from moe_lab.report.figures import is_timed
 from moe_lab.report.report import OK, Report, read_report
 from moe_lab.report.run_files import read_text, words_of
-from moe_lab.runs.rerun import SCRIPT, override, without
+from moe_lab.runs.quoting import override
+from moe_lab.runs.rerun import SCRIPT, Command, check_recorded, without
 from moe_lab.runs.status import Job, read_yaml
 from moe_lab.store import FILES, read_record
 from moe_lab.types import UserError
@@ -102,14 +102,15 @@ def compared(before: Report, now: Report) -> tuple[int, list[tuple[str, Any, Any
 def _again(job: Job, stores: list[Path]) -> Reproduction:
     folder = job.folder / REPRODUCED
     rmtree(folder, ignore_errors=True)
+    hydra = job.folder / HYDRA
     own = without(job.overrides or (), "run_dir", "store", "track", "track.mode")
-    words = words_of(own, read_text(job.folder / HYDRA / "hydra.yaml"))
-    where = [override("run_dir", folder), override("store", folder / FRESH_STORE), "track=off"]
-    ended = subprocess.run(
-        [sys.executable, str(SCRIPT), *words, *where], cwd=_cwd(job), check=False
-    )
+    words = words_of(own, read_text(hydra / "hydra.yaml"))
+    check_recorded(words, hydra)
+    words += [override("run_dir", str(folder)), override("store", str(folder / FRESH_STORE))]
+    command = (sys.executable, str(SCRIPT), *words, "track=off")
+    code = Command(folder, (job,), command, _cwd(job)).run()
     if not (folder / REPORT).is_file():
-        return Reproduction(job, f"{SCRIPT.name} ended with {ended.returncode} and left no report")
+        return Reproduction(job, f"{SCRIPT.name} ended with {code} and left no report")
     before, now = read_report(job.folder), read_report(folder)
     if now["status"] != OK:
         return Reproduction(job, str(now["error"]))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_lab import stopping
 from moe_lab.files import CHECKOUT, HYDRA, SWEEP
 from moe_lab.report.report import OK
+from moe_lab.runs.quoting import override
 from moe_lab.runs.status import RUNNING, Job, SweepRecord, read_yaml
 from moe_lab.types import UserError
 
 SCRIPT = CHECKOUT / "run.py"
+SWEEP_FLAGS = ("-m", "--multirun")
+NAMES_CODE = ("hydra.callbacks", "hydra.searchpath", "hydra.job.env", "hydra.job_logging",
+              "hydra.hydra_logging")  # fmt: skip
 OLD_SWEEP = "multirun.yaml"  # which Hydra leaves in the folder of every sweep
-STOPPED = 130  # run.py's exit code after Ctrl-C
-PLAIN = re.compile(
-    r"[\w/.:+%@-]+", re.ASCII
-)  # what Hydra's grammar of overrides takes without quotes
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class Command:
 
     def run(self) -> int:
         """Run it to its end, its output going where ours goes; its exit code."""
-        with subprocess.Popen(self.words, cwd=self.cwd) as process:
+        with (
+            subprocess.Popen(self.words, cwd=self.cwd) as process,
+            stopping.passed_on(lambda number: process.send_signal(number)),
+        ):
             while True:
                 try:
                     code = process.wait()
@@ -71,7 +77,8 @@ def _check(home: Path, asked: Path, members: list[Job]) -> None:
         raise UserError(
             f"{home} is a job of a sweep from before sweeps left {SWEEP}, so its command is not "
             "known: give it again with "
-            f"{override('hydra.sweep.dir', home.parent)} resume=true, or name another folder here"
+            f"{override('hydra.sweep.dir', str(home.parent))} resume=true, or name another folder "
+            "here"
         )
     if busy := [job.folder.name for job in members if job.status == RUNNING]:
         raise UserError(
@@ -81,15 +88,47 @@ def _check(home: Path, asked: Path, members: list[Job]) -> None:
 
 
 def _of_sweep(sweep: SweepRecord) -> tuple[list[str], Path]:
-    for path in (sweep.python, sweep.script, sweep.cwd):
-        if not path.exists():
-            raise UserError(
-                f"{sweep.folder / SWEEP} was written where {path} existed, and it is not there "
-                "now: correct it in that file"
-            )
+    if not sweep.cwd.is_dir():
+        raise UserError(
+            f"{sweep.folder / SWEEP} was written in {sweep.cwd}, which is not there now: correct "
+            "cwd in that file"
+        )
     own = without(sweep.argv, "hydra.sweep.dir", "resume")
-    where = override("hydra.sweep.dir", sweep.folder)
-    return [str(sweep.python), str(sweep.script), *own, where, "resume=true"], sweep.cwd
+    check_recorded(own, sweep.folder / SWEEP)
+    where = override("hydra.sweep.dir", str(sweep.folder))
+    return [sys.executable, str(SCRIPT), *own, where, "resume=true"], sweep.cwd
+
+
+def other_program(sweep: SweepRecord) -> str | None:
+    """What of sweep.json's program is not what runs it again: ours, whatever a file says."""
+    said = {"python": (sweep.python, Path(sys.executable)), "script": (sweep.script, SCRIPT)}
+    others = [f"{name} {then}" for name, (then, now) in said.items() if not _same(then, now)]
+    if not others:
+        return None
+    return f"{sweep.folder / SWEEP} names {' and '.join(others)}: not used, but this one's own"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def check_recorded(words: Sequence[str], source: Path) -> None:
+    """Refuse what is no override of this checkout's options, and could name code of others."""
+    for word in words:
+        if word in SWEEP_FLAGS:
+            continue
+        key = word.lstrip("+~").partition("=")[0]
+        if word.startswith("-") or ("=" not in word and not word.startswith("~")):
+            why = "it is no override (key=value)"
+        elif key.startswith(NAMES_CODE) or "_target_" in word:
+            why = "it can name code"
+        else:
+            continue
+        command = shlex.join(["python", "run.py", *words])
+        raise UserError(
+            f"{source} has {word!r}, which --rerun does not pass on: {why}. If the command is "
+            f"yours, give it yourself: {command}"
+        )
 
 
 def _of_run(job: Job) -> tuple[list[str], Path]:
@@ -102,17 +141,10 @@ def _of_run(job: Job) -> tuple[list[str], Path]:
     if not cwd.is_dir():
         raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
     own = without(job.overrides, "run_dir")
-    return [sys.executable, str(SCRIPT), *own, override("run_dir", job.folder)], cwd
+    check_recorded(own, job.folder / HYDRA / "overrides.yaml")
+    return [sys.executable, str(SCRIPT), *own, override("run_dir", str(job.folder))], cwd
 
 
 def without(words: tuple[str, ...], *keys: str) -> list[str]:
     """The command's words without overrides of these keys, also those written +key= or ++key=."""
     return [word for word in words if word.lstrip("+").partition("=")[0] not in keys]
-
-
-def override(key: str, folder: Path) -> str:
-    """key=<folder> as Hydra reads it, also where the folder's name has spaces or commas."""
-    text = str(folder)
-    if not PLAIN.fullmatch(text):
-        text = "'" + text.replace("'", "\\'") + "'"
-    return f"{key}={text}"

@@ -48,7 +48,7 @@ class Description:
     @property
     def store(self) -> Path:
         """Where its finished stages lie."""
-        return Path(self.config["store"])
+        return Path(str(self.config["store"]))  # also of one that is about to be refused
 
 
 def tags_of(job: Description) -> list[str]:

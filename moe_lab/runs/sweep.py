@@ -10,6 +10,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,12 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from moe_lab import stopping
 from moe_lab.files import PAGE, REPORT, SWEEP
+from moe_lab.option import word_of
+from moe_lab.runs.options import EARLY, check_early, check_names
+from moe_lab.runs.refusals import USER_MISTAKE, refusal
+from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,20 +45,35 @@ class Sweep(Callback):
     """
 
     started: Sweep | None = None
+    job: Path | None = None  # the folder of the job that was begun last
+
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        """Refuse what can be refused at once, before Hydra makes the run's folder."""
+        with _told():
+            names = (str(name) for name in config if name != "hydra")
+            check_names(names, config.hydra.runtime.choices)
+            check_early({name: _plain(config[name]) for name in EARLY})
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
-        importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
+        with stopping.held():
+            importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
+        stopping.check()
         self.config = config
-        self.folder = Path(config.hydra.sweep.dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        of_jobs = jobs(config)
+        with _told():
+            if of_jobs == []:
+                raise UserError(
+                    "this sweep has no jobs: one of its options has no values (as seed=range(0,0))"
+                )
+            self.folder = _made(config.hydra.sweep.dir)
         Sweep.started = self
         asked = {
             "argv": sys.argv[1:],
             "cwd": os.getcwd(),
             "script": str(Path(sys.argv[0]).resolve()),
             "python": sys.executable,
-            "overrides": jobs(config),
+            "overrides": of_jobs,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
@@ -100,8 +122,7 @@ class Sweep(Callback):
 
     def how_to_go_on(self) -> str:
         """The command that does what is not done."""
-        command = shlex.join(["python", "-m", "moe_lab.runs", str(self.folder), "--rerun"])
-        return f"once more, the others alone: {command}"
+        return f"once more, the others alone: {_again(self.folder)}"
 
     def _track(self, frame: pd.DataFrame, written: list[Path]) -> None:
         """A run of its own in the sweep's group: the table, the pictures, the page."""
@@ -121,6 +142,47 @@ class Sweep(Callback):
         tracker.finish(0)
 
 
+def how_to_go_on() -> str:
+    """The command after a signal: of the sweep, of the job, or the same where none has begun."""
+    if Sweep.started:
+        return Sweep.started.how_to_go_on()
+    if Sweep.job and (Sweep.job / REPORT).is_file():
+        return f"to go on: {_again(Sweep.job)}"
+    return f"to begin again: {shlex.join(['python', *sys.argv])}"
+
+
+def _again(folder: Path) -> str:
+    return shlex.join(["python", "-m", "moe_lab.runs", str(folder), "--rerun"])
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Refusals end the process: Hydra makes warnings of what a callback raises."""
+    try:
+        yield
+    except Exception as error:
+        message = refusal(error)
+        if message is None:
+            raise
+        print(message, file=sys.stderr)
+        raise SystemExit(USER_MISTAKE) from error
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _made(folder: object) -> Path:
+    """The sweep's folder; UserError where none can be made."""
+    if not isinstance(folder, str) or not folder.strip():
+        raise UserError(
+            f"hydra.sweep.dir={word_of(folder)}: it must be a folder, for all jobs of the sweep"
+        )
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def jobs(config: DictConfig) -> list[list[str]] | None:
     """The overrides of each job, in order; None for another sweeper than Hydra's own."""
     sweeper = config.hydra.sweeper
@@ -138,12 +200,12 @@ def description_of(config: DictConfig) -> Description:
     """The job that Hydra is at, as its sweep knows it."""
     from moe_lab.runs.settings import Description
 
+    plain: Any = OmegaConf.to_container(config, resolve=True)  # names the option, else Hydra's own
     around = HydraConfig.get()
-    folder = Path(around.runtime.output_dir)
+    folder = Sweep.job = Path(around.runtime.output_dir)
     # A single job that is put into a sweep's folder is none of its own.
     where = place(folder) if around.mode == RunMode.MULTIRUN else None
     named = where.told if where else around.job.override_dirname
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     choices = dict(around.runtime.choices)
     name = named or config.model.name
     return Description(folder, folder.parent.name, name, choices, plain, where)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rich.console import Console
-
+from moe_lab.console import terminal
 from moe_lab.report.serving import ENGINES, MATRIX, Matrix
 from moe_lab.types import UserError
 
@@ -63,17 +62,17 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MKL_CBWR", "AVX2")  # every process rounds alike
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    console = Console()
+    console = terminal()
     try:
         found = _found(asked)
     except UserError as error:
-        console.print(str(error), markup=False, soft_wrap=True)
+        console.print(str(error), soft_wrap=True)
         return 2
     from moe_lab.serving.table import reasons, serving_table, verdict_counts, with_matrix
 
     console.print(serving_table(found))
     parts = [verdict_counts(found), *reasons(found.cells)]
-    console.print("\n\n".join(parts), markup=False, soft_wrap=True)
+    console.print("\n\n".join(parts), soft_wrap=True)
     if asked.write:
         before = Matrix.read(MATRIX) if MATRIX.is_file() else Matrix({}, ())
         found = before.with_cells(found.cells, found.versions)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from moe_lab.models.form_kinds import FEATURES
 from moe_lab.report.serving import ENGINES, VERDICT_WORDS, Cell, Matrix, engine_title
@@ -30,7 +31,7 @@ def serving_table(matrix: Matrix) -> Table:
     table = Table("checkpoint", "form", *(matrix.version(engine) for engine in there))
     for subject, rows in by_subject(matrix.cells).items():
         table.add_section()
-        table.add_row(f"[bold]{subject}")
+        table.add_row(Text(subject, "bold"))
         for made, row in rows.items():
             cells = [_styled(row.get(engine)) for engine in there]
             table.add_row(made, next(iter(row.values())).form, *cells)

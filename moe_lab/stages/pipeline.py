@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_lab import stopping
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.models.damage import explained
 from moe_lab.models.head import check_head, sized_with_head
+from moe_lab.models.opening import num_positions
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
     announce_form,
@@ -64,6 +66,7 @@ def pipeline(
     run = prepare(config, parts, figures, folder, log)
     try:
         for stage in stages:
+            stopping.check()
             stage.run(run)
     except NotFinite as error:  # the stage says where; the weights may say why
         raise UserError(f"{error}. {explained(run.variants, error.layer)}") from error
@@ -102,7 +105,7 @@ def prepare(
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None
     top_k = other_top_k(told, final, dense.config, layers)
-    texts = tokenize(parts, dense.tokenizer())
+    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config))
     figures["hardware"] = compute.hardware()
     check_steps(parts.finetune, texts)
     figures["fingerprint/model"] = dense.fingerprint

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 from moe_lab.data.source import Source
 from moe_lab.data.tokens import Tokenizer, Tokens
 from moe_lab.finetune.recipe import sources
 from moe_lab.stages.parts import Parts
 from moe_lab.types import UserError
 
+logger = logging.getLogger(__name__)
+TEXT_NAMES = {"calibration": "calibration", "held_out": "eval.held_out"}  # as users know them
 
-def tokenize(parts: Parts, tokenizer: Tokenizer) -> dict[str, Tokens]:
-    """All text of a run: calibration, and where they are asked for <phase>/data, held_out."""
+
+def tokenize(parts: Parts, tokenizer: Tokenizer, positions: int | None = None) -> dict[str, Tokens]:
+    """All text of a run: calibration, and where they are asked for <phase>/data, held_out.
+
+    positions: where the model ends, which no sample is longer than; None where it says no number.
+    """
     _check_groups(parts)
     texts: dict[str, Source] = {"calibration": parts.calibration}
     if parts.finetune:
@@ -19,6 +28,7 @@ def tokenize(parts: Parts, tokenizer: Tokenizer) -> dict[str, Tokens]:
         texts["held_out"] = parts.eval.held_out
     if parts.eval:
         parts.eval.check()
+    texts = {name: _within(positions, name, source) for name, source in texts.items()}
     tokens = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
     if parts.eval and tokens["calibration"].groups:
         parts.eval.check_groups(list(tokens["calibration"].by_group()))
@@ -44,6 +54,19 @@ def _check_groups(parts: Parts) -> None:
     if parts.eval and parts.eval.top_k:
         raise UserError(f"{asked}, evaluated with the model's own number of experts: leave out "
                         f"eval.top_k{one}")  # fmt: skip
+
+
+def _within(positions: int | None, name: str, source: Source) -> Source:
+    """The source, its samples no longer than the model: cut, and that is said."""
+    if positions is None or source.max_length <= positions:
+        return source
+    where = TEXT_NAMES.get(name) or f"finetune.phases.{name.replace('/', '.')}"
+    logger.warning(
+        "%s.max_length=%d is more than the %d positions that the model has "
+        "(max_position_embeddings): its samples are cut there",
+        where, source.max_length, positions,
+    )  # fmt: skip
+    return replace(source, max_length=positions)
 
 
 def _tokens(name: str, source: Source, tokenizer: Tokenizer) -> Tokens:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from moe_lab.report.figures import FIGURES
 from moe_lab.report.frame import read_reports
@@ -143,7 +142,7 @@ def _do(asked: argparse.Namespace, request: Request) -> None:
         form = ENDINGS[asked.output.suffix.lower()]
     if form == TERMINAL:
         with asked.output.open("w", encoding="utf-8") if asked.output else nullcontext() as file:
-            table.show(Console(file=file))
+            table.show(file)
     elif asked.output:
         asked.output.write_text(getattr(table, form)(), encoding="utf-8")
     else:

@@ -106,15 +106,19 @@ def _table(
 NUMBERS = ("value", "std", "ours", "ours (std)", "difference", "tolerance", "within")
 
 
+def file_of_figures(path: Path) -> Path:
+    """Where a file of published figures lies, also below experiments/; UserError where nowhere."""
+    for place in (path.expanduser(), EXPERIMENTS / path):
+        if place.is_file():
+            return place
+    raise UserError(f"{path} is not there: it is to be a CSV file of figures (table.expected)")
+
+
 def _read(path: Path) -> pd.DataFrame:
-    ours = EXPERIMENTS / path
     try:
-        rows = pd.read_csv(
-            ours if ours.is_file() and not path.is_file() else path,
-            dtype=str, keep_default_na=False,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: it is to be a CSV file of figures") from error
+        rows = pd.read_csv(file_of_figures(path), dtype=str, keep_default_na=False)
+    except UserError:
+        raise
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a CSV file: {error}") from error
     if missing := [key for key in ("figure", "value") if key not in rows]:

@@ -8,12 +8,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import IO, Any
 
 import pandas as pd
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from moe_lab.console import terminal
 from moe_lab.report.figures import (
     MISSING,
     better,
@@ -28,6 +29,7 @@ from moe_lab.tables.comparison import Comparison, stars
 from moe_lab.tables.pivot import Column, Pivot, remarks, state
 
 WIDE = 200  # columns of a file or pipe, which has no width to fit to
+BOLD = "\0"  # begins a cell that is bold: no report has it
 EQUAL = 1e-12  # as far apart as equal numbers are that were added up in another order
 # What says how much of a model is gone: the best is told among rows that are alike in these.
 SIZE_KEYS = ("model", "ratio", "ratio/target_gib", "condense/num_layers", "merge/num_experts")
@@ -39,8 +41,8 @@ LATEX = {
     "[": "{[}", "]": "{]}", "*": "{*}",  # else taken for an argument of the line before
     "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "→": r"$\to$", "Δ": r"$\Delta$",
 }  # fmt: skip
-
-
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # what begins one; full-width signs, too
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 Writer = Callable[[str], str]
 
 
@@ -80,9 +82,12 @@ class Table:
         return "\n".join([*lines, "", *(f"- {remark}" for remark in self.remarks)]) + "\n"
 
     def csv(self) -> str:
-        """Plain numbers to ten digits; deviation, difference and p behind their figure."""
-        whole = pd.concat([self.index, self.numbers], axis=1)
-        return whole.to_csv(index=False, float_format="%.10g")
+        """Plain numbers to ten digits; deviation, difference and p behind their figure.
+
+        Text that a spreadsheet would take for a formula has an apostrophe before it.
+        """
+        whole = pd.concat([self.index, self.numbers], axis=1).rename(columns=_no_formula)
+        return whole.map(_no_formula).to_csv(index=False, float_format="%.10g")
 
     def latex(self) -> str:
         """A floating table, made smaller where it is too wide; its origin as comments above."""
@@ -101,22 +106,22 @@ class Table:
             *lines[:-1], rf"{lines[-1]}}}", *notes, r"\end{table}", "",
         ])  # fmt: skip
 
-    def show(self, console: Console | None = None) -> None:
-        """Print it, fitted to the terminal."""
+    def show(self, file: IO[str] | None = None) -> None:
+        """Print it, fitted to the terminal; into a file where one is given."""
         made = RichTable()
         for position, name in enumerate(self._head()):
             shown = re.sub(r"(?<=[/_])|(?= \()", "\n", name)  # keys are long: let them fold
             is_label = position < len(self.index.columns)
-            made.add_column(escape(shown), justify="left" if is_label else "right", overflow="fold")
-        for row in self._body("[bold]{}[/bold]".format, escape):
-            made.add_row(*row)
-        console = console or Console()
+            made.add_column(shown, justify="left" if is_label else "right", overflow="fold")
+        for row in self._body(BOLD.__add__):
+            made.add_row(*map(_styled, row))
+        console = terminal(file)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = WIDE
         if len(self.index):
             console.print(made)
         for remark in self.remarks:
-            console.print(f"- {remark}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"- {remark}", soft_wrap=True)
 
     def _head(self) -> list[str]:
         return [*self.index.columns, *self.text.columns]
@@ -189,6 +194,13 @@ def lay_out(
     return Table(made.index, made.columns, text, best, numbers, tuple(first), tuple(origin))
 
 
+def _no_formula(cell: Any) -> Any:
+    """A cell that no spreadsheet computes; -0.5 stays a number, also as text."""
+    if not isinstance(cell, str) or not cell.lstrip(" ").startswith(FORMULA):
+        return cell
+    return cell if NUMBER.fullmatch(cell) else f"'{cell}"
+
+
 def latex(text: str) -> str:
     """Text with LaTeX's own characters escaped, and those that pdflatex does not know replaced."""
     return "".join(LATEX.get(letter) or _ascii(letter) for letter in str(text))
@@ -199,6 +211,12 @@ def _ascii(letter: str) -> str:
         return letter
     plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
     return "".join(LATEX.get(one, one) for one in plain) or "?"
+
+
+def _styled(cell: str) -> Text:
+    """A cell for the terminal: up to the brackets bold where BOLD begins it."""
+    figure, bracket, rest = cell.removeprefix(BOLD).partition(" (")
+    return Text.assemble((figure, "bold" if cell.startswith(BOLD) else ""), bracket + rest)
 
 
 def _bold(cell: str, bold: Writer, escaped: Writer) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moe_lab.option import Option, check_options
+from moe_lab.track.switches import mode_of
 from moe_lab.track.tracker import (
     Guard,
     Points,
@@ -85,9 +86,10 @@ class WandbTracker(Tracker):
         identity: str | None = None,
         job_type: str = "job",
     ) -> None:
-        if self.mode == "off":
+        mode = mode_of(self.mode, os.environ)
+        if mode == "off":
             return
-        self._keep_files_under(folder / "wandb")
+        self._keep_files_under(folder / "wandb", mode)
         run_id = stable_hash(identity) if identity else None
         what = dict(
             dir=folder,
@@ -100,7 +102,6 @@ class WandbTracker(Tracker):
             resume="allow" if run_id else None,
         )
         points = folder / "wandb" / f"points-{run_id}.jsonl" if run_id else None
-        mode = self.mode
         if mode == "online" and not self._connect(lambda: self._open("online", what, points)):
             mode = "offline"
         if mode == "offline" and not self._guard(
@@ -225,10 +226,10 @@ class WandbTracker(Tracker):
         if not self._guard(doing, act) and time.monotonic() - started > STALL_SECONDS:
             self._stalled = True  # the server went away: do not wait for it at each call
 
-    def _keep_files_under(self, folder: Path) -> None:
+    def _keep_files_under(self, folder: Path, mode: str) -> None:
         """Point what W&B would put into the home folder here, where the user did not say where."""
         wanted = {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data")}
-        if self.mode == "offline":
+        if mode == "offline":
             wanted["WANDB_ERROR_REPORTING"] = "false"  # W&B's own crash reports use the network
         for name, value in wanted.items():
             if name not in os.environ:

@@ -64,7 +64,7 @@ def test_long_prompts_can_be_left_out(tmp_path: Path, tokenizer: Any, caplog: An
     assert answers(tokens, tokenizer) == ["yes", "ye", "y"], "cut to max_length, something is left"
     with pytest.raises(UserError, match="holds only 3"):
         files(path, num_samples=4, **options).tokens(tokenizer)
-    assert "2 prompts were too long and left out" in caplog.text
+    assert "left out were 2 prompts that were too long" in caplog.text
 
 
 class Merging:

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from running import run_killed, start_two
 from safetensors.torch import load_file
 from trainings import PLANS, compressed, rows_of, samples, steps_of, train_one, training
 
+from moe_lab import stopping
 from moe_lab.finetune import training as finetune_training
 from moe_lab.finetune.recipe import Phase
 from moe_lab.models.checkpoint import load
@@ -92,6 +95,35 @@ def test_torn_state_is_none(case: str, tmp_path: Path, monkeypatch, caplog) -> N
     assert "cannot be read" in caplog.text and "starts over" in caplog.text
     assert curve == curve_again
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_within_a_step_saves_that_step(name: str, tmp_path: Path, monkeypatch) -> None:
+    """Its state is of a whole step, whatever was being computed, and goes on to the same bits."""
+    plan, results = compressed("prune", tmp_path), []
+    for folder in (tmp_path / "whole", tmp_path / "stopped"):
+        folder.mkdir()
+        if folder.name == "stopped":
+            first = training(load(tmp_path / "compressed", dtype="float32"), plan, folder)
+            step = first._backward
+
+            def interrupted(*given: Any, step: Any = step, first: Any = first) -> Any:
+                if first.done == 2:
+                    os.kill(os.getpid(), getattr(signal, name))
+                return step(*given)
+
+            monkeypatch.setattr(first, "_backward", interrupted)
+            with pytest.raises(stopping.Stopped, match=name):
+                first.run()
+            assert int(load_file(folder / finetune_training.STATE)["done"]) == 3
+            stopping._state.asked = None
+        model = load(tmp_path / "compressed", dtype="float32")
+        training(model, plan, folder).run()
+        results.append((model.state_dict(), (folder / "curve.jsonl").read_text()))
+    (whole, curve), (resumed, resumed_curve) = results
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert curve == resumed_curve
 
 
 def test_it_learns_and_the_curve_says_so(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_options_of_a_model_and_those_without_a_group_are_checked() -> None:
     top = {"seed": 0, "store": "a", "run_dir": "b", "resume": False, "model": model}
     options.check_request(top, top, ["model"])
     for name, value, words in (
-        ("seed", -1, "seed=-1: it must be at least 0"),
+        ("seed", -1, "seed=-1: it must be from 0 to 4294967295"),
         ("resume", "no", "resume=no: it must be true or false"),
         ("model", model | {"path": 3}, "model.path=3: it must be text"),
         ("model", model | {"path": "???"}, "model.path must be given"),

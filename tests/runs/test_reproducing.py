@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from made_up_runs import start, tell
 from running import QUICK, ROOT, run_python
 
-from moe_lab.runs import reproducing
 from moe_lab.runs.__main__ import main
 from moe_lab.runs.reproducing import compared, reproduce
+from moe_lab.runs.rerun import Command
 from moe_lab.runs.status import find_jobs
 from moe_lab.types import UserError
 
@@ -49,6 +48,13 @@ def test_nothing_finished_is_refused(tmp_path: Path) -> None:
         list(reproduce(find_jobs(tmp_path / "runs"), []))
 
 
+def test_a_record_that_names_code_is_refused(tmp_path: Path) -> None:
+    start(tmp_path / "one", ["metric._target_=os.system"], tmp_path)
+    tell(tmp_path / "one", "ok")
+    with pytest.raises(UserError, match="name code"):
+        list(reproduce(find_jobs(tmp_path), []))
+
+
 def test_a_run_made_again_is_the_same_and_a_changed_record_is_not(
     tmp_path: Path,
     small: list[str],
@@ -64,14 +70,14 @@ def test_a_run_made_again_is_the_same_and_a_changed_record_is_not(
     assert report["versions/torch"] and "cores" in report["hardware"] and report["commit"]
 
     again, kept = folder / "reproduced", tmp_path / "kept"
-    run = reproducing.subprocess.run
+    run = Command.run
 
-    def run_and_keep(*words: Any, **options: Any) -> Any:
-        ended = run(*words, **options)
+    def run_and_keep(command: Command) -> int:
+        code = run(command)
         shutil.copytree(again, kept)
-        return ended
+        return code
 
-    monkeypatch.setattr(reproducing.subprocess, "run", run_and_keep)
+    monkeypatch.setattr(Command, "run", run_and_keep)
     assert main([str(folder), "--reproduce"]) == 0, capsys.readouterr()
     told = capsys.readouterr().out
     assert "reproduced: " in told and "NOT" not in told
@@ -87,9 +93,7 @@ def test_a_run_made_again_is_the_same_and_a_changed_record_is_not(
     del record["sha256"]
     record["files"]["checkpoint/config.json"]["sha256"] = "0" * 64
     weights.write_text(json.dumps(record))
-    monkeypatch.setattr(  # the same run a third time
-        reproducing.subprocess, "run", lambda *_, **__: shutil.copytree(kept, again)
-    )
+    monkeypatch.setattr(Command, "run", lambda _: shutil.copytree(kept, again))  # a third time
     assert main([str(folder), "--reproduce"]) == 1
     told = capsys.readouterr().out
     assert "NOT reproduced" in told and "fingerprint/data: of other text then" in told

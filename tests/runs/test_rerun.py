@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from made_up_runs import REAP, Command, Process, start, tell, write_sweep
 from running import ROOT
 
-from moe_lab.runs import rerun
+from moe_lab.runs.quoting import override
 
 
 def fail(folder: Path, number: int, cwd: Path) -> None:
@@ -26,11 +27,13 @@ def test_a_sweep_runs_again(place: Path, command: Command, process: type[Process
     tell(place / "s" / "1", "ok")
     process.codes = [3]
     code, text, _ = command(place / "s", "--rerun")
-    words = (sys.executable, sys.executable, "-m", REAP, "hydra.sweep.dir.not=1",
+    words = (sys.executable, str(ROOT / "run.py"), "-m", REAP, "hydra.sweep.dir.not=1",
              f"hydra.sweep.dir={place / 's'}", "resume=true")  # fmt: skip
     assert process.asked == [(words, place)]
     assert code == 3
     assert text.startswith(f"{place / 's'}: running again 0 (failed), 2 (missing)\n")
+    told = f"{place / 's' / 'sweep.json'} names script {sys.executable}: not used, but this one's"
+    assert told in text
 
 
 def test_a_single_run_runs_again(place: Path, command: Command, process: type[Process]) -> None:
@@ -72,7 +75,7 @@ def test_what_cannot_run_again(
     (place / "old" / "multirun.yaml").touch()
     (place / "bare").mkdir()
     tell(place / "bare", "failed")
-    write_sweep(place / "moved", [["a=0"]], script="/gone/run.py")
+    write_sweep(place / "moved", [["a=0"]], cwd="/gone")
     fail(place / "away", 0, place / "gone")
     for folder, words in {
         sweep: f"{sweep} is still running (job 3)",
@@ -80,7 +83,7 @@ def test_what_cannot_run_again(
         f"python -m moe_lab.runs {sweep} --rerun",
         place / "old": f"hydra.sweep.dir={place / 'old'} resume=true",
         place / "bare": "has no .hydra/overrides.yaml",
-        place / "moved": "where /gone/run.py existed",
+        place / "moved": "was written in /gone, which is not there now",
         place / "away": f"was run from {place / 'gone'}, which is not there now",
     }.items():
         code, _, complaints = command(folder, "--rerun")
@@ -94,19 +97,44 @@ def test_folders_are_told_as_hydra_reads_them(place: Path, name: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (place / name).mkdir()
-    word = rerun.override("run_dir", place / name)
+    word = override("run_dir", str(place / name))
     parsed = OverridesParser.create().parse_override(word)
     assert not parsed.is_sweep_override()
     assert str(parsed.value()) == str(place / name)
 
 
-def test_a_real_process_runs_again(place: Path) -> None:
-    script = place / "run.py"
-    script.write_text("import os, sys; print(os.getcwd(), *sys.argv[1:]); sys.exit(2)")
-    write_sweep(place / "s", [["a=0"]], script=str(script), cwd=str(place))
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--config-dir=/else/where", "-cd", "--experimental-rerun=config.pickle", "-c", "evil.py",
+        "method._target_=os.system", "+x={_target_:os.system}", "hydra.launcher._target_=a.b",
+        "hydra.searchpath=[file:///else]", "+hydra.callbacks.a._target_=os.system",
+        "hydra.job.env_set.LD_PRELOAD=/x.so", "++hydra.job_logging.handlers.a=b",
+    ],
+)  # fmt: skip
+def test_words_that_could_name_code_are_not_passed_on(
+    word: str, place: Path, command: Command, process: type[Process]
+) -> None:
+    write_sweep(place / "s", [["a=0"]], argv=["-m", word, REAP], cwd=str(place))
+    start(place / "one", [word, REAP], place)
+    tell(place / "one", "failed")
+    for folder in ("s", "one"):
+        code, _, complaints = command(place / folder, "--rerun")
+        assert code == 2 and repr(word) in complaints and "give it yourself" in complaints
+    assert process.asked == []
+
+
+def test_a_real_process_runs_again_and_never_what_the_file_names(place: Path) -> None:
+    evil = place / "evil"
+    evil.write_text(f"#!/bin/sh\ntouch {place / 'evil_ran'}\n")
+    evil.chmod(0o755)
+    names = dict(script=str(evil), python=str(evil), argv=["-m", "metric=nope"])
+    write_sweep(place / "s", [["metric=nope"]], cwd=str(place), **names)
     command = [sys.executable, "-m", "moe_lab.runs", "s", "--rerun"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
-    assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout.splitlines()[-1] == (
-        f"{place} -m {REAP} hydra.sweep.dir={place / 's'} resume=true"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=place, env=environment
     )
+    assert done.returncode == 2 and "Could not find 'metric/nope'" in done.stderr
+    assert f"names python {evil} and script {evil}: not used" in done.stdout
+    assert not (place / "evil_ran").exists()

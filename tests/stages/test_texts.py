@@ -56,7 +56,7 @@ def test_each_text_has_the_name_of_its_use(parts: Callable[..., Parts], tokenize
             r"^finetune\.phases\.lm\.data: 99 samples were asked for",
         ),
         ("finetune.phases.lm.validation.field=x", r"^finetune\.phases\.lm\.validation: .*'x'"),
-        ("eval.held_out.field=x", r"^[^:]*rows without text in the field 'x'"),
+        ("eval.held_out.field=x", r"^[^:]*has no field 'x'"),
         ("eval.num_items=0", r"eval\.num_items=0: it must be at least 1"),
     ],
 )
@@ -65,3 +65,23 @@ def test_a_mistake_is_told_where_it_is(
 ) -> None:
     with pytest.raises(UserError, match=message):
         tokenize(parts(*ASKED, override), tokenizer)
+
+
+def test_no_sample_is_longer_than_the_model(
+    parts: Callable[..., Parts], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = parts(*ASKED, "calibration.max_length=40", "eval.held_out.max_length=21")
+    found = tokenize(made, tokenizer, positions=20)
+    assert all(len(ids) <= 20 for tokens in found.values() for ids in tokens.samples)
+    assert max(map(len, found["calibration"].samples)) == 20
+    for said in (
+        "calibration.max_length=40 is more than the 20 positions",
+        "eval.held_out.max_length=21 is more than the 20 positions",
+    ):
+        assert said in caplog.text
+    assert "finetune.phases" not in caplog.text, "of 16 tokens: nothing to cut"
+    same = tokenize(parts(*ASKED, "calibration.max_length=20"), tokenizer, positions=20)
+    assert same["calibration"].fingerprint == found["calibration"].fingerprint
+    caplog.clear()
+    whole = tokenize(made, tokenizer, positions=40)
+    assert max(map(len, whole["calibration"].samples)) == 40 and not caplog.text

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from running import missing
 from tabled import made_of, write
 
 from moe_lab.tables.table import latex
+
+FORMULAS = [
+    "=1+1", '=HYPERLINK("http://x","y")', "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1",
+    "\n=1", " =1", "\uff1d1+1", "-", "=", "--5", "-0.5x",
+]  # fmt: skip
+NUMBERS = ["-0.5", "-3", "+2", "1e-5", "-1.5e3", "-inf", "nan", "0.25", "a=b", "[x]", "l1"]
 
 
 def test_the_best_is_told_among_rows_of_one_size(sweep: Path) -> None:
@@ -37,6 +46,36 @@ def test_a_cell_says_of_how_many_it_is_where_some_failed(sweep: Path) -> None:
     assert "unfinished: condense/experts=l1, condense/num_layers=4: it has not ended" in str(
         made.remarks
     )
+
+
+@pytest.mark.parametrize("text", FORMULAS + NUMBERS)
+def test_no_cell_of_a_csv_file_is_a_formula(text: str, tmp_path: Path) -> None:
+    """Neither label nor head nor note: a spreadsheet shows it; numbers stay numbers."""
+    for number, name in enumerate((text, "other")):
+        write(tmp_path, number, metric=name, seed=number, compressed__kl=-0.5 - number)
+    head, *rows = csv.reader(io.StringIO(made_of(tmp_path, rows=["metric"]).csv()))
+    cell = next(row[0] for row in rows if row[0] != "other")
+    assert cell == (f"'{text.strip()}" if text in FORMULAS else text)
+    assert {float(row[head.index("compressed/kl")]) for row in rows} == {-0.5, -1.5}
+
+
+def test_heads_of_a_csv_file_are_no_formulas(tmp_path: Path) -> None:
+    for number in range(2):
+        values = {"=cmd": number, "metric": "a", "compressed/kl": 0.5 + number}
+        write(tmp_path, number, **values)
+    assert made_of(tmp_path, rows=["=cmd"]).csv().startswith("'=cmd,")
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\n\\input{/etc/passwd}", "a\u2028b\x0bc", "a\n\nb"])
+def test_text_of_several_lines_stays_in_its_row(text: str, tmp_path: Path) -> None:
+    """A line's end would end a row, or the comment in which LaTeX is told what is the same."""
+    for number, name in enumerate((text, "other")):
+        write(tmp_path, number, metric=name, ratio=text, compressed__kl=0.5 + number)
+    made = made_of(tmp_path, rows=["metric"])
+    plain = made_of(tmp_path / "1", rows=["metric"])
+    assert len(made.markdown().splitlines()) == len(plain.markdown().splitlines()) + 2
+    lines = made.latex().splitlines()
+    assert not any(line.lstrip().startswith(("\\input", "b")) for line in lines)
 
 
 def test_latex_has_every_cell_and_compiles(sweep: Path, tmp_path: Path) -> None:

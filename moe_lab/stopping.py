@@ -1,0 +1,116 @@
+"""Signals that stop a run: what they raise, what holds them back for a moment, how it ends.
+
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which Slurm sends before a job's time is up:
+`#SBATCH --signal=B:USR1@120`) raise `Stopped`, and a second one ends the process at once. Where
+Python swallows what a signal raises, the next `check` raises it again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # an exit code is 128 and the signal's number
+SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
+TOLD = "{}: stopping, what is finished is kept; a second signal stops at once\n"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the run to stop; to libraries it is Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass
+class _State:
+    asked: int | None = None
+    held: int = 0
+
+
+_state = _State()
+
+
+def install() -> None:
+    """Take the signals from now on; those that are ignored (nohup) stay so."""
+    for one in SIGNALS:
+        if signal.getsignal(one) is not signal.SIG_IGN:
+            signal.signal(one, _arrived)
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda odd: None if isinstance(odd.exc_value, Stopped) else tell(odd)
+
+
+def _arrived(number: int, frame: FrameType | None) -> None:
+    if _state.asked is not None:
+        end_children()
+        os._exit(128 + number)
+    _state.asked = number
+    os.write(2, TOLD.format(signal.Signals(number).name).encode())
+    check()
+
+
+def asked() -> bool:
+    """Whether a signal has come, also where it is held back."""
+    return _state.asked is not None
+
+
+def check() -> None:
+    """Raise `Stopped` where a signal has come and nothing holds it back."""
+    if _state.asked is not None and not _state.held:
+        raise Stopped(_state.asked)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold signals back while something is done that must not be left by halves."""
+    _state.held += 1
+    try:
+        yield
+    finally:
+        _state.held -= 1
+
+
+def name_of(stop: KeyboardInterrupt) -> str:
+    """What stopped the run: Ctrl-C, or the signal's name."""
+    number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """As shells say it: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+def end_children() -> None:
+    """End what this process has started and what that has, such as W&B's service or vLLM's."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for one in children:
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    for one in psutil.wait_procs(children, timeout=1.0)[1]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+@contextmanager
+def passed_on(send: Callable[[int], object]) -> Iterator[None]:
+    """While a child runs: give it the signals that a terminal does not, and wait for its end."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        _state.asked = number
+        send(number)
+
+    before = {one: signal.signal(one, pass_on) for one in SIGNALS if one != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
