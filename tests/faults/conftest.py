@@ -7,7 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import deepseek_original
 import pytest
+import torch
+from fault_subjects import Subjects
 from fuzzed import Effort, Tally
 from running import ROOT
 
@@ -63,3 +66,12 @@ def elsewhere(fuzz_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths that are no absolute ones lead into a folder of the fuzzers."""
     monkeypatch.chdir(fuzz_folder)
     monkeypatch.setenv("MOE_LAB_ROOT", str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def subjects(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, text_file: Path
+) -> Subjects:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    published = deepseek_original.make(folder / "original", torch.float32)
+    return Subjects(folder, checkpoint, published, text_file)

@@ -6,6 +6,7 @@ full from there on.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -13,20 +14,16 @@ import runpy
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from running import ROOT
+from running import ROOT, SUPPORT
 
 DONE = "artifact.json"
-# Of a report: what times, places and other processes make of it.
-VARYING = (
-    "seconds", "cached/", "run_id", "url", "commit", "job", "sweep", "checkpoint", "speedup",
-    "memory", "versions", "hardware", "made", "started", "ended", "dirty",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,7 @@ class Job:
     def __init__(self, home: Path, overrides: Sequence[str], fault: Fault | None = None) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.home, self.log = home, home / "log"
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["fault_imports"])
-        self.process = server.Process(target=_run, args=(home, list(overrides), fault))
+        self.process = _server().Process(target=_run, args=(home, list(overrides), fault))
         self.process.start()
 
     def kill(self) -> None:
@@ -75,6 +70,16 @@ class Job:
     def killed(self) -> bool:
         """Whether it was still at work when it was killed."""
         return self.process.exitcode == -signal.SIGKILL
+
+
+@functools.cache
+def _server() -> Any:
+    """A process that has imported all and is forked; it does not take over our sys.path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fault_imports"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(SUPPORT)])):
+        forkserver.ensure_running()
+    return context
 
 
 def run(home: Path, overrides: Sequence[str], fault: Fault | None = None) -> Job:
@@ -138,45 +143,37 @@ def report(home: Path, folder: str = "run") -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def figures(of: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal in every report of the same request."""
-    return {key: value for key, value in of.items() if not any(word in key for word in VARYING)}
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs between two reports of the same request, beside times and places."""
+    from moe_lab.runs.reproducing import compared
+
+    return [f"{key}: {then} against {now}" for key, then, now in compared(one, other)[1]]
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """The files of all finished results, by their paths in the store.
+    """The files of all finished results that hold no times, by their paths in the store."""
+    from moe_lab.runs.reproducing import EXACT
 
-    Without what says when and where it was made, and figures of time.
-    """
-    found = {}
-    for done in sorted(store.glob(f"*/*/{DONE}")):
-        if done.parts[-3] in TIMED or ".damaged" in done.parts[-2]:
-            continue
-        for path in sorted(done.parent.rglob("*")):
-            if path.is_file() and path.name not in (DONE, "README.md"):
-                found[str(path.relative_to(store))] = path.read_bytes()
-    return found
-
-
-TIMED = ("measure", "measure_vllm")
-
-
-def stamps(store: Path) -> dict[str, int]:
-    """When each finished result was written."""
     return {
-        str(done.parent.relative_to(store)): done.stat().st_mtime_ns
-        for done in sorted(store.glob(f"*/*/{DONE}"))
+        str(path.relative_to(store)): path.read_bytes()
+        for folder in finished(store)
+        if folder.parent.name in EXACT
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (DONE, "README.md")
     }
+
+
+def finished(store: Path) -> list[Path]:
+    """The folders of all finished results."""
+    found = (path.parent for path in sorted(store.glob(f"*/*/{DONE}")))
+    return [folder for folder in found if ".damaged" not in folder.name]
+
+
+def stamps(store: Path) -> dict[Path, int]:
+    """When each finished result was written."""
+    return {folder: (folder / DONE).stat().st_mtime_ns for folder in finished(store)}
 
 
 def no_traceback(job: Job) -> bool:
     """Whether no traceback was printed."""
     return "Traceback (most recent call last)" not in job.text()
-
-
-def until(condition: Any, seconds: float = 120) -> None:
-    """Wait for something to be so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.005)
