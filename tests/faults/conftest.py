@@ -10,6 +10,7 @@ from typing import Any
 import deepseek_original
 import pytest
 import torch
+from fault_page import Recorded
 from fault_subjects import Subjects
 from fuzzed import Effort, Tally
 from running import ROOT
@@ -21,6 +22,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--faults", choices=("quick", "long"), default="quick", help="long: all of it")
     group.addoption("--fuzz-minutes", type=float, default=0.0, help="of all fuzzers together")
+    group.addoption("--write-faults", type=Path, help="the page that is given the figures")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-faults", default=None) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Writer(config.getoption("--write-faults")), "faults_page")
+
+
+class Writer:
+    """Writes the figures of a session into the page, at its end."""
+
+    def __init__(self, page: Path) -> None:
+        self.page, self.recorded = page, Recorded()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.recorded.add(report)
+
+    def pytest_sessionfinish(self) -> None:
+        from moe_lab.provenance import commit
+
+        if self.recorded.parts:
+            self.recorded.write(self.page, commit())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -159,7 +159,7 @@ def contents(store: Path) -> dict[str, bytes]:
         for folder in finished(store)
         if folder.parent.name in EXACT
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (DONE, "README.md")
+        if path.is_file() and path.name not in (DONE, "README.md") and path.suffix != ".partial"
     }
 
 
