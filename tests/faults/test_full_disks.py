@@ -1,4 +1,4 @@
-"""A disk that fills up at any stage loses nothing, and the same command goes on when it has room."""
+"""A disk that fills up at any stage loses nothing; with room, the same command goes on."""
 
 from __future__ import annotations
 

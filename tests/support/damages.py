@@ -9,8 +9,9 @@ from typing import Any
 Path_ = tuple[Any, ...]
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 1000, 10**9, 10**30, 0.5, -0.5, 1e30, 1e-30,
-    float("nan"), float("inf"), -float("inf"), "", "x", "0", "float99", "float64", "../x", "/x", "\x00",
-    "\ud800", "x" * 5000, [], {}, [0], [-1], [1, 2, 3, 4], ["x"], [None], {"a": 1}, {"x": []},
+    float("nan"), float("inf"), -float("inf"), "", "x", "0", "float99", "float64", "../x", "/x",
+    "\x00", "\ud800", "x" * 5000, [], {}, [0], [-1], [1, 2, 3, 4], ["x"], [None], {"a": 1},
+    {"x": []},
 )  # fmt: skip
 
 

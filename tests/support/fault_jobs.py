@@ -1,4 +1,4 @@
-"""run.py as processes that can be killed: forked where all is imported, so that each starts at once.
+"""run.py as processes that can be killed, forked where all is imported: each starts at once.
 
 `Faults` are done in the process itself: killed at the n-th file that is finished, a disk that is
 full from there on.

@@ -1,6 +1,6 @@
-"""docs/faults.md: figures of what `make faults` tried, part by part, as the last run of each gave them.
+"""docs/faults.md: the figures of what `make faults` tried, part by part.
 
-A part is a file of tests/faults/; those that were not run keep their figures. All figures lie in
+A part is a file of tests/faults/; those that were not run keep the figures of their last run, in
 docs/faults.json, from which the page's tables are written anew.
 """
 
@@ -64,7 +64,7 @@ class Recorded:
             said = f"{passed} passed" + (f", {failed} failed" if failed else "")
             known[part] = {
                 "date": self.started.date().isoformat(),
-                "commit": commit,
+                "commit": commit[:12] + commit[40:],
                 "output": f"{said} in {self.seconds[part] / 60:.1f} minutes of work",
                 "tests": {name: row for name, row in rows.items() if row["tried"]},
             }
@@ -88,7 +88,7 @@ def tables(parts: dict[str, Any]) -> str:
     lines += [f"| **all** | | **{tried}** | **{right}** | **{tried - right}** |", ""]
     lines += ["The last output of each part:", ""]
     lines += [
-        f"- {part.replace('_', ' ')}: {told['output']}, {told['date']}, commit {told['commit'][:12]}"
+        f"- {part.replace('_', ' ')}: {told['output']}, {told['date']}, commit {told['commit']}"
         for part, told in sorted(parts.items())
     ]
     notes = {

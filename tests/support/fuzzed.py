@@ -185,7 +185,7 @@ def fuzz(
 
         try:
             one()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - any is what is looked for
             known.add(place_of(error))
             minimal = "; ".join(getattr(error, "__notes__", [])).replace("\n", " ")
             tally.left.append(f"{type(error).__name__}: {str(error)[-2000:]} ({minimal})")
