@@ -12,7 +12,8 @@ from fault_jobs import Fault, Job
 from fault_subjects import Subject, Subjects
 from fuzzed import Tally
 
-STATE = "training_state.safetensors"
+from moe_lab.finetune.training import STATE
+
 SEEDS = range(12)
 KILLS = 3  # of one run, until it is let go on to its end
 

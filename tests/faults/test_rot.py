@@ -14,9 +14,10 @@ from fault_jobs import DONE, Fault
 from fault_subjects import Subject, Subjects
 from fuzzed import Tally
 
+from moe_lab.finetune.training import STATE
+
 NOT_RESULTS = (".lock",)
 CARD = "README.md"  # written beside a checkpoint by each run that uses it
-STATE = "training_state.safetensors"
 
 
 def kinds(store: Path) -> dict[str, list[Path]]:

@@ -103,23 +103,21 @@ def _run(home: Path, overrides: list[str], fault: Fault | None) -> None:
 
 def _befall(fault: Fault) -> None:
     """Have the fault happen in this process."""
-    replace, path_replace, count = os.replace, Path.replace, 0
+    replace, count = os.replace, 0  # by which Path.replace replaces, too
 
-    def around(do: Any, source: Any, target: Any) -> Any:
+    def around(source: Any, target: Any, **folders: Any) -> None:
         nonlocal count
         count += Path(target).name == fault.name
         due = Path(target).name == fault.name and count == fault.number
         if due and fault.kill == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        done = do(source, target)
+        replace(source, target, **folders)
         if due and fault.kill == "after":
             os.kill(os.getpid(), signal.SIGKILL)
         if due and fault.fill:
             fill(Path(fault.fill), fault.free)
-        return done
 
-    os.replace = lambda source, target, **more: around(replace, source, target)
-    Path.replace = lambda self, target: around(path_replace, self, target)
+    os.replace = around
     if fault.fill:  # that there is too little room is found before any work, and not tried here
         usage = shutil.disk_usage("/")._replace(free=2**50)
         shutil.disk_usage = lambda path: usage
@@ -145,9 +143,10 @@ def report(home: Path, folder: str = "run") -> dict[str, Any]:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """What differs between two reports of the same request, beside times and places."""
-    from moe_lab.runs.reproducing import compared
+    from moe_lab.runs.reproducing import MADE_BY, compared
 
-    return [f"{key}: {then} against {now}" for key, then, now in compared(one, other)[1]]
+    found = compared(one, other)[1]
+    return [f"{key}: {then} against {now}" for key, then, now in found if not MADE_BY.match(key)]
 
 
 def contents(store: Path) -> dict[str, bytes]:
