@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 WORKERS ?= 2
+FUZZ ?= 0
 VENV := .venv
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
@@ -9,13 +10,14 @@ AUDIT := .venv-audit
 PIP_AUDIT := pip-audit==2.10.1
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
 
-.PHONY: help run test bench families serving lint format audit
+.PHONY: help run test faults bench families serving lint format audit
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run  [ARGS='group=option key=value']  run one experiment: by default the embedded one"
 	@echo "make test [ARGS='tests/test_store.py -x']   run the tests"
 	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
+	@echo "make faults [FUZZ=60]                       kills, races, rot, full disks; fuzzers for an hour"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
 	@echo "make families                               check every MoE model type that transformers has"
 	@echo "make serving                                serve what is written by vLLM, llama.cpp, transformers"
@@ -30,6 +32,12 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+# What goes wrong, on purpose, and the figures of docs/faults.md anew: about half an hour, and FUZZ
+# minutes for all fuzzers together.
+faults: $(STAMP)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --faults=long --fuzz-minutes=$(FUZZ) \
+		--write-faults docs/faults.md $(or $(ARGS),tests/faults)
 
 # Every benchmark runs, also after a failed one; the target fails if any did.
 bench: $(STAMP)

@@ -1,0 +1,96 @@
+"""A disk that fills up at any stage loses nothing; with room, the same command goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import fault_jobs
+import pytest
+from fault_jobs import Fault
+from fault_subjects import Subject, Subjects
+from fuzzed import Tally
+
+SIZE = "16m"
+FREE = (0, 3 * 4096, 16 * 4096)  # bytes that are left when a stage begins
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of our own; skipped where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let root mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill_up(subject: Subject, home: Path, disk: Path, where: str, fault: Fault) -> str:
+    """What is wrong where the disk of the store, or of all, is full after some results.
+
+    Empty where the run says so in a line with exit code 2, and the next one, with room, goes on.
+    """
+    store = disk / "store"
+    places = {"store": store} | ({"run_dir": disk / "run"} if where == "all" else {})
+    run_dir = str(places.get("run_dir", "run"))
+    full = fault_jobs.run(home, subject.overrides(**places), fault)
+    known = fault_jobs.stamps(store)
+    wrong = []
+    if full.process.exitcode == 0:
+        return ""  # what came after found room, such as a last small file
+    if full.process.exitcode != 2 or not fault_jobs.no_traceback(full):
+        wrong.append(f"exit {full.process.exitcode}: {full.text()[-1500:]}")
+    if os.strerror(errno.ENOSPC) not in full.text() and "is full" not in full.text():
+        wrong.append(f"it does not say why: {full.text()[-500:]}")
+    (disk / "ballast").unlink(missing_ok=True)
+    again = fault_jobs.run(home, subject.overrides(**places))
+    wrong += subject.wrong(again, run_dir) + subject.other_files(store)
+    now = fault_jobs.stamps(store)
+    wrong += [f"{one} was made twice" for one, stamp in known.items() if now.get(one) != stamp]
+    shutil.rmtree(store)
+    shutil.rmtree(home)
+    return "; ".join(wrong)
+
+
+def test_a_full_disk(subjects: Subjects, tmp_path: Path, disk: Path, tally: Tally) -> None:
+    fault = Fault(number=1, fill=str(disk))
+    wrong = fill_up(subjects["small"], tmp_path / "home", disk, "store", fault)
+    tally.judge(not wrong, wrong)
+    tally.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["recovered", "condensed"])
+@pytest.mark.parametrize("where", ["store", "all"])
+def test_a_full_disk_at_every_stage(
+    name: str, where: str, subjects: Subjects, tmp_path: Path, disk: Path, tally: Tally
+) -> None:
+    subject = subjects[name]
+    for number in range(len(fault_jobs.finished(subject.store))):
+        fault = Fault(number=number, fill=str(disk), free=FREE[number % len(FREE)])
+        wrong = fill_up(subject, tmp_path / "home", disk, where, fault)
+        tally.judge(not wrong, f"{name}, {where}, after result {number}: {wrong}")
+    tally.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["store", "run_dir"])
+def test_a_read_only_disk(
+    place: str, subjects: Subjects, tmp_path: Path, disk: Path, tally: Tally
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    subject = subjects["small"]
+    job = fault_jobs.run(tmp_path / "home", subject.overrides(**{place: disk / place}))
+    words = os.strerror(errno.EROFS) in job.text() and fault_jobs.no_traceback(job)
+    tally.judge(words and job.process.exitcode == 2, job.text()[-1500:])
+    tally.check()

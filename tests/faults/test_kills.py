@@ -1,0 +1,111 @@
+"""Killed at any moment, the same command goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import fault_jobs
+import pytest
+from fault_jobs import Fault, Job
+from fault_subjects import Subject, Subjects
+from fuzzed import Tally
+
+from moe_lab.finetune.training import STATE
+
+SEEDS = range(12)
+KILLS = 3  # of one run, until it is let go on to its end
+
+
+def judge_end(subject: Subject, home: Path, known: dict[Path, int], job: Job) -> str:
+    """What of a run's end is not as if nothing had happened; empty where all is."""
+    store = home / "store"
+    wrong = subject.wrong(job) + subject.other_files(store)
+    now = fault_jobs.stamps(store)
+    wrong += [f"{one} was made twice" for one, stamp in known.items() if now.get(one) != stamp]
+    if not subject.sweep and not wrong:
+        wrong += _said_cached(
+            subject.reports(home)[0], {f"{k.parent.name}/{k.name}" for k in known}
+        )
+    return "; ".join(wrong)
+
+
+def _said_cached(report: dict, known: set[str]) -> list[str]:
+    """Stages whose results were there, and that do not say so; or the other way round."""
+    made = {key.partition("/")[2]: value for key, value in report.items() if "artifact/" in key}
+    return [
+        f"cached/{stage} is {report[f'cached/{stage}']}"
+        for stage, result in made.items()
+        if f"cached/{stage}" in report and report[f"cached/{stage}"] != (result in known)
+    ]
+
+
+def chain(subject: Subject, home: Path, faults: list[Fault], tally: Tally) -> None:
+    """Start a run again and again, each time killed at its first finished result, to its end."""
+    known: dict[Path, int] = {}
+    for _ in range(100):
+        job = fault_jobs.run(home, subject.overrides(), faults[tally.tried % len(faults)])
+        if not job.killed:
+            break
+        now = fault_jobs.stamps(home / "store")
+        lost = [str(one) for one, stamp in known.items() if now.get(one) != stamp]
+        tally.judge(not lost, f"lost after a kill: {lost}")
+        known = now
+    assert known
+    wrong = judge_end(subject, home, known, job)
+    assert not wrong, wrong
+
+
+def test_a_kill_at_each_boundary(subjects: Subjects, tmp_path: Path, tally: Tally) -> None:
+    chain(subjects["small"], tmp_path, [Fault(kill="after")], tally)
+    assert tally.tried == 3
+    tally.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["recovered", "condensed", "sweep"])
+def test_kills_at_every_boundary(
+    name: str, subjects: Subjects, tmp_path: Path, tally: Tally
+) -> None:
+    """Before each result is finished, with all of its files but the record there, and after it."""
+    chain(subjects[name], tmp_path, [Fault(kill="before"), Fault(kill="after")], tally)
+    assert tally.tried == 2 * len(fault_jobs.finished(subjects[name].store))
+    tally.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["recovered", "condensed"])
+def test_a_kill_in_fine_tuning(name: str, subjects: Subjects, tmp_path: Path, tally: Tally) -> None:
+    subject = subjects[name]
+    killed = fault_jobs.run(tmp_path, subject.overrides(), Fault(STATE, kill="after"))
+    assert killed.killed and list(tmp_path.glob(f"store/finetune/*/{STATE}"))
+    known = fault_jobs.stamps(tmp_path / "store")
+    wrong = judge_end(subject, tmp_path, known, fault_jobs.run(tmp_path, subject.overrides()))
+    tally.judge(not wrong, f"{name}: {wrong}")
+    tally.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kills_at_random(seed: int, subjects: Subjects, tmp_path: Path, tally: Tally) -> None:
+    """Each KILLS times, at moments that are drawn; the seed draws them again."""
+    draw = random.Random(seed)
+    subject = subjects[("recovered", "condensed", "sweep")[seed % 3]]
+    started = time.monotonic()
+    if subject.name == "recovered":  # its pictures take most of the time
+        subject = subjects["condensed"] if seed % 2 else subject
+    known: dict[Path, int] = {}
+    while tally.tried < KILLS and time.monotonic() < started + 240:
+        job = Job(tmp_path, subject.overrides())
+        time.sleep(draw.uniform(0.3, 6))
+        job.kill()
+        if not job.killed:
+            break
+        now = fault_jobs.stamps(tmp_path / "store")
+        lost = [str(one) for one, stamp in known.items() if now.get(one) != stamp]
+        tally.judge(not lost, f"seed {seed}: lost {lost}")
+        known = now
+    wrong = judge_end(subject, tmp_path, known, fault_jobs.run(tmp_path, subject.overrides()))
+    assert not wrong, f"seed {seed}: {wrong}"
+    tally.check()
