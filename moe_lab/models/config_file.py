@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def _check_number(path: Path, name: str, value: Any) -> None:
         return
     if isinstance(value, int) and abs(value) >= 2**63:
         raise _wrong(path, name, value, "no size or count is so large")
-    rules = (
+    rules: tuple[tuple[re.Pattern[str], Callable[[float], bool], str], ...] = (
         (_SMALL, lambda number: 0 <= number < 1, "it must be a number from 0 to below 1"),
         (_ABOVE_0, lambda number: number > 0, "it must be a number above 0"),
         (_SIZES, lambda number: number >= 0, "it must be a number from 0 on"),
@@ -198,7 +198,8 @@ def _check_names(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_positions(path: Path, text: Mapping[str, Any]) -> None:
-    longest, size = text.get("max_position_embeddings"), text.get("vocab_size")
+    longest: Any = text.get("max_position_embeddings")
+    size = text.get("vocab_size")
     if _is_number(longest) and longest > _MOST_POSITIONS:
         raise _wrong(path, "max_position_embeddings", longest, "no model has so many positions")
     pad = text.get("pad_token_id")

@@ -94,7 +94,7 @@ def _check_rotary(folder: Path, model: PreTrainedModel) -> None:
     No weight has that width where attention is latent, so that no shape would tell.
     """
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         wanted, buffer = (
             getattr(one, name, None)
             for one, name in ((config, "qk_rope_head_dim"), (module, "inv_freq"))
@@ -208,5 +208,6 @@ def _more(items: Collection[Any]) -> str:
 
 
 def _last_line(message: str) -> str:
-    lines = [line for line in message.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason is given"
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Error")]  # that is of where, not of what
+    return (told or lines or ["no reason is given"])[-1]

@@ -66,7 +66,7 @@ def family_values(values: Mapping[str, Any]) -> dict[str, Any]:
         if part := next((n for n, v in values.items() if isinstance(v, dict) and OWN in v), None):
             raise ValueError(f"{part}.{OWN} has no meaning: structures stand at the top")
         return dict(values)
-    own = values.get(OWN)
+    own: Any = values.get(OWN)
     version = own.get("version") if isinstance(own, dict) else None
     family = own.get(FAMILY) if isinstance(own, dict) else None
     if version != VERSION or not isinstance(family, dict) or "model_type" not in family:
@@ -88,7 +88,7 @@ def _check_structures(own: Any) -> None:
     """
     if own is None or own == {}:
         return
-    layers = own.get("layers") if isinstance(own, dict) else None
+    layers: Any = own.get("layers") if isinstance(own, dict) else None
     if not isinstance(layers, dict):
         raise ValueError(f"{OWN}.layers must be an object that lists layers by number")
     for index, wanted in layers.items():

@@ -77,7 +77,7 @@ def conversions(model: PreTrainedModel) -> Any:
 def quantised_as(config: Any) -> str | None:
     """In which way a checkpoint of this config is stored, in a word; None for plain weights."""
     told = _told(config)
-    return told and DEQUANTISED[_method(told)]
+    return None if told is None else DEQUANTISED[_method(told)]
 
 
 def is_quantised(kind: str) -> bool:
