@@ -72,9 +72,9 @@ FACE = ("models.checkpoint", "models.hook")
 # Who alone may import what: the first match counts, so insides come before the whole.
 LIBRARIES = {
     "transformers.integrations": ("models.adapters", "models.condensing", "models.observing"),
-    "transformers.core_model_loading": ("models.layerwise", "models.stored"),
-    "transformers.conversion_mapping": ("models.layerwise", "models.stored"),
-    "transformers.modeling_utils": ("models.layerwise",),
+    "transformers.core_model_loading": ("models.fitting", "models.layerwise", "models.stored"),
+    "transformers.conversion_mapping": ("models.quantised",),
+    "transformers.modeling_utils": ("models.fitting", "models.layerwise"),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),

@@ -82,7 +82,7 @@ def test_models(name: str, composed: Compose) -> None:
     model = composed(*overrides("model", name)).model
     on_hub = name != "checkpoint" and not model.path.startswith("shipped:")
     described = {"licence", "architecture"} if on_hub else set()
-    assert set(model) == {"name", "path", "revision", "dtype"} | described
+    assert set(model) == {"name", "path", "revision", "dtype", "ignore_tensors"} | described
     assert model.dtype in checkpoint.DTYPES
     if name == "checkpoint":
         assert model.name == model.path

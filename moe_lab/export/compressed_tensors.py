@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from moe_lab.export.folder import stored_tensors, write_folder
 from moe_lab.export.given import Given
-from moe_lab.models.checkpoint import Checkpoint, meta_model, weight_files
+from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import decoders_path, moe_layers
 from moe_lab.models.own_config import is_own_form, read_config
 from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.stored import Stored, stored_in
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
 ENDING = "-compressed-tensors"

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from moe_lab.export.folder import stored_tensors, write_folder
 from moe_lab.export.given import Given
-from moe_lab.models.checkpoint import Checkpoint, meta_model, weight_files
+from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import layer_index, moe_layers
 from moe_lab.models.own_config import is_own_form, read_config, without_structures
 from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stored import Stored, stored_in
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
 ENDING = "-constant-v1"

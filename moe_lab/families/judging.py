@@ -19,7 +19,8 @@ from moe_lab.families.outcome import (
 )
 from moe_lab.families.references import generation, logits_of, open_model
 from moe_lab.families.stock_process import StockAnswer
-from moe_lab.models.checkpoint import load, weight_files
+from moe_lab.models.checkpoint import load
+from moe_lab.models.weight_files import weight_files
 
 
 def judged(

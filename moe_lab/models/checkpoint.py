@@ -6,49 +6,41 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import moe_lab.models.own_form  # noqa: F401  # by which `hook` builds what is loaded
 from moe_lab.files import PACKAGE
 from moe_lab.models.adapters.base import check_supported
+from moe_lab.models.building import LOCAL, blamed_on, built_config, built_model
+from moe_lab.models.checking import check_folder, check_routing, check_tokens
+from moe_lab.models.config_file import NAME, config_values
 from moe_lab.models.families.base import (
     check_original,
     convert_weights,
     family_of,
     known_family,
 )
+from moe_lab.models.folder import CODE_FILES, TEXT_FILES, copy_beside, text_files
 from moe_lab.models.layers import moe_layers, num_parameters
-from moe_lab.models.opening import empty_model, empty_tensors, model_class
-from moe_lab.models.own_config import read_config
+from moe_lab.models.opening import empty_model, empty_tensors, model_class, no_bars, text_config
 from moe_lab.models.routers import set_top_k
-from moe_lab.models.stored import Held, held_by
+from moe_lab.models.stored import INDEX, Held, held_by
+from moe_lab.models.weight_files import SINGLE, header_bytes, weight_files, weight_map
 from moe_lab.types import LayerInfo, UserError
 
 Model = PreTrainedModel  # what other rooms call it: none of them imports transformers
 SHIPPED = "shipped:"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*")
-CODE_FILES = ("*.py",)
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
-LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, no foreign code
 
 
 @dataclass(frozen=True)
@@ -57,13 +49,15 @@ class Checkpoint:
 
     dtype: in which to compute ("auto" is the one it is stored in); known_fingerprint: what tells
     its content where that is known without reading it, as of the store's own checkpoints. top_k:
-    experts for each token, None for as many as its config says.
+    experts for each token, None for as many as its config says. ignored: patterns of the names, in
+    its files, of tensors that its family does not know and that may be lost.
     """
 
     path: Path
     dtype: str = "auto"
     known_fingerprint: str | None = None
     top_k: int | None = None
+    ignored: tuple[str, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -75,7 +69,7 @@ class Checkpoint:
             return self.known_fingerprint
         # Where it was loaded from and which version wrote it do not change what a model computes.
         ignored = ("_name_or_path", "transformers_version")
-        config = _read_config(self.path)
+        config = config_values(self.path)
         config = {key: value for key, value in config.items() if key not in ignored}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for file in weight_files(self.path):
@@ -85,10 +79,7 @@ class Checkpoint:
     @functools.cached_property
     def config(self) -> Any:
         """Its config, as transformers reads it."""
-        try:
-            return AutoConfig.from_pretrained(self.path, **LOCAL)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}/config.json cannot be read: {error}") from error
+        return built_config(self.path)
 
     @property
     def repeats_experts(self) -> bool:
@@ -100,7 +91,7 @@ class Checkpoint:
 
         Their bytes are those that its weights take when saved again, with the headers of its files.
         """
-        model = meta_model(self.config)
+        model = built_model(self.path, self.config)
         files = self.held_by(model)
         _set_saved_dtypes(model, files)
         layers = [layer.info for layer in moe_layers(model)]
@@ -109,7 +100,8 @@ class Checkpoint:
                 f"{self.path} is not a Mixture-of-Experts model that moe_lab can read: its family "
                 f"{self.config.model_type!r} has no experts modules of the common contract"
             )
-        beside = sum(map(_header_bytes, weight_files(self.path)))
+        check_routing(self.path, layers)
+        beside = sum(map(header_bytes, weight_files(self.path)))
         beside += sum(one.num_bytes for parts in files.others.values() for one in parts)
         return [replace(info, model_bytes=info.model_bytes + beside) for info in layers]
 
@@ -119,7 +111,7 @@ class Checkpoint:
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """The model with its weights, in evaluation mode."""
-        model = load(self.path, dtype=self.dtype, device=device)
+        model = load(self.path, self.dtype, device, self.ignored)
         if self.top_k is not None:
             set_top_k(model, self.top_k)
         return model
@@ -130,9 +122,13 @@ class Checkpoint:
         if not any(file for pattern in VOCABULARIES for file in self.path.glob(pattern)):
             raise UserError(f"{self.path} has no tokenizer: none of {', '.join(VOCABULARIES)}")
         try:
-            return AutoTokenizer.from_pretrained(self.path, **LOCAL)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer can be read from {self.path}: {error}") from error
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.path, **LOCAL)
+        except Exception as error:  # the tokenizers' library raises plain ones
+            told = " ".join(str(error).split())[:400]
+            raise UserError(f"no tokenizer can be read from {self.path}: {told}") from error
+        check_tokens(self.path, tokenizer, text_config(self.config).vocab_size)
+        ready: PreTrainedTokenizerBase = tokenizer
+        return ready
 
 
 @dataclass(frozen=True)
@@ -146,12 +142,12 @@ class Original(Checkpoint):
     @property
     def family(self) -> ModuleType:
         """The family's file in `families/`."""
-        return known_family(_read_config(self.path)["model_type"])
+        return known_family(config_values(self.path)["model_type"])
 
     @functools.cached_property
     def config(self) -> Any:
         """The native form's config."""
-        return AutoConfig.for_model(**self.family.native_config(_read_config(self.path)))
+        return AutoConfig.for_model(**self.family.native_config(config_values(self.path)))
 
     @property
     def texts_fingerprint(self) -> str:
@@ -181,7 +177,7 @@ class Original(Checkpoint):
         Memory: one weight file. Raises UserError, before it writes, for tensors that are missing,
         unknown or of another shape.
         """
-        values, files = _read_config(self.path), weight_files(self.path)
+        values, files = config_values(self.path), weight_files(self.path)
         check_original(self.family, values, files)
         expected = num_parameters(meta_model(self.config))
         target.mkdir(parents=True, exist_ok=True)
@@ -196,50 +192,21 @@ class Original(Checkpoint):
         for file in text_files(self.path):
             copy_beside(file, self.path, target)
         self.family.adapt_texts(target)
-        config = self.family.native_config(_read_config(self.path))
+        config = self.family.native_config(config_values(self.path))
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return read_config(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
-
-
-def text_files(folder: Path) -> list[Path]:
-    """Tokenizer, processor and generation files: all text beside the config and weights' index."""
-    files = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
-    return sorted(
-        file
-        for file in files
-        if file.name != "config.json" and not file.name.endswith(".index.json")
-    )
-
-
-def code_files(folder: Path) -> list[Path]:
-    """The code of others that its configs name for the tokenizer, the processor or the model.
-
-    It is never run here; whoever trusts it finds it in a compressed checkpoint as in its source.
-    """
-    named = any("auto_map" in file.read_text(errors="replace") for file in folder.glob("*.json"))
-    return sorted(file for pattern in CODE_FILES for file in folder.glob(pattern) if named)
-
-
-def copy_beside(file: Path, folder: Path, target: Path) -> None:
-    """Copy a file of a folder to the same place in another one, byte for byte."""
-    place = target / file.relative_to(folder)
-    place.parent.mkdir(exist_ok=True)
-    shutil.copyfile(file, place)
-
-
 def resolve(
-    path: str | os.PathLike[str], revision: str | None = None, dtype: str = "auto"
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: str = "auto",
+    ignored: Sequence[str] = (),
 ) -> Checkpoint:
     """The checkpoint of a local folder, of a hub id (which is then downloaded), or "shipped:name".
 
-    An `Original` where its family must be converted first. Raises UserError where there is none,
-    files are missing, the weights are not safetensors or not those that such a family has.
+    An `Original` where its family must be converted first. ignored: patterns of the names of
+    tensors that its family does not know and that may be lost. Raises UserError where there is
+    none, and for all that is wrong with it (`checking.check_folder`).
     """
     folder = Path(path).expanduser()
     if str(path).startswith(SHIPPED):
@@ -250,17 +217,13 @@ def resolve(
             raise UserError(f"model.path={path}: no such model is shipped; there are {there}")
     if not folder.is_dir():
         folder = _download(str(path), revision)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no checkpoint: config.json is missing")
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} does not exist; there are {', '.join(DTYPES)}")
-    for file in weight_files(folder):
-        _check_readable(file)
-    family = family_of(_read_config(folder).get("model_type"))
-    if family is None:
-        return Checkpoint(folder.resolve(), dtype)
-    check_original(family, _read_config(folder), weight_files(folder))
-    return Original(folder.resolve(), dtype)
+    folder = folder.resolve()
+    check_folder(folder, ignored)
+    if family_of(config_values(folder)["model_type"]):
+        return Original(folder, dtype)
+    return Checkpoint(folder, dtype, ignored=tuple(ignored))
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -271,8 +234,14 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*WEIGHT_PATTERNS, *TEXT_FILES, *CODE_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        texts = [SINGLE, INDEX, *TEXT_FILES, *CODE_FILES]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=texts))
+        if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+            shards = sorted(set(weight_map(folder).values()))
+            snapshot_download(name, revision=revision, allow_patterns=shards)
+        return folder
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises many kinds; each means: not to be had
         raise UserError(
             f"{name} is not a folder here, and the hub did not give it: {error}. Give a local "
@@ -280,57 +249,11 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; UserError where one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index} cannot be read: {error!r}") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files that its index names: "
-                f"{', '.join(missing[:4])}"
-            )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        other = sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern))
-        hint = f" (only {', '.join(other[:3])}: convert it to safetensors first)" if other else ""
-        raise UserError(f"{folder} holds no *.safetensors weights{hint}")
-    return files
-
-
-def _check_readable(file: Path) -> None:
-    """Refuse a corrupt or truncated file by its header, without reading its tensors."""
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} is damaged or incomplete ({file.stat().st_size} bytes): {error}. Copy or "
-            "download it again"
-        ) from error
-
-
-def _header_bytes(file: Path) -> int:
-    """Bytes of a safetensors file before its tensors: the header's length, and the header."""
-    with file.open("rb") as handle:
-        return 8 + int.from_bytes(handle.read(8), "little")
-
-
-def size_in_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weights."""
-    return sum(file.stat().st_size for file in weight_files(folder))
-
-
 def _sha256(file: Path) -> str:
     # A hub cache names its blobs by their sha256: then nothing needs to be read.
-    target = Path(os.path.realpath(file)).name
-    if len(target) == 64 and set(target) <= set("0123456789abcdef"):
-        return target
+    blob = Path(os.path.realpath(file))
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -352,18 +275,30 @@ def _set_saved_dtypes(model: PreTrainedModel, files: Held) -> None:
             tensor.data = tensor.data.to(files.dtype(name) or default)
 
 
-def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(
+    path: str | os.PathLike[str],
+    dtype: str = "auto",
+    device: str = "cpu",
+    ignore_tensors: Sequence[str] = (),
+) -> PreTrainedModel:
     """Load a checkpoint that moe_lab or transformers wrote, in evaluation mode.
 
-    Raises UserError where weights are missing or do not fit the config, and where its family must
-    be converted first.
+    path: its folder. Quantised weights are dequantised. ignore_tensors: patterns of the names of
+    tensors that its family does not know and that may be lost. Raises UserError for all that is
+    wrong with the folder (`checking.check_folder`), and where its family must be converted first.
     """
-    _refuse_original(Path(path))
-    config = Checkpoint(Path(path)).config
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{path} is no folder here; a checkpoint is loaded from its folder")
+    check_folder(folder, ignore_tensors)
+    _refuse_original(folder)
+    config = built_config(folder)
     try:
-        with no_bars(), empty_tensors():
-            kind = model_class(config)
-            loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **LOCAL)
+        with no_bars(), empty_tensors(), blamed_on(folder / NAME, config_values(folder)):
+            loaded: Any = model_class(config).from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                **LOCAL,
+            )  # fmt: skip
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
     model, info = loaded
@@ -379,25 +314,12 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
 
 
 def _refuse_original(path: Path) -> None:
-    if (path / "config.json").is_file():
-        model_type = _read_config(path).get("model_type")
-        if family_of(model_type):
-            raise UserError(
-                f"{path} is a {model_type!r} checkpoint in its original layout, which transformers "
-                f"does not read. `python run.py model=checkpoint model.path={path}` converts it "
-                "once and works with the copy; "
-                f'moe_lab.models.checkpoint.resolve("{path}").convert(<a pathlib.Path>) '
-                "writes a copy wherever you like"
-            )
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Silence transformers' own bars, which finish before anyone reads them."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    model_type = config_values(path)["model_type"]
+    if family_of(model_type):
+        raise UserError(
+            f"{path} is a {model_type!r} checkpoint in its original layout, which transformers "
+            f"does not read. `python run.py model=checkpoint model.path={path}` converts it "
+            "once and works with the copy; "
+            f'moe_lab.models.checkpoint.resolve("{path}").convert(<a pathlib.Path>) '
+            "writes a copy wherever you like"
+        )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from moe_lab.finite import number_word
-from moe_lab.models.checkpoint import Checkpoint, weight_files
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layerwise import computing_dtype
 from moe_lab.models.stored import Stored, stored_in
+from moe_lab.models.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 WIDER = {

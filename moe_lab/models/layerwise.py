@@ -20,14 +20,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_lab.models.checkpoint import Checkpoint, Original, no_bars, weight_files
+from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.layers import decoders_path, module_list, moe_layers
-from moe_lab.models.opening import empty_model
+from moe_lab.models.opening import empty_model, no_bars
+from moe_lab.models.quantised import conversions, quantizer_of
 from moe_lab.models.stored import held_by, model_names
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
 
@@ -168,7 +169,6 @@ def _load_into(
     model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype, device: str
 ) -> None:
     """Fill parameters of a model from a checkpoint's tensors or slices, by their names on disk."""
-    mapping: Any = get_model_conversion_mapping(model)  # two types of transformers' own disagree
     with no_bars():
         convert_and_load_state_dict_in_model(
             model,
@@ -177,7 +177,8 @@ def _load_into(
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),
                 device_map={"": device},
-                weight_mapping=mapping,
+                weight_mapping=conversions(model),
+                hf_quantizer=quantizer_of(model.config),
             ),
         )
     for parameter in model.parameters():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import Checkpoint, meta_model, weight_files
+from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.forms import choose_form, padding_limit
@@ -29,7 +29,8 @@ from moe_lab.models.mtp import (
 )
 from moe_lab.models.opening import text_config
 from moe_lab.models.own_config import read_config, write_config
-from moe_lab.models.stored import INDEX
+from moe_lab.models.stored import INDEX, ONE_OF_SEVERAL
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import MtpName, UserError
 
 # What configs call the number of MTP layers: DeepSeek-V3, GLM-4.5, Ling, Nemotron-H and most
@@ -230,10 +231,12 @@ def _indexed(folder: Path) -> tuple[dict[str, str], int]:
     """
     if not (folder / INDEX).is_file():
         single = folder / "model.safetensors"
-        single.rename(folder / "model-00001-of-00001.safetensors")
+        files = [single.rename(folder / ONE_OF_SEVERAL)]
+    else:
+        files = weight_files(folder)
     places: dict[str, str] = {}
     size = 0
-    for file in weight_files(folder):
+    for file in files:
         with safe_open(file, "pt") as handle:
             places |= dict.fromkeys(list(handle.keys()), file.name)
         with file.open("rb") as opened:

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from moe_lab.types import UserError
 
@@ -104,3 +105,15 @@ def empty_tensors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         yield
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Silence transformers' own bars, which finish before anyone reads them."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
 VERSION = 2  # 1 was the family's config.json with one key more
@@ -23,6 +23,13 @@ SENTENCE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(fo
 # Configs of families check this size before anything is built, those of wrappers the inner one, and
 # quote what they find. Who wants the tokenizer alone asks for neither.
 STUMBLE = {"vocab_size": SENTENCE}
+
+# What a layer's structure may say, and of which kinds the values are.
+STRUCTURE: dict[str, tuple[type, ...]] = {
+    "width": (int,), "in_place": (bool,), "num_routed": (int, type(None)), "num_experts": (int,),
+    "rows": (int, type(None)), "stand_in": (str, type(None)), "expert_width": (int, type(None)),
+    "top_k": (int, type(None)), "own": (dict,),
+}  # fmt: skip
 
 
 class MoeLabConfig(PreTrainedConfig):
@@ -33,6 +40,8 @@ class MoeLabConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
         """The family's config, with the layers' structures as its attribute `moe_lab`."""
+        from transformers import CONFIG_MAPPING  # whose import teaches it this very class
+
         values = family_values(config_dict)
         if values["model_type"] not in CONFIG_MAPPING:
             raise ValueError(
@@ -53,18 +62,45 @@ def family_values(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for a form that this version of moe_lab does not know.
     """
     if values.get("model_type") != MODEL_TYPE:
+        _check_structures(values.get(OWN))
+        if part := next((n for n, v in values.items() if isinstance(v, dict) and OWN in v), None):
+            raise ValueError(f"{part}.{OWN} has no meaning: structures stand at the top")
         return dict(values)
-    own = values.get(OWN)
+    own: Any = values.get(OWN)
     version = own.get("version") if isinstance(own, dict) else None
-    if own is None or version != VERSION or "model_type" not in own.get(FAMILY, {}):
+    family = own.get(FAMILY) if isinstance(own, dict) else None
+    if version != VERSION or not isinstance(family, dict) or "model_type" not in family:
         raise ValueError(
             f"this checkpoint is in moe_lab's own form of version {version}, and this version of "
             f"moe_lab reads up to {VERSION}: update moe_lab"
             if isinstance(version, int) and version > VERSION
             else f"model_type is {MODEL_TYPE!r}, and no family's config stands in {OWN}.{FAMILY}"
         )
+    _check_structures(own)
     inside: dict[str, Any] = own[FAMILY]
     return inside | {OWN: {key: value for key, value in own.items() if key != FAMILY}}
+
+
+def _check_structures(own: Any) -> None:
+    """Raise ValueError for structures of layers that are not as `own_form.own_config` writes them.
+
+    Of version 1, in which they stood in the family's config.json, too.
+    """
+    if own is None or own == {}:
+        return
+    layers: Any = own.get("layers") if isinstance(own, dict) else None
+    if not isinstance(layers, dict):
+        raise ValueError(f"{OWN}.layers must be an object that lists layers by number")
+    for index, wanted in layers.items():
+        if not isinstance(wanted, dict):
+            raise ValueError(f"{OWN}.layers.{index} must be an object")
+        for key, value in wanted.items():
+            kinds = STRUCTURE.get(key)
+            if kinds is None:
+                raise ValueError(f"{OWN}.layers.{index}.{key} is not known: {', '.join(STRUCTURE)}")
+            wrong = type(value) not in kinds or (type(value) is int and value < 0)
+            if wrong or (key == "num_experts" and not value):
+                raise ValueError(f"{OWN}.layers.{index}.{key}={value!r} is not possible")
 
 
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 
-from moe_lab.models.checkpoint import code_files, text_files, weight_files
+from moe_lab.models.config_file import text_part
+from moe_lab.models.folder import code_files, text_files, texts_in_json
 from moe_lab.models.layers import COUNT_FIELDS
 from moe_lab.models.mtp_saving import MTP_COUNTS
 from moe_lab.models.own_config import read_config
 from moe_lab.models.stored import Stored, stored_in
+from moe_lab.models.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _MTP = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
-TEXT_PARTS = ("text_config", "thinker_config", "llm_config", "language_config")
 EMBEDDINGS = ("embed_tokens.weight", ".embeddings.weight", ".wte.weight")
 _QUANTISED = re.compile(r"scale|zero|packed|qweight|_blocks$|absmax")  # names beside such weights
 
@@ -58,7 +59,7 @@ def broken_promises(folder: Path) -> Iterator[str]:
     yield from _missing_code(folder)
     if values.get("quantization_config") and not any(map(_is_quantised, stored.values())):
         yield "its config has a quantization_config, and none of its tensors is quantised"
-    text = _text_part(values)
+    text = text_part(values)
     yield from _missing_mtp(text, stored)
     yield from _other_head(values, stored)
     counts = {field: text[field] for field in COUNT_FIELDS if isinstance(text.get(field), int)}
@@ -67,14 +68,8 @@ def broken_promises(folder: Path) -> Iterator[str]:
         yield f"its config has different numbers of experts: {told}"
 
 
-def _text_part(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that says its text model: all of it where it is no wrapper's."""
-    inner = next((values[name] for name in TEXT_PARTS if isinstance(values.get(name), dict)), None)
-    return values if inner is None else _text_part(inner)
-
-
 def _missing_code(folder: Path) -> Iterator[str]:
-    for file in sorted(folder.glob("*.json")):
+    for file in texts_in_json(folder):
         told = json.loads(file.read_text(errors="replace")) if _names_code(file) else {}
         named = told.get("auto_map", {}) if isinstance(told, dict) else {}
         for entry in _entries(named):
@@ -103,7 +98,7 @@ def _is_quantised(one: Stored) -> bool:
     return one.dtype is None or bool(_QUANTISED.search(one.key.rpartition(".")[2]))
 
 
-def _missing_mtp(text: dict[str, Any], stored: Mapping[str, Stored]) -> Iterator[str]:
+def _missing_mtp(text: Mapping[str, Any], stored: Mapping[str, Stored]) -> Iterator[str]:
     promised = {field: text[field] for field in MTP_COUNTS if text.get(field)}
     layers = text.get("num_hidden_layers")
     if not promised or not isinstance(layers, int):

@@ -15,26 +15,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import (
-    code_files,
-    copy_beside,
-    meta_model,
-    no_bars,
-    text_files,
-    weight_files,
-)
+from moe_lab.models.building import built_config
+from moe_lab.models.checkpoint import meta_model
 from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.editing import NoMLP, prune_layer, set_block
 from moe_lab.models.engine_config import complete_config
+from moe_lab.models.fitting import inside_modules
+from moe_lab.models.folder import code_files, copy_beside, text_files
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.head import untie_head
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.mtp import find_mtp
 from moe_lab.models.mtp_saving import carry_mtp
-from moe_lab.models.opening import text_config, text_values
+from moe_lab.models.opening import no_bars, text_config, text_values
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.promises import check_promises
 from moe_lab.models.reading_back import check_logits, check_saved, few_logits
@@ -48,6 +44,7 @@ from moe_lab.models.stored import (
     round_as_stored,
 )
 from moe_lab.models.superset import as_superset
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import LmHeadName, MtpName
 
 logger = logging.getLogger(__name__)
@@ -78,7 +75,7 @@ def save_checkpoint(
     except for its dtype, its config, its head and the experts that are filled up. What was written
     is read back and compared (`reading_back.py`), and its config with its folder (`promises.py`).
     """
-    original = AutoConfig.from_pretrained(source, local_files_only=True)
+    original = built_config(source)
     before, weights = meta_model(original), weight_files(source)
     files, mtp_layers = held_by(before, weights), find_mtp(original, weights)
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
@@ -176,6 +173,12 @@ def _passing_by(
         for name, parts in files.others.items()
         if not any(one.key in of_mtp for one in parts)
     }
+    if lost := inside_modules(before, every):
+        logger.warning(
+            "saving: %d tensors of modules that do not know them are left out: %s",
+            len(lost), ", ".join(lost[:4]),
+        )  # fmt: skip
+        every = {name: parts for name, parts in every.items() if name not in lost}
     if number != left:
         inside = re.compile(rf"^{re.escape(decoder_layers(before)[0])}\.\d+\.")
         if gone := [name for name in sorted(every) if inside.match(name)]:

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -27,11 +26,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moe_lab.models.quantised import conversions
+
 logger = logging.getLogger(__name__)
 
-_MADE_BY_MODELS = re.compile(r"rotary_emb\.inv_freq|(?:^|\.)position_ids$")  # no longer stored
+MADE_BY_MODELS = re.compile(r"rotary_emb\.inv_freq|(?:^|\.)position_ids$")  # no longer stored
 NOT_LOADED = "model-not-loaded.safetensors"  # beside the model's own weights, in their index
 INDEX = "model.safetensors.index.json"
+ONE_OF_SEVERAL = "model-00001-of-00001.safetensors"  # model.safetensors is read without others
 FLOATING = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,12 +44,17 @@ FLOATING = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a checkpoint's file; dtype: None where it is none of floating point."""
+    """A tensor in a checkpoint's file; dtype: None where it is none of floating point.
+
+    kind: its dtype, as safetensors call it.
+    """
 
     file: Path
     key: str
     dtype: torch.dtype | None
     num_bytes: int
+    kind: str
+    shape: tuple[int, ...]
 
     def load(self) -> Tensor:
         """The tensor."""
@@ -70,7 +77,7 @@ class Held:
 
 def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """For each name on disk that of the tensor in the model that it becomes, or is a part of."""
-    mapping, names = get_model_conversion_mapping(model), model.state_dict()
+    mapping, names = conversions(model), model.state_dict()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
@@ -107,7 +114,7 @@ def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
 def _is_needless(one: Stored, taken: Collection[str]) -> bool:
     """Whether a tensor is one that models compute, or a quantisation's beside a weight's own."""
     owner, _, key = one.key.rpartition(".")
-    return bool(_MADE_BY_MODELS.search(one.key)) or ("scale" in key and f"{owner}.weight" in taken)
+    return bool(MADE_BY_MODELS.search(one.key)) or ("scale" in key and f"{owner}.weight" in taken)
 
 
 def stored_in(file: Path) -> list[Stored]:
@@ -117,8 +124,9 @@ def stored_in(file: Path) -> list[Stored]:
     header.pop("__metadata__", None)
     found = []
     for key, one in header.items():
-        begin, end = one["data_offsets"]
-        found.append(Stored(file, key, FLOATING.get(one["dtype"]), end - begin))
+        (begin, end), kind = one["data_offsets"], one["dtype"]
+        size = end - begin
+        found.append(Stored(file, key, FLOATING.get(kind), size, kind, tuple(one["shape"])))
     return found
 
 
@@ -200,7 +208,8 @@ def carry_over(others: Sequence[Stored], folder: Path) -> None:
     if index.is_file():
         values = json.loads(index.read_text())
     else:
-        (whole,) = folder.glob("*.safetensors")
+        (single,) = folder.glob("*.safetensors")
+        whole = single.rename(folder / ONE_OF_SEVERAL)
         own = stored_in(whole)
         size = sum(one.num_bytes for one in own)
         weight_map = dict.fromkeys((one.key for one in own), whole.name)

@@ -52,6 +52,10 @@ class ModelOptions:
     path: Annotated[str, Option("a folder, owner/name on the hub, or shipped:<name>")]
     revision: Annotated[str | None, Option("a branch, tag or commit on the hub")]
     dtype: Annotated[str, Option("of the weights in memory; auto, as they are stored")]
+    ignore_tensors: Annotated[
+        Sequence[str],
+        Option("patterns of tensors that its family does not know and that may go"),
+    ] = ()
     licence: Annotated[str | None, Option("a note on its terms, as its page on the hub has it")] = (
         None
     )

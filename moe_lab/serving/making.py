@@ -26,11 +26,12 @@ from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.listed import Listed
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, Model, load, no_bars, resolve
+from moe_lab.models.checkpoint import Checkpoint, Model, load, resolve
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.plan import Plan, apply_plan, check_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.opening import no_bars
 from moe_lab.models.routers import set_top_k, set_top_k_of
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stream import LayerStream

@@ -21,6 +21,8 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
 from moe_lab.models.mtp_saving import foresee_mtp
+from moe_lab.models.quantised import quantised_as, result_dtype
+from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,19 @@ def compare_architecture(checkpoint: Checkpoint, model: Mapping[str, Any]) -> No
             "model.architecture=null compares nothing",
             checkpoint.path, model["name"], ", ".join(different),
         )  # fmt: skip
+
+
+def announce_dequantising(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -> None:
+    """Say that a quantised model is dequantised, and how large the result will be."""
+    if isinstance(checkpoint, Original) or not (kind := quantised_as(checkpoint.config)):
+        return
+    dtype = str(result_dtype(checkpoint.config)).removeprefix("torch.")
+    sizes = size_in_bytes(checkpoint.path), layers[0].model_bytes
+    before, after = (f"{size / 2**30:.3g} GiB" for size in sizes)
+    logger.warning(
+        "%s is stored in %s (%s) and is dequantised to %s as it is read: it takes %s whole, and "
+        "what is written of it is %s, too", checkpoint.path, kind, before, dtype, after, dtype,
+    )  # fmt: skip
 
 
 def check_profile(compute: Compute, method: Method) -> None:

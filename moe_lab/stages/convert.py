@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT
-from moe_lab.models.checkpoint import Original, size_in_bytes
+from moe_lab.models.checkpoint import Original
+from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, check_writable

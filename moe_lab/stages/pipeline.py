@@ -16,8 +16,10 @@ from moe_lab.models import checkpoint
 from moe_lab.models.damage import explained
 from moe_lab.models.head import check_head, sized_with_head
 from moe_lab.models.opening import num_positions
+from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
+    announce_dequantising,
     announce_form,
     check_mtp,
     check_profile,
@@ -87,12 +89,14 @@ def prepare(
 ) -> Run:
     """Refuse whatever can be refused before anything expensive, and read the text."""
     compute, method, asked = parts.compute.start(), parts.method, config["model"]
-    dense = checkpoint.resolve(asked["path"], asked["revision"], asked["dtype"])
+    ignored = asked.get("ignore_tensors") or ()
+    dense = checkpoint.resolve(asked["path"], asked["revision"], asked["dtype"], ignored)
     check_undamaged(dense.path)
     compare_architecture(dense, asked)
     store = Store(Path(config["store"]))
-    check_writable(store.root, 4 * checkpoint.size_in_bytes(dense.path))
+    check_writable(store.root, 4 * size_in_bytes(dense.path))
     layers = dense.layers()
+    announce_dequantising(dense, layers)
     check_head(dense.config, method.lm_head)
     method.check(sized_with_head(dense, layers, method.lm_head))
     check_profile(compute, method)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_lab.export.folder import stored_tensors, write_folder
-from moe_lab.models.checkpoint import size_in_bytes
+from moe_lab.models.weight_files import size_in_bytes
 
 
 def test_several_files_have_an_index_and_one_has_none(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_only_routers_are_read(tmp_path: Path) -> None:
     assert used < set(values["weight_map"].values())
     values["weight_map"] = {key: f for key, f in values["weight_map"].items() if f in used}
     index.write_text(json.dumps(values))
-    model = routers_only(resolve(tmp_path))
+    model = routers_only(Checkpoint(tmp_path))
     filled = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
     assert filled == [f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)]
 
@@ -107,7 +107,7 @@ def test_a_router_that_is_missing_is_told(tmp_path: Path) -> None:
     }
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors, such as model\.layers\.2\.mlp\.gate"):
-        routers_only(resolve(tmp_path))
+        routers_only(Checkpoint(tmp_path))
 
 
 def test_a_reference_in_its_original_layout_needs_no_conversion(tmp_path: Path) -> None:

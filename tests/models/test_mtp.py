@@ -10,7 +10,7 @@ from families import tiny_model
 from mtp_checkpoints import CHANGES, WITH_EXPERTS, write_with_mtp
 from safetensors.torch import load_file, save_file
 
-from moe_lab.models.checkpoint import Checkpoint, weight_files
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.mtp import (
     MtpLayers,
     decoder_lists,
@@ -19,6 +19,7 @@ from moe_lab.models.mtp import (
     kept_experts,
     untaken_tensors,
 )
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
 

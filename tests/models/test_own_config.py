@@ -14,7 +14,8 @@ from families import logits_of
 from stand_ins import saved
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
-from moe_lab.models.checkpoint import Checkpoint, copy_beside, load, resolve
+from moe_lab.models.checkpoint import Checkpoint, load, resolve
+from moe_lab.models.folder import copy_beside
 from moe_lab.models.own_config import family_values, own_values
 from moe_lab.types import UserError
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from moe_lab.compute import Compute
-from moe_lab.models.checkpoint import resolve, weight_files
+from moe_lab.models.checkpoint import resolve
+from moe_lab.models.weight_files import weight_files
 from moe_lab.stages.context import Context
 from moe_lab.stages.convert import convert
 from moe_lab.store import Store

@@ -13,23 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from moe_lab.models import checkpoint as model_checkpoint
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.merging import HiddenUnits
 from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.weight_files import size_in_bytes, weight_files
 
 
 def saved_bytes(folder: Path) -> tuple[int, int]:
     """Bytes of a checkpoint's tensors, by the tensors themselves, and of its files."""
     tensors = 0
-    for file in model_checkpoint.weight_files(folder):
+    for file in weight_files(folder):
         with safe_open(file, "pt") as handle:
             for name in list(handle.keys()):
                 tensor = handle.get_tensor(name)
                 tensors += tensor.numel() * tensor.element_size()
-    return tensors, model_checkpoint.size_in_bytes(folder)
+    return tensors, size_in_bytes(folder)
 
 
 def pruned_logits(family: str, kept: dict[int, tuple[int, ...]], batch: dict) -> torch.Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import moe_lab
-from moe_lab.models.checkpoint import load, resolve, weight_files
+from moe_lab.models.checkpoint import load, resolve
 from moe_lab.models.families import deepseek
+from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
 # Logits, tokens and the routers' decisions, by stock transformers; alone where told so.
@@ -154,6 +155,7 @@ def test_a_tokenizer_that_adds_no_bos_still_adds_none(tmp_path: Path) -> None:
 def add_tensor(folder: Path, name: str, value: Tensor) -> None:
     file = weight_files(folder)[0]
     save_file(load_file(file) | {name: value}, file, metadata={"format": "pt"})
+    index_again(folder)
 
 
 def remove_tensor(folder: Path, name: str) -> None:
@@ -161,6 +163,14 @@ def remove_tensor(folder: Path, name: str) -> None:
         tensors = load_file(file)
         if tensors.pop(name, None) is not None:
             save_file(tensors, file, metadata={"format": "pt"})
+    index_again(folder)
+
+
+def index_again(folder: Path) -> None:
+    """Let the index name what the files hold."""
+    places = {name: file.name for file in weight_files(folder) for name in load_file(file)}
+    index = {"metadata": {}, "weight_map": places}
+    deepseek_original.write_json(folder / "model.safetensors.index.json", index)
 
 
 REFUSED = {
@@ -209,7 +219,7 @@ def test_only_bin_files_are_refused(copy: Path) -> None:
     for file in copy.glob("model*"):
         file.unlink()
     (copy / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pytorch_model.bin: convert it to safetensors first"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin. moe_lab reads safetensors only"):
         resolve(copy)
 
 

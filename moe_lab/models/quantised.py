@@ -1,0 +1,105 @@
+"""Checkpoints whose weights are quantised: which of them are read, and that they are dequantised.
+
+What is compressed are weights that can be averaged, scaled and trained. FP8 (with factors for
+blocks, as of DeepSeek-V3) and MXFP4 (as of gpt_oss) become such by transformers' own operations as
+they are loaded; the result is written so, and is larger than its source. Others are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from moe_lab.types import UserError
+
+DEQUANTISED = {"fp8": "FP8", "mxfp4": "MXFP4"}
+FIELDS = ("quantization_config", "compression_config")  # the second is an older name of the first
+UNQUANTISED = (
+    "give the unquantised weights, which most publishers have beside (the repository that this one "
+    "names as its base model)"
+)
+
+
+def check_quantisation(config_file: object, values: Mapping[str, Any]) -> None:
+    """Refuse a config's ways to quantise that are not undone here.
+
+    config_file: as messages call it; values: the config's, in which those of parts are looked at,
+    too.
+    """
+    for field in FIELDS:
+        told = values.get(field)
+        if told is None:
+            continue
+        if not isinstance(told, dict):
+            raise UserError(f"{config_file}: {field}={told!r} must be an object or null")
+        method = _method(told)
+        if method not in DEQUANTISED or field != FIELDS[0]:
+            raise UserError(
+                f"{config_file}: the weights are quantised ({field}: {method}), and moe_lab edits "
+                f"weights that are not; {UNQUANTISED}. Dequantised on loading are only "
+                f"{' and '.join(DEQUANTISED.values())}"
+            )
+    for part in (part for part in values.values() if isinstance(part, dict)):
+        if any(field in part for field in FIELDS):
+            check_quantisation(config_file, part)
+
+
+def dequantising(config: Any) -> Any:
+    """The config, told to dequantise on loading whatever the machine can compute with; in place."""
+    for part in (config, config.get_text_config(decoder=True)):
+        told = getattr(part, FIELDS[0], None)
+        if isinstance(told, dict):
+            part.quantization_config = told | {"dequantize": True}
+    return config
+
+
+def quantizer_of(config: Any) -> Any:
+    """What transformers dequantises tensors of a checkpoint of this config with; None for none."""
+    told = _told(config)
+    if told is None:
+        return None
+    return AutoHfQuantizer.from_config(told | {"dequantize": True}, pre_quantized=True)
+
+
+def conversions(model: PreTrainedModel) -> Any:
+    """How transformers makes the tensors of a model, with or without weights, from a checkpoint's.
+
+    Dequantised, where its config says that they are quantised.
+    """
+    return get_model_conversion_mapping(model, hf_quantizer=quantizer_of(model.config))
+
+
+def quantised_as(config: Any) -> str | None:
+    """In which way a checkpoint of this config is stored, in a word; None for plain weights."""
+    told = _told(config)
+    return None if told is None else DEQUANTISED[_method(told)]
+
+
+def is_quantised(kind: str) -> bool:
+    """Whether a tensor of this dtype, as safetensors call it, may be of quantised weights."""
+    return kind.startswith(("F8", "F4", "U8", "I8"))
+
+
+def result_dtype(config: Any) -> torch.dtype:
+    """In which dtype dequantised weights are."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def _told(config: Any) -> dict[str, Any] | None:
+    parts = (config, config.get_text_config(decoder=True))
+    told = next((t for part in parts if (t := getattr(part, FIELDS[0], None))), None)
+    return told if told is None or isinstance(told, dict) else told.to_dict()
+
+
+def _method(told: Mapping[str, Any]) -> str:
+    method = told.get("quant_method")
+    method = getattr(method, "value", method)
+    if method is None and any(told.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        return "bitsandbytes"
+    return str(method)
