@@ -321,6 +321,12 @@ class Merge(Method):
     ) -> Groups:
         if outputs is not None:
             outputs = torch.as_tensor(outputs, dtype=torch.float64)
+            if not bool(outputs.isfinite().all()):
+                raise UserError(
+                    f"layer {one.info.index}: what the grouping {self._grouping.name} makes of its "
+                    "experts' outputs is not finite, and the outputs are: its formula has no value "
+                    "here"
+                )
         return self._grouping.choose(MergeCandidates(one, number, outputs))
 
     def _permutation(self, experts: AllExperts, groups: Groups) -> Tensor:
