@@ -24,6 +24,10 @@ from moe_lab.models.weight_files import check_weights, weight_files
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
+_MERGE = (
+    "Merge it into its model first (peft's merge_and_unload, then save_pretrained), and give that "
+    "folder"
+)
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -35,6 +39,11 @@ def check_folder(folder: Path, ignored: Sequence[str] = ()) -> None:
     """
     if not (folder / NAME).is_file():
         raise UserError(f"{folder} holds no checkpoint: {NAME} is missing{_instead(folder)}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} has an adapter beside the model, which readers that know adapters would add "
+            f"to it, and others not. {_MERGE}; or remove adapter_config.json"
+        )
     check_links(folder)
     _check(folder, tuple(ignored), _stamp([folder / NAME, folder / INDEX, *weight_files(folder)]))
 
@@ -95,10 +104,7 @@ def _instead(folder: Path) -> str:
     """What lies there in the place of a config.json."""
     there = {file.name for file in folder.iterdir()}
     if "adapter_config.json" in there:
-        return (
-            ", and an adapter is there. Merge it into its model first (peft's merge_and_unload, "
-            "then save_pretrained), and give that folder"
-        )
+        return f", and an adapter is there. {_MERGE}"
     if "params.json" in there:
         return (
             ". params.json is that of the publisher's own format; the one of transformers lies "

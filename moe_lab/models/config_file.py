@@ -39,6 +39,7 @@ _SIZES = re.compile(r"(hidden_size|intermediate_size|_dim|_rank)$")
 _SHARES = re.compile(r"(^|_)(dropout|dropout_prob|pdrop)$")
 _PLACES = re.compile(r"^(mlp_only_layers|moe_layers|full_attn_idxs|dense_layers)$")
 _BOUNDLESS = re.compile(r"limit|clip|clamp|max|min")  # what may be infinite
+_TOPK_METHODS = ("greedy", "group_limited_greedy", None)  # of deepseek_v2, at its first token
 _MOST_POSITIONS = 10**9  # positions
 
 
@@ -188,6 +189,10 @@ def _check_names(path: Path, values: Mapping[str, Any]) -> None:
     told = values.get("architectures")
     if told is not None and not (isinstance(told, list) and all(isinstance(t, str) for t in told)):
         raise _wrong(path, "architectures", told, "it must be a list of names of classes, or null")
+    routing = text_part(values).get("topk_method")
+    if text_part(values).get("model_type") == "deepseek_v2" and routing not in _TOPK_METHODS:
+        known = ", ".join(map(str, _TOPK_METHODS[:-1]))
+        raise _wrong(path, "topk_method", routing, f"transformers knows {known}")
     for name in ("is_encoder_decoder", "tie_word_embeddings"):
         if not isinstance(values.get(name), (bool, type(None))):
             raise _wrong(path, name, values[name], "it must be true or false")

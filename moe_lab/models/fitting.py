@@ -62,6 +62,7 @@ def check_fit(
         raise UserError(
             f"{folder}: the tensors of {name}{shape}, do not fit together: {_last_line(message)}"
         )
+    model._adjust_missing_and_unexpected_keys(info)  # what its class makes itself may be missing
     if missing := sorted(set(info.missing_keys) - _tied(model, set(info.missing_keys))):
         raise UserError(
             f"{folder} lacks {len(missing)} tensors that its config asks for, such as {missing[0]} "

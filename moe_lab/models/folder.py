@@ -9,6 +9,7 @@ large files from where they lie, and of those nothing is read but tensors.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,18 +17,25 @@ from moe_lab.types import UserError
 
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*")
 CODE_FILES = ("*.py",)
+# They tell an engine that the weights are of another form, or elsewhere: of what is written beside
+# them that is not true. params.json alone makes vLLM look for Mistral's consolidated files.
+OF_OTHER_FORMS = re.compile(
+    r"^(adapter_config|params|quantize_config|quant_config|hf_quant_config|"
+    r".*\.index(\.\w+)?)\.json$"
+)
 
 
 def text_files(folder: Path) -> list[Path]:
     """Tokenizer, processor and generation files: all text beside the config and weights' index.
 
+    But for what speaks of the weights in another form (OF_OTHER_FORMS).
     Raises UserError for a link that leads out of the model's folder.
     """
     files = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
     return sorted(
         _inside(file, folder)
         for file in files
-        if file.name != "config.json" and not file.name.endswith(".index.json")
+        if file.name != "config.json" and not OF_OTHER_FORMS.match(file.name)
     )
 
 

@@ -38,6 +38,12 @@ from moe_lab.types import MtpName, UserError
 MTP_COUNTS = (
     "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules",
 )  # fmt: skip
+MTP_SWITCHES = ("use_mtp", "enable_mtp")
+# What stands there for each of these layers, and says nothing where there are none.
+MTP_LISTS = (
+    "mtp_layer_types", "mtp_mlp_layer_types", "mtp_layers_block_type", "mtp_local_layer_ids",
+    "mtp_hybrid_override_pattern",
+)  # fmt: skip
 FACTORS = "_scale_inv"  # what the name of an fp8 weight's factors ends in
 
 
@@ -256,9 +262,12 @@ def _promise(path: Path, source: Path) -> None:
 def _say_none(path: Path) -> None:
     """Make a config.json promise no MTP layers."""
 
+    none = dict.fromkeys(MTP_COUNTS, 0) | dict.fromkeys(MTP_SWITCHES, False)
+    none |= dict.fromkeys(MTP_LISTS)
+
     def without(values: dict[str, Any]) -> dict[str, Any]:
         return {
-            key: without(value) if isinstance(value, dict) else 0 if key in MTP_COUNTS else value
+            key: without(value) if isinstance(value, dict) else none.get(key, value)
             for key, value in values.items()
         }
 

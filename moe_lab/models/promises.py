@@ -19,7 +19,7 @@ import torch
 from moe_lab.models.config_file import text_part
 from moe_lab.models.folder import code_files, text_files, texts_in_json
 from moe_lab.models.layers import COUNT_FIELDS
-from moe_lab.models.mtp_saving import MTP_COUNTS
+from moe_lab.models.mtp_saving import MTP_COUNTS, MTP_SWITCHES
 from moe_lab.models.own_config import read_config
 from moe_lab.models.stored import Stored, stored_in
 from moe_lab.models.weight_files import weight_files
@@ -99,7 +99,7 @@ def _is_quantised(one: Stored) -> bool:
 
 
 def _missing_mtp(text: Mapping[str, Any], stored: Mapping[str, Stored]) -> Iterator[str]:
-    promised = {field: text[field] for field in MTP_COUNTS if text.get(field)}
+    promised = {field: text[field] for field in (*MTP_COUNTS, *MTP_SWITCHES) if text.get(field)}
     layers = text.get("num_hidden_layers")
     if not promised or not isinstance(layers, int):
         return

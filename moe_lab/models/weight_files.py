@@ -129,15 +129,17 @@ def _others(names: Iterable[str]) -> str:
 
 
 def _check_name(index: Path, key: str, name: Any) -> None:
+    place = f"{index}: weight_map[{_short(key)}]"
     if not isinstance(name, str):
-        raise UserError(f"{index}: weight_map[{key!r}] is {_kind(name)}, not a file's name")
-    if PurePosixPath(name).name != name or "\\" in name or "\0" in name:
+        raise UserError(f"{place} is {_kind(name)}, not a file's name")
+    odd = len(name) > 255 or not name.isprintable() or "\\" in name
+    if PurePosixPath(name).name != name or odd:
         raise UserError(
-            f"{index}: weight_map[{key!r}] is {name!r}; files stand beside the index, and a name "
+            f"{place} is {_short(name)}; files stand beside the index, and a name "
             "that leads elsewhere is not followed"
         )
     if not name.endswith(".safetensors"):
-        raise UserError(f"{index}: weight_map[{key!r}] is {name!r}, no *.safetensors. {_CONVERT}")
+        raise UserError(f"{place} is {_short(name)}, no *.safetensors. {_CONVERT}")
 
 
 def _check_readable(file: Path) -> None:
@@ -163,7 +165,7 @@ def _damage(file: Path, error: Exception) -> str:
         )
     if kind := next((kind for magic, kind in _KINDS.items() if begin.startswith(magic)), None):
         return f"is {kind} under another name. {_CONVERT}"
-    what = f"is damaged or incomplete ({size} bytes): {error}" if size else "is empty"
+    what = f"is damaged or incomplete ({size} bytes): {str(error)[:200]}" if size else "is empty"
     return f"{what}. Copy or download it again"
 
 
@@ -189,6 +191,12 @@ def _instead(folder: Path) -> str:
     if gguf := [name for name in there if name.endswith(".gguf")]:
         return f"only {gguf[0]}. Give the checkpoint that it was made from"
     return f"{wanted} is there"
+
+
+def _short(name: str) -> str:
+    """A name of others in a message: quoted, printable, and not of thousands of characters."""
+    shown = ascii(name)
+    return shown if len(shown) < 100 else f"{shown[:80]}..."
 
 
 def _kind(value: Any) -> str:

@@ -126,6 +126,14 @@ INSTEAD = {
 }
 
 
+def test_an_adapter_beside_a_model_is_refused(intact: Path, tmp_path: Path) -> None:
+    folder = copied(intact / "mixtral", tmp_path / "x")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
+    assert "has an adapter beside the model" in str(refusal(folder))
+    with pytest.raises(UserError, match="Merge it"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", INSTEAD)
 def test_what_lies_there_in_the_place_of_a_config(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)

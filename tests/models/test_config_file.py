@@ -192,6 +192,14 @@ def test_what_would_choose_installed_code_is_not_followed_and_told(
     assert not hasattr(model.config, "fusion_config")
 
 
+def test_a_way_to_route_that_no_code_knows(tmp_path: Path) -> None:
+    for value in ("x", 5, "noaux_tc"):
+        with pytest.raises(UserError, match="topk_method=.*greedy, group_limited_greedy"):
+            check_values(tmp_path, {"model_type": "deepseek_v2", "topk_method": value}, [])
+    for value in ("greedy", None):
+        check_values(tmp_path, {"model_type": "deepseek_v2", "topk_method": value}, [])
+
+
 def test_numbers_that_models_of_the_hub_have_pass(tmp_path: Path) -> None:
     """Infinite limits, sentinels of token ids, fields of no family, null for all that may lack."""
     values = {

@@ -37,6 +37,8 @@ def said(folder: Path, **more: Any) -> Path:
     ("more", "told"),
     [
         ({"num_nextn_predict_layers": 1}, "promises MTP layers (num_nextn_predict_layers=1)"),
+        ({"num_mtp_layers": 2}, "promises MTP layers (num_mtp_layers=2)"),
+        ({"use_mtp": True, "num_mtp_modules": 3}, "(num_mtp_modules=3, use_mtp=True)"),
         (
             {"auto_map": {"AutoConfig": "configuration_x.XConfig", "AutoModel": "b/c--m.X"}},
             "config.json names configuration_x.py (auto_map), which is not there",
@@ -128,6 +130,18 @@ def test_files_beside_the_weights_are_the_source_s_to_the_byte(tmp_path: Path) -
     save_checkpoint(load(source), out, source)
     for name, text in TEXTS.items():
         assert (out / name).read_bytes() == text.encode(), name
+
+
+def test_what_speaks_of_weights_in_another_form_does_not_come_along(tmp_path: Path) -> None:
+    """An engine would look for Mistral's files, for packed weights, or for another index's."""
+    source, out = written(tmp_path / "source"), tmp_path / "out"
+    names = ("params.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+             "consolidated.safetensors.index.json", "model.safetensors.index.fp16.json",
+             "pytorch_model.bin.index.json")  # fmt: skip
+    for name in names:
+        (source / name).write_text("{}")
+    save_checkpoint(load(source), out, source)
+    assert not [name for name in names if (out / name).exists()]
 
 
 @pytest.mark.parametrize("damage", ["lost", "changed"])
