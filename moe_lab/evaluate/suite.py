@@ -49,6 +49,8 @@ class Suite(Plugin):
     def check(self) -> None:
         """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""
         check_options(self, "eval")
+        if twice := sorted({name for name in self.tasks if list(self.tasks).count(name) > 1}):
+            raise UserError(f"eval.tasks names {', '.join(twice)} twice: name each once")
         _check_tasks(self.tasks, self.mirror, "eval.tasks")
 
     def check_groups(self, groups: Sequence[str]) -> None:
