@@ -141,6 +141,8 @@ def target_of(path: str) -> Any:
     stopping.check()
     if target is None:
         raise refusal_of_target(path)
+    if not callable(target):
+        raise UserError(f"_target_: {path or repr(path)} is no class and no function")
     return target
 
 

@@ -248,6 +248,16 @@ method=[a] => method/a
 method._target_=moe_lab.nope => moe_lab.nope does not exist
 method._target_=os.system => no option
 metric._target_=7 => _target_: 7
+calibration._target_=-1e30 => _target_: -1e+30
+compute._target_={a:1} => _target_: {'a': 1}
+compute._target_=${seed} => _target_: 0
+grouping._target_=moe_lab.types => no class and no function
+metric._target_= => _target_:
+eval=[1] => a group is chosen by a name
+measure=[nan] => a group is chosen by a name
+finetune=[null] => a group
+eval=[[1]] => a group
+seed=[1.5] => seed=[1.5]: it must be a whole number
 method=condense condense.experts=[] => condense.experts=[] ; condense.num_routed=0
 method=condense condense.experts=null => whole numbers
 method=condense condense.experts=7 => condense.experts=7
@@ -554,7 +564,7 @@ def test_refusals_of_the_command(run_py: Callable, small: list[str], tmp_path: P
         ("-m", f"hydra.sweep.dir={file}"): "hydra.sweep.dir=<folder>",
         ("-m", "hydra.sweep.dir="): "hydra.sweep.dir=: it must be a folder",
         ("--config-dir=mine", "--config-name=broken"): "broken.yaml",
-        ("--config-dir=mine", "--config-name=latin"): "latin.yaml is no UTF-8",
+        ("--config-dir=mine", "--config-name=latin"): "latin is no UTF-8",
         ("--config-dir=none",): "none' not found",
         ("--multirn",): "unrecognized arguments: --multirn",
         ("model.path=/a\udcff",): "no UTF-8",
