@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 try:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
@@ -37,13 +38,15 @@ def main(config: DictConfig) -> None:
     with stopping.held():
         from moe_lab.runs import job
 
+        options.check_whole(list(map(str, config)), HydraConfig.get().runtime.choices)
         description = sweep.description_of(config)
-        options.target_of(config.track._target_)  # made before the job, which checks the others
+        raw: Any = OmegaConf.to_container(config)
+        # Made before the job, which checks the others.
+        options.check_group("track", description.config, raw)
         tracker = instantiate(config.track)
     stopping.check()
 
     def work(report: dict[str, Any]) -> None:
-        raw: Any = OmegaConf.to_container(config)
         with stopping.held():
             options.check_request(description.config, raw, description.choices)
             from moe_lab.stages import pipeline

@@ -18,7 +18,9 @@ class Compute(Plugin):
 
     device: Annotated[str, Option("auto, cpu, cuda or cuda:<number>")] = "auto"
     batch_size: Annotated[int, Option("samples in a forward", least=1)] = 16
-    threads: Annotated[int | None, Option("of the CPU, null for torch's choice", least=1)] = None
+    threads: Annotated[
+        int | None, Option("of the CPU, null for torch's choice", least=1, most=4096)
+    ] = None
     cache_gib: Annotated[
         float,
         Option("memory in GiB for what a search needs again; the rest goes to disk", least=0),

@@ -31,7 +31,7 @@ OF_WHOLE_JOBS = "faults/"  # a folder of test files that mirror none
 # Test files that mirror no file of moe_lab/, and what each is about.
 OF_NO_MODULE = {
     "families/test_families.py": "the table of docs/families.md",
-    "test_bad_input.py": "what a user can get wrong, in whole jobs",
+    "faults/test_wrong_requests.py": "what a user can get wrong, in whole jobs",
     "test_config.py": "conf/",
     "test_docs.py": "docs/, README.md and the like",
     "test_experiments.py": "experiments/",

@@ -29,6 +29,8 @@ class Files(Rows):
         if not self.files:
             raise UserError("no files were named: calibration.files=[a.jsonl,b.parquet,c.txt]")
         for name in self.files:
+            if not name.strip():
+                raise UserError(f"calibration.files names {name!r}, which is no file")
             yield from file_rows(Path(name).expanduser(), self.field)
 
     def describe(self) -> str:

@@ -54,6 +54,8 @@ class Suite(Plugin):
                 "eval.tasks=[] eval.held_out=null evaluates nothing: name tasks or a text, or "
                 "leave it out (eval=none)"
             )
+        if twice := sorted({name for name in self.tasks if list(self.tasks).count(name) > 1}):
+            raise UserError(f"eval.tasks names {', '.join(twice)} twice: name each once")
         _check_tasks(self.tasks, self.mirror, "eval.tasks")
 
     def check_groups(self, groups: Sequence[str]) -> None:

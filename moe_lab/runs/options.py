@@ -8,6 +8,7 @@ each option a second time, beside that signature.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import types
@@ -19,11 +20,13 @@ from pydoc import locate
 from typing import Annotated, Any
 
 from moe_lab import stopping
-from moe_lab.option import Declared, Option, declared_by, word_of
+from moe_lab.option import Declared, Option, Plugin, declared_by, word_of
 from moe_lab.runs.moved import refusal_of_option, refusal_of_target
 from moe_lab.runs.quoting import for_shell, override
 from moe_lab.types import UserError
 
+REQUIRED = ("model", "calibration", "metric", "ratio", "grouping", "condense", "method", "finetune",
+            "eval", "measure", "diagnose", "compute", "track")  # fmt: skip
 NODES = ("table",)  # beside the groups, checked as they are
 PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
@@ -88,18 +91,31 @@ def check_names(names: Iterable[str], groups: Iterable[str]) -> None:
         raise UserError(f"{unknown[0]} is no group and no option; there are {', '.join(known)}")
 
 
+def check_whole(names: Collection[str], groups: Iterable[str]) -> None:
+    """Refuse a request of which a part was taken out, and what `check_names` does."""
+    check_names(names, groups)
+    needed = [*REQUIRED, *NODES, *declared_by(TopOptions)]
+    if gone := [name for name in needed if name not in names]:
+        raise UserError(
+            f"{gone[0]} was taken out (~{gone[0]}), and a run needs it; {gone[0]}=none leaves a "
+            "stage out where it may be"
+        )
+
+
 def check_early(options: Node) -> None:
     """Of that what needs no import of torch and the like, before a run leaves any file."""
     for name, declared in declared_by(TopOptions).items():
         _check_value(name, options[name], declared)
-    for name, declared in declared_by(ModelOptions).items():
-        if name in (node := options.get("model") or {}):
-            _check_value(f"model.{name}", node[name], declared)
+    node, declared_model = options.get("model") or {}, declared_by(ModelOptions)
+    for name in sorted(declared_model, key="path".__ne__):  # first: a name may be made from it
+        if name in node:
+            _check_value(f"model.{name}", node[name], declared_model[name])
     for name, value in _needed(options):
         if not value.strip():
             raise UserError(f"{name}= is empty: it must be given, or left out for what conf/ has")
     folder = Path(options["run_dir"]).expanduser()
-    if found := next((one for one in (folder, *folder.parents) if one.is_file()), None):
+    above = (one for one in (folder, *folder.parents) if one.exists())
+    if not (found := next(above)).is_dir():
         raise UserError(f"run_dir={folder}: {found} is a file: choose another run_dir=<folder>")
     expected = (options.get("table") or {}).get("expected")
     if isinstance(expected, str):
@@ -112,16 +128,25 @@ def _needed(options: Node) -> Iterator[tuple[str, str]]:
     """What is text and must say something."""
     yield from ((name, options[name]) for name in ("store", "run_dir"))
     model = options.get("model") or {}
-    yield from ((f"model.{name}", model[name]) for name in ("name", "path") if name in model)
+    yield from ((f"model.{name}", model[name]) for name in ("path", "name") if name in model)
+
+
+def check_group(name: str, options: Node, raw: Node) -> None:
+    """Refuse what is wrong in one group, as `check_request` does in all."""
+    _check_node(options[name], raw[name], name, raw)
 
 
 def target_of(path: str) -> Any:
     """What a `_target_` names; UserError where it does not exist, with its new path if it moved."""
+    if not isinstance(path, str):
+        raise UserError(f"_target_: {path} is no name of a class or a function")
     with stopping.held():  # torch does not survive a signal within its import
         target: Any = locate(path)
     stopping.check()
     if target is None:
         raise refusal_of_target(path)
+    if not callable(target):
+        raise UserError(f"_target_: {path or repr(path)} is no class and no function")
     return target
 
 
@@ -131,7 +156,7 @@ def require(name: str, value: Any, hint: Any) -> None:
         raise UserError(f"{name} must be given: {name}=<value>")
     if not _fits(value, hint):
         asked = f"{name}={word_of(value)}: it must be {kind_in_words(hint)}"
-        if _fits("", hint) and value is not None and not isinstance(value, Mapping):
+        if _is_text(hint) and value is not None and not isinstance(value, Mapping):
             asked += f"; as text it is {for_shell(override(name, word_of(value)))}"
         raise UserError(asked)
 
@@ -196,7 +221,20 @@ def _fits(value: Any, hint: Any) -> bool:
         return number and math.isfinite(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if _is_made(kind):
+        return isinstance(value, Mapping)
     return isinstance(value, kind) if kind in WORDS else True
+
+
+def _is_made(kind: Any) -> bool:
+    """Whether a value of that kind is made of a node with a `_target_`."""
+    return inspect.isclass(kind) and issubclass(kind, Plugin)
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether text is all that a value may be, or null."""
+    kinds = _parts(hint) if _kind(hint) in (typing.Union, types.UnionType) else [hint]
+    return {_kind(part) for part in kinds} - {type(None)} == {str}
 
 
 def _parts(hint: Any) -> list[Any]:
@@ -212,4 +250,6 @@ def kind_in_words(hint: Any) -> str:
         return " or ".join(kind_in_words(part) for part in inner)
     if kind is Sequence and inner and _kind(inner[0]) in PLURALS:
         return f"a list [a,b] of {PLURALS[_kind(inner[0])]}"
+    if _is_made(kind):
+        return f"made by a class derived from {kind.__module__}.{kind.__qualname__}"
     return WORDS.get(kind) or f"a {getattr(kind, '__name__', str(kind)).lower()}"

@@ -6,6 +6,7 @@ import errno
 import re
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -73,6 +74,11 @@ def _of_a_config(error: BaseException) -> str | None:
             f"a group was given {got}, and is chosen by a name, such as diagnose=full or "
             "eval=none; --help lists them"
         )
+    if isinstance(error, (TypeError, AttributeError)) and _within_hydra(error):
+        return (
+            f"Hydra cannot compose this ({message}): a group is chosen by a name, such as eval=none, "
+            "not by a list"
+        )
     if isinstance(error, InterpolationResolutionError):
         return _reference(error)
     if type(error).__name__ == "OverrideParseException":
@@ -133,6 +139,12 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
 
 def _from_hydra(error: BaseException) -> bool:
     return type(error).__module__ == "hydra.errors"  # only run.py imports hydra
+
+
+def _within_hydra(error: BaseException) -> bool:
+    """Whether it came up in Hydra's own composing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "/hydra/_internal/" in Path(frames[-1].filename).as_posix()
 
 
 def _loading(error: BaseException) -> str | None:

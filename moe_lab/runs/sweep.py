@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe_lab import stopping
 from moe_lab.files import PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
-from moe_lab.runs.options import EARLY, check_early, check_names
+from moe_lab.runs.options import EARLY, check_early, check_whole
 from moe_lab.runs.refusals import USER_MISTAKE, refusal
 from moe_lab.types import UserError
 
@@ -50,8 +50,8 @@ class Sweep(Callback):
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         """Refuse what can be refused at once, before Hydra makes the run's folder."""
         with _told():
-            names = (str(name) for name in config if name != "hydra")
-            check_names(names, config.hydra.runtime.choices)
+            names = [str(name) for name in config if name != "hydra"]
+            check_whole(names, config.hydra.runtime.choices)
             check_early({name: _plain(config[name]) for name in EARLY})
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:

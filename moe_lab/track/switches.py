@@ -20,6 +20,8 @@ def mode_of(asked: str, environment: Mapping[str, str]) -> str:
     Neither a config's online uploads what WANDB_MODE or WANDB_DISABLED keeps here, nor the other
     way about.
     """
+    if asked not in MODES:  # about to be refused
+        return "off"
     said = {"track.mode": (asked, asked)}
     word = environment.get("WANDB_MODE", "").strip()
     if word.lower() in OF_WANDB:

@@ -68,6 +68,8 @@ class Condense(Method):
         super().check(layers)
         self._check_beam()
         choice_named("gates", self.gates)
+        if not self.experts:
+            raise UserError("condense.experts=[]: name one or more; none are condense.num_routed=0")
         indices = [info.index for info in layers]
         if isinstance(self.layers, str):
             choice_named("layers", self.layers)

@@ -77,7 +77,7 @@ OVERRIDES = {
     ),
     "no ratio at all": (
         ["method.ratio=null"],
-        ["ratio is null", "moe_lab.methods.ratios.budget.Ratio"],
+        ["method.ratio=null", "moe_lab.methods.ratios.budget.Ratio"],
     ),
     "no gates": (
         ["finetune=experts", "finetune.experts=false", "finetune.gates=true"],
@@ -85,8 +85,8 @@ OVERRIDES = {
     ),
     "added option": (["+calibration.nam=3"], ["calibration.nam", "num_samples"]),
     "added inner option": (["eval=tiny", "+eval.held_out.x=3"], ["eval.held_out.x", "max_length"]),
-    "no equals sign": (["foo"], ["foo", "EQUAL"]),
-    "open bracket": (["calibration.files=[a"], ["[a"]),
+    "no equals sign": (["foo"], ["'foo' is no option", "key=value", "group=option"]),
+    "open bracket": (["calibration.files=[a"], ["calibration.files=[a]"]),
     "path of a search": (
         [CONDENSE, "condense.layers=research.none.choose"],
         ["condense.layers='research.none.choose' does not exist", "greedy_js", "PYTHONPATH"],
@@ -124,13 +124,13 @@ OVERRIDES = {
     "nan": ([TUNE, f"{LM}.learning_rate=nan"], [f"{LM}.learning_rate=nan", "a number"]),
     "one file": (["calibration.files=a.txt"], ["calibration.files=a.txt", "list [a,b]"]),
     "one task": (["eval=tiny", "eval.tasks=tiny_prose"], ["eval.tasks", "list [a,b]"]),
-    "seed": (["seed=-1"], ["seed=-1", "at least 0"]),
+    "seed": (["seed=-1"], ["seed=-1", "from 0 to 4294967295"]),
     "seed in words": (["seed=one"], ["seed=one", "whole number"]),
     # negative and absurd numbers
     "samples": (["calibration.num_samples=-1"], ["num_samples", "-1", "at least 1"]),
     "length": (["calibration.max_length=0"], ["max_length", "at least 1"]),
     "batch": (["compute.batch_size=0"], ["compute.batch_size", "at least 1"]),
-    "threads": (["compute.threads=-1"], ["compute.threads", "at least 1"]),
+    "threads": (["compute.threads=-1"], ["compute.threads", "from 1 to 4096"]),
     "device": (["compute.device=tpu"], ["compute.device=tpu", "cpu"]),
     "device number": (["compute.device=cuda:99"], ["compute.device=cuda:99", "cpu"]),
     "epochs": ([TUNE, f"{LM}.epochs=0"], [f"{LM}.epochs=0", "at least 1"]),
@@ -178,7 +178,10 @@ OVERRIDES = {
         ["condense.gates='median'", "mean_all, mean_selected"],
     ),
     "cache": (["compute.cache_gib=-1"], ["compute.cache_gib", "at least 0"]),
-    "field": (["calibration.field=body"], ["'body'", "['text']", "calibration.field=<name>"]),
+    "field": (
+        ["calibration.field=body"],
+        ["line 1", "'body'", "['text']", "calibration.field=<name>"],
+    ),
     "documents": (["calibration.num_samples=17"], ["17 samples", "only 16", "num_samples=16"]),
     "packed": (
         ["calibration.pack=true", "calibration.num_samples=99"],
@@ -187,6 +190,148 @@ OVERRIDES = {
     "no parts": (["calibration=mixture", "calibration.parts=null"], ["calibration.parts"]),
     "hub dataset": (["calibration=wikitext2"], ["Salesforce/wikitext", "calibration=files"]),
 }
+
+
+# In a line each: what is asked for, and words of the answer.
+LINES = """
+model.path=/a/lr=3e-4 => Hydra cannot read model.path=/a/lr=3e-4 ; "model.path='/a/lr=3e-4'"
+model.path=/a[1] => "model.path='/a[1]'"
+model.path=(a => "model.path='(a'"
+model.path={a => "model.path='{a'"
+model.path=it's => quote the value
+model.path="x => quote the value
+model.path=/é/日本 => "model.path='/é/日本'"
+model.path=/a,b => several values ; "model.path='/a,b'" ; add -m
+model.path=/a{b} => "model.path='/a{b}'"
+ratio.ratio=0,5 => ratio.ratio=0,5 is several values
+seed==1 => seed==1
+seed=[1 => seed=[1]
+seed=range(0,3) => --multirun
+model.path=${nope} => Interpolation key 'nope' not found ; model
+seed=${seed} => Recursive interpolation
+compute.device=${oc.env:MOE_LAB_NOT_SET} => compute.device ; MOE_LAB_NOT_SET
+model.path=[x] => model.path=[x]: it must be text ; "model.path='[x]'"
+model.path=7 => model.path=7: it must be text ; "model.path='7'"
+model.path=null => model.path=null: it must be text
+model.path= => model.path= is empty
+model.name= => model.name= is empty
+model.name=true => "model.name='true'"
+model.dtype=null => model.dtype=null
+model.revision=7 => text or null
+store=null => store=null: it must be text
+store= => store= is empty
+store=7 => "store='7'"
+store=/dev/null/store => store=<folder>
+run_dir=null => run_dir=null: it must be text
+run_dir= => run_dir= is empty
+run_dir=/dev/null/x => /dev/null is a file
+seed=4294967296 => from 0 to 4294967295
+seed=99999999999999999999 => seed=99999999999999999999
+seed=1.5 => a whole number
+seed=true => a whole number
+seed=null => a whole number
+seed=0x10 => a whole number
+calibration.seed=-1 => from 0 to 4294967295
+calibration.seed=18446744073709551616 => calibration.seed=18446744073709551616
+resume=maybe => true or false
+resume=null => true or false
+table.expected=/no/such.csv => /no/such.csv is not there ; table.expected
+table.rows=metric => a list [a,b] of text
++table.colums=[a] => table.colums is no option ; columns
+~seed => seed
+~method => method was taken out
+nothing=1 => nothing is no option
+a.b.c=1 => a is no option
+=1 => a group was given
+method= => prune
+method=[a] => method/a
+method._target_=moe_lab.nope => moe_lab.nope does not exist
+method._target_=os.system => no option
+metric._target_=7 => _target_: 7
+calibration._target_=-1e30 => _target_: -1e+30
+compute._target_={a:1} => _target_: {'a': 1}
+compute._target_=${seed} => _target_: 0
+grouping._target_=moe_lab.types => no class and no function
+metric._target_= => _target_:
+eval=[1] => a group is chosen by a name
+measure=[nan] => a group is chosen by a name
+finetune=[null] => a group
+eval=[[1]] => a group
+seed=[1.5] => seed=[1.5]: it must be a whole number
+method=condense condense.experts=[] => condense.experts=[] ; condense.num_routed=0
+method=condense condense.experts=null => whole numbers
+method=condense condense.experts=7 => condense.experts=7
+method=condense condense.experts=[[1,2]] => condense.experts=[[1,2]]
+method=condense condense.layers=[1.5] => condense.layers=[1.5]
+method=condense condense.layers=[-1] => [1, 2, 3]
+method=condense condense.layers=[99] => [1, 2, 3]
+method=condense condense.beam=0 => at least 1
+method=drop_layers method.num_layers=99 => 3 MoE layers
+method=drop_layers method.layers=[] => each once
+method=drop_blocks method.num_layers=0 => at least 1
+method=merge method.grouping=null => method.grouping=null ; moe_lab.methods.grouping.base.Grouping
+method=merge method.router=none => all, dominant, mean, sum
+method.replacement=others => nothing, zero, constant, copy
+method.propagate=perhaps => true or false
+method.lm_head=maybe => auto, tied, untied
+method.mtp=remove => prune, keep, drop
+eval=tiny eval.tasks=[tiny_prose,tiny_prose] => tiny_prose twice
+eval=tiny eval.tasks=[7] => a list [a,b] of text
+eval=tiny eval.tasks=null => a list
+eval=tiny eval.num_fewshot=-1 => at least 0
+eval=tiny eval.top_k=[99] => 1 to 8
+eval=tiny eval.mirror=/no/such => is no folder
+eval=tiny eval.held_out=7 => eval.held_out=7
+ratio.ratio=1 => below 1
+ratio.ratio=true => a number
+ratio.ratio=[0.5] => a number
+ratio.of=layers => experts, parameters, bytes
+ratio.target_gib=0 => above 0
+ratio.round_to=0 => at least 1
+ratio.floor=99 => only 8 experts
+ratio=listed ratio.kept=[] => 0 numbers for 3 MoE layers
+ratio=listed ratio.kept=[9,9,9] => not 9
+ratio=coverage ratio.coverage=2 => at most 1
+calibration.files=null => a list
+calibration.files=[''] => names '', which is no file
+calibration.files=[7] => of text
+calibration.field= => no field ''
+calibration.field=null => calibration.field=null
+calibration.template='{nope}' => line 1 ; ['text'] ; nope
+calibration.template='{' => Single '{'
+calibration.num_samples=1e3 => a whole number
+calibration.max_length=true => a whole number
+calibration.group_by=nope => line 1 ; nope
+calibration.group=x => group_by=<field>
+calibration.loss_on=prompt => answer, all
+calibration.pack=perhaps => true or false
+calibration=stdlib calibration.group_by=field => domain
+compute.batch_size=1.5 => a whole number
+compute.device=cuda:x => cuda:x
+compute.device=7 => must be text
+compute.cache_gib=nan => a number
+compute.threads=99999999999 => from 1 to 4096
+track.mode=null => track.mode=null
+track.mode= => online, offline, off
+track.project=7 => "track.project='7'"
++track.nope=1 => track.nope is no option ; project
+finetune=experts finetune.phases.lm.epochs=1.5 => a whole number
+finetune=experts finetune.phases.lm.learning_rate=0 => above 0
+finetune=experts finetune.phases.lm.learning_rate=inf => a number
+finetune=experts finetune.phases.lm.weight_decay=-1 => at least 0
+finetune=experts finetune.distillation=2 => from 0 to 1
+finetune=experts finetune.phases.lm.data=null => finetune.phases.lm.data=null
+finetune=seer finetune.top_k=99 => 1 to 3
+measure=speed measure.decode_tokens=-1 => at least 1
+measure=vllm measure.python=/no/python => /no/python
+"""
+
+
+@pytest.mark.parametrize("line", LINES.strip().splitlines())
+def test_refused_in_a_line(line: str, job: Job) -> None:
+    asked, _, answer = line.partition(" => ")
+    outcome = job(*asked.split(" "))
+    assert_refused(outcome, *answer.split(" ; "))
 
 
 @pytest.mark.parametrize("name", OVERRIDES)
@@ -293,19 +438,30 @@ def test_no_tokenizer(job: Job, copy: Path) -> None:
 # --------------------------------------------------------------------------- calibration files
 
 FILES = {
-    "empty text": ("a.txt", b"", ["a.txt", "holds only 0 documents", "give more text"]),
-    "empty lines": ("a.jsonl", b"\n\n", ["a.jsonl", "holds only 0 documents"]),
-    "blank text": ("a.txt", b" \n\t\n", ["a.txt", "holds only 0 documents"]),
-    "not UTF-8": ("a.txt", b"caf\xe9", ["a.txt", "cannot be read", "utf-8"]),
-    "lines not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', ["a.jsonl", "cannot be read"]),
+    "empty text": ("a.txt", b"", ["a.txt", "is empty (0 bytes)"]),
+    "empty lines": ("a.jsonl", b"\n\n", ["a.jsonl", "holds only 0 documents", "2 rows without"]),
+    "blank text": ("a.txt", b" \n\t\n", ["a.txt", "holds only 0 documents", "1 rows without"]),
+    "not UTF-8": ("a.txt", b"caf\xe9", ["a.txt, line 1", "cannot be read as UTF-8", "0xe9"]),
+    "lines not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', ["a.jsonl, line 1", "0xe9"]),
     "broken line": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl", "line 2", "not JSON"]),
-    "a JSON array": ("a.json", b'[\n {"text": "a"}\n]', ["a.json", "line 1", "one object a line"]),
-    "numbers": ("a.jsonl", b"1\n2\n", ["a.jsonl", "'text'", "int"]),
-    "no text": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text'", "calibration.field=<name>"]),
-    "null": ("a.jsonl", b"null\n", ["a.jsonl", "'text'"]),
+    "numbers": ("a.jsonl", b"1\n2\n", ["a.jsonl, line 1", "'text'", "int", "it is 1"]),
+    "no text": ("a.jsonl", b'{"text": 3}\n', ["line 1", "'text' holds 3 (int)", "=<name>"]),
+    "null": ("a.jsonl", b"null\n", ["a.jsonl", "left out were 1 rows without text"]),
+    "a lone surrogate": ("a.jsonl", b'{"text": "x\\ud800"}\n', ["line 1", "lone surrogate"]),
+    "messages in text": ("a.jsonl", b'{"text": ["a"]}\n', ["line 1", "role and content", "'a'"]),
+    "no template": (
+        "a.jsonl", b'{"text": [{"role": "user", "content": "Hello"}]}\n',
+        ["line 1", "no chat template"],
+    ),
+    "another column": ("a.csv", b"body\nx\n", ["a.csv, line 2", "'text'", "['body']"]),
+    "a ragged row": ("a.csv", b"text,n\nx\n", ["a.csv, line 2", "1 cells", "2 columns"]),
+    "an open quote": ("a.tsv", b'text\n"x\n', ["a.tsv, line 2", "no CSV"]),
+    "no array": ("a.json", b'[{"text": "a"},\n', ["a.json", "not JSON"]),
+    "torn": ("a.jsonl.gz", b"\x1f\x8b\x08\x00", ["a.jsonl.gz", "cannot be read"]),
+    "not packed": ("a.jsonl.zst", b'{"text": "a"}', ["a.jsonl.zst", "cannot be read"]),
     "not Parquet": ("a.parquet", b"something else", ["a.parquet", "cannot be read"]),
-    "empty Parquet": ("a.parquet", b"", ["a.parquet", "cannot be read"]),
-}
+    "empty Parquet": ("a.parquet", b"", ["a.parquet", "is empty"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -319,7 +475,7 @@ def test_unreadable_text(name: str, job: Job, tmp_path: Path) -> None:
 
 
 def test_a_folder_as_file(job: Job, tmp_path: Path) -> None:
-    assert_refused(job(f"calibration.files=[{tmp_path}]"), str(tmp_path), "not a file")
+    assert_refused(job(f"calibration.files=[{tmp_path}]"), str(tmp_path), "is a folder, not a file")
 
 
 # --------------------------------------------------------------------------- disks
@@ -393,18 +549,37 @@ def test_a_read_only_store(job: Job, read_only_disk: Path) -> None:
 def test_refusals_of_the_command(run_py: Callable, small: list[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "broken.yaml").write_text("a: [1\nb: }")
+    (tmp_path / "mine" / "latin.yaml").write_bytes(b"caf\xe9: 1")
     cases = {
         ("method=pruning",): "condense",
         ("ratio.ration=0.5",): "ratio.ration is no option; there are ratio",
         ("model=checkpoint",): "model.path",
         (f"run_dir={file}/run",): "run_dir=<folder>",
+        ("run_dir=",): "run_dir= is empty",
+        ("model.path=/a/lr=3e-4",): "model.path='/a/lr=3e-4'",
+        ("~method",): "method was taken out",
+        ("-m", "seed=range(0,0)"): "has no jobs",
+        ("-m", f"hydra.sweep.dir={file}"): "hydra.sweep.dir=<folder>",
+        ("-m", "hydra.sweep.dir="): "hydra.sweep.dir=: it must be a folder",
+        ("--config-dir=mine", "--config-name=broken"): "broken.yaml",
+        ("--config-dir=mine", "--config-name=latin"): "latin is no UTF-8",
+        ("--config-dir=none",): "none' not found",
+        ("--multirn",): "unrecognized arguments: --multirn",
+        ("model.path=/a\udcff",): "no UTF-8",
         (*small, "method=prune", "ratio.ratio=0.99"): "top-k",
     }
     for overrides, word in cases.items():
-        done = run_py("track=off", f"run_dir={tmp_path / 'run'}", *overrides)
+        done = (
+            run_py(*overrides, "track=off", f"run_dir={tmp_path / 'run'}")
+            if not any(one.startswith("run_dir") for one in overrides)
+            else run_py(*overrides, "track=off")
+        )
         assert done.returncode == 2, done.stderr
         assert word in done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["status"] == "failed" and "ratio.ratio=0.99" in report["error"]
     assert not (tmp_path / "outputs" / "store" / "profile").exists()
+    assert not (tmp_path / "report.json").exists(), "and nothing was written here"
