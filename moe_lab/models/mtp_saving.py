@@ -262,7 +262,7 @@ def _promise(path: Path, source: Path) -> None:
 def _say_none(path: Path) -> None:
     """Make a config.json promise no MTP layers."""
 
-    none = dict.fromkeys(MTP_COUNTS, 0) | dict.fromkeys(MTP_SWITCHES, False)
+    none: dict[str, Any] = dict.fromkeys(MTP_COUNTS, 0) | dict.fromkeys(MTP_SWITCHES, False)
     none |= dict.fromkeys(MTP_LISTS)
 
     def without(values: dict[str, Any]) -> dict[str, Any]:

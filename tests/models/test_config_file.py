@@ -194,7 +194,7 @@ def test_what_would_choose_installed_code_is_not_followed_and_told(
 
 def test_a_way_to_route_that_no_code_knows(tmp_path: Path) -> None:
     for value in ("x", 5, "noaux_tc"):
-        with pytest.raises(UserError, match="topk_method=.*greedy, group_limited_greedy"):
+        with pytest.raises(UserError, match=r"topk_method=.*greedy, group_limited_greedy"):
             check_values(tmp_path, {"model_type": "deepseek_v2", "topk_method": value}, [])
     for value in ("greedy", None):
         check_values(tmp_path, {"model_type": "deepseek_v2", "topk_method": value}, [])
