@@ -35,7 +35,7 @@ def main(config: DictConfig) -> None:
     """One job: the pipeline, then its report, whatever happened."""
     # Imported here, so that --help and a misspelt option answer at once; held, because what a
     # signal leaves half imported fails in many ways.
-    with stopping.held():
+    with stopping.hold():
         from moe_lab.runs import job
 
         options.check_whole(list(map(str, config)), HydraConfig.get().runtime.choices)
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     stopping.check()
 
     def work(report: dict[str, Any]) -> None:
-        with stopping.held():
+        with stopping.hold():
             options.check_request(description.config, raw, description.choices)
             from moe_lab.stages import pipeline
             from moe_lab.stages.parts import Parts

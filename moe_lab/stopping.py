@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # an exit code is 128 and the signal's number
-SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # an exit code: 128 + its number
+SIGNALS = tuple(signal.Signals[name] for name in SIGNAL_NAMES if hasattr(signal, name))
 TOLD = "{}: stopping, what is finished is kept; a second signal stops at once\n"
 
 
@@ -67,7 +67,7 @@ def check() -> None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def hold() -> Iterator[None]:
     """Hold signals back while something is done that must not be left by halves."""
     _state.held += 1
     try:

@@ -32,7 +32,7 @@ def script(body: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
-@pytest.mark.parametrize("name", stopping.NAMES)
+@pytest.mark.parametrize("name", stopping.SIGNAL_NAMES)
 def test_a_signal_ends_with_its_code_and_says_so(name: str) -> None:
     done = script(f"    stop({name!r}); print('not reached')")
     number = getattr(signal, name)
@@ -45,7 +45,7 @@ def test_a_second_signal_stops_at_once_and_children_end_too() -> None:
     body = """
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(child.pid, flush=True)
-    with stopping.held():
+    with stopping.hold():
         stop("SIGTERM"); print("held", flush=True); stop("SIGUSR1"); print("not reached")
 """
     started = time.monotonic()
@@ -70,7 +70,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 def test_what_is_held_is_done_to_its_end() -> None:
     reached = []
     with pytest.raises(stopping.Stopped) as stop:
-        with stopping.held(), stopping.held():
+        with stopping.hold(), stopping.hold():
             os.kill(os.getpid(), signal.SIGTERM)
             stopping.check()
             assert stopping.asked()

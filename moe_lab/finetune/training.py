@@ -125,7 +125,7 @@ class Training:
         Not where there are other processes, which may be at another step when it comes to them.
         """
         alone = self.processes.num_processes == 1
-        return stopping.held() if alone else contextlib.nullcontext()
+        return stopping.hold() if alone else contextlib.nullcontext()
 
     def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         # Decay pulls towards 0: right for weights, wrong for vectors of factors around 1.

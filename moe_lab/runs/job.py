@@ -108,7 +108,7 @@ def _tracked(
         raise
     finally:
         # Also after a signal, and not left by a further one: what is known so far is not lost.
-        with stopping.held():
+        with stopping.hold():
             report["status"] = "ok" if code == 0 else "failed"
             report["seconds/total"] = round(time.perf_counter() - started, 3)
             report |= planned_layers(job.folder) if code == 0 else {}

@@ -140,7 +140,7 @@ def target_of(path: str) -> Any:
     """What a `_target_` names; UserError where it does not exist, with its new path if it moved."""
     if not isinstance(path, str):
         raise UserError(f"_target_: {path} is no name of a class or a function")
-    with stopping.held():  # torch does not survive a signal within its import
+    with stopping.hold():  # torch does not survive a signal within its import
         target: Any = locate(path)
     stopping.check()
     if target is None:

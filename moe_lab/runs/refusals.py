@@ -76,8 +76,8 @@ def _of_a_config(error: BaseException) -> str | None:
         )
     if isinstance(error, (TypeError, AttributeError)) and _within_hydra(error):
         return (
-            f"Hydra cannot compose this ({message}): a group is chosen by a name, such as eval=none, "
-            "not by a list"
+            f"Hydra cannot compose this ({message}): a group is chosen by a name, such as "
+            "eval=none, not by a list"
         )
     if isinstance(error, InterpolationResolutionError):
         return _reference(error)

@@ -56,7 +56,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
-        with stopping.held():
+        with stopping.hold():
             importlib.import_module("moe_lab.tables.outputs")  # now: a sweep may outlive an update
         stopping.check()
         self.config = config

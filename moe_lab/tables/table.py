@@ -42,7 +42,7 @@ LATEX = {
     "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "→": r"$\to$", "Δ": r"$\Delta$",
 }  # fmt: skip
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # what begins one; full-width signs, too
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
+PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 Writer = Callable[[str], str]
 
 
@@ -198,7 +198,7 @@ def _no_formula(cell: Any) -> Any:
     """A cell that no spreadsheet computes; -0.5 stays a number, also as text."""
     if not isinstance(cell, str) or not cell.lstrip(" ").startswith(FORMULA):
         return cell
-    return cell if NUMBER.fullmatch(cell) else f"'{cell}"
+    return cell if PLAIN_NUMBER.fullmatch(cell) else f"'{cell}"
 
 
 def latex(text: str) -> str:
