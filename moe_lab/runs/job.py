@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -143,10 +145,25 @@ def _mistake(error: BaseException | None) -> UserError | None:
     while cause is not None:
         if isinstance(cause, UserError):
             return cause
-        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            return UserError(f"{cause.filename or 'a file'} cannot be written: {cause.strerror}")
+        if isinstance(cause, OSError) and (told := _no_room(cause)):
+            return UserError(told)
         cause = cause.__cause__ or cause.__context__
     return refusal_of_import(error)
+
+
+def _no_room(error: OSError) -> str | None:
+    """Which file found no room on its disk, and why; of a copied folder, which has many, the first.
+
+    None for any other error.
+    """
+    if error.errno in NO_ROOM:
+        return f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+    words = tuple(map(os.strerror, NO_ROOM))
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        for _, place, why in error.args[0]:
+            if any(word in why for word in words):
+                return f"{place} cannot be written: {next(word for word in words if word in why)}"
+    return None
 
 
 def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:

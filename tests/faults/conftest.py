@@ -76,7 +76,7 @@ def tally(request: pytest.FixtureRequest, record_property: Any) -> Iterator[Tall
 @pytest.fixture(scope="session")
 def effort(request: pytest.FixtureRequest, long: bool) -> Effort:
     minutes = request.config.getoption("--fuzz-minutes", default=0.0)
-    return Effort(200, minutes / FUZZERS) if long else Effort(12)
+    return Effort(200, minutes / FUZZERS) if long else Effort(8)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +91,21 @@ def test_a_failure_of_ours_is_reported_with_its_traceback(
     outcome_error = (outcome.report["status"], outcome.report["error"])
     assert outcome_error == ("failed", "ZeroDivisionError: ours")
     assert outcome.code == 1 and "Traceback" in outcome.text
+
+
+def test_a_folder_that_finds_no_room_is_told_in_a_line(
+    job: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As shutil says it of a copied folder: a list, and no errno."""
+
+    def full(*_: Any) -> None:
+        why = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: '/a' -> '/b/a'"
+        raise shutil.Error([("/a", "/b/a", why)])
+
+    monkeypatch.setattr(pipeline, "pipeline", full)
+    outcome = job()
+    assert outcome.code == 2 and "Traceback" not in outcome.text
+    assert outcome.report["error"] == "/b/a cannot be written: No space left on device"
 
 
 def test_a_stopped_run_writes_its_report(

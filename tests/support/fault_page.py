@@ -34,7 +34,7 @@ class Recorded:
         part = Path(report.nodeid.partition("::")[0]).stem.removeprefix("test_")
         words = re.split(r"\[|::", report.nodeid)[1].removeprefix("test_").replace("_", " ")
         row = self.parts.setdefault(part, {}).setdefault(
-            words, {"tried": 0, "right": 0, "left": [], "notes": []}
+            words, {"tried": 0, "right": 0, "left": [], "notes": {}}
         )
         self.seconds[part] = self.seconds.get(part, 0.0) + report.duration
         if report.skipped:
@@ -49,7 +49,10 @@ class Recorded:
             tally = tallies[0] if tallies else {"tried": 1, "right": 1, "left": [], "notes": {}}
             for key in ("tried", "right", "left"):
                 row[key] += tally[key]
-            row["notes"] += [f"{key}: {value}" for key, value in tally["notes"].items()]
+            for key, value in tally["notes"].items():  # counts are added up
+                known = row["notes"].get(key, "0")
+                counts = value.isdecimal() and known.isdecimal()
+                row["notes"][key] = str(int(known) + int(value)) if counts else value
             if self.failing[report.nodeid] and not tally["left"]:
                 row["right"] -= not tallies
                 row["tried"] += bool(tallies)
@@ -80,7 +83,8 @@ def tables(parts: dict[str, Any]) -> str:
     for part, told in sorted(parts.items()):
         for name, row in told["tests"].items():
             left = row["tried"] - row["right"]
-            said = f"{name} ({row['notes'][0]})" if len(row["notes"]) == 1 else name
+            notes = [f"{key}: {value}" for key, value in row["notes"].items()]
+            said = f"{name} ({notes[0]})" if len(notes) == 1 else name
             cells = (part.replace("_", " "), said, row["tried"], row["right"], left)
             lines.append(f"| {' | '.join(map(str, cells))} |")
     every = [row for told in parts.values() for row in told["tests"].values()]
@@ -98,7 +102,12 @@ def tables(parts: dict[str, Any]) -> str:
         if len(row["notes"]) > 1
     }
     for name, all_notes in notes.items():
-        lines += ["", f"{name.capitalize()}:", "", *(f"- {note}" for note in all_notes)]
+        lines += [
+            "",
+            f"{name.capitalize()}:",
+            "",
+            *(f"- {key}: {note}" for key, note in all_notes.items()),
+        ]
     left = [one for row in every for one in row["left"]]
     lines += ["", "What is left:", "", *(f"- {_short(one)}" for one in left)]
     return "\n".join([*lines, *([] if left else ["- nothing that these found"]), ""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import resource
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import hypothesis
 from hypothesis.strategies import SearchStrategy
 from running import ROOT, load_module
 
+GIBIBYTES = 4  # more than a process has when a job begins
 SECONDS = 30.0  # of one job on a busy machine; many times what one takes
 
 
@@ -56,7 +58,7 @@ def told(overrides: Sequence[str], folder: Path, whole: bool = False) -> Told:
         mock.patch.object(pipeline, "pipeline", pipeline.pipeline if whole else pipeline.prepare),
         mock.patch.object(job, "draw_run", lambda folder: []),
         _Logged() as raised,
-        _within(SECONDS),
+        _within(SECONDS, GIBIBYTES),
     ):
         try:
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -86,17 +88,21 @@ class TooLong(BaseException):
 
 
 @contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """Raise TooLong where what is done within takes longer."""
+def _within(seconds: float, gibibytes: int) -> Iterator[None]:
+    """Raise TooLong where what is done within takes longer, MemoryError where it asks for more."""
 
     def stop(*_: object) -> None:
         raise TooLong(f"{seconds} s")
 
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + gibibytes * 2**30, limits[1]))
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
