@@ -23,6 +23,7 @@ from moe_lab.runs.status import FAILED, KILLED, NOT_STARTED, RUNNING, STATUSES, 
 from moe_lab.types import UserError
 
 CTRL_C = 130  # run.py's exit code after it, which a terminal gives to both processes
+RUNS = Path("outputs", "runs")  # where run.py puts them
 AFTER = {
     UNUSED: "runs outside this folder may share the store: what only they use counts as unused",
     CHECKPOINTS: "evaluations, profiles and plans stay; <variant>/checkpoint of the reports leads "
@@ -235,7 +236,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m moe_lab.runs",
         description="Which jobs are below a folder and how far each came; what their store holds.",
     )
-    parser.add_argument("folder", type=Path, help="a sweep, a run, or a folder of them")
+    parser.add_argument("folder", type=Path, nargs="?", default=RUNS,
+                        help=f"a sweep, a run, or a folder of them; default: {RUNS}")  # fmt: skip
     parser.add_argument("--status", type=_statuses, default=[], metavar="STATUS,STATUS",
                         help=f"list only these: {', '.join(STATUSES)}")  # fmt: skip
     deed = parser.add_mutually_exclusive_group()

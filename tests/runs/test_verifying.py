@@ -27,6 +27,13 @@ def test_undamaged_store_is_said_to_be(place: Path, command: Command) -> None:
     assert code == 0 and "3 results" in out and "0 damaged" in out
 
 
+def test_without_a_folder_it_is_that_of_run_py(place: Path, command: Command) -> None:
+    a_run(place)
+    (place / "runs").rename(place / "outputs" / "runs")
+    code, out, _ = command("--verify")
+    assert code == 0 and "3 results" in out
+
+
 def test_large_files_are_looked_at_too_and_set_aside(
     place: Path, command: Command, monkeypatch
 ) -> None:
