@@ -25,6 +25,7 @@ from moe_lab.models.checkpoint import Model
 from moe_lab.models.head import repeated_head
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts, all_to_experts
+from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.progress import progress
 
@@ -143,8 +144,8 @@ def flops_per_token(model: Model, length: int) -> float:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Size of a checkpoint's weights: all its safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Size of a checkpoint's weights, without other copies of it that lie beside."""
+    return size_in_bytes(folder)
 
 
 def peak_memory_bytes(model: Model, prompt_BL: Tensor) -> int:
