@@ -47,7 +47,7 @@ def told(overrides: Sequence[str], folder: Path, whole: bool = False) -> Told:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    from moe_lab.runs import job, options
+    from moe_lab.runs import job, refusals
     from moe_lab.stages import pipeline
 
     main = sys.modules.get("run") or load_module("run", ROOT / "run.py")
@@ -72,7 +72,7 @@ def told(overrides: Sequence[str], folder: Path, whole: bool = False) -> Told:
             report = json.loads((folder / "report.json").read_text())
             message = report["error"]
         except Exception as error:
-            code, message = 2, options.refusal(error)
+            code, message = 2, refusals.refusal(error)
             if message is None:
                 raise
         finally:
