@@ -8,6 +8,7 @@ cannot get, and tokens that the embedding does not have.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _MERGE = (
     "Merge it into its model first (peft's merge_and_unload, then save_pretrained), and give that "
     "folder"
 )
+_TOKENS = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json")
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -83,16 +85,28 @@ def check_routing(folder: Path, layers: Sequence[LayerInfo]) -> None:
 
 
 def check_tokens(folder: Path, tokenizer: Any, size: int) -> None:
-    """Refuse a tokenizer with a token whose id the embedding has no row for."""
+    """Refuse a tokenizer with a token whose id the embedding has no row for.
+
+    Of one that only its class adds, in none of the folder's files and no beginning, end or padding,
+    it is said: it stands in a text only where somebody writes it out.
+    """
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= size}
-    if beyond:
-        number = max(beyond)
-        more = f", as {len(beyond) - 1} others" if len(beyond) > 1 else ""
-        raise UserError(
-            f"{folder}: its tokenizer gives {beyond[number]!r} the id {number}{more}, and the "
-            f"embedding has {size} rows, 0 to {size - 1} ({NAME}: vocab_size). Is the tokenizer "
-            "that of this model?"
-        )
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    files = "".join((folder / name).read_text() for name in _TOKENS if (folder / name).is_file())
+    by_class = {number for number, token in beyond.items() if json.dumps(token) not in files}
+    by_class -= set(used)
+    if not beyond:
+        return
+    number = max(beyond.keys() - by_class, default=max(beyond))
+    more = f", as {len(beyond) - 1} others" if len(beyond) > 1 else ""
+    told = (
+        f"{folder}: its tokenizer gives {beyond[number]!r} the id {number}{more}, and the "
+        f"embedding has {size} rows, 0 to {size - 1} ({NAME}: vocab_size)"
+    )
+    if beyond.keys() <= by_class:
+        logger.warning("%s: no text may hold it", told)
+        return
+    raise UserError(f"{told}. Is the tokenizer that of this model?")
 
 
 def _stamp(files: Sequence[Path]) -> Stamp:

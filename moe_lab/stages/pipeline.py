@@ -15,7 +15,7 @@ from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.models.damage import explained
 from moe_lab.models.head import check_head, sized_with_head
-from moe_lab.models.opening import num_positions
+from moe_lab.models.opening import num_positions, text_config
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.stages import teach
 from moe_lab.stages.checks import (
@@ -109,7 +109,8 @@ def prepare(
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None
     top_k = other_top_k(told, final, dense.config, layers)
-    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config))
+    size = text_config(dense.config).vocab_size
+    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config), size)
     figures["hardware"] = compute.hardware()
     check_steps(parts.finetune, texts)
     figures["fingerprint/model"] = dense.fingerprint

@@ -15,10 +15,13 @@ logger = logging.getLogger(__name__)
 TEXT_NAMES = {"calibration": "calibration", "held_out": "eval.held_out"}  # as users know them
 
 
-def tokenize(parts: Parts, tokenizer: Tokenizer, positions: int | None = None) -> dict[str, Tokens]:
+def tokenize(
+    parts: Parts, tokenizer: Tokenizer, positions: int | None = None, vocabulary: int | None = None
+) -> dict[str, Tokens]:
     """All text of a run: calibration, and where they are asked for <phase>/data, held_out.
 
     positions: where the model ends, which no sample is longer than; None where it says no number.
+    vocabulary: rows of its embedding, in which each token of the text must have one.
     """
     _check_groups(parts)
     texts: dict[str, Source] = {"calibration": parts.calibration}
@@ -30,6 +33,8 @@ def tokenize(parts: Parts, tokenizer: Tokenizer, positions: int | None = None) -
         parts.eval.check()
     texts = {name: _within(positions, name, source) for name, source in texts.items()}
     tokens = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+    for name, part in tokens.items() if vocabulary else ():
+        _check_ids(name, part, vocabulary or 0)
     if parts.eval and tokens["calibration"].groups:
         parts.eval.check_groups(list(tokens["calibration"].by_group()))
     return tokens
@@ -60,13 +65,28 @@ def _within(positions: int | None, name: str, source: Source) -> Source:
     """The source, its samples no longer than the model: cut, and that is said."""
     if positions is None or source.max_length <= positions:
         return source
-    where = TEXT_NAMES.get(name) or f"finetune.phases.{name.replace('/', '.')}"
     logger.warning(
         "%s.max_length=%d is more than the %d positions that the model has "
         "(max_position_embeddings): its samples are cut there",
-        where, source.max_length, positions,
+        _option(name), source.max_length, positions,
     )  # fmt: skip
     return replace(source, max_length=positions)
+
+
+def _check_ids(name: str, tokens: Tokens, vocabulary: int) -> None:
+    """Refuse text with a token that the embedding has no row for."""
+    for number, sample in enumerate(tokens.samples):
+        if max(sample) >= vocabulary:
+            raise UserError(
+                f"{_option(name)}: document {number} has the token {max(sample)}, and the model's "
+                f"embedding has {vocabulary} rows: one that the tokenizer's class adds is written "
+                "out in the text. Leave the document out"
+            )
+
+
+def _option(name: str) -> str:
+    """What users know a text by."""
+    return TEXT_NAMES.get(name) or f"finetune.phases.{name.replace('/', '.')}"
 
 
 def _tokens(name: str, source: Source, tokenizer: Tokenizer) -> Tokens:
@@ -75,5 +95,4 @@ def _tokens(name: str, source: Source, tokenizer: Tokenizer) -> Tokens:
     except UserError as error:
         if "/" not in name:
             raise
-        where = name.replace("/", ".")
-        raise UserError(f"finetune.phases.{where}: {error}") from error
+        raise UserError(f"{_option(name)}: {error}") from error

@@ -379,20 +379,22 @@ def test_a_weight_file_is_missing(job: Job, copy: Path) -> None:
 
 
 def test_the_index_is_damaged(job: Job, copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     (copy / "model.safetensors.index.json").write_text("{")
     assert_refused(job(f"model.path={copy}"), "model.safetensors.index.json", "cannot be read")
 
 
 def test_only_bin_weights(job: Job, copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert_refused(job(f"model.path={copy}"), "no *.safetensors", "pytorch_model.bin", "convert")
+    assert_refused(job(f"model.path={copy}"), "no weights", "pytorch_model.bin", "safetensors only")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])
 def test_truncated_weights(job: Job, copy: Path, kept: int) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
-    assert_refused(job(f"model.path={copy}"), str(weights), "damaged", "download it again")
+    told = "damaged" if kept else "is empty"
+    assert_refused(job(f"model.path={copy}"), str(weights), told, "download it again")
 
 
 def test_corrupt_weights(job: Job, copy: Path) -> None:

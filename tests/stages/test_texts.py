@@ -85,3 +85,12 @@ def test_no_sample_is_longer_than_the_model(
     caplog.clear()
     whole = tokenize(made, tokenizer, positions=40)
     assert max(map(len, whole["calibration"].samples)) == 40 and not caplog.text
+
+
+def test_a_token_that_the_embedding_has_not_is_named(
+    parts: Callable[..., Parts], tokenizer: Any
+) -> None:
+    rows = len(tokenizer)
+    assert tokenize(parts(*ASKED), tokenizer, vocabulary=rows)
+    with pytest.raises(UserError, match=r"calibration: document \d+ has the token \d+.* 100 rows"):
+        tokenize(parts(*ASKED), tokenizer, vocabulary=100)
