@@ -144,6 +144,8 @@ def installed() -> Iterator[None]:
     from moe_lab import stopping
 
     hook, before = sys.unraisablehook, {one: signal.getsignal(one) for one in stopping.SIGNALS}
+    for one in stopping.SIGNALS:  # also where whoever started the tests has them ignored (nohup)
+        signal.signal(one, signal.default_int_handler)
     stopping.install()
     try:
         yield

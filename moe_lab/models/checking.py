@@ -92,11 +92,16 @@ def check_tokens(folder: Path, tokenizer: Any, size: int) -> None:
     """
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= size}
     used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    files = "".join((folder / name).read_text() for name in _TOKENS if (folder / name).is_file())
-    by_class = {number for number, token in beyond.items() if json.dumps(token) not in files}
-    by_class -= set(used)
     if not beyond:
         return
+    paths = (folder / name for name in _TOKENS)
+    files = "".join(path.read_text(errors="replace") for path in paths if path.is_file())
+    by_class = {
+        number
+        for number, token in beyond.items()
+        if number not in used
+        and not any(json.dumps(token, ensure_ascii=plain) in files for plain in (True, False))
+    }
     number = max(beyond.keys() - by_class, default=max(beyond))
     more = f", as {len(beyond) - 1} others" if len(beyond) > 1 else ""
     told = (
