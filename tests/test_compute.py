@@ -36,7 +36,7 @@ def test_a_start_chooses_a_device_and_the_number_of_threads() -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "compute.batch_size=0: it must be at least 1"),
-        ({"threads": 0}, "compute.threads=0: it must be at least 1, or null"),
+        ({"threads": 0}, "compute.threads=0: it must be from 1 to 4096, or null"),
         ({"cache_gib": -0.5}, "compute.cache_gib=-0.5: it must be at least 0"),
         ({"profile": "some"}, "compute.profile=some: there are all, routers"),
         ({"layerwise": "no"}, "compute.layerwise=no: there are auto, true, false"),

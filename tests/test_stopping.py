@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -25,6 +26,15 @@ except KeyboardInterrupt as stop:
     print("ended by", stopping.name_of(stop), flush=True)
     sys.exit(stopping.exit_code(stop))
 """
+
+
+@pytest.fixture(autouse=True)
+def none_ignored() -> Iterator[None]:
+    """Children take the signals, also where whoever started the tests has them ignored."""
+    before = {one: signal.signal(one, signal.default_int_handler) for one in stopping.SIGNALS}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 def script(body: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -250,6 +250,4 @@ def kind_in_words(hint: Any) -> str:
         return " or ".join(kind_in_words(part) for part in inner)
     if kind is Sequence and inner and _kind(inner[0]) in PLURALS:
         return f"a list [a,b] of {PLURALS[_kind(inner[0])]}"
-    if _is_made(kind):
-        return f"made by a class derived from {kind.__module__}.{kind.__qualname__}"
     return WORDS.get(kind) or f"a {getattr(kind, '__name__', str(kind)).lower()}"

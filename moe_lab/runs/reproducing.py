@@ -105,7 +105,7 @@ def _again(job: Job, stores: list[Path]) -> Reproduction:
     hydra = job.folder / HYDRA
     own = without(job.overrides or (), "run_dir", "store", "track", "track.mode")
     words = words_of(own, read_text(hydra / "hydra.yaml"))
-    check_recorded(words, hydra)
+    check_recorded(words, hydra, _cwd(job))
     words += [override("run_dir", str(folder)), override("store", str(folder / FRESH_STORE))]
     command = (sys.executable, str(SCRIPT), *words, "track=off")
     code = Command(folder, (job,), command, _cwd(job)).run()

@@ -19,6 +19,7 @@ from moe_lab.types import UserError
 
 SCRIPT = CHECKOUT / "run.py"
 SWEEP_FLAGS = ("-m", "--multirun")
+CONFIG_FLAG = "--config-dir"
 NAMES_CODE = ("hydra.callbacks", "hydra.searchpath", "hydra.job.env", "hydra.job_logging",
               "hydra.hydra_logging")  # fmt: skip
 OLD_SWEEP = "multirun.yaml"  # which Hydra leaves in the folder of every sweep
@@ -94,7 +95,7 @@ def _of_sweep(sweep: SweepRecord) -> tuple[list[str], Path]:
             "cwd in that file"
         )
     own = without(sweep.argv, "hydra.sweep.dir", "resume")
-    check_recorded(own, sweep.folder / SWEEP)
+    check_recorded(own, sweep.folder / SWEEP, sweep.cwd)
     where = override("hydra.sweep.dir", str(sweep.folder))
     return [sys.executable, str(SCRIPT), *own, where, "resume=true"], sweep.cwd
 
@@ -112,23 +113,41 @@ def _same(one: Path, other: Path) -> bool:
     return os.path.abspath(one) == os.path.abspath(other)
 
 
-def check_recorded(words: Sequence[str], source: Path) -> None:
-    """Refuse what is no override of this checkout's options, and could name code of others."""
-    for word in words:
-        if word in SWEEP_FLAGS:
+def check_recorded(words: Sequence[str], source: Path, cwd: Path) -> None:
+    """Refuse what is no override of this checkout's options, and could name code of others.
+
+    A folder of options of one's own (--config-dir) is passed on where the command is given in the
+    folder that it was given in first, `cwd`, and it lies there.
+    """
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word in SWEEP_FLAGS or word.startswith(f"{CONFIG_FLAG}="):
+            folder = word.partition("=")[2]
+        elif word == CONFIG_FLAG and waiting:
+            folder = waiting.pop(0)
+        else:
+            folder = ""
+        if folder and not _is_ones_own(cwd / folder, cwd):
+            why = f"it names a folder that is not below {Path.cwd()}, or it was given elsewhere"
+        elif folder or word in SWEEP_FLAGS:
             continue
-        key = word.lstrip("+~").partition("=")[0]
-        if word.startswith("-") or ("=" not in word and not word.startswith("~")):
+        elif word.startswith("-") or ("=" not in word and not word.startswith("~")):
             why = "it is no override (key=value)"
-        elif key.startswith(NAMES_CODE) or "_target_" in word:
+        elif word.lstrip("+~").startswith(NAMES_CODE) or "_target_" in word:
             why = "it can name code"
         else:
             continue
         command = shlex.join(["python", "run.py", *words])
         raise UserError(
-            f"{source} has {word!r}, which --rerun does not pass on: {why}. If the command is "
-            f"yours, give it yourself: {command}"
+            f"{source} has {word!r}, which is not passed on: {why}. If the command is yours, give "
+            f"it yourself: {command}"
         )
+
+
+def _is_ones_own(folder: Path, cwd: Path) -> bool:
+    here = Path.cwd().resolve()
+    return cwd.resolve() == here and folder.resolve().is_relative_to(here)
 
 
 def _of_run(job: Job) -> tuple[list[str], Path]:
@@ -141,7 +160,7 @@ def _of_run(job: Job) -> tuple[list[str], Path]:
     if not cwd.is_dir():
         raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
     own = without(job.overrides, "run_dir")
-    check_recorded(own, job.folder / HYDRA / "overrides.yaml")
+    check_recorded(own, job.folder / HYDRA / "overrides.yaml", cwd)
     return [sys.executable, str(SCRIPT), *own, override("run_dir", str(job.folder))], cwd
 
 

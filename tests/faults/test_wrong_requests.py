@@ -77,7 +77,7 @@ OVERRIDES = {
     ),
     "no ratio at all": (
         ["method.ratio=null"],
-        ["method.ratio=null", "moe_lab.methods.ratios.budget.Ratio"],
+        ["method.ratio=null", "it must be a ratio"],
     ),
     "no gates": (
         ["finetune=experts", "finetune.experts=false", "finetune.gates=true"],

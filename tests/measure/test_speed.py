@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -118,10 +119,14 @@ def test_measure_gives_every_key() -> None:
 
 
 def test_bytes_on_disk_counts_weights_alone(tmp_path: Path) -> None:
-    for number in range(2):
-        save_file({"x": torch.zeros(100)}, tmp_path / f"model-{number}.safetensors")
-    (tmp_path / "tokenizer.json").write_text("{}" * 1000)
+    names = {f"x{number}": f"model-{number}.safetensors" for number in range(2)}
+    for key, name in names.items():
+        save_file({key: torch.zeros(100)}, tmp_path / name)
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    save_file({"x0": torch.zeros(100)}, tmp_path / "consolidated.safetensors")
+    index = {"metadata": {"total_size": 800}, "weight_map": names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "tokenizer.json").write_text("{}" * 1000)
     assert bytes_on_disk(tmp_path) == sum(sizes) >= 800
 
 

@@ -124,6 +124,22 @@ def test_words_that_could_name_code_are_not_passed_on(
     assert process.asked == []
 
 
+@pytest.mark.parametrize("words", [["--config-dir", "mine"], ["--config-dir=mine"]])
+def test_ones_own_options_are_passed_on_where_they_were_given(
+    words: list[str], place: Path, command: Command, process: type[Process], monkeypatch
+) -> None:
+    process.codes = [0]
+    (place / "mine").mkdir()
+    write_sweep(place / "s", [["a=0"]], argv=["-m", *words, REAP], cwd=str(place))
+    assert command("s", "--rerun")[0] == 0
+    (asked,) = process.asked
+    assert words[0] in asked[0] and "mine" in " ".join(map(str, asked[0]))
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    code, _, complaints = command(place / "s", "--rerun")
+    assert code == 2 and "given elsewhere" in complaints and len(process.asked) == 1
+
+
 def test_a_real_process_runs_again_and_never_what_the_file_names(place: Path) -> None:
     evil = place / "evil"
     evil.write_text(f"#!/bin/sh\ntouch {place / 'evil_ran'}\n")
