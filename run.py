@@ -70,7 +70,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt as stop:
         print(f"stopped by {stopping.name_of(stop)}; finished stages are kept", file=sys.stderr)
         print(sweep.how_to_go_on(), file=sys.stderr)
-        stopping.end_children()
         sys.exit(stopping.exit_code(stop))
     except Exception as error:
         message = refusals.refusal(error)

@@ -7,6 +7,7 @@ Python swallows what a signal raises, the next `check` raises it again.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -38,7 +39,12 @@ _state = _State()
 
 
 def install() -> None:
-    """Take the signals from now on; those that are ignored (nohup) stay so."""
+    """Take the signals from now on; those that are ignored (nohup) stay so.
+
+    Whatever a stopped process has started ends with it, behind what libraries do at the end, such
+    as W&B, which speaks to its service: what is registered first is called last.
+    """
+    atexit.register(lambda: end_children() if asked() else None)
     for one in SIGNALS:
         if signal.getsignal(one) is not signal.SIG_IGN:
             signal.signal(one, _arrived)

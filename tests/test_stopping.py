@@ -66,6 +66,21 @@ def test_a_second_signal_stops_at_once_and_children_end_too() -> None:
     assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie"
 
 
+def test_children_end_behind_what_libraries_do_at_the_end() -> None:
+    """As W&B speaks to its service once more."""
+    body = """
+    import atexit
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    atexit.register(lambda: print("there" if child.poll() is None else "gone", child.pid))
+    stop("SIGTERM")
+"""
+    done = script(body)
+    assert done.returncode == 128 + signal.SIGTERM
+    word, pid = done.stdout.split()[-2:]
+    assert word == "there"
+    assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie"
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     """As nohup leaves SIGHUP, and a shell SIGINT of what runs in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
