@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ def test_a_plan_is_carried_out_once_and_says_in_which_form(tmp_path: Path) -> No
     other = compress(Context(store, Compute("cpu")), exact)
     assert not other.cached, "computed in another dtype"
     assert len(list((store.root / "compress").glob("*/form.json"))) == 3
+
+
+def test_other_files_of_a_tokenizer_are_another_checkpoint(job: Job, small: list[str]) -> None:
+    path = next(Path(one.removeprefix("model.path=")) for one in small if "model.path=" in one)
+    first = job()
+    for name, key, value in (
+        ("tokenizer_config.json", "chat_template", "{{ messages[0].content }}"),
+        ("generation_config.json", "max_new_tokens", 5),
+    ):
+        copy = first.store.parent / f"with_another_{key}"
+        shutil.copytree(path, copy)
+        values = json.loads((copy / name).read_text()) | {key: value}
+        (copy / name).write_text(json.dumps(values))
+        second = job(f"model.path={copy}")
+        assert second.report["cached/plan"]
+        made = Path(second.report["compressed/checkpoint"])
+        assert json.loads((made / name).read_text())[key] == value
 
 
 def test_mtp_layers_go_through_a_run(job: Job, tokenizer: Any, tmp_path: Path) -> None:
