@@ -77,6 +77,17 @@ class Checkpoint:
         return digest.hexdigest()[:12]
 
     @functools.cached_property
+    def texts_fingerprint(self) -> str:
+        """12 hex over the tokenizer and generation files, which come along.
+
+        Not in `fingerprint`: what a model computes of given tokens does not depend on them.
+        """
+        digest = hashlib.sha256()
+        for file in text_files(self.path):
+            digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
+        return digest.hexdigest()[:12]
+
+    @functools.cached_property
     def config(self) -> Any:
         """Its config, as transformers reads it."""
         return built_config(self.path)
@@ -148,14 +159,6 @@ class Original(Checkpoint):
     def config(self) -> Any:
         """The native form's config."""
         return AutoConfig.for_model(**self.family.native_config(config_values(self.path)))
-
-    @property
-    def texts_fingerprint(self) -> str:
-        """12 hex over the tokenizer and generation files, which come along."""
-        digest = hashlib.sha256()
-        for file in text_files(self.path):
-            digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
-        return digest.hexdigest()[:12]
 
     def held_by(self, model: PreTrainedModel) -> Held:
         """Nothing: its files have other tensors, which become the model's when it is converted."""

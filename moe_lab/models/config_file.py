@@ -28,15 +28,20 @@ CODE = ("fusion_config", "kernel_config", "use_kernels", "allow_all_kernels")
 WEIGHTS = "transformers_weights"
 
 _LAYERS = re.compile(r"^(num|n)_(\w+_)?(layers?|blocks)$|^(num|n)_layer$|^depth$")
-_COUNTS = re.compile(r"^(num|n)_(\w+_)?(experts?|heads?|groups?)$|^topk_group$|experts_per_tok$")
+_COUNTS = re.compile(
+    r"^(num|n)_(\w+_)?(experts?|heads?|groups?)$|^topk_group$|experts_per_tok$|"
+    r"^zero_expert_num$"
+)
 _POSITIVE = re.compile(
     r"^(hidden_size|d_model|vocab_size|num_hidden_layers|num_attention_heads|"
-    r"num_experts_per_tok|n_group|topk_group|max_position_embeddings|n_positions|decoder_sparse_step)$"
+    r"num_experts_per_tok|n_group|topk_group|max_position_embeddings|n_positions|decoder_sparse_step|"
+    r"chunk_size|attention_chunk_size)$"
 )
 _SMALL = re.compile(r"(^|_)(eps|epsilon)$")
 _ABOVE_0 = re.compile(r"(^|\.)(rope_theta|rope_(scaling|parameters)\.(\w+\.)?(rope_theta|factor))$")
 _SIZES = re.compile(r"(hidden_size|intermediate_size|_dim|_rank)$")
 _SHARES = re.compile(r"(^|_)(dropout|dropout_prob|pdrop)$")
+_ROTATED = re.compile(r"^(partial_rotary_factor|rotary_pct)$")
 _PLACES = re.compile(r"^(mlp_only_layers|moe_layers|full_attn_idxs|dense_layers)$")
 _BOUNDLESS = re.compile(r"limit|clip|clamp|max|min")  # what may be infinite
 _TOPK_METHODS = ("greedy", "group_limited_greedy", None)  # of deepseek_v2, at its first token
@@ -81,6 +86,7 @@ def check_values(path: Path, values: Mapping[str, Any], stored: Sequence[Stored]
             raise _wrong(path, name, value, "it cannot be negative; null is none")
         if _POSITIVE.search(name) and value is not None and _is_number(value) and value <= 0:
             raise _wrong(path, name, value, "it must be above 0")
+    _check_groups(path, text)
     _check_positions(path, text)
     _check_places(path, text)
 
@@ -153,6 +159,7 @@ def _check_number(path: Path, name: str, value: Any) -> None:
         (_SMALL, lambda number: 0 <= number < 1, "it must be a number from 0 to below 1"),
         (_ABOVE_0, lambda number: number > 0, "it must be a number above 0"),
         (_SIZES, lambda number: number >= 0, "it must be a number from 0 on"),
+        (_ROTATED, lambda number: 0 < number <= 1, "it must be a number above 0, up to 1"),
         (_SHARES, lambda number: 0 <= number <= 1, "it must be a number from 0 to 1"),
     )
     for names, fits, told in rules:
@@ -200,6 +207,14 @@ def _check_names(path: Path, values: Mapping[str, Any]) -> None:
     for name, value in _items(values):
         if name.rpartition(".")[2] in objects and value is not None:
             raise _wrong(path, name, value, "it must be an object or null")
+
+
+def _check_groups(path: Path, text: Mapping[str, Any]) -> None:
+    """A router uses no more groups of experts than there are, also where there is one."""
+    groups: Any = text.get("n_group")
+    used: Any = text.get("topk_group")
+    if _is_number(groups) and _is_number(used) and used > groups:
+        raise _wrong(path, "topk_group", used, f"the router has {groups} groups (n_group)")
 
 
 def _check_positions(path: Path, text: Mapping[str, Any]) -> None:

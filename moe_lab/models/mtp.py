@@ -28,7 +28,7 @@ from moe_lab.models.checkpoint import meta_model
 from moe_lab.models.layers import SHARED_NAMES, moe_layers
 from moe_lab.models.opening import text_config
 from moe_lab.models.stored import held_by
-from moe_lab.types import MtpName, UserError
+from moe_lab.types import MtpName, NotFinite, UserError
 
 _COMPONENT = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
@@ -177,11 +177,19 @@ def _router(mtp: MtpLayers, block: str) -> Tensor:
         if of_router(name, block) and len(shape) == 2 and experts in shape and min(shape) > 1:
             with safe_open(mtp.files[name], "pt") as handle:
                 weight: Tensor = handle.get_tensor(name)
-            return weight.movedim(shape.index(experts), 0)
+            return checked(name, weight).movedim(shape.index(experts), 0)
     raise UserError(
         f"{block}: the MTP layer's router was not found, so that its experts cannot be pruned; "
         "method.mtp=drop leaves the MTP layers out"
     )
+
+
+def checked(name: str, tensor: Tensor) -> Tensor:
+    """The tensor of MTP layers; NotFinite, with its name, where it is not finite."""
+    plain = tensor.is_floating_point() and tensor.element_size() > 1
+    if plain and not bool(tensor.isfinite().all()):
+        raise NotFinite(f"the MTP layers' {name} is not finite")
+    return tensor
 
 
 def of_router(name: str, block: str) -> bool:

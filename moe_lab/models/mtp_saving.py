@@ -21,6 +21,7 @@ from moe_lab.models.layers import moe_layers
 from moe_lab.models.mtp import (
     EXPERT,
     MtpLayers,
+    checked,
     decoder_number,
     experts_left,
     find_mtp,
@@ -175,14 +176,14 @@ def _write(
 
 
 def _read(mtp: MtpLayers, name: str, quantised: Quantised | None) -> Tensor:
-    """A tensor of the source, dequantised where it was `quantised` there."""
+    """A tensor of the source, dequantised where it was `quantised` there; it is finite."""
     with safe_open(mtp.files[name], "pt") as handle:
         tensor: Tensor = handle.get_tensor(name)
     factors = name + FACTORS
     if quantised is None or factors not in mtp.files:
-        return tensor
+        return checked(name, tensor)
     with safe_open(mtp.files[factors], "pt") as handle:
-        return quantised.undone(tensor, handle.get_tensor(factors))
+        return checked(name, quantised.undone(tensor, handle.get_tensor(factors)))
 
 
 def _new_name(mtp: MtpLayers, name: str, kept: dict[str, list[int]], behind: int) -> str | None:

@@ -44,6 +44,10 @@ def check_quantisation(config_file: object, values: Mapping[str, Any]) -> None:
                 f"weights that are not; {UNQUANTISED}. Dequantised on loading are only "
                 f"{' and '.join(DEQUANTISED.values())}"
             )
+        try:
+            AutoHfQuantizer.from_config(told | {"dequantize": True}, pre_quantized=True)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{config_file}: {field}={told!r}: {error}") from error
     for part in (part for part in values.values() if isinstance(part, dict)):
         if any(field in part for field in FIELDS):
             check_quantisation(config_file, part)

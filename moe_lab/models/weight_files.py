@@ -132,7 +132,7 @@ def _check_name(index: Path, key: str, name: Any) -> None:
     place = f"{index}: weight_map[{_short(key)}]"
     if not isinstance(name, str):
         raise UserError(f"{place} is {_kind(name)}, not a file's name")
-    odd = len(name) > 255 or not name.isprintable() or "\\" in name
+    odd = len(name.encode(errors="replace")) > 255 or not name.isprintable() or "\\" in name
     if PurePosixPath(name).name != name or odd:
         raise UserError(
             f"{place} is {_short(name)}; files stand beside the index, and a name "

@@ -47,6 +47,7 @@ def compress(context: Context, asked: Compression) -> Artifact:
 
     identity = {
         "model": asked.dense.fingerprint,
+        "texts": asked.dense.texts_fingerprint,
         "dtype": asked.dense.dtype,
         "plan": asked.plan.key,
         "code": code_version(compress, *plan.kinds()),

@@ -48,6 +48,7 @@ class Evaluation:
             "checkpoint": self.variant.fingerprint,
             "dense": self.dense.fingerprint,
             "dtype": self.variant.dtype,
+            "texts": self.variant.texts_fingerprint if self.suite.tasks else None,
             "held_out": self.held_out.fingerprint if self.held_out else None,
             "code": code_version(evaluate, type(self.suite)),
         } | asked_of(self.suite.tasks, self.suite.mirror, self.options)

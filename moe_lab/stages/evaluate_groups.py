@@ -47,6 +47,7 @@ class GroupEvaluation:
         tasks = [name for group in self.groups for name in self.suite.tasks_of(group)]
         return {
             "dense": self.dense.fingerprint,
+            "texts": self.dense.texts_fingerprint,
             "dtype": self.dense.dtype,
             "plan": self.plans.key,
             "code": code_version(evaluate_groups, type(self.suite)),

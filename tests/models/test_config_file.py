@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from broken_folders import EXPERTS, KINDS, config, copied, refusal, set_config, write_intact
 
 from moe_lab.models.config_file import check_values, unheeded
+from moe_lab.models.stored import Stored
 from moe_lab.types import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -212,3 +214,33 @@ def test_numbers_that_models_of_the_hub_have_pass(tmp_path: Path) -> None:
     check_values(tmp_path / "config.json", values, [])
     with pytest.raises(UserError, match=r"rms_norm_eps\.__float__"):
         check_values(tmp_path, {"rms_norm_eps": {"__float__": "NaN"}}, [])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_group": 1, "topk_group": 3},
+        {"chunk_size": 0},
+        {"chunk_size": -1},
+        {"attention_chunk_size": 0},
+        {"zero_expert_num": 10**9},
+        {"zero_expert_num": "2"},
+        {"partial_rotary_factor": 2},
+        {"rope_parameters": {"partial_rotary_factor": "8"}},
+        {"rope_parameters": {"full_attention": {"partial_rotary_factor": 10**9}}},
+    ],
+    ids=str,
+)
+def test_a_value_with_which_a_forward_would_fail_or_fill_the_memory(values: Any) -> None:
+    stored = [Stored(Path("model.safetensors"), "weight", torch.float32, 4000, "F32", (1000,))]
+    name = list(values)[-1]
+    with pytest.raises(UserError, match=f"config.json: {name}"):
+        check_values(Path("config.json"), {"model_type": "glm4_moe"} | values, stored)
+
+
+def test_ordinary_values_pass() -> None:
+    stored = [Stored(Path("model.safetensors"), "weight", torch.float32, 4000, "F32", (1000,))]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ordinary = {"n_group": None, "topk_group": None, "zero_expert_num": 2, "chunk_size": 256}
+    ordinary |= {"attention_chunk_size": None, "partial_rotary_factor": 1, "rope_parameters": rope}
+    check_values(Path("config.json"), {"model_type": "glm4_moe"} | ordinary, stored)

@@ -187,6 +187,18 @@ def test_a_config_of_quantisation_that_is_none(value: Any, intact: Path, tmp_pat
     assert f"quantization_config={value!r} must be an object" in str(refusal(folder))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weight_block_size": [128]}, {"weight_block_size": [0, -1]}, {"activation_scheme": "x"}],
+    ids=str,
+)
+def test_fp8_of_a_sort_that_there_is_not(wrong: Any, intact: Path, tmp_path: Path) -> None:
+    folder = copied(intact, tmp_path / "broken")
+    say_quantised(folder, {"quant_method": "fp8"} | wrong)
+    told = str(refusal(folder))
+    assert "config.json: quantization_config=" in told and next(iter(wrong)) in told
+
+
 @pytest.mark.parametrize("values", [FP8, MXFP4])
 def test_weights_that_are_not_quantised_at_all(values: Any, intact: Path, tmp_path: Path) -> None:
     folder = copied(intact, tmp_path / "broken")

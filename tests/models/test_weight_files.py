@@ -72,6 +72,7 @@ INDICES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a map of null": (lambda v: v | {"weight_map": {"x": None}}, "not a file's name"),
     "no metadata": (lambda v: {"weight_map": v["weight_map"]}, "metadata is missing"),
     "metadata of text": (lambda v: v | {"metadata": "x"}, "metadata is text"),
+    "a name too long": (moved("é" * 150 + ".safetensors"), "leads elsewhere is not followed"),
     "a name above": (moved("../secret.safetensors"), "leads elsewhere is not followed"),
     "an absolute name": (moved("/etc/hosts.safetensors"), "leads elsewhere is not followed"),
     "a name below": (moved("original/x.safetensors"), "leads elsewhere is not followed"),

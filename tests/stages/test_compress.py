@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distilling import FEW
 from families import logits_of, tiny_model
 from mtp_checkpoints import stored, write_with_mtp
 from running import Job
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moe_lab.compute import Compute
 from moe_lab.models.checkpoint import Checkpoint
@@ -54,6 +56,42 @@ def test_a_plan_is_carried_out_once_and_says_in_which_form(tmp_path: Path) -> No
     other = compress(Context(store, Compute("cpu")), exact)
     assert not other.cached, "computed in another dtype"
     assert len(list((store.root / "compress").glob("*/form.json"))) == 3
+
+
+def test_other_files_of_a_tokenizer_are_another_checkpoint(job: Job, small: list[str]) -> None:
+    path = next(Path(one.removeprefix("model.path=")) for one in small if "model.path=" in one)
+    first = job()
+    for name, key, value in (
+        ("tokenizer_config.json", "chat_template", "{{ messages[0].content }}"),
+        ("generation_config.json", "max_new_tokens", 5),
+    ):
+        copy = first.store.parent / f"with_another_{key}"
+        shutil.copytree(path, copy)
+        values = json.loads((copy / name).read_text()) | {key: value}
+        (copy / name).write_text(json.dumps(values))
+        second = job(f"model.path={copy}")
+        assert second.report["cached/plan"]
+        made = Path(second.report["compressed/checkpoint"])
+        assert json.loads((made / name).read_text())[key] == value
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp.gate.weight", "mlp.shared_experts.up_proj.weight", "hnorm.weight"]
+)
+def test_an_mtp_layer_that_is_not_finite_decides_nothing(
+    name: str, job: Job, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "glm"
+    write_with_mtp("glm4_moe", model, vocab_size=len(tokenizer), max_position_embeddings=512)
+    tokenizer.save_pretrained(model)
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        if (key := f"model.layers.4.{name}") in tensors:
+            tensors[key].view(-1)[-1] = float("nan")
+            save_file(tensors, path, {"format": "pt"})
+    done = job(f"model.path={model}", "metric=router_norm", "ratio.ratio=0.5")
+    assert done.code == 2 and f"model.layers.4.{name}" in done.text and "NaN" in done.text
+    assert not list(done.store.glob("compress/*/artifact.json"))
 
 
 def test_mtp_layers_go_through_a_run(job: Job, tokenizer: Any, tmp_path: Path) -> None:
