@@ -22,7 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.opening import no_bars, text_config
 from moe_lab.models.quantised import conversions, is_quantised, quantised_as, quantizer_of
-from moe_lab.models.stored import Stored, held_by
+from moe_lab.models.stored import Stored, held_by, stored_in
 from moe_lab.types import UserError
 
 _DTYPES = {
@@ -47,6 +47,7 @@ def check_fit(
     stored = [one for parts in held.by_name.values() for one in parts]
     _check_kinds(folder, model, held.by_name)
     _check_unknown(folder, model, held.others, ignored)
+    _check_factors(files)
     names = {one.key: name for name, parts in held.by_name.items() for one in parts}
     info = _loaded(model, {one.key: _like(one) for one in stored})
     if mismatched := sorted(info.mismatched_keys):
@@ -129,6 +130,19 @@ def _check_kinds(folder: Path, model: PreTrainedModel, by_name: Any) -> None:
                 + (", which is no dtype of weights" if not is_quantised(one.kind) else "")
                 + f", and {folder}/config.json does not say how to read that "
                 "(quantization_config): give the unquantised weights"
+            )
+
+
+def _check_factors(files: Sequence[Path]) -> None:
+    """Refuse FP8 weights whose factors, which stand beside them, are in no file."""
+    stored = {one.key: one for file in files for one in stored_in(file)}
+    for key, one in stored.items():
+        if one.kind in ("F8_E4M3", "F8_E5M2") and not any(
+            f"{key}_{name}" in stored for name in ("scale_inv", "scale")
+        ):
+            raise UserError(
+                f"{one.file}: {key} is stored in FP8, and {key}_scale_inv, by which it is "
+                "multiplied, is in no file"
             )
 
 

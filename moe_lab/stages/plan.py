@@ -216,6 +216,8 @@ def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> No
             )  # fmt: skip
         elif unit not in asked:
             logger.info("%s experts go", words)
+    if not any(one.get("ratio", 1) for one in every):
+        logger.warning("no expert goes: what comes of this plan computes what the model did")
 
 
 STAGE = Stage(_inputs, plan, _read)

@@ -206,6 +206,16 @@ def test_weights_that_are_not_quantised_at_all(values: Any, intact: Path, tmp_pa
     assert "none of its tensors is quantised: remove that field" in str(refusal(folder))
 
 
+def test_factors_that_are_missing_are_named(tmp_path: Path) -> None:
+    write_fp8(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.2.mlp.experts.3.up_proj.weight"
+    tensors = load_file(file)
+    del tensors[f"{name}_scale_inv"]
+    save_file(tensors, file, {"format": "pt"})
+    told = refusal_of_folder(tmp_path)
+    assert told and f"{name} is stored in FP8, and {name}_scale_inv" in told
+
+
 def test_factors_that_do_not_fit_are_told(tmp_path: Path) -> None:
     write_fp8(tmp_path)
     file, name = tmp_path / "model.safetensors", "model.layers.2.mlp.experts.3.up_proj.weight"

@@ -138,6 +138,8 @@ def test_what_was_asked_for_is_told_beside_what_is_given(
     shown = [line for line in done.text.splitlines() if ", asked" in line and "│" in line]
     assert len(shown) == (row is not None)
     assert all(word in shown[0] for word in row or ())
+    nothing = [line for line in caplog.messages if line.startswith("no expert goes")]
+    assert len(nothing) == (given == 0)
 
 
 def test_groups_tell_the_mean_of_their_plans(
