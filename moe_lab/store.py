@@ -104,6 +104,8 @@ class Store:
 def read_record(folder: Path) -> dict[str, Any]:
     """What artifact.json says of a finished result; ValueError where it is not as it was written.
 
+    FileNotFoundError where the result is not finished.
+
     Those from before records had a sum of their own, or of their folder's files, are taken as read.
     """
     try:
@@ -113,7 +115,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise ValueError("it has changed since it was written (another sha256)")
         if not isinstance(record["seconds"], (int, float)) or record["key"] != folder.name:
             raise ValueError(f"it is that of {record['key']}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{DONE} cannot be read: {error}") from error
     return record
 
@@ -123,7 +127,7 @@ def damage_of(folder: Path, quick: bool = True) -> str | None:
 
     quick: as of `integrity.damage`.
     """
-    if not (folder / DONE).is_file():
+    if not (folder / DONE).exists():
         return None
     try:
         return damage(folder, read_record(folder).get(FILES, {}), quick)

@@ -267,7 +267,7 @@ def _result(kind: str, folder: Path, size: int) -> Result:
         record = json.loads((folder / DONE).read_text(encoding="utf-8"))
         seconds, identity = float(record["seconds"]), dict(record["identity"])
         made = (folder / DONE).stat().st_mtime
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # not finished, as the store sees it too
     names = {folder.name}
     if "statistics" in identity:  # a profile of routers alone goes by the key of all statistics

@@ -54,4 +54,4 @@ def set_all_aside(found: Iterable[Result]) -> Iterator[Path]:
 
 def _finished(store: Contents) -> list[Result]:
     """The results that say that they are done, also those whose record cannot be read."""
-    return [one for one in store.results if (one.folder / DONE).is_file()]
+    return [one for one in store.results if (one.folder / DONE).exists()]
