@@ -82,7 +82,8 @@ class Training:
         }
         self.num_steps = sum(self.steps_of.values())
         self.save_every = max(50, self.num_steps // 10)
-        self.done = self.num_tokens = self.num_rows = 0
+        self.done = self.num_tokens = 0
+        self.curve: list[str] = []  # its rows so far, as they stand in the file
         self.epoch: tuple[tuple[str, int], Tokens] | None = None
 
     def run(self) -> None:
@@ -264,10 +265,10 @@ class Training:
         return {f"validation_{key}": value for key, value in means.items()}
 
     def _log(self, row: dict[str, Any]) -> None:
-        self.num_rows += 1
+        self.curve.append(json.dumps(row) + "\n")
         if self.processes.is_main_process:
             with (self.folder / CURVE).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(self.curve[-1])
             if self.log:
                 self.log(row)
 
@@ -289,8 +290,9 @@ class Training:
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.processes.is_main_process:
             return
-        counts = {"done": self.done, "num_tokens": self.num_tokens, "num_rows": self.num_rows}
-        tensors = {name: torch.tensor(count) for name, count in counts.items()}
+        curve = torch.frombuffer(bytearray("".join(self.curve).encode()), dtype=torch.uint8)
+        counts = {"done": self.done, "num_tokens": self.num_tokens}
+        tensors = {CURVE: curve} | {name: torch.tensor(count) for name, count in counts.items()}
         tensors |= {f"{TUNING}{name}": value for name, value in self.tuning.state().items()}
         for name, parameter in self.trainable.items():
             tensors[f"{name}/weight"] = parameter.detach()
@@ -299,22 +301,20 @@ class Training:
         write_state(tensors, self.folder / STATE)
 
     def _resume(self) -> dict[str, Tensor]:
-        """The last saved state, with its weights and counts restored and the curve cut to it.
+        """The last saved state, with its weights, counts and curve restored.
 
         One that cannot be read whole is none: warned of, and training starts over.
         """
-        path, curve = self.folder / STATE, self.folder / CURVE
-        rows = curve.read_text(errors="replace").splitlines() if curve.is_file() else []
+        path = self.folder / STATE
         state: dict[str, Tensor] = {}
         try:
             state = read_state(path) if path.is_file() else {}
-            if state and int(state["num_rows"]) > len(rows):
-                raise ValueError(f"{curve.name} has {len(rows)} of its {state['num_rows']} rows")
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             logger.warning("%s cannot be read (%s): fine-tuning starts over", path, error)
-            state = {}
-        for name in ("done", "num_tokens", "num_rows") if state else ():
+        for name in ("done", "num_tokens") if state else ():
             setattr(self, name, int(state[name]))
+        if state:
+            self.curve = state[CURVE].numpy().tobytes().decode().splitlines(keepends=True)
         for name, parameter in self.trainable.items() if state else ():
             parameter.data.copy_(state[f"{name}/weight"])
         if state:
@@ -322,7 +322,7 @@ class Training:
             kept = {key[mark:]: value for key, value in state.items() if key.startswith(TUNING)}
             self.tuning.restore(kept)
         if self.processes.is_main_process:
-            curve.write_text("".join(f"{row}\n" for row in rows[: self.num_rows]))
+            (self.folder / CURVE).write_text("".join(self.curve))
         return state
 
     def _restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:

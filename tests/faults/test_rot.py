@@ -69,15 +69,20 @@ def judged(subject: Subject, home: Path, path: Path, before: bytes) -> str:
         return "" if error.strip() and len(error) < 1500 else f"refused with {error!r}"
     if wrong := subject.wrong(job):
         return "; ".join(wrong)
-    if not path.is_file():
-        return "it was not made again"
-    if path.name == DONE or path.suffix in (".pdf", ".png") or "measure" in str(path):
+    if (
+        (path.is_file() and path.name == DONE)
+        or path.suffix in (".pdf", ".png")
+        or "measure" in str(path)
+    ):
         return ""  # they hold times
-    if path.read_bytes() == before:
+    if path.is_file() and path.read_bytes() == before:
         return ""
-    # No stage of this run asked for it, as for a search whose plan is there; --verify finds it.
-    result = next(folder for folder in path.parents if (folder / DONE).is_file())
-    return "" if damage_of(result, quick=False) else "the damage stayed, and nothing would tell"
+    # No stage of this run asked for it, as for a search whose plan is there: without its record it
+    # is not finished, and else --verify finds it.
+    result = next((folder for folder in path.parents if (folder / DONE).is_file()), None)
+    if result is None or damage_of(result, quick=False):
+        return ""
+    return "the damage stayed, and nothing would tell"
 
 
 def rot(subject: Subject, start: Path, kind: str, damage: str, home: Path) -> str:
