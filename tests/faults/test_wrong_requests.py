@@ -269,7 +269,7 @@ method=condense condense.beam=0 => at least 1
 method=drop_layers method.num_layers=99 => 3 MoE layers
 method=drop_layers method.layers=[] => each once
 method=drop_blocks method.num_layers=0 => at least 1
-method=merge method.grouping=null => method.grouping=null ; moe_lab.methods.grouping.base.Grouping
+method=merge method.grouping=null => method.grouping=null ; it must be a grouping or text
 method=merge method.router=none => all, dominant, mean, sum
 method.replacement=others => nothing, zero, constant, copy
 method.propagate=perhaps => true or false

@@ -36,10 +36,16 @@ def test_a_token_cannot_get_more_experts_than_there_are(
 
 
 def test_groups_that_the_experts_do_not_make(intact: Path, tmp_path: Path) -> None:
-    for changes in ({"n_group": 3}, {"topk_group": 5}, {"n_group": 16}):
+    groups = "groups of its 8 experts (n_group, topk_group)"
+    more = "topk_group=5: the router has 2 groups (n_group)"
+    for changes, words in (
+        ({"n_group": 3}, groups),
+        ({"topk_group": 5}, more),
+        ({"n_group": 16}, groups),
+    ):
         folder = set_config(copied(intact / "deepseek_v3", tmp_path / "x"), changes)
         told = str(refusal(folder))
-        assert "groups of its 8 experts (n_group, topk_group)" in told, told
+        assert words in told, told
 
 
 def set_json(file: str, **values: Any) -> Callable[[Path], None]:
