@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from moe_lab.files import PACKAGE
 from moe_lab.models.adapters.base import check_supported
-from moe_lab.models.config_file import NAME, config_values, without_choices
+from moe_lab.models.config_file import NAME, config_values, value_shown, without_choices
 from moe_lab.models.layers import COUNT_FIELDS
 from moe_lab.models.opening import empty_model
 from moe_lab.models.own_config import MODEL_TYPE
@@ -87,7 +87,7 @@ def _told(error: Exception, values: dict[str, Any]) -> str:
         cause = cause.__cause__
     message = " ".join(str(cause).split())[:_LONGEST]
     fields = dict.fromkeys([*_named_in(str(error), values), *_read_by(error, values)])
-    told = ", ".join(f"{name}={_short(value)}" for name, value in _values_of(fields, values))
+    told = ", ".join(f"{name}={value_shown(value)}" for name, value in _values_of(fields, values))
     kind = "" if isinstance(cause, (ValueError, TypeError)) else f"{type(cause).__name__}: "
     return f"{f'{told}: ' if told else ''}no model can be built of this: {kind}{message}"
 
@@ -131,8 +131,3 @@ def _holds(values: dict[str, Any], name: str) -> bool:
 def _values_of(names: dict[str, None], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in list(names)[:3]:
         yield name, next(value for other, value in _all_values(values) if other == name)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) < 80 else f"{shown[:60]}..."

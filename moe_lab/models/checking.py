@@ -20,15 +20,11 @@ from moe_lab.models.families.base import check_original, family_of
 from moe_lab.models.fitting import check_fit
 from moe_lab.models.folder import check_links
 from moe_lab.models.layers import TOP_K_FIELDS
-from moe_lab.models.stored import INDEX, stored_in
-from moe_lab.models.weight_files import check_weights, weight_files
+from moe_lab.models.stored import INDEX
+from moe_lab.models.weight_files import MERGE, checked_weights, weight_files
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
-_MERGE = (
-    "Merge it into its model first (peft's merge_and_unload, then save_pretrained), and give that "
-    "folder"
-)
 _TOKENS = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json")
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -44,7 +40,7 @@ def check_folder(folder: Path, ignored: Sequence[str] = ()) -> None:
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder} has an adapter beside the model, which readers that know adapters would add "
-            f"to it, and others not. {_MERGE}; or remove adapter_config.json"
+            f"to it, and others not. {MERGE}; or remove adapter_config.json"
         )
     check_links(folder)
     _check(folder, tuple(ignored), _stamp([folder / NAME, folder / INDEX, *weight_files(folder)]))
@@ -53,9 +49,7 @@ def check_folder(folder: Path, ignored: Sequence[str] = ()) -> None:
 @functools.lru_cache(maxsize=256)
 def _check(folder: Path, ignored: tuple[str, ...], stamp: Stamp) -> None:
     values, files = config_values(folder), weight_files(folder)
-    check_weights(folder)
-    stored = [one for file in files for one in stored_in(file)]
-    check_values(folder / NAME, values, stored)
+    check_values(folder / NAME, values, checked_weights(folder))
     family = family_of(values["model_type"])
     if family is not None:
         check_original(family, values, files)
@@ -123,7 +117,7 @@ def _instead(folder: Path) -> str:
     """What lies there in the place of a config.json."""
     there = {file.name for file in folder.iterdir()}
     if "adapter_config.json" in there:
-        return f", and an adapter is there. {_MERGE}"
+        return f", and an adapter is there. {MERGE}"
     if "params.json" in there:
         return (
             ". params.json is that of the publisher's own format; the one of transformers lies "

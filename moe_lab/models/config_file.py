@@ -97,6 +97,12 @@ def text_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values if inner is None else text_part(inner)
 
 
+def value_shown(value: Any) -> str:
+    """A config's value in a message: not all of a long one."""
+    shown = repr(value)
+    return shown if len(shown) < 80 else f"{shown[:60]}..."
+
+
 def unheeded(values: Mapping[str, Any]) -> list[str]:
     """The fields of a config that would choose code, and are not followed: "name=value"."""
     found = []
@@ -196,8 +202,9 @@ def _check_names(path: Path, values: Mapping[str, Any]) -> None:
     told = values.get("architectures")
     if told is not None and not (isinstance(told, list) and all(isinstance(t, str) for t in told)):
         raise _wrong(path, "architectures", told, "it must be a list of names of classes, or null")
-    routing = text_part(values).get("topk_method")
-    if text_part(values).get("model_type") == "deepseek_v2" and routing not in _TOPK_METHODS:
+    text = text_part(values)
+    routing = text.get("topk_method")
+    if text.get("model_type") == "deepseek_v2" and routing not in _TOPK_METHODS:
         known = ", ".join(map(str, _TOPK_METHODS[:-1]))
         raise _wrong(path, "topk_method", routing, f"transformers knows {known}")
     for name in ("is_encoder_decoder", "tie_word_embeddings"):
@@ -276,6 +283,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong(path: Path, name: str, value: Any, told: str) -> UserError:
-    shown = repr(value)
-    shown = shown if len(shown) < 80 else f"{shown[:60]}..."
-    return UserError(f"{path}: {name}={shown}: {told}")
+    return UserError(f"{path}: {name}={value_shown(value)}: {told}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layerwise import computing_dtype
-from moe_lab.models.stored import Stored, stored_in
+from moe_lab.models.stored import Stored, dtype_name, stored_in
 from moe_lab.models.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def explained(checkpoints: Mapping[str, Checkpoint], layer: int | None = None) -
     advice = f": try {WIDER[dtype]}" if dtype in WIDER else ""
     return (
         "All weights looked at are finite, so that what the model computes is too large for "
-        f"{_name(dtype)}{limit}{advice}"
+        f"{dtype_name(dtype)}{limit}{advice}"
     )
 
 
@@ -72,7 +72,7 @@ def _damage(stored: Stored, dtype: torch.dtype) -> str | None:
     if (place := _first(exact.to(dtype))) is not None:
         return (
             f"{stored.key} in {stored.file.name} holds {float(exact[place]):g} at "
-            f"{list(place)}{_expert(stored.key, place)}, and {_name(dtype)} ends at "
+            f"{list(place)}{_expert(stored.key, place)}, and {dtype_name(dtype)} ends at "
             f"{torch.finfo(dtype).max:.5g}: try {WIDER.get(dtype, 'another model.dtype')}"
         )
     return None
@@ -88,7 +88,3 @@ def _expert(key: str, place: tuple[int, ...]) -> str:
     """The expert, where its number is in the place and not in the name."""
     fused = "experts" in key and not re.search(r"experts\.\d", key) and "shared" not in key
     return f" (expert {place[0]})" if fused and len(place) > 1 else ""
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -47,7 +47,8 @@ def check_fit(
     stored = [one for parts in held.by_name.values() for one in parts]
     _check_kinds(folder, model, held.by_name)
     _check_unknown(folder, model, held.others, ignored)
-    _check_factors(files)
+    if quantised_as(model.config):
+        _check_factors(files)
     names = {one.key: name for name, parts in held.by_name.items() for one in parts}
     info = _loaded(model, {one.key: _like(one) for one in stored})
     if mismatched := sorted(info.mismatched_keys):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.opening import text_config
+from moe_lab.models.stored import dtype_name
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.types import NotFinite, UserError
 
@@ -27,7 +28,7 @@ def check_logits(logits: Tensor, dtype: torch.dtype) -> None:
     """Refuse a model whose logits on a few tokens are not finite, before it is written."""
     if not bool(logits.isfinite().all()):
         told = "the edited model's logits on a few tokens are not finite"
-        raise NotFinite(f"{told} ({_name(dtype)})")
+        raise NotFinite(f"{told} ({dtype_name(dtype)})")
 
 
 class NotReadBack(RuntimeError):
@@ -64,7 +65,7 @@ def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: t
         with suppress(UserError):  # of a family that cannot go layer by layer
             found = _by_layer(model, folder, dtype)
     if found is None:
-        again = load(folder, dtype=_name(dtype))
+        again = load(folder, dtype=dtype_name(dtype))
         _compare_tensors(folder, model, again)
         found = few_logits(again)
     difference = (found - expected).abs().max()
@@ -95,12 +96,8 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
             yield from _fields(value)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _by_layer(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Tensor:
-    again = LayerwiseModel(Checkpoint(folder, _name(dtype)))
+    again = LayerwiseModel(Checkpoint(folder, dtype_name(dtype)))
     stream = LayerStream(again, [_tokens(model.config)])
     states = States(stream)
     for index in range(len(stream.layers)):

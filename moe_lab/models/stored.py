@@ -75,6 +75,11 @@ class Held:
         return self.by_name[name][0].dtype if name in self.by_name else None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a config and `model.dtype` call a dtype: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """For each name on disk that of the tensor in the model that it becomes, or is a part of."""
     mapping, names = conversions(model), model.state_dict()

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from moe_lab.models.stored import INDEX, MADE_BY_MODELS, stored_in
+from moe_lab.models.stored import INDEX, MADE_BY_MODELS, Stored, stored_in
 from moe_lab.types import UserError
 
 SINGLE = "model.safetensors"
@@ -26,6 +26,10 @@ _KINDS = {
     b"GGUF": "a GGUF file",
     b"<": "a web page",
 }
+MERGE = (
+    "Merge it into its model first (peft's merge_and_unload, then save_pretrained), and give that "
+    "folder"
+)
 _CONVERT = (
     "moe_lab reads safetensors only, since pickles can run code. If you trust them: "
     "AutoModelForCausalLM.from_pretrained(<folder>).save_pretrained(<new folder>), and the "
@@ -74,24 +78,28 @@ def weight_map(folder: Path) -> dict[str, str]:
     return places
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse weights that are damaged, no safetensors, or not those that their index names."""
+def checked_weights(folder: Path) -> list[Stored]:
+    """The tensors of a checkpoint's files.
+
+    UserError where they are damaged, no safetensors, or not those that their index names.
+    """
     files = weight_files(folder)
     for file in files:
         _check_readable(file)
+    stored = [one for file in files for one in stored_in(file)]
     found: dict[str, str] = {}
-    for file in files:
-        for one in stored_in(file):
-            if one.key in found:
-                raise UserError(
-                    f"{folder} has the tensor {one.key} twice, in {found[one.key]} and in "
-                    f"{file.name}: it is not known which one counts"
-                )
-            found[one.key] = file.name
+    for one in stored:
+        if one.key in found:
+            raise UserError(
+                f"{folder} has the tensor {one.key} twice, in {found[one.key]} and in "
+                f"{one.file.name}: it is not known which one counts"
+            )
+        found[one.key] = one.file.name
     if not found:
         raise UserError(f"{folder}: its weights hold no tensor")
     if files != [folder / SINGLE]:
         _compare(folder, weight_map(folder), found)
+    return stored
 
 
 def header_bytes(file: Path) -> int:
@@ -176,10 +184,7 @@ def _instead(folder: Path) -> str:
     pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     tensors = [name for name in there if name.endswith(".safetensors")]
     if "adapter_config.json" in there or "adapter_model.safetensors" in tensors:
-        return (
-            f"{wanted}, but an adapter. Merge it into its model first (peft's merge_and_unload, "
-            "then save_pretrained), and give that folder"
-        )
+        return f"{wanted}, but an adapter. {MERGE}"
     if tensors:
         return (
             f"{wanted} is there, and nothing says what {', '.join(tensors[:3])} is. Give a single "

@@ -20,8 +20,8 @@ from moe_lab.report.figures import is_timed
 from moe_lab.report.report import OK, Report, read_report
 from moe_lab.report.run_files import read_text, words_of
 from moe_lab.runs.quoting import override
-from moe_lab.runs.rerun import SCRIPT, Command, check_recorded, without
-from moe_lab.runs.status import Job, read_yaml
+from moe_lab.runs.rerun import SCRIPT, Command, check_recorded, without, working_folder
+from moe_lab.runs.status import Job
 from moe_lab.store import FILES, read_record
 from moe_lab.types import UserError
 
@@ -105,10 +105,11 @@ def _again(job: Job, stores: list[Path]) -> Reproduction:
     hydra = job.folder / HYDRA
     own = without(job.overrides or (), "run_dir", "store", "track", "track.mode")
     words = words_of(own, read_text(hydra / "hydra.yaml"))
-    check_recorded(words, hydra, _cwd(job))
+    cwd = working_folder(job)
+    check_recorded(words, hydra, cwd)
     words += [override("run_dir", str(folder)), override("store", str(folder / FRESH_STORE))]
     command = (sys.executable, str(SCRIPT), *words, "track=off")
-    code = Command(folder, (job,), command, _cwd(job)).run()
+    code = Command(folder, (job,), command, cwd).run()
     if not (folder / REPORT).is_file():
         return Reproduction(job, f"{SCRIPT.name} ended with {code} and left no report")
     before, now = read_report(job.folder), read_report(folder)
@@ -126,15 +127,6 @@ def _again(job: Job, stores: list[Path]) -> Reproduction:
     if made.same:
         rmtree(folder / FRESH_STORE)
     return made
-
-
-def _cwd(job: Job) -> Path:
-    """Where it ran: relative paths of its options begin there."""
-    said = read_yaml(job.folder / HYDRA / "hydra.yaml") or {}
-    cwd = Path(said.get("hydra", {}).get("runtime", {}).get("cwd") or Path.cwd())
-    if not cwd.is_dir():
-        raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
-    return cwd
 
 
 def _compared_files(

@@ -119,35 +119,38 @@ def check_recorded(words: Sequence[str], source: Path, cwd: Path) -> None:
     A folder of options of one's own (--config-dir) is passed on where the command is given in the
     folder that it was given in first, `cwd`, and it lies there.
     """
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        if word in SWEEP_FLAGS or word.startswith(f"{CONFIG_FLAG}="):
-            folder = word.partition("=")[2]
-        elif word == CONFIG_FLAG and waiting:
-            folder = waiting.pop(0)
+    waiting = iter(words)
+    for word in waiting:
+        flag, equals, folder = word.partition("=")
+        if flag == CONFIG_FLAG:
+            why = _other_options(folder if equals else next(waiting, ""), cwd)
         else:
-            folder = ""
-        if folder and not _is_ones_own(cwd / folder, cwd):
-            why = f"it names a folder that is not below {Path.cwd()}, or it was given elsewhere"
-        elif folder or word in SWEEP_FLAGS:
-            continue
-        elif word.startswith("-") or ("=" not in word and not word.startswith("~")):
-            why = "it is no override (key=value)"
-        elif word.lstrip("+~").startswith(NAMES_CODE) or "_target_" in word:
-            why = "it can name code"
-        else:
-            continue
-        command = shlex.join(["python", "run.py", *words])
-        raise UserError(
-            f"{source} has {word!r}, which is not passed on: {why}. If the command is yours, give "
-            f"it yourself: {command}"
-        )
+            why = _other_code(word)
+        if why:
+            command = shlex.join(["python", "run.py", *words])
+            raise UserError(
+                f"{source} has {word!r}, which is not passed on: {why}. If the command is yours, "
+                f"give it yourself: {command}"
+            )
 
 
-def _is_ones_own(folder: Path, cwd: Path) -> bool:
+def _other_options(folder: str, cwd: Path) -> str | None:
+    """Why a folder of options is not one's own; None where it is."""
     here = Path.cwd().resolve()
-    return cwd.resolve() == here and folder.resolve().is_relative_to(here)
+    if cwd.resolve() == here and folder and (cwd / folder).resolve().is_relative_to(here):
+        return None
+    return f"it names a folder that is not below {Path.cwd()}, or it was given elsewhere"
+
+
+def _other_code(word: str) -> str | None:
+    """Why a word is no override that can be passed on; None where it is."""
+    if word in SWEEP_FLAGS:
+        return None
+    if word.startswith("-") or ("=" not in word and not word.startswith("~")):
+        return "it is no override (key=value)"
+    if word.lstrip("+~").startswith(NAMES_CODE) or "_target_" in word:
+        return "it can name code"
+    return None
 
 
 def _of_run(job: Job) -> tuple[list[str], Path]:
@@ -155,13 +158,19 @@ def _of_run(job: Job) -> tuple[list[str], Path]:
         raise UserError(
             f"{job.folder} has no {HYDRA}/overrides.yaml, so it is not known how it was started"
         )
+    cwd = working_folder(job)
+    own = without(job.overrides, "run_dir")
+    check_recorded(own, job.folder / HYDRA / "overrides.yaml", cwd)
+    return [sys.executable, str(SCRIPT), *own, override("run_dir", str(job.folder))], cwd
+
+
+def working_folder(job: Job) -> Path:
+    """Where it ran: relative paths of its options begin there. UserError where that is gone."""
     said = read_yaml(job.folder / HYDRA / "hydra.yaml") or {}
     cwd = Path(said.get("hydra", {}).get("runtime", {}).get("cwd") or Path.cwd())
     if not cwd.is_dir():
         raise UserError(f"{job.folder} was run from {cwd}, which is not there now")
-    own = without(job.overrides, "run_dir")
-    check_recorded(own, job.folder / HYDRA / "overrides.yaml", cwd)
-    return [sys.executable, str(SCRIPT), *own, override("run_dir", str(job.folder))], cwd
+    return cwd
 
 
 def without(words: tuple[str, ...], *keys: str) -> list[str]:

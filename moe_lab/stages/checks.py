@@ -22,6 +22,7 @@ from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
 from moe_lab.models.mtp_saving import foresee_mtp
 from moe_lab.models.quantised import quantised_as, result_dtype
+from moe_lab.models.stored import dtype_name
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.types import LayerInfo, UserError
 
@@ -43,7 +44,7 @@ def announce_dequantising(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -
     """Say that a quantised model is dequantised, and how large the result will be."""
     if isinstance(checkpoint, Original) or not (kind := quantised_as(checkpoint.config)):
         return
-    dtype = str(result_dtype(checkpoint.config)).removeprefix("torch.")
+    dtype = dtype_name(result_dtype(checkpoint.config))
     sizes = size_in_bytes(checkpoint.path), layers[0].model_bytes
     before, after = (f"{size / 2**30:.3g} GiB" for size in sizes)
     logger.warning(

@@ -14,6 +14,7 @@ import pytest
 from fault_jobs import Fault
 from fault_subjects import Subject, Subjects
 from fuzzed import Tally
+from mounting import mounted
 
 SIZE = "16m"
 FREE = (0, 3 * 4096, 16 * 4096)  # bytes that are left when a stage begins
@@ -22,17 +23,8 @@ FREE = (0, 3 * 4096, 16 * 4096)  # bytes that are left when a stage begins
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of our own; skipped where this user may not mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let root mount a small file system")
-    try:
+    with mounted(tmp_path / "disk", f"size={SIZE}") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def fill_up(

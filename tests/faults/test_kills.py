@@ -18,6 +18,14 @@ SEEDS = range(12)
 KILLS = 3  # of one run, until it is let go on to its end
 
 
+def judge_kill(home: Path, known: dict[Path, int], tally: Tally) -> dict[Path, int]:
+    """What is finished after a kill, which all that was before has to be still."""
+    now = fault_jobs.stamps(home / "store")
+    lost = [str(one) for one, stamp in known.items() if now.get(one) != stamp]
+    tally.judge(not lost, f"lost after a kill: {lost}")
+    return now
+
+
 def judge_end(subject: Subject, home: Path, known: dict[Path, int], job: Job) -> str:
     """What of a run's end is not as if nothing had happened; empty where all is."""
     store = home / "store"
@@ -48,10 +56,7 @@ def chain(subject: Subject, home: Path, faults: list[Fault], tally: Tally) -> No
         job = fault_jobs.run(home, subject.overrides(), faults[tally.tried % len(faults)])
         if not job.killed:
             break
-        now = fault_jobs.stamps(home / "store")
-        lost = [str(one) for one, stamp in known.items() if now.get(one) != stamp]
-        tally.judge(not lost, f"lost after a kill: {lost}")
-        known = now
+        known = judge_kill(home, known, tally)
     assert known
     wrong = judge_end(subject, home, known, job)
     assert not wrong, wrong
@@ -102,10 +107,7 @@ def test_kills_at_random(seed: int, subjects: Subjects, tmp_path: Path, tally: T
         job.kill()
         if not job.killed:
             break
-        now = fault_jobs.stamps(tmp_path / "store")
-        lost = [str(one) for one, stamp in known.items() if now.get(one) != stamp]
-        tally.judge(not lost, f"seed {seed}: lost {lost}")
-        known = now
+        known = judge_kill(tmp_path, known, tally)
     wrong = judge_end(subject, tmp_path, known, fault_jobs.run(tmp_path, subject.overrides()))
     assert not wrong, f"seed {seed}: {wrong}"
     tally.check()

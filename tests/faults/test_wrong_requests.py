@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from families import tiny_model
+from mounting import mounted
 from running import Job, Outcome
 
 
@@ -494,28 +493,16 @@ def test_too_little_space(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(job(), "needs about", "0.00 GiB free", "store=<folder>")
 
 
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of our own at `folder`; skips where this user may not mount."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let root mount a small file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    yield from mounted(tmp_path / "disk", "size=400k")
+    with mounted(tmp_path / "disk", "size=400k") as folder:
+        yield folder
 
 
 @pytest.fixture
 def read_only_disk(tmp_path: Path) -> Iterator[Path]:
-    yield from mounted(tmp_path / "disk", "ro")
+    with mounted(tmp_path / "disk", "ro") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_found_before_any_work(job: Job, small_disk: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,24 +29,31 @@ PLACES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 def broken(source: Path, folder: Path, values: Mapping[str, float]) -> Path:
     """A copy of a checkpoint of one file with numbers put into PLACES, by their names."""
-    shutil.copytree(source, folder)
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for place, value in values.items():
-        name, index = PLACES[place]
-        tensors[name] = tensors[name].clone()
-        tensors[name][index] = value
-    save_file(tensors, path, {"format": "pt"})
-    return folder
+
+    def put(tensor: torch.Tensor, index: tuple[int, ...], value: float) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[index] = value
+        return tensor
+
+    return _changed(source, folder, values, put)
 
 
 def scaled(source: Path, folder: Path, factors: Mapping[str, float]) -> Path:
     """A copy whose tensors of PLACES are multiplied as a whole."""
+    return _changed(
+        source, folder, factors,
+        lambda tensor, _, factor: (tensor.double() * factor).to(torch.float32),
+    )  # fmt: skip
+
+
+def _changed(
+    source: Path, folder: Path, numbers: Mapping[str, float], change: Callable[..., torch.Tensor]
+) -> Path:
     shutil.copytree(source, folder)
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    for place, factor in factors.items():
-        name, _ = PLACES[place]
-        tensors[name] = (tensors[name].double() * factor).to(torch.float32)
+    for place, number in numbers.items():
+        name, index = PLACES[place]
+        tensors[name] = change(tensors[name], index, number)
     save_file(tensors, path, {"format": "pt"})
     return folder

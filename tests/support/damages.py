@@ -50,7 +50,9 @@ def truncated(content: bytes, where: int) -> bytes:
 
 def flipped(content: bytes, where: int) -> bytes:
     """With one bit changed."""
-    place = where % max(1, 8 * len(content))
+    if not content:
+        return content
+    place = where % (8 * len(content))
     changed = bytearray(content)
     changed[place // 8] ^= 1 << place % 8
     return bytes(changed)
