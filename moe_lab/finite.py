@@ -47,6 +47,22 @@ def check_scores(index: int, num_experts: int, score_E: Tensor, source: str) -> 
         ) from error
 
 
+def check_neuron_scores(index: int, shape: tuple[int, ...], score: Tensor, source: str) -> None:
+    """The same of scores of hidden units, which have to be of this shape."""
+    if tuple(score.shape) != shape:
+        raise UserError(
+            f"layer {index}: {source} gives values of shape {list(score.shape)}, and there are "
+            f"{list(shape)} hidden units: one number for each is needed"
+        )
+    if not bool(score.isfinite().all()):
+        place = (~score.isfinite()).nonzero()[0].tolist()
+        raise UserError(
+            f"layer {index}: the value by {source} of hidden unit {place} is "
+            f"{number_word(float(score[tuple(place)]))}, and the statistics that it is made from "
+            "are finite: its formula must have a value for every one"
+        )
+
+
 def check_number(value: float, what: str, layer: int | None = None) -> None:
     """Refuse a number that is not finite."""
     if not math.isfinite(value):

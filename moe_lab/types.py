@@ -46,6 +46,8 @@ class LayerInfo:
     num_experts counts the router's rows: what a token can be sent to. real_experts: how many
     experts there are where rows lead to stand-ins or share an expert, 0 where each row has its own.
     zero_experts: rows of the router behind these that copy what the block gets: never removed.
+    neuron_parameters, neuron_bytes: what goes with one hidden unit of an expert; those of the
+    shared experts, 0 where it is not known what these are made of.
     """
 
     index: int
@@ -67,6 +69,20 @@ class LayerInfo:
     model_bytes: int = 0
     real_experts: int = 0
     zero_experts: int = 0
+    neuron_parameters: int = 0
+    neuron_bytes: int = 0
+    shared_neuron_parameters: int = 0
+    shared_neuron_bytes: int = 0
+
+    @property
+    def items(self) -> str:
+        """What messages call what a ratio counts of the layer."""
+        return "experts"
+
+    @property
+    def floors(self) -> int:
+        """How many times a ratio's floor a layer keeps at least."""
+        return 1
 
     @property
     def num_rows(self) -> int:
@@ -84,6 +100,8 @@ class Routing:
     shared_gate_T: the sigmoid gate of the shared expert, None where it has none. Around the block:
     entering_TD and leaving_TD, input and output of the decoder layer; residual_TD, the state to
     which the MoE sublayer (norm and block) adds; routed_TD, what the routed experts add to it.
+    Only where they were asked for: hidden_SI, what the hidden units of the chosen experts compute,
+    beside y_SD; shared_hidden_TI, the same of the shared experts, None where that is not known.
     """
 
     x_TD: Tensor
@@ -99,6 +117,8 @@ class Routing:
     residual_TD: Tensor | None = None
     leaving_TD: Tensor | None = None
     routed_TD: Tensor | None = None
+    hidden_SI: Tensor | None = None
+    shared_hidden_TI: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ LmHead = Annotated[
 ]
 
 
-def form_notes(padding: float, convert: str | None) -> dict[str, Any]:
+def form_notes(padding: float | None, convert: str | None = None) -> dict[str, Any]:
     """What a plan's notes say of the form in which its result is to be saved."""
-    return {"padding": padding} | ({"convert": convert} if convert else {})
+    asked = {"padding": padding, "convert": convert}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 class Method(Plugin, ABC):
@@ -44,6 +45,7 @@ class Method(Plugin, ABC):
     foreseen(layers): how many experts its edits leave, by layer index, where that is known before
     any work; by default None.
     from_routers: whether the routers' statistics are enough for it; by default false.
+    of_neurons: whether it looks at the statistics of hidden units; by default false.
     takes_groups: whether it makes a plan for each group of the calibration set; by default false.
     padding: the largest share of zeros with which stock transformers may hold the result; by
     default None, the model's own.
@@ -69,6 +71,11 @@ class Method(Plugin, ABC):
     @property
     def from_routers(self) -> bool:
         """Whether the routers' statistics are enough."""
+        return False
+
+    @property
+    def of_neurons(self) -> bool:
+        """Whether it looks at the statistics of hidden units."""
         return False
 
     @property

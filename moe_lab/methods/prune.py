@@ -1,7 +1,11 @@
-"""Expert pruning: the least important experts of each layer go, with their router rows."""
+"""Expert pruning: the least important experts of each layer go, with their router rows.
+
+Or the least important hidden units of its experts, which all stay (`narrowing.py`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,8 +17,9 @@ from torch import Tensor
 
 from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import LmHead, Method, Mtp
-from moe_lab.methods.metrics.base import Metric, Score, as_metric
+from moe_lab.methods.base import LmHead, Method, Mtp, form_notes
+from moe_lab.methods.metrics.base import UNITS, WIDTHS, Metric, Score, as_metric, names_of_unit
+from moe_lab.methods.narrowing import Narrowing
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
 from moe_lab.models.editing import constants_name
@@ -22,7 +27,7 @@ from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import check_own_rows
-from moe_lab.option import Option
+from moe_lab.option import Option, word_of
 from moe_lab.profile.collect import super_experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
@@ -64,17 +69,56 @@ class Prune(Method):
     propagate: Annotated[
         bool, Option("measure each layer behind the layers that are pruned already")
     ] = False
+    unit: Annotated[
+        str, Option("what goes: whole experts, or hidden units of all of them", among=UNITS)
+    ] = "experts"
+    widths: Annotated[
+        str | None,
+        Option(
+            "of unit=neurons: whether all experts of a layer stay equally wide; null: as the "
+            "metric's paper ranks neurons",
+            among=WIDTHS,
+        ),
+    ] = None
+    shared: Annotated[bool, Option("of unit=neurons: the shared experts get narrower, too")] = False
+    padding: Annotated[
+        float | None,
+        Option(
+            "largest share of zeros with which stock transformers may hold the result; null: the "
+            "model's own, or 0.01",
+            least=0,
+        ),
+    ] = None
     mtp: Mtp = "prune"
     lm_head: LmHead = "auto"
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio with which a router cannot work, what the metric refuses, and options."""
         super().check(layers)
+        self._check_unit()
         self._check_together()
         for info in layers:
             check_own_rows(info)
-        require_kind("ratio", self.ratio, Ratio).check(layers)
+        ratio = require_kind("ratio", self.ratio, Ratio)
+        ratio.check(self._narrowing.foreseen(layers) if self.of_neurons else layers)
         self._metric.check(layers)
+
+    def _check_unit(self) -> None:
+        """Refuse a metric of another unit, and options of neurons where none go."""
+        if self.unit not in self._metric.units:
+            other = " or ".join(f"method.unit={unit}" for unit in self._metric.units)
+            raise UserError(
+                f"method.unit={self.unit}: {self._metric.title} has no score of them ({other}); "
+                f"metric={', '.join(names_of_unit(self.unit))} have"
+            )
+        if self.of_neurons:
+            self._narrowing.check()
+        elif self.widths is not None or self.shared:
+            name = "widths" if self.widths is not None else "shared"
+            raise UserError(
+                f"method.{name}={word_of(getattr(self, name))} says how hidden units go, and "
+                "method.unit=experts removes whole experts: ask for method.unit=neurons, too"
+            )
 
     def _check_together(self) -> None:
         """Refuse options that a metric makes impossible."""
@@ -92,6 +136,8 @@ class Prune(Method):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; how many experts go is not known, so that none does."""
+        if self.of_neurons:
+            return self._narrowing.example(layers)
         return tuple(
             PruneExperts(
                 info.index, info.name, kept=tuple(range(info.num_experts)),
@@ -101,13 +147,26 @@ class Prune(Method):
         )  # fmt: skip
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
-        """What the ratio leaves, where no score enters it."""
-        return self.ratio.foreseen(layers)
+        """What the ratio leaves of the experts, where no score enters it."""
+        return None if self.of_neurons else self.ratio.foreseen(layers)
+
+    @property
+    def of_neurons(self) -> bool:
+        """Whether hidden units go."""
+        return self.unit == "neurons"
+
+    @property
+    def _narrowing(self) -> Narrowing:
+        widths = self.widths or self._metric.widths
+        return Narrowing(
+            self._metric, self.ratio, widths, self.shared, self.propagate, self.protect,
+            self.replacement,
+        )  # fmt: skip
 
     @property
     def from_routers(self) -> bool:
         """Whether the routers' statistics are enough."""
-        more = self.replacement == "constant" or self.protect is not None
+        more = self.replacement == "constant" or self.protect is not None or self.of_neurons
         return not more and self._metric.from_routers
 
     @property
@@ -136,6 +195,9 @@ class Prune(Method):
 
     def plan(self, profile: Profile) -> Plan:
         """One pruning edit per MoE layer."""
+        if self.of_neurons:
+            made = self._narrowing.plan(profile)
+            return dataclasses.replace(made, notes=made.notes | form_notes(self.padding))
         layers = [layer.info for layer in profile.statistics]
         measured = list(zip(layers, self._metric.scores(profile), strict=True))
         for info, score_E in measured:
@@ -175,6 +237,7 @@ class Prune(Method):
                 for layer, (info, score) in zip(profile.statistics, measured, strict=True)
             ]
         notes = {"experts_without_tokens": unseen} | self._notes(scores, numbers, protected)
+        notes |= form_notes(self.padding)
         return Plan(tuple(edits), notes=notes, tensors=tensors)
 
     def _protected(self, layers: list[LayerStatistics]) -> dict[int, tuple[int, ...]]:

@@ -69,8 +69,12 @@ def expert_parameters(experts: Experts) -> list[dict[str, Tensor]]:
 
 def expert_forward(experts: Experts, parameters: dict[str, Tensor], x_TD: Tensor) -> Tensor:
     """The output [T, D] of one expert, before any router weight."""
-    h = expert_hidden(experts, parameters, x_TD)
-    y = _linear(h, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
+    return expert_output(experts, parameters, expert_hidden(experts, parameters, x_TD))
+
+
+def expert_output(experts: Experts, parameters: dict[str, Tensor], h_TI: Tensor) -> Tensor:
+    """The same [T, D] from what its hidden units compute."""
+    y = _linear(h_TI, parameters["down"], parameters.get("down_bias"), experts.is_transposed)
     return experts.post_expert_norm(y) if experts.has_post_expert_norm else y
 
 

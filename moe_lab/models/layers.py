@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from moe_lab.models.adapters.base import AdaptedExperts, adapt
 from moe_lab.models.experts import Experts, OneExpert
+from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.opening import text_config
 from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
 from moe_lab.types import LayerInfo, UserError
@@ -164,7 +165,34 @@ def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
             expert_bytes=sum(size * row.element_size() for size, row in rows),
             model_parameters=sum(parameter.numel() for parameter in parameters),
             model_bytes=model_bytes,
+            neuron_parameters=_neuron_size(layer, False),
+            neuron_bytes=_neuron_size(layer, True),
+            shared_neuron_parameters=_shared_neuron_size(layer, False),
+            shared_neuron_bytes=_shared_neuron_size(layer, True),
         )
+
+
+def _neuron_size(layer: MoELayer, in_bytes: bool) -> int:
+    """What one hidden unit of an expert takes."""
+    units = HiddenUnits(layer.experts)
+    number = len(layer.experts.down_proj) * units.width
+    tensors = [units.tensors[name] for name in units.places]
+    return sum(t.numel() // number * (t.element_size() if in_bytes else 1) for t in tensors)
+
+
+def _shared_neuron_size(layer: MoELayer, in_bytes: bool) -> int:
+    """The same of the shared experts; 0 where it is not known what they are made of."""
+    if layer.shared is None or not has_hidden_units(layer.shared):
+        return 0
+    weights = [m.weight for m in layer.shared.children() if isinstance(m, nn.Linear)]
+    size = sum(weight.numel() // layer.info.shared_width for weight in weights)
+    return size * (weights[0].element_size() if in_bytes else 1)
+
+
+def has_hidden_units(shared: nn.Module) -> bool:
+    """Whether it is known where the hidden units of shared experts lie: in a gated or plain MLP."""
+    linears = {n for n, m in shared.named_children() if isinstance(m, nn.Linear)}
+    return linears in ({"gate_proj", "up_proj", "down_proj"}, {"up_proj", "down_proj"})
 
 
 SHARED_NAMES = ("shared_expert", "shared_experts", "shared_mlp")
@@ -229,7 +257,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 def _width(shared: nn.Module | None) -> int:
-    if shared is None or not is_gated_mlp(shared):
+    if shared is None or not (is_gated_mlp(shared) or has_hidden_units(shared)):
         return 0
     return shared.get_parameter("up_proj.weight").shape[0]
 
@@ -346,9 +374,11 @@ def check_kept(info: LayerInfo, num_kept: int, keeps_rows: bool = False) -> None
     UserError also for layers whose router has kept them before.
     """
     check_own_rows(info)
-    asked = f"layer {info.index}: {num_kept} of {info.num_experts} experts would stay"
-    if keeps_rows and num_kept:
+    asked = f"layer {info.index}: {num_kept} of {info.num_experts} {info.items} would stay"
+    if (keeps_rows or info.items != "experts") and num_kept:
         return
+    if info.items != "experts":
+        raise UserError(f"{asked}, and at least one has to")
     if num_kept < info.top_k:
         raise UserError(f"{asked}, but its router chooses {info.top_k} for each token (top-k)")
     per_group = num_kept // info.groups

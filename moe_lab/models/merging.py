@@ -13,8 +13,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.experts import Experts
+from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.types import AlignName
 
 
@@ -65,51 +65,3 @@ def matching(target_IF: Tensor, member_IF: Tensor) -> Tensor:
     similarity_II = target_IF @ member_IF.T
     _, column_I = linear_sum_assignment(similarity_II.cpu().numpy(), maximize=True)
     return torch.from_numpy(column_I).to(target_IF.device)
-
-
-class HiddenUnits:
-    """The hidden units of the experts of one layer, whatever the layout of their tensors.
-
-    tensors: by name, those with a row for each expert; places: by name, in which axis of one
-    expert's tensor its hidden units lie, and the places [I, n] of each. n is 2 where one tensor
-    holds both the gate and the up projection, one after the other or interleaved.
-    """
-
-    def __init__(self, experts: Experts):
-        num_experts, row, column = len(experts.down_proj), 0, 1
-        if experts.is_transposed:
-            row, column = column, row
-        self.tensors: dict[str, Tensor] = {
-            name: tensor
-            for name, tensor in experts.named_parameters()
-            if tensor.shape[0] == num_experts
-        }
-        if isinstance(experts, AdaptedExperts):
-            self.tensors = experts.matrices()
-        width = experts.down_proj.shape[1:][column]
-        unit_I1 = torch.arange(width, device=experts.down_proj.device)[:, None]
-        up, into = "up_proj", unit_I1
-        if experts.has_gate:
-            up, half = "gate_up_proj", torch.arange(2, device=unit_I1.device)
-            into = unit_I1 + half * width if experts.is_concatenated else unit_I1 * 2 + half
-        self.places = {up: (row, into), "down_proj": (column, unit_I1)}
-        if up not in self.tensors:  # gate, up and down projection apart, all [E, I, D]
-            self.places = dict.fromkeys(self.tensors, (0, unit_I1))
-        self.places |= {f"{up}_bias": (0, into)} if experts.has_bias else {}
-
-    def weights(self, expert: int) -> Tensor:
-        """All weights of each hidden unit of an expert, [I, F], in float32 or better."""
-        parts = []
-        for name, (axis, place_In) in self.places.items():
-            rows = self.tensors[name][expert].movedim(axis, 0)
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            parts.append(rows[place_In.flatten()].reshape(len(place_In), -1))
-        return torch.cat(parts, dim=1)
-
-    def expert(self, expert: int, order_I: Tensor | None = None) -> dict[str, Tensor]:
-        """An expert's tensors by name, unit order_I[i] in the place of unit i."""
-        parts = {name: tensor[expert] for name, tensor in self.tensors.items()}
-        for name, (axis, place_In) in self.places.items() if order_I is not None else ():
-            source = parts[name].index_select(axis, place_In[order_I].flatten())
-            parts[name] = torch.empty_like(source).index_copy_(axis, place_In.flatten(), source)
-        return parts

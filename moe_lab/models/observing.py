@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lab.models.experts import Experts, expert_forward, expert_parameters, scales_input
+from moe_lab.models.experts import (
+    Experts,
+    expert_hidden,
+    expert_output,
+    expert_parameters,
+    scales_input,
+)
+from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, Output, further_rows, hidden_of, moe_layers
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.types import LayerInfo, Routing, UserError
@@ -30,8 +38,16 @@ class Observation:
     valid: [B, L] bool, True where a token is data (no padding enters any statistic).
     """
 
-    def __init__(self, observer: Callable[[LayerInfo, Routing], None], implementation: str):
+    def __init__(
+        self,
+        observer: Callable[[LayerInfo, Routing], None],
+        implementation: str,
+        neurons: bool = False,
+    ):
         self.observer = observer
+        self.neurons = neurons
+        self.hidden: dict[nn.Module, Tensor] = {}
+        self.shared_hidden: dict[nn.Module, Tensor] = {}
         self.implementation = implementation
         self.valid: Tensor | None = None
         self.layer_of: dict[nn.Module, MoELayer] = {}
@@ -98,16 +114,17 @@ def observe_routers(
 
 @contextmanager
 def observe(
-    model: PreTrainedModel, observer: Callable[[LayerInfo, Routing], None]
+    model: PreTrainedModel, observer: Callable[[LayerInfo, Routing], None], neurons: bool = False
 ) -> Iterator[Observation]:
     """Call `observer` with the routing of every batch at every MoE layer, without changing logits.
 
-    Raises UserError where a router does not return (logits, weights, indices).
+    neurons: also with what the hidden units of the experts compute. Raises UserError where a router
+    does not return (logits, weights, indices).
     """
     layers = moe_layers(model)
     handles = []
     previous = model.config._experts_implementation
-    observation = Observation(observer, previous)
+    observation = Observation(observer, previous, neurons)
     model.set_experts_implementation(OBSERVING)
     try:
         for layer in layers:
@@ -131,6 +148,14 @@ def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
     if layer.shared_gate is not None:
         keep = _keeper(observation.shared_gate, key, lambda gate: gate)
         handles.append(layer.shared_gate.register_forward_hook(keep))
+
+    down = getattr(layer.shared, "down_proj", None) if observation.neurons else None
+    if down is not None:
+
+        def shared(module: nn.Module, args: Arguments) -> None:
+            observation.shared_hidden[key] = args[0]
+
+        handles.append(down.register_forward_pre_hook(shared))
 
     def enter(module: nn.Module, args: Arguments, kwargs: Named) -> None:
         observation.entering[key] = _input(args, kwargs)
@@ -189,7 +214,8 @@ def _emitter(observation: Observation, layer: MoELayer) -> Hook:
         gate = None if gate is None else gate.reshape(-1).sigmoid()
         valid = None if observation.valid is None else observation.valid.reshape(-1)
         around = _around(observation, layer, hidden_of(output), out)
-        routing = _routing(_chosen(layer, routed), logits, gate, valid, around)
+        hidden = observation.shared_hidden.pop(key, None)
+        routing = _routing(_chosen(layer, routed), logits, gate, valid, around, hidden)
         observation.observer(layer.info, routing)
 
     return hook
@@ -212,7 +238,7 @@ def _chosen(layer: MoELayer, routed: list[Tensor]) -> list[Tensor]:
     if not further_rows(layer):
         return routed
     x, index, weight, *pairs = routed
-    there = pairs[-1] != 0
+    there = pairs[3] != 0  # their weights
     return [x, _without_none(layer, index, weight), weight, *(part[there] for part in pairs)]
 
 
@@ -242,19 +268,25 @@ def _routing(
     gate: Tensor | None,
     valid: Tensor | None,
     around: tuple[Tensor | None, ...],
+    shared: Tensor | None,
 ) -> Routing:
-    x, index, weight, y, expert, token, weight_s = routed
+    x, index, weight, y, expert, token, weight_s, *hidden = routed
+    shared = None if shared is None else shared.reshape(-1, shared.shape[-1])
+    h = hidden[0] if hidden else None
     if valid is None or bool(valid.all()):
-        return Routing(x, logits, index, weight, y, expert, token, weight_s, gate, *around)
+        found = Routing(x, logits, index, weight, y, expert, token, weight_s, gate, *around)
+        return replace(found, hidden_SI=h, shared_hidden_TI=shared)
     valid = valid.to(x.device)
     pairs = valid[token]
     row = valid.cumsum(0) - 1  # a valid token's row after padding is gone
     gate = None if gate is None else gate[valid]
-    return Routing(
+    found = Routing(
         x[valid], logits[valid], index[valid], weight[valid],
         y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
         *(None if state is None else state[valid] for state in around),
     )  # fmt: skip
+    h, shared = None if h is None else h[pairs], None if shared is None else shared[valid]
+    return replace(found, hidden_SI=h, shared_hidden_TI=shared)
 
 
 def _observing_experts(
@@ -277,13 +309,15 @@ def _observing_experts(
     if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins
         parts = (part[:number] for part in (expert_S, order_S, token_S, weight_S, x_SD))
         expert_S, order_S, token_S, weight_S, x_SD = parts
-    outputs = [
-        expert_forward(self, parameters, x)
-        for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True)
-        if len(x)
-    ]
-    y_SD = torch.cat(outputs or [x_SD])
     observation = _open.get(self)
+    neurons = observation is not None and observation.neurons
+    outputs, hidden = [], []
+    for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True):
+        if len(x):
+            h = expert_hidden(self, parameters, x)
+            outputs.append(expert_output(self, parameters, h))
+            hidden += [h] if neurons else []
+    y_SD = torch.cat(outputs or [x_SD])
     weighted_SD = y_SD * weight_S[:, None]
     if observation is not None and observation.implementation == "eager":
         out = torch.zeros_like(hidden_states)
@@ -293,7 +327,9 @@ def _observing_experts(
         slots[token_S * num_chosen + order_S // num_tokens] = weighted_SD
         out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
     if observation is not None:
-        pairs = y_SD, expert_S, token_S, weight_S
+        pairs: tuple[Tensor, ...] = y_SD, expert_S, token_S, weight_S
+        if neurons:
+            pairs += (torch.cat(hidden or [x_SD.new_empty(0, HiddenUnits(self).width)]),)
         routed: tuple[Tensor, ...] = hidden_states, top_k_index, top_k_weights, *pairs, out
         if isinstance(self, RemappedExperts) and self.routed_to is not None:
             routed = _by_row(self, self.routed_to, routed, order_S)
@@ -308,7 +344,7 @@ def _by_row(
 
     Each row counts as an expert of its own; the pairs that went to stand-ins join the others.
     """
-    x_TD, _, weight_TK, y_SD, _, token_S, _, out_TD = routed
+    x_TD, _, weight_TK, y_SD, _, token_S, _, *_, out_TD = routed
     num_tokens, num_chosen = row_TK.shape
     place_TK = experts.place_E[row_TK]
     y_TKD = y_SD.new_empty(num_tokens, num_chosen, y_SD.shape[1])

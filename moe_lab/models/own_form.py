@@ -27,6 +27,7 @@ from moe_lab.models.layers import (
     moe_layers,
     standing_at,
 )
+from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model
 from moe_lab.models.own_config import VERSION, without_structures
 from moe_lab.models.remapped import RemappedExperts, remap
@@ -49,6 +50,7 @@ def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
             _keep(layer, **wanted)
         for kind, written in own.items():
             _replay(model, layer.info, kind, written)
+    fit_implementation(model)
 
 
 def _dense(

@@ -28,8 +28,8 @@ from moe_lab.models.observing import (
     observe_routers,
 )
 from moe_lab.models.routers import scoring
-from moe_lab.profile.layer import CONSTANTS, LayerStatistics, combined
-from moe_lab.profile.weights import weight_statistics
+from moe_lab.profile.layer import CONSTANTS, OF_NEURONS, SHARED, LayerStatistics, combined
+from moe_lab.profile.weights import neuron_statistics, weight_statistics
 from moe_lab.types import LayerInfo, Routing
 
 GROUPS = "groups.json"
@@ -38,7 +38,13 @@ GROUPS = "groups.json"
 class Collection:
     """The statistics that an open pass collects, split by group."""
 
-    def __init__(self, layers: Iterable[MoELayer], observation: Observation | RoutersObservation):
+    def __init__(
+        self,
+        layers: Iterable[MoELayer],
+        observation: Observation | RoutersObservation,
+        neurons: bool = False,
+    ):
+        self.neurons = neurons
         self.layers = {layer.info.index: layer for layer in layers}
         self.observation = observation
         self.group = 0
@@ -63,8 +69,11 @@ class Collection:
         """What is read off the layer's weights, once for all groups."""
         known = [one for (_, index), one in self.found.items() if index == layer.info.index]
         if known:
-            return {name: known[0][name] for name in CONSTANTS}
-        return weight_statistics(layer)
+            held = known[0].sums
+            every = (*CONSTANTS, *OF_NEURONS, *(SHARED + name for name in OF_NEURONS))
+            return {name: held[name] for name in every if name in held}
+        of_neurons = neuron_statistics(layer) if self.neurons else {}
+        return weight_statistics(layer) | of_neurons
 
     def check_finite(self, index: int | None = None) -> None:
         """Refuse numbers that are none, in the first layer that has some; index: of one layer."""
@@ -78,10 +87,13 @@ class Collection:
 
 
 @contextmanager
-def collecting(model: Model, only_routers: bool = False) -> Iterator[Collection]:
+def collecting(
+    model: Model, only_routers: bool = False, neurons: bool = False
+) -> Iterator[Collection]:
     """Collect while it is open: all statistics, or those of the routers alone.
 
-    With `only_routers` a batch ends at the last MoE layer's router.
+    With `only_routers` a batch ends at the last MoE layer's router. neurons: those of the hidden
+    units, too.
     """
 
     def add(info: LayerInfo, routing: Routing) -> None:
@@ -90,29 +102,34 @@ def collecting(model: Model, only_routers: bool = False) -> Iterator[Collection]
     def add_routed(layer: MoELayer, *routed: Tensor) -> None:
         collection.of(layer.info.index).add_routed(*routed)
 
-    opened = observe_routers(model, add_routed) if only_routers else observe(model, add)
+    opened = observe_routers(model, add_routed) if only_routers else observe(model, add, neurons)
     with torch.inference_mode(), opened as observation:
-        collection = Collection(moe_layers(model), observation)
+        collection = Collection(moe_layers(model), observation, neurons)
         yield collection
 
 
 def collect_statistics(
-    model: Model, batches: Iterable[dict[str, Tensor]], only_routers: bool = False
+    model: Model,
+    batches: Iterable[dict[str, Tensor]],
+    only_routers: bool = False,
+    neurons: bool = False,
 ) -> list[LayerStatistics]:
     """The statistics of a model in one pass over `batches` (input_ids, attention_mask [B, L])."""
-    return collect_by_group(model, ((0, batch) for batch in batches), only_routers).of_group()
+    numbered = ((0, batch) for batch in batches)
+    return collect_by_group(model, numbered, only_routers, neurons).of_group()
 
 
 def collect_by_group(
     model: Model,
     batches: Iterable[tuple[int, dict[str, Tensor]]],
     only_routers: bool = False,
+    neurons: bool = False,
 ) -> Collection:
     """The same split by the number of the group that stands before each batch.
 
     NotFinite where a layer's sums are not finite.
     """
-    with collecting(model, only_routers) as collection:
+    with collecting(model, only_routers, neurons) as collection:
         for group, batch in batches:
             with collection.batch(batch["attention_mask"].bool(), group):
                 # Only the last position's logits: nobody reads them, and they would dominate.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moe_lab.finite import check_number
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.narrowing import left_with
 from moe_lab.models.opening import text_config
 from moe_lab.models.predictions import divergence_terms, log_probabilities
-from moe_lab.models.routers import restricted
 
 logger = logging.getLogger(__name__)
 POSITIONS_AT_ONCE = 1024
@@ -37,26 +37,28 @@ class IntactPredictions:
         )  # fmt: skip
         self._logits = [self._valid_logits(batch).cpu() for batch in batches]
 
-    def acceptance(self, kept: Mapping[int, Sequence[int]]) -> float:
+    def acceptance(self, kept: Mapping[int, Sequence[int] | Tensor]) -> float:
         """ESAP (2603.06003): the mean over positions of sum_v min(p(v), q(v)), in [0, 1].
 
         p: the intact model's next-token distribution, q: that of the model whose MoE layers have
-        only the `kept` experts, by layer index. It is the expected rate at which p accepts what q
-        proposes in speculative decoding.
+        only the `kept` experts or hidden units, by layer index (`narrowing.left_with`). It is the
+        expected rate at which p accepts what q proposes in speculative decoding.
         """
         return self._mean(kept, lambda p, q: torch.minimum(p.exp(), q.exp()).sum(dim=-1))
 
-    def divergence(self, kept: Mapping[int, Sequence[int]]) -> float:
+    def divergence(self, kept: Mapping[int, Sequence[int] | Tensor]) -> float:
         """The mean over positions of KL(p || q), in nats."""
         return self._mean(kept, lambda p, q: divergence_terms(p, q).sum(dim=-1))
 
     @torch.inference_mode()
     def _mean(
-        self, kept: Mapping[int, Sequence[int]], measure: Callable[[Tensor, Tensor], Tensor]
+        self,
+        kept: Mapping[int, Sequence[int] | Tensor],
+        measure: Callable[[Tensor, Tensor], Tensor],
     ) -> float:
         """Of a measure of two distributions' logarithms [t, V], which gives a value a position."""
         total = 0.0
-        with restricted(self.model, kept):
+        with left_with(self.model, kept):
             for batch, intact in zip(self.batches, self._logits, strict=True):
                 logits = self._valid_logits(batch)
                 parts = (logits.split(POSITIONS_AT_ONCE), intact.split(POSITIONS_AT_ONCE))

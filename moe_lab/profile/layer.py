@@ -6,6 +6,7 @@ to the same values; nothing is divided before a metric needs it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -35,8 +36,15 @@ STATISTICS_IN_WORDS = {
     "shared_gate_sum": "the gate of its shared expert",
 }
 # What is no sum: parts of the data combine by the larger one, or have the same.
-MAXIMA = ("max_activation",)
+MAXIMA = ("max_activation", "hidden_max", "gate_hidden_max")
 CONSTANTS = ("router_norm", "weight_abs_sum", "weight_square_sum", "weight_count")
+# Of the weights, too, for each hidden unit; known where neurons were asked for.
+OF_NEURONS = ("down_abs_sum", "down_square_sum", "neuron_square_sum")
+OVER_TOKENS = (
+    "hidden_sum", "hidden_square_sum", "gate_hidden_square_sum", "hidden_max", "gate_hidden_max",
+)  # fmt: skip
+NEURON_STATISTICS = (*OVER_TOKENS, *OF_NEURONS)
+SHARED = "shared_"  # before the names of the same statistics of the shared experts' hidden units
 # Over the tokens routed to an expert, of g^a ||f||^b: by (a, b), its weight g and its output f.
 POWERS = {
     (0, 0): "count",
@@ -74,6 +82,14 @@ class LayerStatistics:
     et al. 2406.02500).
 
     Of the weights, the same in every part of the data: CONSTANTS, see `weights.constants`.
+
+    Of the hidden units of each expert [E, I], only where a metric asked for neurons: over the
+    tokens sent to it, with a unit's activation a (what the down projection gets) and the router's
+    weight g: hidden_sum, of a; hidden_square_sum, of a^2; gate_hidden_square_sum, of (g a)^2;
+    hidden_max and gate_hidden_max, no sums but the largest |a| and |g a|. Of the weights:
+    OF_NEURONS, see `weights.neuron_statistics`. All of them with "shared_" before their names are
+    of the hidden units of the shared experts [1, I], whose g is their gate or 1, and which see all
+    tokens (`shared`).
     """
 
     def __init__(
@@ -109,6 +125,42 @@ class LayerStatistics:
                     self._add(f"{name}_cosine_sum", cosine_T.sum(dtype=torch.float64)[None])
         if routing.shared_gate_T is not None:
             self._add("shared_gate_sum", routing.shared_gate_T.double().sum()[None])
+        self._add_hidden(routing)
+
+    def _add_hidden(self, routing: Routing) -> None:
+        """Add what is said of hidden units, where they were asked for."""
+        if routing.hidden_SI is not None:
+            counts = torch.bincount(routing.expert_S, minlength=self.info.num_experts).tolist()
+            parts = zip(
+                routing.hidden_SI.split(counts), routing.weight_S.split(counts), strict=True
+            )
+            self._add_neurons("", [_of_neurons(*part) for part in parts])
+        if routing.shared_hidden_TI is not None:
+            gate_T = routing.shared_gate_T
+            gate_T = (
+                routing.shared_hidden_TI.new_ones(len(routing.x_TD)) if gate_T is None else gate_T
+            )
+            self._add_neurons(SHARED, [_of_neurons(routing.shared_hidden_TI, gate_T)])
+
+    def _add_neurons(self, prefix: str, parts: Sequence[dict[str, Tensor]]) -> None:
+        for name in parts[0]:
+            self._add(prefix + name, torch.stack([part[name] for part in parts]).double())
+
+    @property
+    def has_neurons(self) -> bool:
+        """Whether hidden units were asked for."""
+        return "hidden_square_sum" in self.sums
+
+    def shared(self) -> LayerStatistics:
+        """The hidden units of the shared experts as those of one expert that saw all tokens.
+
+        UserError where nothing is known of them.
+        """
+        self[f"{SHARED}hidden_square_sum"]
+        sums = {name: self.sums[SHARED + name] for name in NEURON_STATISTICS}
+        count = {"count": self["tokens"], "tokens": self["tokens"]}
+        info = dataclasses.replace(self.info, num_experts=1, expert_width=self.info.shared_width)
+        return LayerStatistics(info, sums | count, self.scoring)
 
     def _add_outputs(self, routing: Routing) -> Tensor:
         """Add what is said of each expert's outputs alone; returns their norms [S].
@@ -192,6 +244,10 @@ class LayerStatistics:
                     "around its MoE block there is not one hidden state for each token that it "
                     f"adds to, as in other families ({self.info.family})"
                 )
+            if name in NEURON_STATISTICS:
+                reason = "it was profiled without the hidden units of its experts"
+            if name.startswith(SHARED):
+                reason = "it has no shared experts whose hidden units are known"
             raise UserError(f"layer {self.info.index} has no statistic {name!r}: {reason}")
         return self.sums[name]
 
@@ -238,6 +294,19 @@ class LayerStatistics:
         return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
 
 
+def _of_neurons(h_TI: Tensor, gate_T: Tensor) -> dict[str, Tensor]:
+    """What one batch says of the hidden units of one expert, each [I]; 0 without tokens."""
+    exact = torch.promote_types(h_TI.dtype, torch.float32)
+    h_TI, gate_T = h_TI.to(exact), gate_T.to(exact)
+    if not len(h_TI):
+        return dict.fromkeys(OVER_TOKENS, h_TI.new_zeros(h_TI.shape[1]))
+    square_TI = h_TI.square()
+    gated_TI = square_TI * gate_T.square()[:, None]
+    values = (h_TI.sum(dim=0), square_TI.sum(dim=0), gated_TI.sum(dim=0),
+              square_TI.amax(dim=0).sqrt(), gated_TI.amax(dim=0).sqrt())  # fmt: skip
+    return dict(zip(OVER_TOKENS, values, strict=True))
+
+
 def _products(logits_TE: Tensor) -> Tensor:
     """Sums over tokens of the products of two experts' logits [E, E]; a masked one (-inf) is 0."""
     product_EE = logits_TE.T @ logits_TE
@@ -249,7 +318,8 @@ def _products(logits_TE: Tensor) -> Tensor:
 
 def combined(name: str, parts: Sequence[Tensor]) -> Tensor:
     """What `name` is over all of the data, from what it is over parts of it."""
-    if name in CONSTANTS:
+    name = name.removeprefix(SHARED)
+    if name in (*CONSTANTS, *OF_NEURONS):
         return parts[0]
     return functools.reduce(torch.maximum if name in MAXIMA else torch.add, parts)
 

@@ -30,6 +30,7 @@ def propagated(
     edit_of: Callable[..., Edit | Sequence[Edit]],
     tensors: Mapping[str, Tensor] | None = None,
     experts_on: int | None = 0,
+    neurons: bool = False,
 ) -> list[Edit]:
     """The edits that `edit_of` decides layer by layer, each behind those before it.
 
@@ -37,7 +38,8 @@ def propagated(
     every earlier MoE layer is edited already. tensors: where `edit_of` puts what its edits need
     beside their text (`Plan.tensors`). experts_on: with how many documents, the first ones (None:
     all), `edit_of` gets a second argument, the layer's `AllExperts` on them; 0: with none it gets
-    the statistics alone. It gives an edit, or several that follow one another.
+    the statistics alone. It gives an edit, or several that follow one another. neurons: the
+    statistics are also of hidden units.
     """
     stream = profile.open_stream()
     logger.info("statistics are measured again behind each compressed layer: each layer is "
@@ -48,7 +50,7 @@ def propagated(
         index = layer.info.index
         states.move_to(index)
         with stream.layer(index):
-            statistics = _measured(stream, states, index)
+            statistics = _measured(stream, states, index, neurons)
             statistics.info = layer.info
             if experts_on == 0:
                 made = edit_of(statistics)
@@ -75,9 +77,11 @@ def _edited(
     return block
 
 
-def _measured(stream: LayerStream, states: States, index: int) -> LayerStatistics:
+def _measured(
+    stream: LayerStream, states: States, index: int, neurons: bool = False
+) -> LayerStatistics:
     """The statistics of one layer, whose weights are in memory, on the states before it."""
-    with collect.collecting(stream.model) as collection:
+    with collect.collecting(stream.model, neurons=neurons) as collection:
         for batch in range(stream.num_batches):
             with collection.batch(stream.valid[batch]):
                 stream.replay(index, batch, states[batch])

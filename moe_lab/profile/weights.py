@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lab.finite import check_experts
-from moe_lab.models.layers import MoELayer, by_expert
+from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.layers import MoELayer, by_expert, has_hidden_units
 from moe_lab.models.remapped import by_row
+from moe_lab.profile.layer import OF_NEURONS, SHARED
 from moe_lab.types import UserError
 
 FEW = 8  # experts at a time: no copy of all of them is made
@@ -20,6 +24,34 @@ def weight_statistics(layer: MoELayer) -> dict[str, Tensor]:
     """
     check_vectors(layer)
     return {"router_norm": router_row_norms(layer), **weight_sums(layer)}
+
+
+@torch.no_grad()
+def neuron_statistics(layer: MoELayer) -> dict[str, Tensor]:
+    """What is read off the weights of each hidden unit, by name, in float64.
+
+    down_abs_sum and down_square_sum [E, I], of the absolute values and squares in its column of the
+    down projection; neuron_square_sum [E, I], of the squares of all its weights. The same of the
+    shared experts [1, I] with "shared_" before the names, where they are a plain or gated MLP.
+    """
+    units = HiddenUnits(layer.experts)
+    found = [_of_each(list(units.parts(e).values()), c) for e, c in enumerate(units.down_columns())]
+    sums = dict(zip(OF_NEURONS, map(torch.stack, zip(*found, strict=True)), strict=True))
+    if layer.shared is None or not has_hidden_units(layer.shared):
+        return sums
+    weights = {n: m.weight for n, m in layer.shared.named_children() if isinstance(m, nn.Linear)}
+    column_ID = weights.pop("down_proj").T
+    shared = _of_each([*weights.values(), column_ID], column_ID)
+    return sums | {SHARED + n: value[None] for n, value in zip(OF_NEURONS, shared, strict=True)}
+
+
+def _of_each(parts: Sequence[Tensor], column_ID: Tensor) -> tuple[Tensor, ...]:
+    """OF_NEURONS of one expert, [I] each; parts: all weights of each hidden unit [I, F]."""
+    exact = torch.promote_types(column_ID.dtype, torch.float32)
+    every = torch.stack([part.to(exact).square().sum(dim=1).double() for part in parts])
+    column_ID = column_ID.to(exact)
+    sums = column_ID.abs().sum(dim=1), column_ID.square().sum(dim=1), every.sum(dim=0)
+    return tuple(one.double().cpu() for one in sums)
 
 
 def check_vectors(layer: MoELayer) -> None:

@@ -37,17 +37,18 @@ Batches = Sequence[tuple[int, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Profiling:
-    """A model, and the calibration set."""
+    """A model, and the calibration set; neurons: whether hidden units are asked for, too."""
 
     checkpoint: Checkpoint
     tokens: Tokens
+    neurons: bool = False
 
 
 def profile(context: Context, asked: Profiling) -> Artifact:
     """A folder with one safetensors file of sums per MoE layer, and the same for each group.
 
-    What is collected, and whether layer by layer, are resources: the key is
-    that of all statistics, since those of the routers are the same values.
+    What is collected, and whether layer by layer, are resources: the key is that of all
+    statistics, since those of the routers alone, or of hidden units beside, are the same values.
     """
     checkpoint, tokens, compute = asked.checkpoint, asked.tokens, context.compute
     identity = {
@@ -56,7 +57,11 @@ def profile(context: Context, asked: Profiling) -> Artifact:
         "data": tokens.fingerprint,
         "code": code_version(profile),
     }
-    only_routers = compute.profile == "routers" and context.store.find("profile", identity) is None
+    store, key = context.store, key_of(identity)
+    known = None if asked.neurons else store.find("profile", identity)
+    if known := known or store.find("profile", identity | {"statistics": "neurons"}):
+        return replace(known, key=key)
+    only_routers = compute.profile == "routers"
 
     def make(folder: Path) -> None:
         parts = tokens.by_group()
@@ -65,20 +70,26 @@ def profile(context: Context, asked: Profiling) -> Artifact:
             for number, part in enumerate(parts.values())
             for batch in part.batches(compute.batch_size, compute.device)
         ]
-        root = context.store.root
-        collection = collect_profile(checkpoint, batches, only_routers, compute, root)
+        root = store.root
+        collect_all = (only_routers, asked.neurons, compute, root)
+        collection = collect_profile(checkpoint, batches, *collect_all)
         groups = [collection.of_group(number) for number in range(len(parts))]
         collect.save_statistics(collect.added(groups), folder)
         if tokens.groups:
             collect.save_groups(dict(zip(parts, groups, strict=True)), folder)
 
-    collected = {"statistics": "routers"} if only_routers else {}
-    made = context.store.get("profile", identity | collected, make)
-    return replace(made, key=key_of(identity))
+    collected = "routers" if only_routers else "neurons" if asked.neurons else None
+    also = {"statistics": collected} if collected else {}
+    return replace(store.get("profile", identity | also, make), key=key)
 
 
 def collect_profile(
-    checkpoint: Checkpoint, batches: Batches, only_routers: bool, compute: Compute, folder: Path
+    checkpoint: Checkpoint,
+    batches: Batches,
+    only_routers: bool,
+    neurons: bool,
+    compute: Compute,
+    folder: Path,
 ) -> Collection:
     """The statistics of all batches, each with its group's number before it.
 
@@ -88,17 +99,19 @@ def collect_profile(
     size = num_parameters(meta_model(checkpoint.config)) * dtype.itemsize
     if not compute.goes_layerwise(size):
         model = checkpoint.load(compute.device)
-        return collect.collect_by_group(model, progress(batches, "profile"), only_routers)
+        return collect.collect_by_group(model, progress(batches, "profile"), only_routers, neurons)
     cache = Activations(int(compute.cache_gib * 2**30), folder, compute.device)
     layerwise = LayerwiseModel(checkpoint, compute.device)
     stream = LayerStream(layerwise, (batch for _, batch in batches), cache)
-    return _layer_by_layer(stream, [group for group, _ in batches], only_routers)
+    return _layer_by_layer(stream, [group for group, _ in batches], only_routers, neurons)
 
 
-def _layer_by_layer(stream: LayerStream, groups: Sequence[int], only_routers: bool) -> Collection:
+def _layer_by_layer(
+    stream: LayerStream, groups: Sequence[int], only_routers: bool, neurons: bool
+) -> Collection:
     """Decoder layer after decoder layer over all batches; the cached states advance with it."""
     stream.cache.announce({"hidden states": stream.state_bytes()})
-    with collect.collecting(stream.model, only_routers) as collection:
+    with collect.collecting(stream.model, only_routers, neurons) as collection:
         for index in progress(range(max(stream.moe) + 1), "profile, layer by layer"):
             with stream.layer(index):
                 for number, group in enumerate(groups):
@@ -128,7 +141,8 @@ def write_usage(profiled: Artifact, folder: Path) -> None:
 
 
 def _inputs(run: Run) -> dict[str, Profiling]:
-    return {"profile": Profiling(run.dense, run.texts["calibration"])}
+    neurons = run.parts.method.of_neurons
+    return {"profile": Profiling(run.dense, run.texts["calibration"], neurons)}
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:

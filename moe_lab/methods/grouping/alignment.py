@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe_lab.models.experts import Experts, expert_hidden, expert_parameters
-from moe_lab.models.merging import HiddenUnits
+from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.profile.all_experts import AllExperts
 
 

@@ -1,7 +1,8 @@
 """Importance metrics: a score per routed expert [E] from one layer's statistics; higher stays.
 
-A metric is a function of `LayerStatistics`, named as in its paper, with `_partial_: true` in its
-yaml. One that needs more is a class derived from `Metric`. One file, one yaml.
+Or one per hidden unit of each expert [E, I] (a neuron: `of_neurons`). A metric is a function of
+`LayerStatistics`, named as in its paper, with `_partial_: true` in its yaml. One that needs more is
+a class derived from `Metric`. One file, one yaml.
 """
 
 from __future__ import annotations
@@ -23,14 +24,25 @@ from moe_lab.types import LayerInfo
 Score = Callable[..., Tensor]
 Marked = TypeVar("Marked", bound=Score)
 FROM_ROUTERS: set[Score] = set()  # the functions marked so
+OF_NEURONS: dict[Score, str] = {}  # those that score neurons, with their paper's widths
+UNITS = ("experts", "neurons")
+WIDTHS = ("by_layer", "by_expert")
 
 
 class Metric(Plugin):
-    """How important a layer's routed experts are; its options are its fields.
+    """How important a layer's routed experts, or their neurons, are; its options are its fields.
 
-    Either `score` or `scores` has to be there. What else may be:
+    Either `score` or `scores` has to be there, or of neurons `neuron_score` or `neuron_scores`.
+    What else may be:
     score(layer): a score [E] from one layer's statistics; higher stays. Calling the metric is this.
     scores(profile): a score [E] for each layer in order; by default `score` of each.
+    neuron_score(layer), neuron_scores(profile): the same of the hidden units of each expert [E, I];
+    of the shared experts' [1, I], where `layer` is `LayerStatistics.shared`.
+    shared_neuron_scores(profile): a score [I] of those for each layer in order, by default this.
+    widths: how the paper ranks neurons, of WIDTHS, unless method.widths says otherwise: those of
+    each expert by themselves (by_layer), or those of all experts together (by_expert).
+    refits(profile, kept): new down projections [E, D, W] of what stays ([E, I] bool), by layer
+    index; by default none.
     needs_model: whether it looks at the intact model itself, by `scores` alone; by default false.
     check(layers): refuses an impossible request before any work, with a UserError; by default
     values that are out of the range which their `Option` says.
@@ -46,6 +58,38 @@ class Metric(Plugin):
 
     needs_model: bool = False
     judges_sets: bool = False
+    widths: str = "by_layer"
+
+    @classmethod
+    def scored(cls) -> tuple[str, ...]:
+        """What it scores, of UNITS: what it has a score of."""
+        scores = {"experts": ("score", "scores"), "neurons": ("neuron_score", "neuron_scores")}
+        return tuple(
+            unit
+            for unit, names in scores.items()
+            if any(getattr(cls, name) is not getattr(Metric, name) for name in names)
+        )
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The same of this one."""
+        return self.scored()
+
+    def neuron_score(self, layer: LayerStatistics) -> Tensor:
+        """A score [E, I] of the hidden units; higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} has no score of neurons")
+
+    def neuron_scores(self, profile: Profile) -> list[Tensor]:
+        """A score [E, I] for each layer in order."""
+        return [self.neuron_score(layer) for layer in profile.statistics]
+
+    def shared_neuron_scores(self, profile: Profile) -> list[Tensor]:
+        """A score [I] of the shared experts' hidden units for each layer in order."""
+        return [self.neuron_score(layer.shared())[0] for layer in profile.statistics]
+
+    def refits(self, profile: Profile, kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """New down projections [E, D, W] of what stays ([E, I] bool), by layer index; none."""
+        return {}
 
     @property
     def title(self) -> str:
@@ -95,6 +139,20 @@ class FunctionMetric(Metric):
     function: Score
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """What it scores."""
+        return ("neurons",) if _unbound(self.function) in OF_NEURONS else ("experts",)
+
+    @property
+    def widths(self) -> str:  # type: ignore[override]  # of the function, not of the class
+        """As the function is marked."""
+        return OF_NEURONS.get(_unbound(self.function), "by_layer")
+
+    def neuron_score(self, layer: LayerStatistics) -> Tensor:
+        """What the function gives."""
+        return self.function(layer)
+
+    @property
     def title(self) -> str:
         """What messages call it: by its function."""
         return f"the metric {getattr(_unbound(self.function), '__name__', self.function)}"
@@ -128,6 +186,37 @@ def from_routers(metric: Marked) -> Marked:
     """Mark a function for which the statistics of the routers are enough."""
     FROM_ROUTERS.add(metric)
     return metric
+
+
+def of_neurons(widths: str = "by_layer") -> Callable[[Marked], Marked]:
+    """Mark a function that gives a score [E, I] of the hidden units of each expert.
+
+    widths: how its paper ranks them, of WIDTHS.
+    """
+
+    def mark(metric: Marked) -> Marked:
+        OF_NEURONS[metric] = widths
+        return metric
+
+    return mark
+
+
+def names_of_unit(unit: str) -> list[str]:
+    """The metrics that score this unit."""
+    return [name for name in names_in(__package__) if unit in _units(name)]
+
+
+def _units(name: str) -> set[str]:
+    """What a metric's file scores."""
+    units: set[str] = set()
+    for member in _members(name):
+        if getattr(member, "__module__", None) != f"{__package__}.{name}":
+            continue
+        if inspect.isclass(member) and issubclass(member, Metric):
+            units |= set(member.scored())
+        if inspect.isfunction(member) and member.__name__ == name:
+            units.add("neurons" if member in OF_NEURONS else "experts")
+    return units
 
 
 def names_from_routers() -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from moe_lab.methods.ratios.budget import Budget, Scores, by_index, units
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
@@ -66,10 +68,11 @@ class Global(Budget):
 
 def _ranked(scores: Scores, step: int) -> Iterator[tuple[int, int]]:
     """Layer index and size of each `step` experts of all layers, best first; no smaller rest."""
-    ranked = []
-    for info, score in scores:
+    means, indices = [], []
+    for info, score in sorted(scores, key=lambda one: one[0].index):
         order = [expert for unit in units(info, score) for expert in unit]
-        for place in range(len(order) // step):
-            mean = float(score[order[place * step : (place + 1) * step]].double().mean())
-            ranked.append((-mean, info.index, place))
-    return ((index, step) for _, index, _ in sorted(ranked))
+        whole = len(order) // step * step
+        means.append(score.double()[order[:whole]].view(-1, step).mean(dim=1))
+        indices += [info.index] * len(means[-1])
+    ranked = torch.cat(means).argsort(descending=True, stable=True).tolist()
+    return ((indices[place], step) for place in ranked)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from moe_lab.methods.ratios.neurons import Neurons
 from moe_lab.models.layers import check_kept
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.profile.profile import Profile
@@ -68,7 +69,8 @@ class Ratio(Plugin, ABC):
         given: ratio, the share of these layers' experts that goes; experts, in words.
         """
         gone, everything = _gone(layers, numbers), sum(info.num_experts for info in layers)
-        return {"given": {"ratio": gone / everything, "experts": f"{gone} of {everything}"}}
+        words = f"{gone} of {everything} {layers[0].items}"
+        return {"given": {"ratio": gone / everything, "experts": words.removesuffix(" experts")}}
 
 
 class Numbers(dict[int, int]):
@@ -82,19 +84,37 @@ class Numbers(dict[int, int]):
 def units(info: LayerInfo, score_E: Tensor) -> list[tuple[int, ...]]:
     """The experts of a layer in units, best first; ties put the lower expert first."""
     size = info.num_experts // info.groups
+    if isinstance(info, Neurons):  # written in this order
+        return [(item,) for item in range(size)]
     order = score_E.view(info.groups, size).argsort(dim=1, descending=True, stable=True).tolist()
     by_group = [[group * size + expert for expert in row] for group, row in enumerate(order)]
     return list(zip(*by_group, strict=True))
 
 
-def best(info: LayerInfo, score_E: Tensor, num_kept: int) -> tuple[int, ...]:
-    """The experts of the best units that hold `num_kept` together, in ascending order."""
+Kept = tuple[int, ...] | Tensor  # experts, or the hidden units of all of them [E, I]
+
+
+def best(info: LayerInfo, score_E: Tensor, num_kept: int) -> Any:
+    """The experts of the best units that hold `num_kept` together, in ascending order.
+
+    Of `Neurons` the hidden units [E, I] (bool).
+    """
+    if isinstance(info, Neurons):
+        return info.kept(num_kept)
     chosen = units(info, score_E)[: num_kept // info.groups]
     return tuple(sorted(expert for unit in chosen for expert in unit))
 
 
-def kept(scores: Scores, numbers: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
-    """The best `numbers[index]` experts of each layer, in ascending order, by layer index."""
+def order_of(info: LayerInfo, score_E: Tensor) -> Any:
+    """What the order in which a layer's items stay is known by, as JSON has it."""
+    return info.known_by() if isinstance(info, Neurons) else units(info, score_E)
+
+
+def kept(scores: Scores, numbers: Mapping[int, int]) -> dict[int, Any]:
+    """The best `numbers[index]` experts of each layer, in ascending order, by layer index.
+
+    Of `Neurons` the hidden units [E, I] (bool).
+    """
     return {info.index: best(info, score, numbers[info.index]) for info, score in scores}
 
 
@@ -108,6 +128,14 @@ def floor_of(info: LayerInfo, floor: int | None) -> int:
 
     Raises UserError for a floor above the layer's experts, or one that its router cannot work with.
     """
+    if isinstance(info, Neurons):
+        floor = max(1, (floor or 0) * info.floors)
+        if floor > info.num_experts:
+            raise UserError(
+                f"ratio.floor={floor // info.floors}: the experts of layer {info.index} have only "
+                f"{info.num_experts // info.floors} hidden units"
+            )
+        return floor
     if floor is None:
         per_group = math.ceil(info.top_k / info.groups_used)
         return info.top_k if info.groups == 1 else info.groups * max(2, per_group)
@@ -183,8 +211,8 @@ class Budget(Ratio):
         if self.target_gib is not None:
             ways = [f"{self.possible(layers)}: ask for less than it has"]
         raise UserError(
-            f"{self.request()} removes nothing: all {everything} experts of {len(layers)} MoE "
-            f"layers would stay{multiple}. "
+            f"{self.request()} removes nothing: all {everything} {layers[0].items} of "
+            f"{len(layers)} MoE layers would stay{multiple}. "
             + ("; or ".join(filter(None, ways)) or "Its routers need all of them")
             + ". method=none leaves the model as it is"
         )
@@ -225,7 +253,7 @@ class Budget(Ratio):
         if not possible:
             raise UserError(
                 f"ratio.round_to={self.round_to}: layer {info.index} keeps at least {floor} of "
-                f"{info.num_experts} experts, and no multiple of {step} is among these numbers"
+                f"{info.num_experts} {info.items}, and no multiple of {step} is among these numbers"
             )
         return possible
 
@@ -256,8 +284,8 @@ class Budget(Ratio):
         if number < least:
             why = "what their routers need" if self.floor is None else "ratio.floor"
             raise UserError(
-                f"{self.asked()}: {max(0, number)} of {everything} experts would stay, but the "
-                f"{len(layers)} MoE layers keep at least {least} together ({why}). "
+                f"{self.asked()}: {max(0, number)} of {everything} {layers[0].items} would stay, "
+                f"but the {len(layers)} MoE layers keep at least {least} together ({why}). "
                 f"{self.possible(layers)}"
             )
         return number

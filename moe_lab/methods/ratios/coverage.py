@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
-from moe_lab.methods.ratios.budget import Ratio, Scores, floor_of, kept, units
+from moe_lab.methods.ratios.budget import Ratio, Scores, floor_of, units
 from moe_lab.option import Option
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
@@ -47,22 +48,22 @@ class Coverage(Ratio):
 
     def _most(self, scores: Scores) -> str:
         """The largest share for which a layer can do without some, in words."""
-        parts = [(info, units(info, score), score) for info, score in scores]
         shares = [
-            _share(score, [expert for unit in some[:-1] for expert in unit])
-            for info, some, score in parts
-            if info.num_experts - len(some[-1]) >= floor_of(info, self.floor)
+            ([0.0, *_covered(info, score)])[-2]
+            for info, score in scores
+            if info.num_experts - info.groups >= floor_of(info, self.floor)
         ]
         most = math.floor(10_000 * max(shares, default=0.0)) / 10_000
         return f"ratio.coverage={most:g} would remove some" if most else "Their routers need them"
 
     def notes(self, scores: Scores, numbers: dict[int, int]) -> dict[str, Any]:
         """How many experts each layer keeps, and the share of its score that they have."""
-        chosen = kept(scores, numbers)
+        shares = {info.index: [0.0, *_covered(info, score)] for info, score in scores}
         return {
             "kept_per_layer": {str(index): number for index, number in numbers.items()},
             "covered": {
-                str(info.index): _share(score, chosen[info.index]) for info, score in scores
+                str(info.index): shares[info.index][numbers[info.index] // info.groups]
+                for info, _ in scores
             },
         }
 
@@ -72,18 +73,20 @@ class Coverage(Ratio):
                 f"ratio=coverage needs scores that are shares of something, and layer {info.index} "
                 "has some below 0: choose another metric, such as metric=frequency"
             )
-        chosen: list[int] = []
-        for unit in units(info, score):
+        number, floor = 0, floor_of(info, self.floor)
+        for unit, covered in zip(units(info, score), [0.0, *_covered(info, score)], strict=False):
             # A rounding's width below: all shares together need not make 1 exactly.
-            if len(chosen) >= floor_of(info, self.floor) and (
-                _share(score, chosen) >= self.coverage - 1e-12
-            ):
+            if number >= floor and covered >= self.coverage - 1e-12:
                 break
-            chosen.extend(unit)
-        return len(chosen)
+            number += len(unit)
+        return number
 
 
-def _share(score: Tensor, experts: Sequence[int]) -> float:
-    """Of the layer's score; 1 where the layer has none."""
+def _covered(info: LayerInfo, score: Tensor) -> list[float]:
+    """The share of the layer's score that its best 1, 2, ... units have; 1 where it has none."""
     score = score.double()
-    return float(score[list(experts)].sum() / score.sum()) if score.sum() > 0 else 1.0
+    order = torch.tensor(units(info, score))
+    if not score.sum() > 0:
+        return [1.0] * len(order)
+    shares: list[float] = (score[order].sum(dim=1).cumsum(0) / score.sum()).tolist()
+    return shares

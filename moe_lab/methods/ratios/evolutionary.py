@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from moe_lab.methods.ratios import budget
-from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, by_index, units
+from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, by_index, order_of
 from moe_lab.option import Option
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.profile import Profile
@@ -69,7 +69,7 @@ class Evolutionary(Budget):
         question = {
             "question": "evolutionary numbers of experts",
             "options": options | {"total": self.total(layers)},
-            "order": {str(info.index): units(info, score) for info, score in scores},
+            "order": {str(info.index): order_of(info, score) for info, score in scores},
         }
         answer = profile.remember(question, lambda: self._search(scores, profile), [self])
         numbers = {int(index): number for index, number in answer.pop("numbers").items()}

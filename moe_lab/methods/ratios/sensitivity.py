@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+from torch import Tensor
 
 from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, best, by_index
+from moe_lab.methods.ratios.neurons import Neurons
 from moe_lab.option import Option
+from moe_lab.profile import hidden
 from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.profile import Profile
@@ -65,18 +68,13 @@ class Sensitivity(Budget):
         """How many experts each layer keeps, by layer index."""
         layers = [info for info, _ in scores]
         multiple = self.multiple(layers)
-        sets = {
-            info.index: [list(best(info, score, n)) for n in self._measured(info, multiple)]
-            for info, score in scores
-        }
-        errors = self._divergences(sets, profile) if self.error == "kl" else (
-            self._output_errors(sets, profile)
-        )  # fmt: skip
+        tried = {info.index: self._measured(info, multiple) for info in layers}
+        measure = self._divergences if self.error == "kl" else self._output_errors
+        errors = measure(scores, tried, profile)
         curves, choices = [], [self.choices(info, multiple)[::-1] for info in layers]
         measured = {}
         for info, some in zip(layers, choices, strict=True):
-            points = {len(kept): error for kept, error in
-                      zip(sets[info.index], errors[info.index], strict=True)}  # fmt: skip
+            points = dict(zip(tried[info.index], errors[info.index], strict=True))
             points |= {info.num_experts: 0.0} if some[0] == info.num_experts else {}
             measured[info.index] = by_index(dict(sorted(points.items(), reverse=True)))
             known = sorted(points)
@@ -102,8 +100,10 @@ class Sensitivity(Budget):
         return [choices[place] for place in places if choices[place] < info.num_experts]
 
     def _divergences(
-        self, sets: dict[int, list[list[int]]], profile: Profile
+        self, scores: Scores, tried: dict[int, list[int]], profile: Profile
     ) -> dict[int, list[float]]:
+        sets = _sets(scores, tried)
+
         @functools.cache
         def sample() -> IntactPredictions:
             return IntactPredictions(*profile.open_model(self.num_samples))
@@ -112,7 +112,7 @@ class Sensitivity(Budget):
             question = {
                 "question": "divergence with one layer restricted",
                 "layer": index,
-                "sets": sets[index],
+                "sets": _known_by(sets[index]),
                 "num_samples": self.num_samples,
             }
             return profile.remember(
@@ -124,8 +124,12 @@ class Sensitivity(Budget):
         return {index: errors(index) for index in progress(list(sets), "sensitivity of layers")}
 
     def _output_errors(
-        self, sets: dict[int, list[list[int]]], profile: Profile
+        self, scores: Scores, tried: dict[int, list[int]], profile: Profile
     ) -> dict[int, list[float]]:
+        sets = _sets(scores, tried)
+        if isinstance(scores[0][0], Neurons):
+            return hidden.output_errors(profile, self.num_samples, sets)
+
         def errors(experts: AllExperts) -> list[float]:
             return relative_errors(experts, sets[experts.info.index])
 
@@ -134,6 +138,23 @@ class Sensitivity(Budget):
             for index, some in sets.items()
         }
         return answers(profile, self.num_samples, questions, errors, [self])
+
+
+def _sets(scores: Scores, tried: dict[int, list[int]]) -> dict[int, list[Any]]:
+    """What stays of each layer at each number that is tried."""
+    return {
+        info.index: [_listed(best(info, score, number)) for number in tried[info.index]]
+        for info, score in scores
+    }
+
+
+def _listed(kept: Any) -> Any:
+    return kept if isinstance(kept, Tensor) else list(kept)
+
+
+def _known_by(sets: Sequence[Any]) -> list[Any]:
+    """Sets as JSON has them; of hidden units what is enough to tell them apart."""
+    return [hidden.digest_of(kept) if isinstance(kept, Tensor) else kept for kept in sets]
 
 
 def relative_errors(experts: AllExperts, sets: Sequence[Sequence[int]]) -> list[float]:

@@ -9,7 +9,9 @@ what of this their family needs:
     gate_up_proj, down_proj, act_fn      as properties, where the family has them elsewhere
     alone(x, index, weight)              the experts as the family computes them
     indexed_size, places(length, kept)   where a tensor is indexed by expert in another way
-    matrices()                           what holds the hidden units, where it is not the first two
+    matrices()                           what holds the hidden units, where it is not the first
+                                         two; the down projection comes last
+    set_matrices(made, width)            the same, taken in again with fewer hidden units
     scales_input                         the router's weight multiplies what the expert gets
     zero_experts                         rows of the router, behind the experts', that copy
     keeps_top_k                          why a token cannot get another number of experts
@@ -83,6 +85,11 @@ class AdaptedExperts(Experts):
     def matrices(self) -> dict[str, Tensor]:
         """Views [E, ...] of what holds the experts' hidden units."""
         return {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
+
+    def set_matrices(self, made: dict[str, Tensor], width: int) -> None:
+        """Take in what `matrices` gave, each expert now so wide."""
+        for name, tensor in made.items():
+            setattr(self, name, nn.Parameter(tensor, getattr(self, name).requires_grad))
 
 
 def adapt(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ class Plan:
     tensors: what edits need beside their text, by name: "layers.<index>.constants" [R, D] of a
     layer whose R removed experts are replaced by constants, in ascending order of the experts;
     "layers.<index>.permutation" [E, I] of one whose merged experts' hidden units were matched by
-    what they compute (`merging.merge_experts`).
+    what they compute (`merging.merge_experts`); those of narrower experts (`edits/narrow.py`).
     """
 
     edits: tuple[Edit, ...]
@@ -206,6 +206,7 @@ def _carry_out(
     from moe_lab.models.depth import drop_decoders
     from moe_lab.models.editing import set_block
     from moe_lab.models.layers import decoders_path, moe_layers, standing_at
+    from moe_lab.models.narrowing import fit_implementation
 
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     removed: dict[int, str] = {}
@@ -225,5 +226,6 @@ def _carry_out(
                 set_block(model, name, step(edit, standing))
             if edit.removes_decoder:
                 removed[index] = name
+    fit_implementation(model)
     if removed:
         drop_decoders(model, decoders_path(next(iter(removed.values()))), removed)

@@ -1,0 +1,160 @@
+"""Experts with fewer hidden units: cut out of a layer for good, or silenced for a while.
+
+Letters: E experts, I hidden units of each, W those of the widest one that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_lab.models.experts import Experts
+from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.layers import MoELayer, check_own_rows, has_hidden_units, moe_layers
+from moe_lab.models.routers import restricted_layer
+from moe_lab.types import UserError
+
+GROUPED_BYTES = 16  # of which a row of a matrix must be a multiple for torch's grouped products
+
+
+def neurons_name(index: int) -> str:
+    """What a plan calls the neurons that stay [E, I] of decoder layer `index`: 1, the others 0."""
+    return f"layers.{index}.neurons"
+
+
+def shared_neurons_name(index: int) -> str:
+    """The same [I] of its shared experts."""
+    return f"layers.{index}.shared_neurons"
+
+
+def neuron_scores_name(index: int) -> str:
+    """What a plan calls the scores [E, I] of the neurons of decoder layer `index`."""
+    return f"layers.{index}.neuron_scores"
+
+
+def down_proj_name(index: int) -> str:
+    """What a plan calls the new down projections [E, D, W] of what stays in layer `index`."""
+    return f"layers.{index}.down_proj"
+
+
+def places_of_kept(kept_EI: Tensor) -> Tensor:
+    """The kept units ([E, I] bool) of each expert in ascending order [E, W], -1 behind the last."""
+    widths = kept_EI.sum(dim=1)
+    order_EI = (~kept_EI).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(widths.max())]
+    place_W = torch.arange(order_EI.shape[1])
+    return order_EI.masked_fill(place_W >= widths[:, None], -1)
+
+
+@torch.no_grad()
+def narrow_experts(layer: MoELayer, kept_EW: Tensor) -> None:
+    """Leave each expert of a layer its units kept_EW[e] in that order, in place; -1: none there.
+
+    Experts with fewer than W have zeros behind them in memory; `widths_of` says how many they have.
+    """
+    check_own_rows(layer.info)
+    widths = (kept_EW >= 0).sum(dim=1).tolist()
+    HiddenUnits(layer.experts).keep(kept_EW)
+    set_widths(layer.experts, widths)
+
+
+def set_widths(experts: Experts, widths: Sequence[int]) -> None:
+    """Note how many hidden units each expert has, where these are not all the same."""
+    vars(experts).pop("uneven_widths", None)
+    if len(set(widths)) > 1:
+        vars(experts)["uneven_widths"] = tuple(widths)
+
+
+def widths_of(experts: Experts) -> tuple[int, ...]:
+    """How many hidden units each expert has: those behind are zeros."""
+    even = (HiddenUnits(experts).width,) * len(experts.down_proj)
+    uneven: tuple[int, ...] = vars(experts).get("uneven_widths", even)
+    return uneven
+
+
+SHARED_UP = ("gate_proj", "up_proj")
+
+
+def check_shared(layer: MoELayer) -> None:
+    """Refuse shared experts whose hidden units are not known."""
+    shared = layer.shared
+    if shared is None or not has_hidden_units(shared):
+        what = "no shared expert" if shared is None else f"shared experts {type(shared).__name__}"
+        raise UserError(
+            f"method.shared=true: layer {layer.info.index} has {what}, of which no hidden units "
+            "are known: method.shared=false"
+        )
+
+
+@torch.no_grad()
+def narrow_shared(layer: MoELayer, kept_I: Sequence[int]) -> None:
+    """Leave the shared experts of a layer these hidden units, in that order, in place."""
+    check_shared(layer)
+    assert layer.shared is not None
+    for name, child in layer.shared.named_children():
+        if not isinstance(child, nn.Linear):
+            continue
+        index = torch.tensor(list(kept_I), device=child.weight.device)
+        axis = 0 if name in SHARED_UP else 1
+        cut = child.weight.index_select(axis, index)
+        child.weight = nn.Parameter(cut, child.weight.requires_grad)
+        if axis == 0:
+            child.out_features = len(index)
+            if child.bias is not None:
+                child.bias = nn.Parameter(child.bias[index], child.bias.requires_grad)
+        else:
+            child.in_features = len(index)
+    before = layer.info.shared_width
+    for key, value in vars(layer.shared).items():
+        if type(value) is int and "intermediate" in key and value == before:
+            setattr(layer.shared, key, len(kept_I))
+
+
+@torch.no_grad()
+def fit_implementation(model: PreTrainedModel) -> bool:
+    """Let a model compute its experts by transformers' eager code where grouped products cannot.
+
+    They need rows of a multiple of 16 bytes: 8 hidden units in bfloat16, 4 in float32. Whether that
+    was changed. The model may be on the meta device.
+    """
+    layers = moe_layers(model)
+    sizes = {one.experts.down_proj.element_size() * one.info.expert_width for one in layers}
+    if all(size % GROUPED_BYTES == 0 for size in sizes) or not layers:
+        return False
+    if model.config._experts_implementation not in ("grouped_mm", None):
+        return False
+    model.set_experts_implementation("eager")
+    return True
+
+
+@contextmanager
+def narrowed_layer(layer: MoELayer, kept_EI: Tensor) -> Iterator[None]:
+    """While open, the units that are not kept ([E, I] bool) of a layer's experts add nothing."""
+    units = HiddenUnits(layer.experts)
+    whole = units.tensors[units.down].detach().clone()
+    units.silence(kept_EI)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            units.tensors[units.down].copy_(whole)
+
+
+@contextmanager
+def left_with(model: PreTrainedModel, kept: Mapping[int, Sequence[int] | Tensor]) -> Iterator[None]:
+    """While open, the MoE layers that `kept` names by true index have only these experts or units.
+
+    A sequence names experts (`routers.restricted`), a tensor [E, I] the hidden units of all of
+    them; its experts without any are left out of the router's choice, where the others are enough.
+    """
+    layers = {layer.info.index: layer for layer in moe_layers(model)}
+    with ExitStack() as stack:
+        for index, some in kept.items():
+            if isinstance(some, Tensor):
+                stack.enter_context(narrowed_layer(layers[index], some))
+            else:
+                stack.enter_context(restricted_layer(layers[index], some))
+        yield
