@@ -145,9 +145,7 @@ def layer_by_layer(family: Family) -> Outcome:
     """Statistics collected with one decoder layer in memory are those of the whole model."""
     batches = [(0, batch) for batch in family.batches]
     compute = Compute(device="cpu", layerwise=True)
-    alone = collect_profile(
-        family.checkpoint, batches, False, False, compute, family.folder
-    ).of_group()
+    alone = collect_profile(family.checkpoint, batches, False, compute, family.folder).of_group()
     for one, other in zip(alone, family.statistics, strict=True):
         where = f"layer {one.info.index}"
         if one.sums.keys() != other.sums.keys():

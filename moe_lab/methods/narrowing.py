@@ -76,7 +76,7 @@ class Narrowing:
                 raise UserError(
                     f"method.shared=true: layer {info.index} has {what}: method.shared=false"
                 )
-        return [neurons.foreseen(info, self.widths, self.shared) for info in layers]
+        return [neurons.foreseen_neurons(info, self.widths, self.shared) for info in layers]
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; where widths are not known, of two widths."""
@@ -149,12 +149,12 @@ class Narrowing:
         if shared_I is not None:
             check_neuron_scores(info.index, (info.shared_width,), shared_I, self.metric.title)
         if self.widths == "by_layer":
-            return neurons.by_layer(info, score_EI, shared_I)
+            return neurons.ranked_by_layer(info, score_EI, shared_I)
         if whole := list(protected.get(info.index, ())):
             score_EI = score_EI.double().clone()
             score_EI[whole] += score_EI.max() - score_EI.min() + 1
         floor, block = (getattr(self.ratio, name, None) for name in ("floor", "round_to"))
-        return neurons.by_expert(info, score_EI, shared_I, floor or 0, block or 1)
+        return neurons.ranked_by_expert(info, score_EI, shared_I, floor or 0, block or 1)
 
     def _protected(self, statistics: list[LayerStatistics]) -> dict[int, tuple[int, ...]]:
         if self.protect == "outliers":

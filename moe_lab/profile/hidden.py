@@ -45,7 +45,9 @@ class HiddenStates:
                 yield found.pop()
 
 
-def by_expert(routing: Routing, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def hidden_by_expert(
+    routing: Routing, num_experts: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Of each expert with tokens: its number, hidden [n, I], weights [n], rows in the batch [n]."""
     counts = torch.bincount(routing.expert_S, minlength=num_experts).tolist()
     assert routing.hidden_SI is not None
@@ -98,7 +100,7 @@ def _errors(states: HiddenStates, index: int, sets: Sequence[Tensor]) -> list[fl
         shape = len(routing.x_TD), columns_EID.shape[2]
         whole_TD = torch.zeros(shape, dtype=exact, device=columns_EID.device)
         lost = [torch.zeros_like(whole_TD) for _ in sets]
-        for expert, h_NI, weight_N, token_N in by_expert(routing, len(columns_EID)):
+        for expert, h_NI, weight_N, token_N in hidden_by_expert(routing, len(columns_EID)):
             gated_NI = h_NI.to(exact) * weight_N.to(exact)[:, None]
             column_ID = columns_EID[expert].to(exact)
             for place, kept_EI in enumerate(sets):

@@ -71,8 +71,9 @@ def profile(context: Context, asked: Profiling) -> Artifact:
             for batch in part.batches(compute.batch_size, compute.device)
         ]
         root = store.root
-        collect_all = (only_routers, asked.neurons, compute, root)
-        collection = collect_profile(checkpoint, batches, *collect_all)
+        collection = collect_profile(
+            checkpoint, batches, only_routers, compute, root, asked.neurons
+        )
         groups = [collection.of_group(number) for number in range(len(parts))]
         collect.save_statistics(collect.added(groups), folder)
         if tokens.groups:
@@ -87,13 +88,14 @@ def collect_profile(
     checkpoint: Checkpoint,
     batches: Batches,
     only_routers: bool,
-    neurons: bool,
     compute: Compute,
     folder: Path,
+    neurons: bool = False,
 ) -> Collection:
     """The statistics of all batches, each with its group's number before it.
 
-    folder: for hidden states that outgrow compute.cache_gib, where it goes layer by layer.
+    neurons: those of hidden units, too. folder: for hidden states that outgrow
+    compute.cache_gib, where it goes layer by layer.
     """
     dtype = computing_dtype(checkpoint)
     size = num_parameters(meta_model(checkpoint.config)) * dtype.itemsize

@@ -24,7 +24,7 @@ from moe_lab.types import LayerInfo
 Score = Callable[..., Tensor]
 Marked = TypeVar("Marked", bound=Score)
 FROM_ROUTERS: set[Score] = set()  # the functions marked so
-OF_NEURONS: dict[Score, str] = {}  # those that score neurons, with their paper's widths
+NEURON_SCORES: dict[Score, str] = {}  # those that score neurons, with their paper's widths
 UNITS = ("experts", "neurons")
 WIDTHS = ("by_layer", "by_expert")
 
@@ -141,12 +141,12 @@ class FunctionMetric(Metric):
     @property
     def units(self) -> tuple[str, ...]:
         """What it scores."""
-        return ("neurons",) if _unbound(self.function) in OF_NEURONS else ("experts",)
+        return ("neurons",) if _unbound(self.function) in NEURON_SCORES else ("experts",)
 
     @property
     def widths(self) -> str:  # type: ignore[override]  # of the function, not of the class
         """As the function is marked."""
-        return OF_NEURONS.get(_unbound(self.function), "by_layer")
+        return NEURON_SCORES.get(_unbound(self.function), "by_layer")
 
     def neuron_score(self, layer: LayerStatistics) -> Tensor:
         """What the function gives."""
@@ -195,7 +195,7 @@ def of_neurons(widths: str = "by_layer") -> Callable[[Marked], Marked]:
     """
 
     def mark(metric: Marked) -> Marked:
-        OF_NEURONS[metric] = widths
+        NEURON_SCORES[metric] = widths
         return metric
 
     return mark
@@ -215,7 +215,7 @@ def _units(name: str) -> set[str]:
         if inspect.isclass(member) and issubclass(member, Metric):
             units |= set(member.scored())
         if inspect.isfunction(member) and member.__name__ == name:
-            units.add("neurons" if member in OF_NEURONS else "experts")
+            units.add("neurons" if member in NEURON_SCORES else "experts")
     return units
 
 

@@ -59,7 +59,7 @@ class Neurons(LayerInfo):
 Ranked = tuple[Neurons, Tensor]  # a layer, and a score for each of its items
 
 
-def by_layer(info: LayerInfo, score_EI: Tensor, shared_I: Tensor | None = None) -> Ranked:
+def ranked_by_layer(info: LayerInfo, score_EI: Tensor, shared_I: Tensor | None = None) -> Ranked:
     """A layer whose experts stay equally wide; scores [I], an item's being its units' mean.
 
     Of the shared experts, whose width may be another one, the same share stays.
@@ -73,7 +73,7 @@ def by_layer(info: LayerInfo, score_EI: Tensor, shared_I: Tensor | None = None) 
     return _neurons(info, len(score_I), len(score_EI), place_EI, shared), score_I
 
 
-def by_expert(
+def ranked_by_expert(
     info: LayerInfo,
     score_EI: Tensor,
     shared_I: Tensor | None = None,
@@ -140,7 +140,7 @@ def _neurons(
     )  # fmt: skip
 
 
-def foreseen(info: LayerInfo, widths: str, shared: bool = False) -> Neurons:
+def foreseen_neurons(info: LayerInfo, widths: str, shared: bool = False) -> Neurons:
     """The same where no score is known yet: what a budget can say before any work."""
     number = info.expert_width * (1 if widths == "by_layer" else info.num_experts)
     if shared and widths == "by_expert":
