@@ -36,6 +36,7 @@ from moe_lab.models.probing import (
     terms,
     what_else_weights_do,
 )
+from moe_lab.models.widths import set_widths
 from moe_lab.types import LayerInfo, UserError
 
 TRIED = 8  # tokens
@@ -251,6 +252,7 @@ def set_width(layer: MoELayer, width: int) -> None:
 
 def _leave_one(layer: MoELayer) -> None:
     experts, block = layer.experts, layer.block
+    set_widths(experts, ())
     experts.__class__ = _one(type(experts))  # type: ignore[arg-type]  # a class can be hashed
     experts.num_experts = 1
     cast(OneExpert, experts).num_routed = layer.info.num_experts

@@ -27,7 +27,9 @@ FEATURES = {
     "zero stand-ins": "router rows lead to nothing",
     "constant stand-ins": "router rows lead to a constant",
     "copy stand-ins": "router rows lead to the token itself",
-    "narrower experts": "the experts of some layers have fewer hidden units",
+    "narrower experts": "the experts of some layers, or of all, have fewer hidden units",
+    "experts of different widths": "the experts of one layer have different numbers of hidden units",
+    "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",
     "another's structure": "what an edit of one's own wrote down",
 }
@@ -103,6 +105,10 @@ def _of_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[s
         yield "unequal experts"
     if "expert_width" in layer:
         yield "narrower experts"
+    if "expert_widths" in layer:
+        yield "experts of different widths"
+    if "shared_width" in layer:
+        yield "narrower shared experts"
     if "top_k" in layer:
         yield "unequal experts per token"
     if "own" in layer:
