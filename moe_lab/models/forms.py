@@ -18,6 +18,7 @@ from moe_lab.models.condensing import edited_blocks, is_condensed_in_place, is_g
 from moe_lab.models.depth import nature
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import restructure_model
+from moe_lab.models.hidden_units import unit_parameters
 from moe_lab.models.layers import (
     COUNT_FIELDS,
     MoELayer,
@@ -28,9 +29,8 @@ from moe_lab.models.layers import (
     moe_layers,
     num_parameters,
 )
-from moe_lab.models.hidden_units import unit_parameters
 from moe_lab.models.narrowing import GROUPED_BYTES, fits_grouped
-from moe_lab.models.native_widths import config_with_widths
+from moe_lab.models.native_widths import SHARED_TOO, config_with_widths
 from moe_lab.models.opening import text_config
 from moe_lab.models.own_config import without_structures
 from moe_lab.models.own_form import differing_layers, own_config, own_structures
@@ -51,8 +51,9 @@ class Form:
 
     stock: whether stock transformers can load it; reason: which form and why, with the option that
     changes it; plain: whether it is the family's own without any zeros. num_experts: to how many
-    each layer's are filled up with twins, expert_width, shared_width: how wide narrower experts are
-    made with zeros, None where they stay as they are; repeated: the parameters that twins add; mtp, head: what became of the MTP layers and the head, in words.
+    each layer's are filled up with twins; expert_width, shared_width: how wide narrower experts and
+    shared experts are made with zeros; None where they stay as they are. repeated: the parameters
+    that twins add; mtp, head: what became of the MTP layers and the head, in words.
     """
 
     stock: bool
@@ -154,7 +155,7 @@ def _padded(
     if share > limit:
         return None, (
             f"the family's would have {how} more parameters, and method.padding={limit:g} is the "
-            "largest share that may be added"
+            f"largest share that may be added{_instead_of_zeros(layers, built)}"
         )
     reason = f"{how} more parameters (method.padding=0 keeps the exact sizes)"
     theirs = moe_layers(built)[0].info if layers else None
@@ -162,13 +163,23 @@ def _padded(
     return Form(True, f"{IN_FAMILY}{reason}{note}", config, False, None, *widths), None
 
 
+def _instead_of_zeros(layers: list[MoELayer], built: PreTrainedModel) -> str:
+    """What would need none for shared experts as wide as a number of experts, in words."""
+    theirs = [layer.info for layer in moe_layers(built)][:1]
+    ours = {layer.info.shared_width for layer in layers}
+    if not theirs or ours == {theirs[0].shared_width}:
+        return ""
+    whole = " and ".join(map(str, sorted(ours)))
+    return f"; widths that divide {whole} need no zeros, and {SHARED_TOO}"
+
+
 def _on_eager(layers: list[MoELayer]) -> str:
     """That grouped products cannot compute these widths, in words."""
-    width, size = layers[0].info.expert_width, layers[0].experts.down_proj.element_size()
+    width = layers[0].info.expert_width
+    step = GROUPED_BYTES // layers[0].experts.down_proj.element_size()
     return (
-        f"{width} hidden units are no multiple of {GROUPED_BYTES // size}, so that config.json asks "
-        f"for transformers' eager experts (ratio.round_to={GROUPED_BYTES // size} keeps the faster "
-        "ones)"
+        f"{width} hidden units are no multiple of {step}, so that config.json asks for "
+        f"transformers' eager experts (ratio.round_to={step} keeps the faster ones)"
     )
 
 

@@ -38,7 +38,7 @@ class HiddenUnits:
         if isinstance(experts, AdaptedExperts):
             self.tensors = experts.matrices()
         self.width = experts.down_proj.shape[1:][column]
-        unit_I1 = torch.arange(self.width)[:, None]
+        unit_I1 = torch.arange(self.width, device="cpu")[:, None]
         up, into = "up_proj", unit_I1
         if experts.has_gate:
             up, into = "gate_up_proj", self._both(self.width, unit_I1)
@@ -50,12 +50,12 @@ class HiddenUnits:
 
     def places_of_width(self, width: int, both: bool) -> Tensor:
         """The places [I, N] of units of experts of this width; both: of gate and up together."""
-        unit_I1 = torch.arange(width)[:, None]
+        unit_I1 = torch.arange(width, device="cpu")[:, None]
         return self._both(width, unit_I1) if both else unit_I1
 
     def _both(self, width: int, unit_I1: Tensor) -> Tensor:
         """The places [I, 2] of units of experts of this width in a tensor of gate and up."""
-        half_2 = torch.arange(2)
+        half_2 = torch.arange(2, device="cpu")
         if self.experts.is_concatenated:
             return unit_I1 + half_2 * width
         return unit_I1 * 2 + half_2

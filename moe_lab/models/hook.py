@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-
 # What transformers loads all tensors of a checkpoint by, and how it names them when it writes them.
 PASSED = ("convert_and_load_state_dict_in_model", "revert_weight_conversion")
 

@@ -18,6 +18,7 @@ from moe_lab.models.layers import COUNT_FIELDS, TOP_K_FIELDS, MoELayer, moe_laye
 from moe_lab.models.opening import text_config
 from moe_lab.types import LayerInfo
 
+SHARED_TOO = "method.shared=true narrows them, too"
 WORDS_OF_EXPERTS = ("expert", "moe")
 
 
@@ -76,11 +77,11 @@ def _with_width(config: Any, before: int, wanted: int) -> Iterator[Any]:
         if not _has(changed, lambda info: info.expert_width == wanted):
             continue
         # Names that only others read should not say another width.
+        shapes = _shapes(changed)
         for other in fields:
             if other != field and _is_of_experts(other.name):
                 more = other.changed(changed, wanted)
-                if _has(more, lambda info: info.expert_width == wanted):
-                    changed = more
+                changed = more if _shapes(more) == shapes else changed
         yield changed
 
 
@@ -94,7 +95,7 @@ def _with_shared(config: Any, wanted: int, width: int) -> tuple[Any, str | None]
         return config, None
     found = [(least, config)] if least is not None and least > wanted else []
     for field in _fields(config):
-        if "shared" not in field.name:
+        if "share" not in field.name:
             continue
         for value in {wanted, -(-wanted // width)}:
             changed = field.changed(config, value)
@@ -102,9 +103,17 @@ def _with_shared(config: Any, wanted: int, width: int) -> tuple[Any, str | None]
             if made is not None and made >= wanted:
                 found.append((made, changed))
     if not found:
-        family = config.model_type
-        return None, f"{family}'s config cannot say that shared experts are {wanted} wide"
+        told = f"{config.model_type}'s config cannot say that shared experts are {wanted} wide"
+        return None, f"{told} beside experts of {width} ({SHARED_TOO})"
     return min(found, key=lambda pair: pair[0])[1], None
+
+
+def _shapes(config: Any) -> dict[str, Any] | None:
+    """Of all tensors of the model of a config; None where none can be built of it."""
+    try:
+        return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
+    except Exception:  # noqa: BLE001  # as below
+        return None
 
 
 def _has(config: Any, holds: Any) -> bool:
@@ -128,7 +137,7 @@ def _infos(config: Any) -> list[LayerInfo]:
 
 
 def _is_of_experts(name: str) -> bool:
-    return "shared" not in name and any(word in name for word in WORDS_OF_EXPERTS)
+    return "share" not in name and any(word in name for word in WORDS_OF_EXPERTS)
 
 
 def _fields(config: Any) -> Iterator[Field]:

@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig
 
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
 VERSION = 3  # 1 was the family's config.json with one key more
-# What version 2 did not know. Where no layer has any of it, version 2 is written, which more readers
-# know.
+# What version 2 did not know. Where no layer has any of it, 2 is written, which more readers know.
 SINCE_3 = ("expert_widths", "shared_width")
 VERSIONS = (2, VERSION)
 OWN, FAMILY = "moe_lab", "config"
@@ -115,7 +114,7 @@ def _are_widths(value: list[Any], wanted: dict[str, Any]) -> bool:
     return plain and any(value) and len(value) == wanted.get("num_experts")
 
 
-def version_of(layers: Mapping[str, Any]) -> int:
+def lowest_version(layers: Mapping[str, Any]) -> int:
     """The lowest version of the form that can say these structures of layers."""
     return VERSION if any(name in one for one in layers.values() for name in SINCE_3) else 2
 
@@ -123,7 +122,7 @@ def version_of(layers: Mapping[str, Any]) -> int:
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `family_values`."""
     inside = {key: value for key, value in values.items() if key != OWN}
-    version = version_of(values[OWN]["layers"])
+    version = lowest_version(values[OWN]["layers"])
     own = {**values[OWN], "version": version, FAMILY: inside}
     return {
         "architectures": [ARCHITECTURE],

@@ -29,12 +29,11 @@ from moe_lab.models.layers import (
 )
 from moe_lab.models.narrowing import fit_implementation, narrow_shared
 from moe_lab.models.opening import empty_model
-from moe_lab.models.own_config import version_of, without_structures
+from moe_lab.models.own_config import lowest_version, without_structures
 from moe_lab.models.remapped import RemappedExperts, remap
 from moe_lab.models.routers import set_top_k_of
 from moe_lab.models.widths import is_uneven, set_widths, widths_of
 from moe_lab.types import LayerInfo, UserError
-
 
 DIFFERING = ("expert_width", "shared_width", "top_k")  # of a layer's LayerInfo
 
@@ -130,7 +129,7 @@ def own_config(
     structure |= {str(layer_index(name)): _dense_structure(b) for name, b in edited.items()}
     for index, own in own_structures(model, layers).items():
         structure[str(index)] = structure.get(str(index), {}) | {"own": own}
-    version = version_of(structure)
+    version = lowest_version(structure)
     config.moe_lab = {"version": version, "padding": padding, "layers": structure}
     return config
 

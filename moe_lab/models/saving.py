@@ -128,7 +128,9 @@ def _in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
 
 def _fill_up(layer: MoELayer, form: Form) -> None:
     """Make the experts of a layer, and its shared ones, as wide as the form has them."""
-    if form.expert_width not in (None, HiddenUnits(layer.experts).width) or is_uneven(layer.experts):
+    if form.expert_width not in (None, HiddenUnits(layer.experts).width) or is_uneven(
+        layer.experts
+    ):
         fill_up(layer.experts, form.expert_width or HiddenUnits(layer.experts).width)
     if form.shared_width not in (None, layer.info.shared_width):
         widen_shared(layer, form.shared_width)

@@ -114,9 +114,7 @@ def uneven_tensors(model: PreTrainedModel) -> dict[str, UnevenTensor]:
     return {key: one for layer in layers for key, one in _of_layer(layer, names)}
 
 
-def _of_layer(
-    layer: MoELayer, names: Mapping[int, str]
-) -> Iterable[tuple[str, UnevenTensor]]:
+def _of_layer(layer: MoELayer, names: Mapping[int, str]) -> Iterable[tuple[str, UnevenTensor]]:
     units, widths = HiddenUnits(layer.experts), widths_of(layer.experts)
     parameters = unit_parameters(layer.experts)
     for name, (axis, place_IN) in units.places.items():
@@ -125,8 +123,9 @@ def _of_layer(
         def places(width: int, both: bool = place_IN.shape[1] == 2) -> Tensor:
             return units.places_of_width(width, both)
 
-        yield names[id(parameter)], UnevenTensor(
-            parameter.shape, matrix.shape, axis, widths, places
+        yield (
+            names[id(parameter)],
+            UnevenTensor(parameter.shape, matrix.shape, axis, widths, places),
         )
 
 
@@ -139,7 +138,7 @@ def name_in_model(key: str, uneven: Mapping[str, UnevenTensor]) -> str:
 def cut_apart(
     model: PreTrainedModel, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's tensors by name: those that stay as they are, and the others' rows for the files."""
+    """A model's tensors by name: those that stay as they are, and the rows of the others."""
     uneven, rest, rows = uneven_tensors(model), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         if name in uneven:
@@ -186,7 +185,9 @@ def _check_rows(name: str, tensor: UnevenTensor, rows: Mapping[int, Any]) -> Non
             )
 
 
-def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], how: LoadStateDictConfig) -> Any:
+def load_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, Any], how: LoadStateDictConfig
+) -> Any:
     """Fill a model with tensors by their names on disk, by transformers' own function."""
     info, _ = convert_and_load_state_dict_in_model(model, joined(model, tensors), how)
     return info

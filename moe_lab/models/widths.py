@@ -39,7 +39,7 @@ def is_uneven(module: nn.Module) -> bool:
 
 def first_units(widths: Sequence[int], most: int) -> Tensor:
     """The first widths[e] units of each expert [E, most], -1 behind them."""
-    unit_W = torch.arange(most)
+    unit_W = torch.arange(most, device="cpu")
     return torch.stack([unit_W.masked_fill(unit_W >= width, -1) for width in widths])
 
 
@@ -60,7 +60,7 @@ def keep_widths(experts: Experts, before: Sequence[int], kept: Sequence[int]) ->
     widths = [before[expert] for expert in kept]
     most = max(1, *widths)
     if most < HiddenUnits(experts).width:
-        HiddenUnits(experts).keep(torch.arange(most).expand(len(widths), most))
+        HiddenUnits(experts).keep(torch.arange(most, device="cpu").expand(len(widths), most))
     set_widths(experts, widths)
 
 
