@@ -82,7 +82,7 @@ def test_zeros_of_shared_experts_count_and_may_be_too_many(tmp_path: Path) -> No
     assert torch.equal(logits_of(load(own)), logits_of(other))
 
 
-def test_dense_layers_that_share_the_field_stand_in_the_way() -> None:
+def test_shared_experts_of_a_width_that_is_not_said_stand_in_the_way() -> None:
     model = model_of("llama4_text")
     restructure_model(model, narrow_plan(model, (8,) * 8).edits)
     form = choose_form(model, 1.0)
