@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from moe_lab.methods.ratios.neurons import Neurons
+from moe_lab.methods.ratios.pairs import Pairs
 from moe_lab.models.layers import check_kept
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.profile.profile import Profile
@@ -36,6 +37,8 @@ class Ratio(Plugin, ABC):
     check(layers): refuses an impossible request before any work, with a UserError; by default
     values that are out of the range which their `Option` says.
     foreseen(layers): the numbers where they are known before any work; by default None.
+    check_pairs(layers), pairs(scores, profile): the same where experts and hidden units go under
+    one budget; by default refused.
     notes(scores, numbers): facts about its decision for the plan; by default none.
     takes_groups: whether a group's statistics are all that it looks at, and not the model on the
     whole calibration set; by default true.
@@ -54,6 +57,21 @@ class Ratio(Plugin, ABC):
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible request before any work, with a UserError."""
         check_options(self, "ratio")
+
+    def check_pairs(self, layers: Sequence[LayerInfo]) -> None:
+        """The same where experts and hidden units go; by default that is refused."""
+        raise UserError(
+            "method.unit=both weighs experts against hidden units by what the model loses with "
+            "fewer of each, which ratio=sensitivity measures: ask for it, or for "
+            "method.unit=neurons"
+        )
+
+    def pairs(self, scores: Scores, profile: Profile) -> Pairs:
+        """How many experts each layer keeps and how wide they stay, by layer index.
+
+        scores: a score for each hidden unit of each expert [E, I].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no pairs")
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """How many experts each layer keeps, where that is known before any work."""
