@@ -128,7 +128,7 @@ class Narrowing:
             return edit(layer, score_EI, pool)
 
         if self.propagate:
-            edits = propagated(profile, edit_again, neurons=True)
+            edits = propagated(profile, edit_again, tensors, neurons=True)
         else:
             edits = [
                 edit(layer, score_EI, pool)

@@ -15,8 +15,8 @@ from torch import nn
 
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.edits.prune import PruneExperts
-from moe_lab.models.layers import moe_layers
 from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.weight_files import size_in_bytes, weight_files
 

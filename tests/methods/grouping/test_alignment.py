@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.models.experts import expert_hidden, expert_parameters
-from moe_lab.models.layers import moe_layers
 from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.all_experts import ExpertSample
 
