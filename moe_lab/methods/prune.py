@@ -201,7 +201,7 @@ class Prune(Method):
     @property
     def takes_groups(self) -> bool:
         """Whether a plan for a group's statistics is one for that group, and can be evaluated."""
-        whole = self.propagate or self.replacement != "nothing" or self.unit == "both"
+        whole = self.propagate or self.replacement != "nothing" or self.shared
         return not whole and self._metric.takes_groups and self.ratio.takes_groups
 
     @functools.cached_property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, check_own_rows, has_hidden_units, moe_layers
 from moe_lab.models.routers import restricted_layer
 from moe_lab.types import UserError
+
+if TYPE_CHECKING:
+    from moe_lab.models.edits.plan import Plan
 
 GROUPED_BYTES = 16  # of which a row of a matrix must be a multiple for torch's grouped products
 
@@ -152,6 +155,17 @@ class Cut(NamedTuple):
 
 
 Left = Sequence[int] | Tensor | Cut
+
+
+def left_by(plan: Plan) -> dict[int, Left]:
+    """What a plan with one unit leaves of each layer, by true index: experts, or hidden units."""
+    left: dict[int, Left] = {}
+    for chain in plan.chains():
+        if (kept_EI := plan.tensors.get(neurons_name(chain.index))) is not None:
+            left[chain.index] = kept_EI.bool()
+        elif chain.experts_kept is not None:
+            left[chain.index] = chain.experts_kept
+    return left
 
 
 @contextmanager
