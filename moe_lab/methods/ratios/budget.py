@@ -264,6 +264,16 @@ class Budget(Ratio):
         """What every layer's number is a multiple of, for round_to and for the routers' groups."""
         return math.lcm(self.round_to, *(info.groups for info in layers))
 
+    def stride(self, layers: Sequence[LayerInfo], most: int) -> int:
+        """By how many items a search moves: so that a layer of hidden units has `most` numbers.
+
+        Of experts it is `multiple`.
+        """
+        multiple = self.multiple(layers)
+        if not isinstance(layers[0], Neurons):
+            return multiple
+        return multiple * math.ceil(max(info.num_experts for info in layers) / multiple / most)
+
     def choices(self, info: LayerInfo, step: int) -> range:
         """The numbers of experts that the layer may keep; UserError where there are none."""
         floor = floor_of(info, self.floor)

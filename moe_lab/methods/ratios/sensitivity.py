@@ -28,6 +28,7 @@ from moe_lab.types import LayerInfo, UserError
 logger = logging.getLogger(__name__)
 ERRORS = ("kl", "output")
 POINTS = 8  # how many times a layer is measured, unless ratio.step says otherwise
+FINEST = 512  # numbers of hidden units of a layer among which is chosen
 EVEN = 1e-13  # of the largest error: of allocations as good as each other the even one is taken
 
 
@@ -60,7 +61,7 @@ class Sensitivity(Budget):
         super().check(layers)
         self.check_something(layers)
         if self.error == "kl":
-            multiple = self.multiple(layers)
+            multiple = self.stride(layers, FINEST)
             forwards = sum(len(self._measured(info, multiple)) for info in layers)
             logger.info(
                 "ratio=sensitivity: %d forwards over %d samples, and one of the intact model",
@@ -70,7 +71,7 @@ class Sensitivity(Budget):
     def numbers(self, scores: Scores, profile: Profile) -> Numbers:
         """How many experts each layer keeps, by layer index."""
         layers = [info for info, _ in scores]
-        multiple = self.multiple(layers)
+        multiple = self.stride(layers, FINEST)
         tried = {info.index: self._measured(info, multiple) for info in layers}
         measure = self._divergences if self.error == "kl" else self._output_errors
         errors = measure(scores, tried, profile)
@@ -82,7 +83,7 @@ class Sensitivity(Budget):
             measured[info.index] = by_index(dict(sorted(points.items(), reverse=True)))
             known = sorted(points)
             curves.append(np.interp(some, known, [points[number] for number in known]))
-        removed = (sum(some[0] for some in choices) - self.total(layers)) // multiple
+        removed = -(-(sum(some[0] for some in choices) - self.total(layers)) // multiple)
         taken = least_sum(curves, removed)
         pairs = zip(layers, choices, taken, strict=True)
         numbers = {info.index: some[place] for info, some, place in pairs}
