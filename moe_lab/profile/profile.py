@@ -13,6 +13,7 @@ from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
 
 Answer = TypeVar("Answer")
+Tensors = dict[str, Tensor]
 
 
 class Remember(Protocol):
@@ -21,6 +22,14 @@ class Remember(Protocol):
     def __call__(
         self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
     ) -> Answer: ...
+
+
+class RememberTensors(Protocol):
+    """The same of tensors by name."""
+
+    def __call__(
+        self, identity: dict[str, Any], work: Callable[[], Tensors], code: Sequence[object]
+    ) -> Tensors: ...
 
 
 def _always_anew(
@@ -42,9 +51,11 @@ class Profile:
     samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
     `work` (plain JSON values) gave for the same identity, model, data and code before; code: the
     functions, classes or objects that decide its answer, with all that their modules import.
+    remember_tensors: the same where `work` gives tensors by name, on the CPU.
     """
 
     statistics: list[LayerStatistics]
     open_stream: Callable[..., LayerStream] = _no_model
     open_model: Callable[..., tuple[Model, list[dict[str, Tensor]]]] = _no_model
     remember: Remember = _always_anew
+    remember_tensors: RememberTensors = _always_anew
