@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -36,21 +35,15 @@ def agreements(profile: Profile, num_samples: int | None) -> list[Agreement]:
     One forward pass gives all of them, and is remembered.
     """
 
-    def work() -> dict[str, Tensor]:
+    def work() -> dict[int, dict[str, Tensor]]:
         states = HiddenStates(profile.open_stream(num_samples))
-        found = {}
-        for index in progress(sorted(states.stream.moe), "agreement"):
-            for name, value in _sums(states, index).items():
-                found[f"{index}.{name}"] = value
-        return found
+        return {
+            index: _sums(states, index)
+            for index in progress(sorted(states.stream.moe), "agreement")
+        }
 
     question = {"question": "agreement of neurons", "num_samples": num_samples}
-    answer = profile.remember_tensors(question, work, [agreements])
-    names = [one.name for one in dataclasses.fields(Agreement)]
-    return [
-        Agreement(**{name: answer[f"{layer.info.index}.{name}"] for name in names})
-        for layer in profile.statistics
-    ]
+    return [Agreement(**one) for one in profile.by_layer(question, work, [agreements])]
 
 
 @torch.no_grad()
@@ -81,6 +74,6 @@ def _turns(routing: Routing, counts: Tensor) -> Tensor:
     exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
     x_SD, y_SD = routing.x_TD[routing.token_S].to(exact), routing.y_SD.to(exact)
     turn_S = (1 - F.cosine_similarity(x_SD, y_SD, dim=-1)) * y_SD.norm(dim=-1)
-    turn_S = (turn_S * routing.weight_S.to(exact)).double()
-    sum_E = turn_S.new_zeros(len(counts))
-    return sum_E.index_add_(0, routing.expert_S, turn_S).cpu()
+    gated_S = (turn_S * routing.weight_S.to(exact)).double().cpu()
+    sum_E = torch.zeros(len(counts), dtype=torch.float64)
+    return sum_E.index_add_(0, routing.expert_S.cpu(), gated_S)

@@ -28,14 +28,16 @@ class NeuronGradients:
     With a unit's activation a_t, its column w of the down projection and the gradient u_t of the
     loss at its expert's output, u_t . w is the loss's gradient at the activation. count [E], of
     tokens; of each hidden unit [E, I]: hidden_square_sum, of a_t^2; gradient_square_sum, of
-    (u_t . w)^2; product_square_mean, over all samples of the calibration set, of the square of a
-    sample's sum of a_t (u_t . w). Of several losses the mean of the last two.
+    (u_t . w)^2; product_square_sum, of (a_t (u_t . w))^2; document_square_sum, over the samples of
+    the calibration set, of the square of the sum of a_t (u_t . w) over the sample's tokens. Of
+    several losses all these are the mean.
     """
 
     count: Tensor
     hidden_square_sum: Tensor
     gradient_square_sum: Tensor
-    product_square_mean: Tensor
+    product_square_sum: Tensor
+    document_square_sum: Tensor
 
 
 def neuron_gradients(
@@ -45,21 +47,12 @@ def neuron_gradients(
 
     One pass backwards gives all of them; it is remembered, so that every plan that asks shares it.
     """
-
-    def work() -> dict[str, Tensor]:
-        found = _measured(profile.open_stream(num_samples), labels)
-        return {
-            f"{index}.{name}": value for index, one in found.items() for name, value in one.items()
-        }
-
     drawn = dataclasses.asdict(labels) if labels.kind == "sampled" else {"kind": labels.kind}
     question = {"question": "gradients at neurons", "labels": drawn, "num_samples": num_samples}
-    answer = profile.remember_tensors(question, work, [neuron_gradients])
-    names = [one.name for one in dataclasses.fields(NeuronGradients)]
-    return [
-        NeuronGradients(**{name: answer[f"{layer.info.index}.{name}"] for name in names})
-        for layer in profile.statistics
-    ]
+    found = profile.by_layer(
+        question, lambda: _measured(profile.open_stream(num_samples), labels), [neuron_gradients]
+    )
+    return [NeuronGradients(**one) for one in found]
 
 
 def _measured(stream: LayerStream, labels: LossLabels) -> dict[int, dict[str, Tensor]]:
@@ -70,15 +63,14 @@ def _measured(stream: LayerStream, labels: LossLabels) -> dict[int, dict[str, Te
     found = {index: _nothing(layer.info) for index, layer in stream.moe.items()}
     for given in progress(backward.outputs(), "gradients", steps):
         sums = found[given.index]
-        for expert, h_NI, slope_NI, document_N in _by_expert(stream, given, sums):
+        for expert, h_NI, slopes, document_N in _by_expert(stream, given, sums):
             sums["hidden_square_sum"][expert] += _summed(h_NI.square())
-            for slope in slope_NI:
-                sums["gradient_square_sum"][expert] += _summed(slope.square())
-                sums["product_square_mean"][expert] += _document_squares(h_NI * slope, document_N)
-    documents = len(stream.positions)
-    for sums in found.values():
-        sums["gradient_square_sum"] /= labels.draws
-        sums["product_square_mean"] /= labels.draws * documents
+            for slope_NI in slopes:
+                product_NI = h_NI * slope_NI
+                of_documents_I = _document_squares(product_NI, document_N)
+                sums["gradient_square_sum"][expert] += _summed(slope_NI.square()) / labels.draws
+                sums["product_square_sum"][expert] += _summed(product_NI.square()) / labels.draws
+                sums["document_square_sum"][expert] += of_documents_I / labels.draws
     return found
 
 

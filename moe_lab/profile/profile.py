@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -59,3 +59,21 @@ class Profile:
     open_model: Callable[..., tuple[Model, list[dict[str, Tensor]]]] = _no_model
     remember: Remember = _always_anew
     remember_tensors: RememberTensors = _always_anew
+
+    def by_layer(
+        self,
+        question: dict[str, Any],
+        work: Callable[[], Mapping[int, Tensors]],
+        code: Sequence[object],
+    ) -> list[Tensors]:
+        """Tensors by name of each MoE layer in order, which `work` finds for all, remembered."""
+
+        def all_of_them() -> Tensors:
+            found = work().items()
+            return {f"{i}.{name}": value for i, one in found for name, value in one.items()}
+
+        layers: dict[str, Tensors] = {str(layer.info.index): {} for layer in self.statistics}
+        for full, value in self.remember_tensors(question, all_of_them, code).items():
+            index, _, name = full.partition(".")
+            layers[index][name] = value
+        return list(layers.values())

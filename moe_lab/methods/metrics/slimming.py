@@ -54,24 +54,23 @@ class Slimming(Metric):
     def neuron_scores(self, profile: Profile) -> list[Tensor]:
         """A score [E, I] for each layer in order."""
 
-        def work() -> dict[str, Tensor]:
+        def work() -> dict[int, dict[str, Tensor]]:
             states = HiddenStates(profile.open_stream(self.num_samples))
             layers = progress(sorted(states.stream.moe), "block losses")
-            return {str(index): self._averaged(states, index) for index in layers}
+            return {index: {"score": self._averaged(states, index)} for index in layers}
 
         question = {
             "question": "attribution of block losses", "batch": self.batch,
             "momentum": self.momentum, "num_samples": self.num_samples,
         }  # fmt: skip
-        answer = profile.remember_tensors(question, work, [Slimming])
-        return [answer[str(layer.info.index)] for layer in profile.statistics]
+        return [one["score"] for one in profile.by_layer(question, work, [Slimming])]
 
     def _averaged(self, states: HiddenStates, index: int) -> Tensor:
         """The moving average [E, I] of one layer, over its sum."""
-        first, *others = attributions(states, index, self.batch)
-        for one in others:
-            first = self.momentum * first + (1 - self.momentum) * one
-        return first / first.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        average_EI, *others = attributions(states, index, self.batch).unbind()
+        for next_EI in others:
+            average_EI = self.momentum * average_EI + (1 - self.momentum) * next_EI
+        return average_EI / average_EI.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 @torch.no_grad()
@@ -91,8 +90,8 @@ def attributions(states: HiddenStates, index: int, batch: int) -> Tensor:
             y_TD = _block_output(layer, routing, outputs.pop(), valid)
             square_G.index_add_(0, group_T, y_TD.double().square().sum(dim=1).cpu())
             _add_products(layer, routing, group_T, product_GEI)
-    loss_G11 = (square_G + EPSILON)[:, None, None]
-    return 2 * (1 - STRENGTH) * product_GEI.clamp(min=0) / loss_G11
+    factor_G = 2 * (1 - STRENGTH) / (square_G + EPSILON)
+    return factor_G[:, None, None] * product_GEI.clamp(min=0)
 
 
 def _block_output(layer: MoELayer, routing: Routing, output: Tensor, valid: Tensor) -> Tensor:
