@@ -22,7 +22,7 @@ class Fisher(ByGradient):
     Fisher information. Its exact formula was not to be had; ours is the natural reading:
     S_ec = sum over documents of (sum_t a_tc (u_t . w_c))^2, t over the document's tokens sent to
     expert e, since dL/dm_c = sum_t a_tc dL/da_tc and dL/da_tc = u_t . w_c; a, u, w as of
-    metric=heapr. over=tokens squares each token's part by itself: S_ec = sum_t (a_tc (u_t . w_c))^2.
+    metric=heapr. over=tokens squares each token's part: S_ec = sum_t (a_tc (u_t . w_c))^2.
     Shared experts are left as they are; sampled labels are ours.
     """
 
