@@ -55,6 +55,7 @@ def neuron_gradients(
     return [NeuronGradients(**one) for one in found]
 
 
+@torch.no_grad()
 def _measured(stream: LayerStream, labels: LossLabels) -> dict[int, dict[str, Tensor]]:
     """The sums of each MoE layer, by layer index."""
     check_plain(stream)
