@@ -158,7 +158,7 @@ def nothing(case: Case, index: int) -> Tensor:
 
 
 def check_permuted(case: Case, metric: Metric, expert: int = 1) -> None:
-    """With an expert's hidden units in another order its scores are, and all others are the same."""
+    """With an expert's hidden units in another order its scores are, and all others the same."""
     other = copy.copy(case)
     other.model = copy.deepcopy(case.model)
     order_I = torch.randperm(case.statistics[0].info.expert_width)
