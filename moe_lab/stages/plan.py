@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab.data.tokens import Tokens
@@ -29,7 +30,7 @@ from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.profile.profile import Answer, Profile
+from moe_lab.profile.profile import Answer, Profile, Tensors
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, write_whole
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
+TENSORS = "answer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,15 @@ class IntactModel:
 
     def profile(self, layers: list[LayerStatistics]) -> Profile:
         """What the method looks at."""
-        return Profile(layers, self.open_stream, self.open_model, self.remember)
+        return Profile(
+            layers, self.open_stream, self.open_model, self.remember, self.remember_tensors
+        )
 
     def open_model(self, num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
         """The model, whole, and the first samples of the calibration set (None: all)."""
-        return self.asked.checkpoint.load(self.context.compute.device), self._batches(num_samples)
+        compute = self.context.compute
+        batches = self._sample(num_samples).batches(compute.batch_size, compute.device)
+        return self.asked.checkpoint.load(compute.device), batches
 
     def open_stream(self, num_samples: int | None = None) -> LayerStream:
         """Its decoder layers over these samples, one in memory at a time."""
@@ -139,23 +145,36 @@ class IntactModel:
         limit = int(compute.cache_gib * 2**30)
         cache = Activations(limit, folder=self.context.store.root, device=compute.device)
         model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
-        return LayerStream(model, self._batches(num_samples), cache)
+        sample = self._sample(num_samples)
+        batches = sample.batches(compute.batch_size, compute.device)
+        return LayerStream(model, batches, cache, sample.positions_by_length())
 
     def remember(
         self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
     ) -> Answer:
         """What `work` gave for this question and code before, or now."""
-        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
-        kept = self.context.store.get("search", question, functools.partial(_answer, work))
+        kept = self._kept(identity, functools.partial(_answer, work), code)
         known: Answer = json.loads((kept.folder / ANSWER).read_text())
         return known
 
-    def _batches(self, num_samples: int | None) -> list[dict[str, Tensor]]:
-        tokens, compute = self.asked.tokens, self.context.compute
+    def remember_tensors(
+        self, identity: dict[str, Any], work: Callable[[], Tensors], code: Sequence[object]
+    ) -> Tensors:
+        """The same of tensors by name."""
+        kept = self._kept(identity, functools.partial(_answer_in_tensors, work), code)
+        return load_file(kept.folder / TENSORS)
+
+    def _kept(
+        self, identity: dict[str, Any], make: Callable[[Path], None], code: Sequence[object]
+    ) -> Artifact:
+        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
+        return self.context.store.get("search", question, make)
+
+    def _sample(self, num_samples: int | None) -> Tokens:
+        tokens = self.asked.tokens
         if num_samples is not None and num_samples > len(tokens.samples):
             _say_fewer(num_samples, len(tokens.samples))
-        sample = tokens.take(range(len(tokens.samples))[: num_samples or None])
-        return sample.batches(compute.batch_size, compute.device)
+        return tokens.take(range(len(tokens.samples))[: num_samples or None])
 
 
 @functools.cache
@@ -166,6 +185,10 @@ def _say_fewer(asked: int, there: int) -> None:
 
 def _answer(work: Callable[[], Any], folder: Path) -> None:
     write_whole(folder / ANSWER, json.dumps(work()) + "\n")
+
+
+def _answer_in_tensors(work: Callable[[], Tensors], folder: Path) -> None:
+    save_file(work(), folder / TENSORS)
 
 
 def copy_plan(planned: Artifact, folder: Path) -> Plan:

@@ -41,6 +41,7 @@ class Metric(Plugin):
     shared_neuron_scores(profile): a score [I] of those for each layer in order, by default this.
     widths: how the paper ranks neurons, of WIDTHS, unless method.widths says otherwise: those of
     each expert by themselves (by_layer), or those of all experts together (by_expert).
+    scores_shared: whether shared experts' hidden units have a score; by default true.
     refits(profile, kept): new down projections [E, D, W] of what stays ([E, I] bool), by layer
     index; by default none.
     needs_model: whether it looks at the intact model itself, by `scores` alone; by default false.
@@ -59,6 +60,7 @@ class Metric(Plugin):
     needs_model: bool = False
     judges_sets: bool = False
     widths: str = "by_layer"
+    scores_shared: bool = True
 
     @classmethod
     def scored(cls) -> tuple[str, ...]:

@@ -40,12 +40,15 @@ class Ratio(Plugin, ABC):
     check_pairs(layers), pairs(scores, profile): the same where experts and hidden units go under
     one budget; by default refused.
     notes(scores, numbers): facts about its decision for the plan; by default none.
+    decides_widths: whether it says by `widths(layers, profile)` how many hidden units each expert
+    keeps, and not by `numbers` how many a layer keeps of all; by default false.
     takes_groups: whether a group's statistics are all that it looks at, and not the model on the
     whole calibration set; by default true.
     identity(options): what of its composed options the numbers depend on; by default all.
     """
 
     takes_groups: bool = True
+    decides_widths: bool = False
 
     @abstractmethod
     def numbers(self, scores: Scores, profile: Profile) -> Mapping[int, int]:
@@ -53,6 +56,15 @@ class Ratio(Plugin, ABC):
 
         scores: each layer's description, and one score for each of its experts.
         """
+
+    def widths(
+        self, layers: Sequence[tuple[Neurons, Tensor]], profile: Profile
+    ) -> Mapping[int, Tensor]:
+        """How many hidden units each expert keeps [E], by layer index.
+
+        layers: each with the scores [E, I] of its hidden units.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decides no widths")
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible request before any work, with a UserError."""
