@@ -106,7 +106,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "llama_process",
     ),
     "finetune": ("recipe", "tuning", "training", "state", "teacher", "gate_entropy"),
-    "methods": ("base", "layer_choice", "dropping"),
+    "methods": ("base", "layer_choice", "dropping", "narrowing", "second_order"),
     "methods.metrics": ("base",),
     "methods.ratios": ("budget",),
     "methods.grouping": ("base", "alignment"),

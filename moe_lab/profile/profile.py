@@ -29,6 +29,17 @@ def _always_anew(
     return work()
 
 
+class RememberTensors(Protocol):
+    """The same of tensors by name."""
+
+    def __call__(
+        self,
+        identity: dict[str, Any],
+        work: Callable[[], dict[str, Tensor]],
+        code: Sequence[object],
+    ) -> dict[str, Tensor]: ...
+
+
 def _no_model(num_samples: int | None = None) -> NoReturn:
     raise RuntimeError("this profile has statistics alone")
 
@@ -42,9 +53,11 @@ class Profile:
     samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
     `work` (plain JSON values) gave for the same identity, model, data and code before; code: the
     functions, classes or objects that decide its answer, with all that their modules import.
+    remember_tensors: the same where `work` gives tensors by name.
     """
 
     statistics: list[LayerStatistics]
     open_stream: Callable[..., LayerStream] = _no_model
     open_model: Callable[..., tuple[Model, list[dict[str, Tensor]]]] = _no_model
     remember: Remember = _always_anew
+    remember_tensors: RememberTensors = _always_anew

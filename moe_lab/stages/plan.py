@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab.data.tokens import Tokens
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from moe_lab.stages.run import Run
 
 logger = logging.getLogger(__name__)
-ANSWER = "answer.json"
+ANSWER, ANSWER_TENSORS = "answer.json", "answer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ class IntactModel:
 
     def profile(self, layers: list[LayerStatistics]) -> Profile:
         """What the method looks at."""
-        return Profile(layers, self.open_stream, self.open_model, self.remember)
+        return Profile(
+            layers, self.open_stream, self.open_model, self.remember, self.remember_tensors
+        )
 
     def open_model(self, num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
         """The model, whole, and the first samples of the calibration set (None: all)."""
@@ -145,10 +148,25 @@ class IntactModel:
         self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
     ) -> Answer:
         """What `work` gave for this question and code before, or now."""
-        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
-        kept = self.context.store.get("search", question, functools.partial(_answer, work))
-        known: Answer = json.loads((kept.folder / ANSWER).read_text())
+        make = functools.partial(_answer, work)
+        known: Answer = json.loads((self._kept(identity, make, code) / ANSWER).read_text())
         return known
+
+    def remember_tensors(
+        self,
+        identity: dict[str, Any],
+        work: Callable[[], dict[str, Tensor]],
+        code: Sequence[object],
+    ) -> dict[str, Tensor]:
+        """The same of tensors by name."""
+        make = functools.partial(_answer_tensors, work)
+        return load_file(self._kept(identity, make, code) / ANSWER_TENSORS)
+
+    def _kept(
+        self, identity: dict[str, Any], make: Callable[[Path], None], code: Sequence[object]
+    ) -> Path:
+        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
+        return self.context.store.get("search", question, make).folder
 
     def _batches(self, num_samples: int | None) -> list[dict[str, Tensor]]:
         tokens, compute = self.asked.tokens, self.context.compute
@@ -166,6 +184,11 @@ def _say_fewer(asked: int, there: int) -> None:
 
 def _answer(work: Callable[[], Any], folder: Path) -> None:
     write_whole(folder / ANSWER, json.dumps(work()) + "\n")
+
+
+def _answer_tensors(work: Callable[[], dict[str, Tensor]], folder: Path) -> None:
+    parts = {name: tensor.contiguous().cpu() for name, tensor in work().items()}
+    save_file(parts, folder / ANSWER_TENSORS)
 
 
 def copy_plan(planned: Artifact, folder: Path) -> Plan:

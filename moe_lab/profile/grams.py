@@ -1,0 +1,136 @@
+"""Gram matrices of what the hidden units of a layer's experts add, over the calibration text.
+
+Hidden unit c of expert e adds z_ec w_ec to a token, w_ec its column of the down projection, z_ec =
+g_e a_ec its activation times the router's weight, 0 where the token does not choose the expert. A
+bias of the down projection is no part of that. The Gram matrix is G = sum over tokens of w_t z z^T:
+jointly over all units of a layer [E I, E I], or of each expert by itself [E, I, I].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.profile.hidden import HiddenStates, by_expert
+from moe_lab.profile.profile import Profile
+from moe_lab.types import NotFinite, Routing, UserError
+
+logger = logging.getLogger(__name__)
+TOKEN_WEIGHTS = ("output", "none")
+TOKENS_AT_ONCE = 1024  # whose hidden units of all experts lie side by side at a time
+
+
+class Grams:
+    """Gram matrices and columns of the MoE layers of an intact model, a layer at a time.
+
+    Layers come in ascending order, and what was asked before is remembered. token_weight: output,
+    each token weighs 1 / mean square of the state [D] that leaves its decoder layer, so that what
+    counts is the relative error of that state, whose size differs a thousandfold among tokens;
+    none, all tokens weigh alike.
+    """
+
+    def __init__(self, profile: Profile, num_samples: int | None, token_weight: str):
+        self.profile, self.num_samples, self.token_weight = profile, num_samples, token_weight
+        self._states: HiddenStates | None = None
+        for layer in profile.statistics if token_weight == "output" else ():
+            if not layer.has_cosine("layer"):
+                raise UserError(
+                    f"metric.token_weight=output weighs tokens by the state that leaves a layer, "
+                    f"and around layer {layer.info.index} there is not one hidden state for each "
+                    f"token ({layer.info.family}): metric.token_weight=none"
+                )
+
+    def of(self, index: int, joint: bool) -> Tensor:
+        """The Gram matrix [E I, E I] (joint) or matrices [E, I, I] of one layer, float32."""
+        question = {
+            "question": "gram", "layer": index, "joint": joint,
+            "token_weight": self.token_weight, "num_samples": self.num_samples,
+        }  # fmt: skip
+
+        def work() -> dict[str, Tensor]:
+            return {"gram": self._measured(index, joint).float()}
+
+        return self.profile.remember_tensors(question, work, [Grams])["gram"]
+
+    def columns(self, index: int) -> Tensor:
+        """The columns of the down projections of one layer [E, I, D], float32 or better."""
+        stream = self._states.stream if self._states else self.profile.open_stream(1)
+        with stream.layer(index):
+            columns_EID = HiddenUnits(stream.moe[index].experts).down_columns().detach()
+            exact = torch.promote_types(columns_EID.dtype, torch.float32)
+            return columns_EID.to("cpu", exact, copy=True)
+
+    def _measured(self, index: int, joint: bool) -> Tensor:
+        self._states = self._states or HiddenStates(
+            self.profile.open_stream(self.num_samples)
+        )
+        info, total = self._states.stream.moe[index].info, None
+        for routing in self._states.routings(index):
+            weight_T = token_weights(routing, self.token_weight)
+            product = (_joint if joint else _apart)(routing, weight_T, info.num_experts)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        if not bool(total.isfinite().all()):
+            raise NotFinite(f"layer {index}: products of its hidden units are not finite", index)
+        return total.cpu()
+
+
+def token_weights(routing: Routing, kind: str) -> Tensor:
+    """What each token of a batch weighs in the sums [T], in float32 or better."""
+    exact = torch.promote_types(routing.x_TD.dtype, torch.float32)
+    if kind == "none":
+        return torch.ones(len(routing.x_TD), dtype=exact, device=routing.x_TD.device)
+    assert routing.leaving_TD is not None  # `Grams` has refused such layers
+    square_T = routing.leaving_TD.to(exact).square().mean(dim=1)
+    return torch.where(square_T > 0, 1 / square_T, 0.0)
+
+
+def _joint(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
+    """Of all experts together [E I, E I], in float64: products in float32, a part at a time."""
+    assert routing.hidden_SI is not None
+    width = routing.hidden_SI.shape[1]
+    size = num_experts * width
+    total = torch.zeros(size, size, dtype=torch.float64, device=weight_T.device)
+    share_S = routing.weight_S.to(weight_T) * weight_T.sqrt()[routing.token_S]
+    for start in range(0, len(weight_T), TOKENS_AT_ONCE):
+        number = min(TOKENS_AT_ONCE, len(weight_T) - start)
+        rows = ((routing.token_S >= start) & (routing.token_S < start + number)).nonzero()[:, 0]
+        z_TEI = weight_T.new_zeros(number, num_experts, width)
+        z_RI = routing.hidden_SI[rows].to(weight_T) * share_S[rows, None]
+        z_TEI[routing.token_S[rows] - start, routing.expert_S[rows]] = z_RI
+        z_TN = z_TEI.flatten(1)
+        total += z_TN.T @ z_TN
+    return total
+
+
+def _apart(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
+    """Of each expert by itself [E, I, I], in float64."""
+    assert routing.hidden_SI is not None
+    width = routing.hidden_SI.shape[1]
+    total = torch.zeros(num_experts, width, width, dtype=torch.float64, device=weight_T.device)
+    for expert, h_NI, gate_N, token_N in by_expert(routing, num_experts):
+        z_NI = h_NI.to(weight_T) * (gate_N.to(weight_T) * weight_T.sqrt()[token_N])[:, None]
+        for part_NI in z_NI.split(TOKENS_AT_ONCE):
+            total[expert] += part_NI.T @ part_NI
+    return total
+
+
+def gram_bytes(num_experts: int, width: int, joint: bool) -> int:
+    """Memory in float64 for the matrices of one layer, and for working on one of them."""
+    size = num_experts * width if joint else width
+    return 8 * (4 * size**2 + (0 if joint else num_experts * size**2))
+
+
+def gram_products(pairs: Sequence[float], num_experts: int, width: int, joint: bool) -> float:
+    """Multiplications for the Gram matrices of a layer and for going through all its units.
+
+    pairs: how many token-expert pairs there are, and how many tokens.
+    """
+    num_pairs, num_tokens = pairs
+    size = num_experts * width if joint else width
+    each = num_tokens * size**2 if joint else num_pairs * size**2
+    return each + 3 * size**3 * (1 if joint else num_experts)
