@@ -8,8 +8,7 @@ jointly over all units of a layer [E I, E I], or of each expert by itself [E, I,
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from torch import Tensor
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.profile.hidden import HiddenStates, by_expert
 from moe_lab.profile.profile import Profile
-from moe_lab.types import NotFinite, Routing, UserError
+from moe_lab.types import LayerInfo, NotFinite, Routing, UserError
 
-logger = logging.getLogger(__name__)
 TOKEN_WEIGHTS = ("output", "none")
 TOKENS_AT_ONCE = 1024  # whose hidden units of all experts lie side by side at a time
 
@@ -65,9 +63,7 @@ class Grams:
             return columns_EID.to("cpu", exact, copy=True)
 
     def _measured(self, index: int, joint: bool) -> Tensor:
-        self._states = self._states or HiddenStates(
-            self.profile.open_stream(self.num_samples)
-        )
+        self._states = self._states or HiddenStates(self.profile.open_stream(self.num_samples))
         info, total = self._states.stream.moe[index].info, None
         for routing in self._states.routings(index):
             weight_T = token_weights(routing, self.token_weight)
@@ -119,18 +115,38 @@ def _apart(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
     return total
 
 
-def gram_bytes(num_experts: int, width: int, joint: bool) -> int:
-    """Memory in float64 for the matrices of one layer, and for working on one of them."""
-    size = num_experts * width if joint else width
-    return 8 * (4 * size**2 + (0 if joint else num_experts * size**2))
+@dataclass(frozen=True)
+class GramCost:
+    """What the Gram matrices of one layer cost; joint: one of all its units together."""
 
+    info: LayerInfo
+    joint: bool
 
-def gram_products(pairs: Sequence[float], num_experts: int, width: int, joint: bool) -> float:
-    """Multiplications for the Gram matrices of a layer and for going through all its units.
+    @property
+    def units(self) -> int:
+        """How many hidden units a matrix is of."""
+        width = self.info.expert_width
+        return self.info.num_experts * width if self.joint else width
 
-    pairs: how many token-expert pairs there are, and how many tokens.
-    """
-    num_pairs, num_tokens = pairs
-    size = num_experts * width if joint else width
-    each = num_tokens * size**2 if joint else num_pairs * size**2
-    return each + 3 * size**3 * (1 if joint else num_experts)
+    @property
+    def matrices(self) -> int:
+        """How many there are."""
+        return 1 if self.joint else self.info.num_experts
+
+    @property
+    def stored_bytes(self) -> int:
+        """In float32, as they are remembered."""
+        return 4 * self.matrices * self.units**2
+
+    @property
+    def working_bytes(self) -> int:
+        """In float64 as they are summed, and four more for what is done with one of them."""
+        return 8 * (self.matrices + 4) * self.units**2
+
+    def products(self, num_tokens: float, num_pairs: float) -> float:
+        """Multiplications for the sums, and for going through all units with three matrices.
+
+        num_pairs: of tokens and the experts that they choose.
+        """
+        rows = num_tokens if self.joint else num_pairs
+        return rows * self.units**2 + 3 * self.matrices * self.units**3

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lab.methods import second_order
 from moe_lab.methods.metrics.base import Metric
 from moe_lab.option import Option
-from moe_lab.profile.grams import TOKEN_WEIGHTS, Grams, gram_bytes, gram_products
+from moe_lab.profile.grams import TOKEN_WEIGHTS, GramCost, Grams
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.progress import progress
@@ -61,22 +61,21 @@ class Obs(Metric):
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse units of a layer together where they do not fit."""
         super().check(layers)
-        for info in layers if self.gram == "joint" else ():
-            if not self._fits(info):
-                need = gram_bytes(info.num_experts, info.expert_width, joint=True) / 2**30
+        for cost in (GramCost(info, joint=True) for info in layers if self.gram == "joint"):
+            if (need := cost.working_bytes / 2**30) > self.joint_gib:
                 raise UserError(
-                    f"metric.gram=joint: the {info.num_experts * info.expert_width} hidden units "
-                    f"of layer {info.index} together need {need:.1f} GiB, and metric.joint_gib="
-                    f"{self.joint_gib:g}: metric.gram=expert, or metric.joint_gib={need + 0.1:.1f}"
+                    f"metric.gram=joint: the {cost.units} hidden units of layer {cost.info.index} "
+                    f"together need {need:.2f} GiB, and metric.joint_gib={self.joint_gib:g}: "
+                    f"metric.gram=expert, or metric.joint_gib={need + 0.01:.2f}"
                 )
 
-    def _fits(self, info: LayerInfo) -> bool:
-        return gram_bytes(info.num_experts, info.expert_width, joint=True) <= (
-            self.joint_gib * 2**30
-        )
-
-    def _joint(self, info: LayerInfo) -> bool:
-        return self.gram == "joint" or (self.gram == "auto" and self._fits(info))
+    def _cost(self, info: LayerInfo) -> GramCost:
+        """Of the layer, its units refitted together or by expert."""
+        together = GramCost(info, joint=True)
+        fits = together.working_bytes <= self.joint_gib * 2**30
+        return together if self.gram == "joint" or (self.gram == "auto" and fits) else (
+            GramCost(info, joint=False)
+        )  # fmt: skip
 
     def neuron_scores(self, profile: Profile) -> list[Tensor]:
         """For each layer in order, all experts of a layer losing the same number."""
@@ -102,39 +101,39 @@ class Obs(Metric):
         infos = {layer.info.index: layer.info for layer in profile.statistics}
         return {
             index: refit_of(
-                grams.of(index, self._joint(infos[index])), grams.columns(index),
+                grams.of(index, self._cost(infos[index]).joint), grams.columns(index),
                 kept[index], self.ridge,
             )
             for index in progress(sorted(kept), "refit")
         }  # fmt: skip
 
     def _scores(self, profile: Profile, grams: Grams, info: LayerInfo, evenly: bool) -> Tensor:
+        joint = self._cost(info).joint
         question = {
-            "question": "obs", "layer": info.index, "evenly": evenly, "joint": self._joint(info),
+            "question": "obs", "layer": info.index, "evenly": evenly, "joint": joint,
             "ridge": self.ridge, "token_weight": self.token_weight,
             "num_samples": self.num_samples,
         }  # fmt: skip
 
         def work() -> list[list[float]]:
-            gram = grams.of(info.index, self._joint(info))
+            gram = grams.of(info.index, joint)
             return scores_of(gram, grams.columns(info.index), self.ridge, evenly).tolist()
 
         rows = profile.remember(question, work, [Obs])
         return torch.tensor(rows, dtype=torch.float64)
 
     def _say_cost(self, layers: Sequence[LayerStatistics]) -> None:
-        joint = [self._joint(layer.info) for layer in layers]
-        sizes = [(layer.info.num_experts, layer.info.expert_width) for layer in layers]
-        most = max(gram_bytes(*size, one) for size, one in zip(sizes, joint, strict=True))
-        kept = sum(4 * e * i * (e * i if one else i) for (e, i), one in zip(sizes, joint, strict=True))
-        products = 0.0
-        for layer, size, one in zip(layers, sizes, joint, strict=True):
-            pairs = float(layer["count"].sum()), float(layer["tokens"])
-            products += gram_products(pairs, *size, one)
+        costs = [self._cost(layer.info) for layer in layers]
+        products = sum(
+            cost.products(float(layer["tokens"]), float(layer["count"].sum()))
+            for cost, layer in zip(costs, layers, strict=True)
+        )
         logger.info(
             "obs: units refitted together in %d of %d layers, by expert in the others: up to "
-            "%.2f GiB in memory at a time, %.2f GiB into the store, %.2g multiplications",
-            sum(joint), len(joint), most / 2**30, kept / 2**30, products,
+            "%.2f GiB in memory, %.2f GiB into the store, up to %.2g multiplications",
+            sum(cost.joint for cost in costs), len(costs),
+            max(cost.working_bytes for cost in costs) / 2**30,
+            sum(cost.stored_bytes for cost in costs) / 2**30, products,
         )  # fmt: skip
 
 
