@@ -126,6 +126,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.grouping": ("methods.metrics", "methods.ratios"),
     "methods.condense": (),
     "methods.merge": ("methods.grouping", "methods.ratios"),
+    "methods.dern": ("methods.metrics", "methods.ratios"),
     "methods.prune": ("methods.metrics", "methods.ratios"),
 }
 
