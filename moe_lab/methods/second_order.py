@@ -72,7 +72,7 @@ def refitted(gram_NN: Tensor, columns_ND: Tensor, kept_N: Tensor, ridge: float) 
     return new_ND
 
 
-def eliminated(
+def one_by_one(
     gram_NN: Tensor,
     columns_ND: Tensor,
     ridge: float,

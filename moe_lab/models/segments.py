@@ -18,7 +18,7 @@ from moe_lab.models.hidden_units import HiddenUnits
 
 ROUNDS = 50  # of k-means, which ends where nothing changes
 ROWS_AT_ONCE = 4096  # whose similarities to all others are computed at a time
-Parts = Mapping[str, Tensor]  # by the name of the tensor that they stand in, [*, F]
+Segments = Mapping[str, Tensor]  # by the name of the tensor that they stand in, [*, F]
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def recombine(
 
 
 def _nearest(
-    units: HiddenUnits, kept: Sequence[int], of_gone: Sequence[Parts], threshold: float
+    units: HiddenUnits, kept: Sequence[int], of_gone: Sequence[Segments], threshold: float
 ) -> list[Tensor]:
     """For each segment of the experts that go, the place in `kept` where it goes; -1: nowhere."""
     best = [
@@ -78,12 +78,12 @@ def _nearest(
     return places
 
 
-def _up_and_down(units: HiddenUnits, parts: Parts) -> Tensor:
+def _up_and_down(units: HiddenUnits, parts: Segments) -> Tensor:
     """Up row and down column of each segment side by side, of length 1 together."""
     return F.normalize(torch.cat([_rows(units, parts)[-1], parts[units.down]], dim=1), dim=1)
 
 
-def _rows(units: HiddenUnits, parts: Parts) -> tuple[Tensor, ...]:
+def _rows(units: HiddenUnits, parts: Segments) -> tuple[Tensor, ...]:
     """The gate row, where there is one, and the up row of each segment."""
     names = [name for name in parts if name != units.down and not name.endswith("_bias")]
     rows_IF = torch.cat([parts[name] for name in names], dim=1)
@@ -96,7 +96,7 @@ def _most_similar(one_PF: Tensor, other_QF: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
 
-def clustered(units: HiddenUnits, pool: Parts, weight_P: Tensor) -> dict[str, Tensor]:
+def clustered(units: HiddenUnits, pool: Segments, weight_P: Tensor) -> dict[str, Tensor]:
     """As many segments as an expert has, of all in the pool; in the order of those it begins with.
 
     A cluster that has no weight stays the segment that it began with.
@@ -128,7 +128,7 @@ def _summed(value_PF: Tensor, weight_P: Tensor, cluster_P: Tensor, number: int) 
     return zeros.index_add_(0, cluster_P, value_PF * weight_P[:, None])
 
 
-def _put(units: HiddenUnits, expert: int, parts: Parts) -> None:
+def _put(units: HiddenUnits, expert: int, parts: Segments) -> None:
     """Give an expert these segments."""
     for name, (axis, place_IN) in units.places.items():
         rows = units.tensors[name][expert].movedim(axis, 0)

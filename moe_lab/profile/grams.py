@@ -19,7 +19,7 @@ from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, NotFinite, Routing, UserError
 
 TOKEN_WEIGHTS = ("output", "none")
-TOKENS_AT_ONCE = 1024  # whose hidden units of all experts lie side by side at a time
+TOKENS_SIDE_BY_SIDE = 1024  # whose hidden units of all experts lie side by side at a time
 
 
 class Grams:
@@ -92,8 +92,8 @@ def _joint(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
     size = num_experts * width
     total = torch.zeros(size, size, dtype=torch.float64, device=weight_T.device)
     share_S = routing.weight_S.to(weight_T) * weight_T.sqrt()[routing.token_S]
-    for start in range(0, len(weight_T), TOKENS_AT_ONCE):
-        number = min(TOKENS_AT_ONCE, len(weight_T) - start)
+    for start in range(0, len(weight_T), TOKENS_SIDE_BY_SIDE):
+        number = min(TOKENS_SIDE_BY_SIDE, len(weight_T) - start)
         rows = ((routing.token_S >= start) & (routing.token_S < start + number)).nonzero()[:, 0]
         z_TEI = weight_T.new_zeros(number, num_experts, width)
         z_RI = routing.hidden_SI[rows].to(weight_T) * share_S[rows, None]
@@ -110,7 +110,7 @@ def _apart(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
     total = torch.zeros(num_experts, width, width, dtype=torch.float64, device=weight_T.device)
     for expert, h_NI, gate_N, token_N in by_expert(routing, num_experts):
         z_NI = h_NI.to(weight_T) * (gate_N.to(weight_T) * weight_T.sqrt()[token_N])[:, None]
-        for part_NI in z_NI.split(TOKENS_AT_ONCE):
+        for part_NI in z_NI.split(TOKENS_SIDE_BY_SIDE):
             total[expert] += part_NI.T @ part_NI
     return total
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.methods import second_order
-from moe_lab.methods.second_order import eliminated, hessian, in_turn, refitted, rising
+from moe_lab.methods.second_order import hessian, in_turn, one_by_one, refitted, rising
 
 
 class Problem:
@@ -45,7 +45,7 @@ def kept_of(kept: list[int], number: int) -> Tensor:
 @pytest.mark.parametrize("ridge", [0.0, 0.01, 3.0])
 def test_each_removal_is_the_best_of_all(ridge: float) -> None:
     problem, kept, loss = Problem(), list(range(9)), 0.0
-    found = eliminated(problem.gram, problem.columns_ND, ridge)
+    found = one_by_one(problem.gram, problem.columns_ND, ridge)
     for unit, cost in zip(found.unit_N.tolist(), found.cost_N.tolist(), strict=True):
         losses = {q: problem.solved([k for k in kept if k != q], ridge)[1] for q in kept}
         assert unit == min(losses, key=losses.__getitem__)
@@ -83,14 +83,14 @@ def test_removals_between_updates_change_nothing(
 ) -> None:
     problem = Problem(units=100, tokens=150, seed=1)
     monkeypatch.setattr(second_order, "AT_ONCE", at_once)
-    found = eliminated(problem.gram, problem.columns_ND, 0.01)
+    found = one_by_one(problem.gram, problem.columns_ND, 0.01)
     assert found.unit_N.tolist() == slow(problem.gram, problem.columns_ND, 0.01)
 
 
 def test_in_rounds_all_experts_lose_the_same_number() -> None:
     problem = Problem(units=80, tokens=200, seed=2)
     expert_N = torch.arange(80) // 20
-    found = eliminated(problem.gram, problem.columns_ND, 0.01, expert_N)
+    found = one_by_one(problem.gram, problem.columns_ND, 0.01, expert_N)
     assert sorted(found.unit_N.tolist()) == list(range(80))
     rounds = expert_N[found.unit_N].view(20, 4).sort(dim=1).values
     assert torch.equal(rounds, torch.arange(4).expand(20, 4))
@@ -100,8 +100,8 @@ def test_in_rounds_all_experts_lose_the_same_number() -> None:
 def test_units_in_another_order_go_in_that_order() -> None:
     problem = Problem(units=70, tokens=90, seed=3)
     order_N = torch.randperm(70, generator=torch.Generator().manual_seed(0))
-    found = eliminated(problem.gram, problem.columns_ND, 0.01)
-    moved = eliminated(problem.gram[order_N][:, order_N], problem.columns_ND[order_N], 0.01)
+    found = one_by_one(problem.gram, problem.columns_ND, 0.01)
+    moved = one_by_one(problem.gram[order_N][:, order_N], problem.columns_ND[order_N], 0.01)
     assert torch.equal(order_N[moved.unit_N], found.unit_N)
 
 
@@ -109,10 +109,10 @@ def test_experts_that_share_no_token_are_problems_of_their_own() -> None:
     parts = [Problem(units=8, seed=seed) for seed in (4, 5, 6)]
     gram = torch.block_diag(*(part.gram for part in parts))
     columns_ND = torch.cat([part.columns_ND for part in parts])
-    each = [eliminated(part.gram, part.columns_ND, 0.0) for part in parts]
+    each = [one_by_one(part.gram, part.columns_ND, 0.0) for part in parts]
     for evenly in (True, False):
         expert_N = torch.arange(24) // 8 if evenly else None
-        joint = eliminated(gram, columns_ND, 0.0, expert_N)
+        joint = one_by_one(gram, columns_ND, 0.0, expert_N)
         expert, unit, cost = in_turn(each, evenly)
         torch.testing.assert_close(joint.cost_N, cost, rtol=1e-6, atol=1e-9)
         assert torch.equal(joint.unit_N, expert * 8 + unit)
@@ -134,7 +134,7 @@ def test_a_large_ridge_leaves_what_stays_as_it_is() -> None:
 def test_one_of_two_that_do_the_same_goes_first_and_the_other_does_its_work() -> None:
     problem = Problem()
     problem.z_TN[:, 5] = problem.z_TN[:, 2]
-    found = eliminated(problem.gram, problem.columns_ND, 0.0)
+    found = one_by_one(problem.gram, problem.columns_ND, 0.0)
     assert int(found.unit_N[0]) in (2, 5)
     assert found.cost_N[0] < 1e-6 * found.cost_N[1]
     stays = 7 - int(found.unit_N[0])
@@ -168,7 +168,7 @@ def odd(kind: str) -> Problem:
 def test_odd_sums_give_finite_numbers(kind: str, single: bool, ridge: float) -> None:
     problem = odd(kind)
     gram = problem.gram.float() if single else problem.gram
-    found = eliminated(gram, problem.columns_ND, ridge)
+    found = one_by_one(gram, problem.columns_ND, ridge)
     assert sorted(found.unit_N.tolist()) == list(range(90))
     assert bool((found.cost_N >= 0).all()) and bool(found.cost_N.isfinite().all())
     kept = torch.ones(90, dtype=torch.bool)

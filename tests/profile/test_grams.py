@@ -96,7 +96,7 @@ def test_grams_by_expert_are_the_blocks_of_the_joint_one(
     blocks = joint.view(experts, width, experts, width)
     for expert in range(experts):
         torch.testing.assert_close(blocks[expert, :, expert], each_EII[expert])
-    monkeypatch.setattr("moe_lab.profile.grams.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("moe_lab.profile.grams.TOKENS_SIDE_BY_SIDE", 7)
     again = Grams(profile, None, "output").of(LAYER, joint=True)
     torch.testing.assert_close(again, joint)
 

@@ -44,7 +44,7 @@ class Obs(Metric):
     joint_gib: Annotated[float, Option("memory for the units of a layer together", above=0)] = 4.0
     ridge: Annotated[
         float, Option("pull to the old columns, of the mean of the Gram's diagonal", least=0)
-    ] = 0.01
+    ] = 0.1
     token_weight: Annotated[
         str,
         Option("what a token weighs: 1 / the mean square of its state, or 1", among=TOKEN_WEIGHTS),
@@ -146,12 +146,12 @@ def scores_of(gram: Tensor, columns_EID: Tensor, ridge: float, evenly: bool) -> 
     if gram.dim() == 2:
         columns_ND = columns_EID.flatten(0, 1)
         expert_N = torch.arange(len(gram)) // width if evenly else None
-        found = second_order.eliminated(gram, columns_ND, ridge, expert_N)
+        found = second_order.one_by_one(gram, columns_ND, ridge, expert_N)
         place_N, cost_N = found.unit_N, found.cost_N
         whole = _energy(gram, columns_ND)
     else:
         pairs = list(zip(gram, columns_EID, strict=True))
-        each = [second_order.eliminated(one, columns_ID, ridge) for one, columns_ID in pairs]
+        each = [second_order.one_by_one(one, columns_ID, ridge) for one, columns_ID in pairs]
         expert_N, unit_N, cost_N = second_order.in_turn(each, evenly)
         place_N = expert_N * width + unit_N
         whole = sum(_energy(one, columns_ID) for one, columns_ID in pairs)
