@@ -67,7 +67,7 @@ class Grams:
         info, total = self._states.stream.moe[index].info, None
         for routing in self._states.routings(index):
             weight_T = token_weights(routing, self.token_weight)
-            product = (_joint if joint else _apart)(routing, weight_T, info.num_experts)
+            product = (joint_gram if joint else gram_by_expert)(routing, weight_T, info.num_experts)
             total = product if total is None else total.add_(product)
         assert total is not None
         if not bool(total.isfinite().all()):
@@ -85,7 +85,7 @@ def token_weights(routing: Routing, kind: str) -> Tensor:
     return torch.where(square_T > 0, 1 / square_T, 0.0)
 
 
-def _joint(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
+def joint_gram(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
     """Of all experts together [E I, E I], in float64: products in float32, a part at a time."""
     assert routing.hidden_SI is not None
     width = routing.hidden_SI.shape[1]
@@ -103,7 +103,7 @@ def _joint(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
     return total
 
 
-def _apart(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
+def gram_by_expert(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
     """Of each expert by itself [E, I, I], in float64."""
     assert routing.hidden_SI is not None
     width = routing.hidden_SI.shape[1]
