@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 
 from moe_lab.methods.metrics.obs import refit_of, scores_of
-from moe_lab.profile.grams import GramCost, gram_by_expert
+from moe_lab.profile.grams import GramCost, add_by_expert
 from moe_lab.progress import duration
 from moe_lab.types import LayerInfo, Routing
 
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
         return value
 
     weight_T = torch.ones(len(routing.x_TD))
-    gram = timed("Gram matrices", lambda: gram_by_expert(routing, weight_T, asked.experts))
+    gram = torch.zeros(asked.experts, asked.width, asked.width, dtype=torch.float64)
+    timed("Gram matrices", lambda: add_by_expert(gram, routing, weight_T))
     score_EI = timed("order of all units", lambda: scores_of(gram, columns_EID, 0.1, evenly=True))
     half_EI = score_EI >= score_EI.median(dim=1, keepdim=True).values
     new_EDW = timed("refit of half", lambda: refit_of(gram, columns_EID, half_EI, 0.1))

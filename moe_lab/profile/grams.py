@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.stream import LayerStream
 from moe_lab.profile.hidden import HiddenStates, by_expert
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, NotFinite, Routing, UserError
@@ -34,6 +35,7 @@ class Grams:
     def __init__(self, profile: Profile, num_samples: int | None, token_weight: str):
         self.profile, self.num_samples, self.token_weight = profile, num_samples, token_weight
         self._states: HiddenStates | None = None
+        self._stream: LayerStream | None = None
         for layer in profile.statistics if token_weight == "output" else ():
             if not layer.has_cosine("layer"):
                 raise UserError(
@@ -56,20 +58,23 @@ class Grams:
 
     def columns(self, index: int) -> Tensor:
         """The columns of the down projections of one layer [E, I, D], float32 or better."""
-        stream = self._states.stream if self._states else self.profile.open_stream(1)
+        stream = self._stream = self._stream or self.profile.open_stream(1)
         with stream.layer(index):
             columns_EID = HiddenUnits(stream.moe[index].experts).down_columns().detach()
             exact = torch.promote_types(columns_EID.dtype, torch.float32)
             return columns_EID.to("cpu", exact, copy=True)
 
     def _measured(self, index: int, joint: bool) -> Tensor:
-        self._states = self._states or HiddenStates(self.profile.open_stream(self.num_samples))
-        info, total = self._states.stream.moe[index].info, None
+        if self._states is None:
+            self._stream = self.profile.open_stream(self.num_samples)
+            self._states = HiddenStates(self._stream)
+        info = self._states.stream.moe[index].info
+        experts, width = info.num_experts, info.expert_width
+        shape = (experts * width,) * 2 if joint else (experts, width, width)
+        total = torch.zeros(shape, dtype=torch.float64, device=self._states.stream.valid[0].device)
         for routing in self._states.routings(index):
             weight_T = token_weights(routing, self.token_weight)
-            product = (joint_gram if joint else gram_by_expert)(routing, weight_T, info.num_experts)
-            total = product if total is None else total.add_(product)
-        assert total is not None
+            (add_joint if joint else add_by_expert)(total, routing, weight_T)
         if not bool(total.isfinite().all()):
             raise NotFinite(f"layer {index}: products of its hidden units are not finite", index)
         return total.cpu()
@@ -85,12 +90,11 @@ def token_weights(routing: Routing, kind: str) -> Tensor:
     return torch.where(square_T > 0, 1 / square_T, 0.0)
 
 
-def joint_gram(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
-    """Of all experts together [E I, E I], in float64: products in float32, a part at a time."""
+def add_joint(total_NN: Tensor, routing: Routing, weight_T: Tensor) -> None:
+    """Add a batch to the Gram matrix of all experts together, products in float32."""
     assert routing.hidden_SI is not None
     width = routing.hidden_SI.shape[1]
-    size = num_experts * width
-    total = torch.zeros(size, size, dtype=torch.float64, device=weight_T.device)
+    num_experts = len(total_NN) // width
     share_S = routing.weight_S.to(weight_T) * weight_T.sqrt()[routing.token_S]
     for start in range(0, len(weight_T), TOKENS_SIDE_BY_SIDE):
         number = min(TOKENS_SIDE_BY_SIDE, len(weight_T) - start)
@@ -99,20 +103,15 @@ def joint_gram(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
         z_RI = routing.hidden_SI[rows].to(weight_T) * share_S[rows, None]
         z_TEI[routing.token_S[rows] - start, routing.expert_S[rows]] = z_RI
         z_TN = z_TEI.flatten(1)
-        total += z_TN.T @ z_TN
-    return total
+        total_NN += z_TN.T @ z_TN
 
 
-def gram_by_expert(routing: Routing, weight_T: Tensor, num_experts: int) -> Tensor:
-    """Of each expert by itself [E, I, I], in float64."""
-    assert routing.hidden_SI is not None
-    width = routing.hidden_SI.shape[1]
-    total = torch.zeros(num_experts, width, width, dtype=torch.float64, device=weight_T.device)
-    for expert, h_NI, gate_N, token_N in by_expert(routing, num_experts):
+def add_by_expert(total_EII: Tensor, routing: Routing, weight_T: Tensor) -> None:
+    """Add a batch to the Gram matrices of each expert, products in float32."""
+    for expert, h_NI, gate_N, token_N in by_expert(routing, len(total_EII)):
         z_NI = h_NI.to(weight_T) * (gate_N.to(weight_T) * weight_T.sqrt()[token_N])[:, None]
         for part_NI in z_NI.split(TOKENS_SIDE_BY_SIDE):
-            total[expert] += part_NI.T @ part_NI
-    return total
+            total_EII[expert] += part_NI.T @ part_NI
 
 
 @dataclass(frozen=True)
