@@ -115,7 +115,7 @@ class Narrowing:
     def plan(self, profile: Profile) -> Plan:
         """One edit per MoE layer."""
         statistics = profile.statistics
-        every = self.metric.neuron_scores(profile)
+        every = self.metric.ranked_neuron_scores(profile, self.widths)
         of_shared: list[Tensor | None] = [None] * len(every)
         if self.shared:
             of_shared = list(self.metric.shared_neuron_scores(profile))

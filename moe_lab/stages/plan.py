@@ -188,7 +188,8 @@ def _answer(work: Callable[[], Any], folder: Path) -> None:
 
 
 def _answer_in_tensors(work: Callable[[], Tensors], folder: Path) -> None:
-    save_file(work(), folder / TENSORS)
+    parts = {name: tensor.contiguous().cpu() for name, tensor in work().items()}
+    save_file(parts, folder / TENSORS)
 
 
 def copy_plan(planned: Artifact, folder: Path) -> Plan:

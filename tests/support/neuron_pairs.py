@@ -106,10 +106,10 @@ def _watched(case: Case, batch: dict) -> tuple[Tensor, dict[int, list], dict[int
     outputs: dict[int, Tensor] = {}
     handles, opened = [], []
     for layer in layers:
-        index = layer.info.index
+        index, size = layer.info.index, layer.info.hidden_size
 
-        def keep(module, args, output, index=index) -> None:
-            outputs[index] = hidden_of(output).detach().reshape(-1, layer.info.hidden_size)
+        def keep(module, args, output, index=index, size=size) -> None:
+            outputs[index] = hidden_of(output).detach().reshape(-1, size)
 
         handles.append(layer.block.register_forward_hook(keep))
         opened.append(_slow_experts(layer.experts, seen[index]))
