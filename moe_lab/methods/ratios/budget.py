@@ -66,11 +66,13 @@ class Ratio(Plugin, ABC):
     def told(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
         """What goes, for the plan and the report: "given", and "asked" where a size was asked for.
 
-        given: ratio, the share of these layers' experts that goes; experts, in words.
+        given: ratio, the share of these layers' experts that goes; experts, in words, or
+        hidden_units where these go.
         """
         gone, everything = _gone(layers, numbers), sum(info.num_experts for info in layers)
+        what = "hidden_units" if isinstance(layers[0], Neurons) else "experts"
         words = f"{gone} of {everything} {layers[0].items}"
-        return {"given": {"ratio": gone / everything, "experts": words.removesuffix(" experts")}}
+        return {"given": {"ratio": gone / everything, what: words.removesuffix(" experts")}}
 
 
 class Numbers(dict[int, int]):
@@ -189,7 +191,7 @@ class Budget(Ratio):
             size = layers[0].model_bytes - sum(
                 (info.num_experts - numbers[info.index]) * info.expert_bytes for info in layers
             )
-            given = {"target_gib": size / GIB, "experts": given["experts"]}
+            given = {"target_gib": size / GIB} | {k: v for k, v in given.items() if k != "ratio"}
             return {"asked": {"target_gib": self.target_gib}, "given": given}
         if self.of != "experts":
             given["ratio"] = sum(
