@@ -323,13 +323,33 @@ finetune=experts finetune.phases.lm.data=null => finetune.phases.lm.data=null
 finetune=seer finetune.top_k=99 => 1 to 3
 measure=speed measure.decode_tokens=-1 => at least 1
 measure=vllm measure.python=/no/python => /no/python
+method.unit=neuron => experts, neurons
+method.unit=neurons metric=reap => no score of them ; method.unit=experts ; camera, energy
+metric=energy => no score of them ; method.unit=neurons ; naee, random, reap
+metric=reap method.widths=by_layer => method.widths=by_layer ; method.unit=neurons
+metric=reap method.shared=true => method.shared=true ; method.unit=neurons
+NEURONS method.widths=by_neuron => by_layer, by_expert
+NEURONS method.replacement=zero => all experts stay ; method.replacement=nothing
+NEURONS method.protect=super_experts => method.widths=by_expert ; method.protect=null
+NEURONS ratio.ratio=0.999 => 0 of 16 hidden units of each expert ; At most 0.9375
+NEURONS ratio=global ratio.ratio=0.999 => of 384 hidden units ; at least 24 together (one of each expert)
+NEURONS ratio.floor=12 ratio.ratio=0.5 => 8 of 16 hidden units of each expert ; ratio.floor=12 ; At most 0.25
+NEURONS ratio.floor=99 => only 16 hidden units
+NEURONS ratio.round_to=16 => removes nothing: all 384 hidden units ; ratio.round_to=15 would remove 24
+NEURONS ratio.round_to=17 => no multiple of 17
+NEURONS ratio.ratio=0.01 => removes nothing ; ratio.ratio=0.0313 would remove 24
+NEURONS ratio.target_gib=0.0000001 => ratio.target_gib=1e-07 is too little ; hidden units of each expert
+NEURONS ratio=listed ratio.kept=[8,8,17] => 16 hidden units of each expert ; not 17
+NEURONS ratio=listed ratio.kept=[8,8,0] => 0 of 16 hidden units of each expert ; 1 to 16
+NEURONS metric=camera metric.alpha=2 => metric.alpha=2 ; from 0 to 1
 """
+NEURONS = "method=prune method.unit=neurons metric=energy"  # what a line says in a word
 
 
 @pytest.mark.parametrize("line", LINES.strip().splitlines())
 def test_refused_in_a_line(line: str, job: Job) -> None:
     asked, _, answer = line.partition(" => ")
-    outcome = job(*asked.split(" "))
+    outcome = job(*asked.replace("NEURONS", NEURONS).split(" "))
     assert_refused(outcome, *answer.split(" ; "))
 
 

@@ -40,6 +40,11 @@ class Listed(Ratio):
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers, wherever they were written."""
         listed, numbers = self._listed, None
+        if self.plan and layers[0].items != "experts":
+            raise UserError(
+                f"{source}: its layers keep numbers of experts, and here hidden units go: "
+                "ratio.kept=[80,64] lists how many of them each layer keeps"
+            )
         if isinstance(listed, Mapping):
             numbers = {str(index): number for index, number in sorted(listed.items())}
         others = {name: options[name] for name in options if name != "plan"}
@@ -80,7 +85,7 @@ class Listed(Ratio):
 def _check_number(info: LayerInfo, number: int, source: str) -> None:
     if type(number) is not int or number > info.num_experts:
         raise UserError(
-            f"{source}: layer {info.index} has {info.num_experts} experts and can keep "
+            f"{source}: layer {info.index} has {info.num_experts} {info.items} and can keep "
             f"{floor_of(info, None)} to {info.num_experts} of them, not {number!r}"
         )
     try:
