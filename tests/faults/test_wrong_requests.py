@@ -337,10 +337,11 @@ NEURONS ratio.floor=12 ratio.ratio=0.5 => 8 of 16 hidden units of each expert ; 
 NEURONS ratio.floor=99 => only 16 hidden units
 NEURONS ratio.round_to=16 => removes nothing: all 384 hidden units ; ratio.round_to=15 would remove 24
 NEURONS ratio.round_to=17 => no multiple of 17
-NEURONS ratio.ratio=0.01 => removes nothing ; ratio.ratio=0.0313 would remove 24
+NEURONS ratio.ratio=0.01 => removes nothing ; ratio.ratio=0.0417 would remove 24
 NEURONS ratio.target_gib=0.0000001 => ratio.target_gib=1e-07 is too little ; hidden units of each expert
 NEURONS ratio=listed ratio.kept=[8,8,17] => 16 hidden units of each expert ; not 17
 NEURONS ratio=listed ratio.kept=[8,8,0] => 0 of 16 hidden units of each expert ; 1 to 16
+NEURONS compute.profile=routers => hidden units ; compute.profile=all
 NEURONS metric=camera metric.alpha=2 => metric.alpha=2 ; from 0 to 1
 """
 NEURONS = "method=prune method.unit=neurons metric=energy"  # what a line says in a word
@@ -357,6 +358,29 @@ def test_refused_in_a_line(line: str, job: Job) -> None:
 def test_refused(name: str, job: Job) -> None:
     overrides, words = OVERRIDES[name]
     assert_refused(job(*overrides), *words)
+
+
+@pytest.mark.parametrize("advice", ["ratio.ratio=0.0417", "ratio.ratio=0.9375", "ratio.floor=8"])
+def test_what_is_advised_of_hidden_units_is_accepted(advice: str, job: Job) -> None:
+    outcome = job(*NEURONS.split(" "), "ratio.ratio=0.5", advice)
+    assert outcome.code == 0, outcome.text
+    assert outcome.stages() == ["compress", "plan", "profile"]
+
+
+def test_shared_experts_that_are_not_there_cannot_be_narrower(job: Job, copy: Path) -> None:
+    tiny_model("mixtral", vocab_size=259).save_pretrained(copy)
+    outcome = job(*NEURONS.split(" "), "method.shared=true", f"model.path={copy}")
+    assert_refused(outcome, "method.shared=true", "no shared experts", "method.shared=false")
+
+
+def test_a_layer_whose_rows_lead_elsewhere_cannot_be_narrower(job: Job, checkpoint: Path) -> None:
+    first = job("method.replacement=zero", "ratio.ratio=0.25")
+    assert first.code == 0, first.text
+    compressed = first.report["compressed/checkpoint"]
+    outcome = job(*NEURONS.split(" "), f"model.path={compressed}")
+    assert outcome.code == 2 and "Traceback" not in outcome.text
+    assert "router rows lead to" in outcome.text
+    assert "method.replacement=nothing" in outcome.text
 
 
 def test_the_least_that_is_accepted(job: Job) -> None:
