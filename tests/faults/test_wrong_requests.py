@@ -341,7 +341,7 @@ NEURONS ratio.ratio=0.01 => removes nothing ; ratio.ratio=0.0417 would remove 24
 NEURONS ratio.target_gib=0.0000001 => ratio.target_gib=1e-07 is too little ; hidden units of each expert
 NEURONS ratio=listed ratio.kept=[8,8,17] => 16 hidden units of each expert ; not 17
 NEURONS ratio=listed ratio.kept=[8,8,0] => 0 of 16 hidden units of each expert ; 1 to 16
-NEURONS compute.profile=routers => hidden units ; compute.profile=all
+NEURONS compute.profile=routers => method.unit=experts with metric= ; compute.profile=all
 NEURONS metric=camera metric.alpha=2 => metric.alpha=2 ; from 0 to 1
 """
 NEURONS = "method=prune method.unit=neurons metric=energy"  # what a line says in a word
