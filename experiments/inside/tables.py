@@ -2,9 +2,9 @@
 
     python experiments/inside/tables.py outputs/runs [criteria units deep recovery]
 
-reads the reports of <folder>/<table>/<model> at any depth and writes <table>/<model>.csv and .md beside this
-file, and <table>/<table>.png. A table has a row for each setting, means and deviations over the calibration
-seeds that are there.
+reads the reports of <folder>/<table>/<model> at any depth and writes <table>/<model>.csv and .md
+beside this file, and <table>/<table>.png. A table has a row for each setting, means and deviations
+over the calibration seeds that are there.
 """
 
 from __future__ import annotations
@@ -118,5 +118,6 @@ def _removed(column: str) -> str:
 
 if __name__ == "__main__":
     for chosen in sys.argv[2:] or TABLES:
-        if any([write_table(Path(sys.argv[1]), chosen, model) for model in MODELS]):
+        written = [write_table(Path(sys.argv[1]), chosen, model) for model in MODELS]
+        if any(written):
             print(draw(chosen))

@@ -332,13 +332,13 @@ NEURONS method.widths=by_neuron => by_layer, by_expert
 NEURONS method.replacement=zero => all experts stay ; method.replacement=nothing
 NEURONS method.protect=super_experts => method.widths=by_expert ; method.protect=null
 NEURONS ratio.ratio=0.999 => 0 of 16 hidden units of each expert ; At most 0.9375
-NEURONS ratio=global ratio.ratio=0.999 => of 384 hidden units ; at least 24 together (one of each expert)
-NEURONS ratio.floor=12 ratio.ratio=0.5 => 8 of 16 hidden units of each expert ; ratio.floor=12 ; At most 0.25
+NEURONS ratio=global ratio.ratio=0.999 => of 384 ; at least 24 together (one of each expert)
+NEURONS ratio.floor=12 ratio.ratio=0.5 => 8 of 16 hidden units of each ; ratio.floor=12 ; At most
 NEURONS ratio.floor=99 => only 16 hidden units
-NEURONS ratio.round_to=16 => removes nothing: all 384 hidden units ; ratio.round_to=15 would remove 24
+NEURONS ratio.round_to=16 => all 384 hidden units ; ratio.round_to=15 would remove 24
 NEURONS ratio.round_to=17 => no multiple of 17
 NEURONS ratio.ratio=0.01 => removes nothing ; ratio.ratio=0.0417 would remove 24
-NEURONS ratio.target_gib=0.0000001 => ratio.target_gib=1e-07 is too little ; hidden units of each expert
+NEURONS ratio.target_gib=0.0000001 => 1e-07 is too little ; hidden units of each expert
 NEURONS ratio=listed ratio.kept=[8,8,17] => 16 hidden units of each expert ; not 17
 NEURONS ratio=listed ratio.kept=[8,8,0] => 0 of 16 hidden units of each expert ; 1 to 16
 NEURONS compute.profile=routers => method.unit=experts with metric= ; compute.profile=all
@@ -365,6 +365,14 @@ def test_what_is_advised_of_hidden_units_is_accepted(advice: str, job: Job) -> N
     outcome = job(*NEURONS.split(" "), "ratio.ratio=0.5", advice)
     assert outcome.code == 0, outcome.text
     assert outcome.stages() == ["compress", "plan", "profile"]
+
+
+def test_a_plan_of_experts_is_no_list_of_hidden_units(job: Job, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    rows = [{"index": 1, "name": "x", "edit": "prune", "kept": [0, 1, 2, 3]}]
+    plan.write_text(json.dumps({"layers": rows, "searched": []}))
+    outcome = job(*NEURONS.split(" "), "ratio=listed", f"ratio.plan={plan}")
+    assert_refused(outcome, "numbers of experts", "hidden units", "ratio.kept=")
 
 
 def test_shared_experts_that_are_not_there_cannot_be_narrower(job: Job, copy: Path) -> None:

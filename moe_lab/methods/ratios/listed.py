@@ -40,11 +40,6 @@ class Listed(Ratio):
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers, wherever they were written."""
         listed, numbers = self._listed, None
-        if self.plan and layers[0].items != "experts":
-            raise UserError(
-                f"{source}: its layers keep numbers of experts, and here hidden units go: "
-                "ratio.kept=[80,64] lists how many of them each layer keeps"
-            )
         if isinstance(listed, Mapping):
             numbers = {str(index): number for index, number in sorted(listed.items())}
         others = {name: options[name] for name in options if name != "plan"}
@@ -63,8 +58,13 @@ class Listed(Ratio):
         )
 
     def _of(self, layers: Sequence[LayerInfo]) -> dict[int, int]:
-        everything, listed = {info.index: info.num_experts for info in layers}, self._listed
         source = f"ratio.plan={self.plan}" if self.plan else f"ratio.kept={_word(self.kept)}"
+        if self.plan and layers[0].items != "experts":
+            raise UserError(
+                f"{source}: its layers keep numbers of experts, and here hidden units go: "
+                "ratio.kept=[80,64] lists how many of them each layer keeps"
+            )
+        everything, listed = {info.index: info.num_experts for info in layers}, self._listed
         if isinstance(listed, Mapping):
             if unknown := sorted(set(listed) - set(everything), key=str):
                 raise UserError(
