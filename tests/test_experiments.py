@@ -824,7 +824,7 @@ SWEEPS = [
     *(("inside", experiment, "tiny_mixtral") for experiment in INSIDE_TABLES),
     ("inside", "published", "deepseek_moe_16b"),
 ]
-VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy")
+VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
 
 
 @pytest.mark.parametrize(("paper", "experiment", "model"), SWEEPS)
