@@ -221,6 +221,12 @@ def _read(run: Run, name: str, result: Artifact) -> None:
     tell_given([Plan.load(path).notes for path in plans], run.report)
 
 
+WHOLE = {  # what given has in words -> what goes, one of it, and what keeps a share from its size
+    "experts": ("experts", "expert", "whole experts and what routers need"),
+    "hidden_units": ("", "hidden unit", "whole hidden units, floors and multiples"),
+}
+
+
 def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> None:
     """Say what goes of the experts beside what was asked for; of groups' plans the mean.
 
@@ -229,19 +235,21 @@ def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> No
     every = [one["given"] for one in notes if "given" in one]
     if not every:
         return
-    asked, words = notes[0].get("asked", {}), every[0]["experts"]
+    asked, kind = notes[0].get("asked", {}), next(name for name in WHOLE if name in every[0])
+    what, one_of_it, why = WHOLE[kind]
+    words = f"{every[0][kind]} {what}".strip()
     for unit in (unit for unit in ("ratio", "target_gib") if unit in every[0]):
         given = sum(one[unit] for one in every) / len(every)
         report[f"plan/{unit}"] = given
         if unit in asked and not math.isclose(given, asked[unit], abs_tol=1e-6):
             logger.info(
-                "asked for ratio.%s=%g, given %.4g: %s experts go, whole experts and what routers "
-                "need taken into account", unit, asked[unit], given, words,
+                "asked for ratio.%s=%g, given %.4g: %s go, %s taken into account",
+                unit, asked[unit], given, words, why,
             )  # fmt: skip
         elif unit not in asked:
-            logger.info("%s experts go", words)
+            logger.info("%s go", words)
     if not any(one.get("ratio", 1) for one in every):
-        logger.warning("no expert goes: what comes of this plan computes what the model did")
+        logger.warning("no %s goes: what comes of this plan computes what the model did", one_of_it)
 
 
 STAGE = Stage(_inputs, plan, _read)

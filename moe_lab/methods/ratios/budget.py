@@ -96,11 +96,14 @@ class Ratio(Plugin, ABC):
     def told(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
         """What goes, for the plan and the report: "given", and "asked" where a size was asked for.
 
-        given: ratio, the share of these layers' experts that goes; experts, in words.
+        given: ratio, the share of these layers' experts that goes; experts, in words, or
+        hidden_units where these go.
         """
         gone, everything = _gone(layers, numbers), sum(info.num_experts for info in layers)
-        words = f"{gone} of {everything} {layers[0].items}"
-        return {"given": {"ratio": gone / everything, "experts": words.removesuffix(" experts")}}
+        what = "hidden_units" if isinstance(layers[0], Neurons) else "experts"
+        size, items = together(layers)
+        words = f"{size * gone} of {size * everything} {items}"
+        return {"given": {"ratio": gone / everything, what: words.removesuffix(" experts")}}
 
 
 class Numbers(dict[int, int]):
@@ -119,6 +122,17 @@ def units(info: LayerInfo, score_E: Tensor) -> list[tuple[int, ...]]:
     order = score_E.view(info.groups, size).argsort(dim=1, descending=True, stable=True).tolist()
     by_group = [[group * size + expert for expert in row] for group, row in enumerate(order)]
     return list(zip(*by_group, strict=True))
+
+
+def together(layers: Sequence[LayerInfo]) -> tuple[int, str]:
+    """Where the items of several layers are summed: how many things one is, and their name.
+
+    One of `Neurons` may be a hidden unit of each of a layer's experts.
+    """
+    if not isinstance(layers[0], Neurons):
+        return 1, layers[0].items
+    sizes = {info.each for info in layers if isinstance(info, Neurons)}
+    return (sizes.pop(), "hidden units") if len(sizes) == 1 else (1, layers[0].items)
 
 
 Kept = tuple[int, ...] | Tensor  # experts, or the hidden units of all of them [E, I]
@@ -219,7 +233,7 @@ class Budget(Ratio):
             size = layers[0].model_bytes - sum(
                 (info.num_experts - numbers[info.index]) * info.expert_bytes for info in layers
             )
-            given = {"target_gib": size / GIB, "experts": given["experts"]}
+            given = {"target_gib": size / GIB} | {k: v for k, v in given.items() if k != "ratio"}
             return {"asked": {"target_gib": self.target_gib}, "given": given}
         if self.of != "experts":
             given["ratio"] = sum(
@@ -238,12 +252,14 @@ class Budget(Ratio):
             return
         multiple = f", in multiples of ratio.round_to={self.round_to}" * (self.round_to > 1)
         ways = [self._least(layers), self._smaller_multiple(layers)]
+        size, items = together(layers)
+        needed = "Its routers need all of them" if items == "experts" else "Nothing less is there"
         if self.target_gib is not None:
             ways = [f"{self.possible(layers)}: ask for less than it has"]
         raise UserError(
-            f"{self.request()} removes nothing: all {everything} {layers[0].items} of "
+            f"{self.request()} removes nothing: all {size * everything} {items} of "
             f"{len(layers)} MoE layers would stay{multiple}. "
-            + ("; or ".join(filter(None, ways)) or "Its routers need all of them")
+            + ("; or ".join(filter(None, ways)) or needed)
             + ". method=none leaves the model as it is"
         )
 
@@ -254,14 +270,16 @@ class Budget(Ratio):
         for number in range(1, everything):
             share = math.ceil(10_000 * number * size / whole) / 10_000
             if share > self.ratio and share < 1 and (gone := self._would_go(layers, ratio=share)):
-                return f"ratio.ratio={share:g} would remove {gone} of them"
+                size, _ = together(layers)
+                return f"ratio.ratio={share:g} would remove {size * gone} of them"
         return None
 
     def _smaller_multiple(self, layers: Sequence[LayerInfo]) -> str | None:
         """The largest smaller round_to with which something goes, in words."""
         for number in range(self.round_to - 1, 0, -1):
             if gone := self._would_go(layers, round_to=number):
-                return f"ratio.round_to={number} would remove {gone} of them"
+                size, _ = together(layers)
+                return f"ratio.round_to={number} would remove {size * gone} of them"
         return None
 
     def _would_go(self, layers: Sequence[LayerInfo], **changes: Any) -> int:
@@ -322,10 +340,16 @@ class Budget(Ratio):
         everything = sum(info.num_experts for info in layers)
         number = min(most, self.stays(everything, step, layers))
         if number < least:
-            why = "what their routers need" if self.floor is None else "ratio.floor"
+            size, items = together(layers)
+            needed = "what their routers need" if items == "experts" else "one of each expert"
+            if layers[0].floors > 1:
+                needed = "one in each layer"
+            why = needed if self.floor is None else f"ratio.floor={self.floor}"
+            why += f", in multiples of {step}" * (step > 1)
             raise UserError(
-                f"{self.asked()}: {max(0, number)} of {everything} {layers[0].items} would stay, "
-                f"but the {len(layers)} MoE layers keep at least {least} together ({why}). "
+                f"{self.asked()}: {size * max(0, number)} of {size * everything} {items} would "
+                f"stay, but the {len(layers)} MoE layers keep at least {size * least} together "
+                f"({why}). "
                 f"{self.possible(layers)}"
             )
         return number
