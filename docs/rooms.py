@@ -72,9 +72,9 @@ FACE = ("models.checkpoint", "models.hook")
 # Who alone may import what: the first match counts, so insides come before the whole.
 LIBRARIES = {
     "transformers.integrations": ("models.adapters", "models.condensing", "models.observing"),
-    "transformers.core_model_loading": ("models.fitting", "models.layerwise", "models.stored"),
+    "transformers.core_model_loading": ("models.stored", "models.uneven"),
     "transformers.conversion_mapping": ("models.quantised",),
-    "transformers.modeling_utils": ("models.fitting", "models.layerwise"),
+    "transformers.modeling_utils": ("models.fitting", "models.layerwise", "models.uneven"),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),

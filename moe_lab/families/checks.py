@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +22,12 @@ from moe_lab.methods.ratios.listed import Listed
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import load
 from moe_lab.models.edits.keep import KeepLayer
-from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.narrow import NarrowExperts
+from moe_lab.models.edits.plan import Plan, check_plan
+from moe_lab.models.narrowing import neurons_name, shared_neurons_name
 from moe_lab.profile.collect import collecting
 from moe_lab.stages.profile import collect_profile
+from moe_lab.types import LayerInfo
 
 NOT_REACHED = Outcome("not reached")
 NEEDED = ("find", "observe")  # without which nothing else is asked
@@ -121,6 +124,54 @@ def merge(family: Family) -> Outcome:
     return judged(family, made_by(family, method))
 
 
+def narrow(family: Family) -> Outcome:
+    """Experts keep half of their hidden units; then an odd number, and the shared ones as many.
+
+    No reference: each is compared with what was in memory.
+    """
+    infos = family.layers()
+    half = infos[0].expert_width // 2
+    outcomes = [
+        judged(family, carried_out(family, _narrowed(infos, [(width,)] * len(infos), shared)))
+        for width, shared in ((half, False), (half - 1 + half % 2, True))
+    ]
+    return next((one for one in outcomes if one.state != "stock"), outcomes[0])
+
+
+def narrow_by_expert(family: Family) -> Outcome:
+    """The experts of each layer keep different numbers of hidden units, one none; no reference."""
+    infos = family.layers()
+    widths = [
+        (0, *(info.expert_width - 1 - place % 3 for place in range(info.num_experts - 1)))
+        for info in infos
+    ]
+    return judged(family, carried_out(family, _narrowed(infos, widths)))
+
+
+def _narrowed(
+    infos: Sequence[LayerInfo], widths: Sequence[tuple[int, ...]], shared: bool = False
+) -> Plan:
+    """A plan that leaves each expert so many of its hidden units, drawn at random.
+
+    shared: the shared experts keep the same share of theirs, the first ones.
+    """
+    edits, tensors = [], {}
+    generator = torch.Generator().manual_seed(0)
+    for info, some in zip(infos, widths, strict=True):
+        size = info.num_experts, info.expert_width
+        rank_EI = torch.rand(size, generator=generator).argsort(dim=1).argsort(dim=1)
+        kept_EI = rank_EI < torch.tensor(some)[:, None]
+        tensors[neurons_name(info.index)] = kept_EI.to(torch.uint8)
+        less = None
+        if shared and info.shared_neuron_parameters:
+            less = info.shared_width * max(some) // info.expert_width
+            first_I = torch.arange(info.shared_width) < less
+            tensors[shared_neurons_name(info.index)] = first_I.to(torch.uint8)
+        edits.append(NarrowExperts(info.index, info.name, some, less))
+    check_plan(infos, edits)
+    return Plan(tuple(edits), tensors=tensors)
+
+
 def condense(family: Family) -> Outcome:
     """A layer becomes a dense MLP; reference: the stock layer with constant router weights."""
     layers = [info.index for info in family.layers()][-2:]
@@ -180,6 +231,8 @@ CHECKS: dict[str, Callable[[Family], Outcome]] = {
     "observe": check_observing,
     "prune": prune,
     "merge": merge,
+    "narrow": narrow,
+    "narrow by expert": narrow_by_expert,
     "unequal": unequal,
     "condense": condense,
     "drop layers": drop,

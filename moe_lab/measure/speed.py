@@ -26,6 +26,7 @@ from moe_lab.models.head import repeated_head
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts, all_to_experts
 from moe_lab.models.weight_files import size_in_bytes
+from moe_lab.models.widths import num_zeros
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.progress import progress
 
@@ -115,6 +116,7 @@ def active_parameters(model: Model) -> int:
         # By modules: those of some families' experts are their block's (JetMoE).
         own = [one for module in experts.modules() for one in module._parameters.values()]
         routed = sum(one.numel() for one in own if one is not None) - replaced
+        routed -= num_zeros(experts)[0]
         number = info.real_experts or info.num_experts
         active -= replaced + routed - routed * min(info.top_k, number) // number
     return active

@@ -31,6 +31,7 @@ from moe_lab.models.families.base import (
 )
 from moe_lab.models.folder import CODE_FILES, TEXT_FILES, copy_beside, text_files
 from moe_lab.models.layers import moe_layers, num_parameters
+from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model, empty_tensors, model_class, no_bars, text_config
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.stored import INDEX, Held, held_by
@@ -312,6 +313,7 @@ def load(
         )
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
+    fit_implementation(model)
     ready: PreTrainedModel = model.to(device).eval()
     return ready
 

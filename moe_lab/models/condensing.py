@@ -26,6 +26,7 @@ from moe_lab.models.experts import (
     expert_parameters,
     scales_input,
 )
+from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, is_gated_mlp
 from moe_lab.models.probing import (
     Terms,
@@ -36,6 +37,7 @@ from moe_lab.models.probing import (
     terms,
     what_else_weights_do,
 )
+from moe_lab.models.widths import first_units, set_widths
 from moe_lab.types import LayerInfo, UserError
 
 TRIED = 8  # tokens
@@ -241,16 +243,14 @@ def one_wide_expert(layer: MoELayer, width: int) -> nn.Module:
 
 def set_width(layer: MoELayer, width: int) -> None:
     """Give each expert of a layer so many hidden units, whose weights are still to come."""
-    for name, axis in _unit_axes(layer.experts).items():
-        tensor = layer.experts.get_parameter(name)
-        shape = list(tensor.shape)
-        shape[axis] = width * (shape[axis] // layer.info.expert_width)
-        empty = nn.Parameter(tensor.new_empty(shape), tensor.requires_grad)
-        setattr(layer.experts, name, empty)
+    units = HiddenUnits(layer.experts)
+    widths = (min(width, units.width),) * len(layer.experts.down_proj)
+    units.keep(first_units(widths, width))
 
 
 def _leave_one(layer: MoELayer) -> None:
     experts, block = layer.experts, layer.block
+    set_widths(experts, ())
     experts.__class__ = _one(type(experts))  # type: ignore[arg-type]  # a class can be hashed
     experts.num_experts = 1
     cast(OneExpert, experts).num_routed = layer.info.num_experts

@@ -24,6 +24,7 @@ from moe_lab.models.layers import (
 )
 from moe_lab.models.probing import hands_state_on, skeleton_output
 from moe_lab.models.remapped import places_of, remap, shared_places
+from moe_lab.models.widths import keep_widths, widths_of
 from moe_lab.types import UserError
 
 
@@ -104,6 +105,7 @@ def prune_layer(
     counts = [place for place in counts_of(layer) if place[0] in modules]
     if rows and is_hashed(layer):
         remap_tokens(layer, kept, into or {})
+    widths = widths_of(layer.experts)
     found = [(*one, rows_of(layer, *one[2:], kept)) for one in by_expert(layer)]
     for module, key, tensor, dimension, places in found:
         if module not in modules:
@@ -114,6 +116,7 @@ def prune_layer(
         setattr(module, key, cut)
     for module, key, number in counts:
         setattr(module, key, number - layer.info.num_experts + len(kept))
+    keep_widths(layer.experts, widths, kept)
 
 
 @torch.no_grad()

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.opening import no_bars, text_config
 from moe_lab.models.quantised import conversions, is_quantised, quantised_as, quantizer_of
 from moe_lab.models.stored import Stored, held_by, stored_in
+from moe_lab.models.uneven import load_tensors
 from moe_lab.types import UserError
 
 _DTYPES = {
@@ -50,7 +50,10 @@ def check_fit(
     if quantised_as(model.config):
         _check_factors(files)
     names = {one.key: name for name, parts in held.by_name.items() for one in parts}
-    info = _loaded(model, {one.key: _like(one) for one in stored})
+    try:
+        info = _loaded(model, {one.key: _like(one) for one in stored})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     if mismatched := sorted(info.mismatched_keys):
         name, found, wanted = mismatched[0]
         raise UserError(
@@ -83,8 +86,7 @@ def _loaded(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Any:
         hf_quantizer=quantizer_of(model.config),
     )
     with no_bars():
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, how)
-    return info
+        return load_tensors(model, tensors, how)
 
 
 def _like(one: Stored) -> Tensor:

@@ -27,10 +27,14 @@ FEATURES = {
     "zero stand-ins": "router rows lead to nothing",
     "constant stand-ins": "router rows lead to a constant",
     "copy stand-ins": "router rows lead to the token itself",
-    "narrower experts": "the experts of some layers have fewer hidden units",
+    "narrower experts": "the experts of some layers, or of all, have fewer hidden units",
+    "experts of different widths": "experts of one layer have different numbers of hidden units",
+    "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",
     "another's structure": "what an edit of one's own wrote down",
 }
+# What configs call the width of experts; of some also that of dense layers, which only grow.
+WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 LISTS_OF_DENSE = ("mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "num_dense_layers")
 
 
@@ -80,6 +84,8 @@ def _of_config(config: Mapping[str, Any], source: Mapping[str, Any], own: bool) 
         yield "dense layers"
     if "distinct_experts" in config:
         yield "twins"
+    if any(_first(config, (name,)) < _first(source, (name,)) for name in WIDTH_FIELDS):
+        yield "narrower experts"
 
 
 def _num_dense(config: Mapping[str, Any]) -> int:
@@ -103,6 +109,10 @@ def _of_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[s
         yield "unequal experts"
     if "expert_width" in layer:
         yield "narrower experts"
+    if "expert_widths" in layer:
+        yield "experts of different widths"
+    if "shared_width" in layer:
+        yield "narrower shared experts"
     if "top_k" in layer:
         yield "unequal experts per token"
     if "own" in layer:

@@ -6,7 +6,7 @@ Found on models without weights, so that it is known before any work.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_lab.models.condensing import edited_blocks, is_condensed_in_place, is_g
 from moe_lab.models.depth import nature
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import restructure_model
+from moe_lab.models.hidden_units import unit_parameters
 from moe_lab.models.layers import (
     COUNT_FIELDS,
     MoELayer,
@@ -28,13 +29,17 @@ from moe_lab.models.layers import (
     moe_layers,
     num_parameters,
 )
+from moe_lab.models.narrowing import GROUPED_BYTES, fits_grouped
+from moe_lab.models.native_widths import SHARED_TOO, config_with_widths
 from moe_lab.models.opening import text_config
 from moe_lab.models.own_config import without_structures
 from moe_lab.models.own_form import differing_layers, own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
 from moe_lab.models.superset import SUPERSET, SUPERSETS, as_superset, obstacle_of
+from moe_lab.models.widths import widths_of
 
+SEVERAL = 3  # of so many widths each is told
 PADDING = 0.01  # the largest share of a model's parameters that may be zeros, unless it is given
 IN_FAMILY = "in the family's own form, "
 DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
@@ -46,8 +51,9 @@ class Form:
 
     stock: whether stock transformers can load it; reason: which form and why, with the option that
     changes it; plain: whether it is the family's own without any zeros. num_experts: to how many
-    each layer's are filled up with twins, None where they stay as they are; repeated: the
-    parameters that these add; mtp, head: what became of the MTP layers and the head, in words.
+    each layer's are filled up with twins; expert_width, shared_width: how wide narrower experts and
+    shared experts are made with zeros; None where they stay as they are. repeated: the parameters
+    that twins add; mtp, head: what became of the MTP layers and the head, in words.
     """
 
     stock: bool
@@ -55,6 +61,8 @@ class Form:
     config: Any
     plain: bool = False
     num_experts: int | None = None
+    expert_width: int | None = None
+    shared_width: int | None = None
     repeated: int = 0
     mtp: str = ""
     head: str = ""
@@ -121,25 +129,83 @@ def _form_in_family(model: PreTrainedModel, padding: float, twins: float = 0.0) 
         if form:
             return form
     elif not obstacle:
-        built = meta_model(config)
-        names = sorted(dense_names(model) | set(edited)) if edited else []
-        ours = [model.get_submodule(name) for name in names]
-        theirs = [built.get_submodule(name) for name in names]
-        zeros = sum(map(num_parameters, theirs)) - sum(map(num_parameters, ours))
-        if not zeros:
-            return Form(True, f"{IN_FAMILY}without padding", config, plain=True)
-        widths = " and ".join(str(width) for width in sorted(set(map(width_of, ours))))
-        share = zeros / num_parameters(model)
-        how = f"dense layers {widths} wide, padded with zeros to {width_of(theirs[0])}: {share:.2%}"
-        if share <= padding:
-            reason = f"{how} more parameters (method.padding=0 keeps the exact sizes)"
-            return Form(True, f"{IN_FAMILY}{reason}", config)
-        obstacle = (
-            f"the family's would have {how} more parameters, and method.padding={padding:g} is "
-            "the largest share that may be added"
-        )
+        form, obstacle = _padded(model, layers, edited, config, padding)
+        if form:
+            return form
     reason = f"in moe_lab's own form, which stock transformers cannot load: {obstacle}"
     return Form(False, reason, own_config(model, layers, edited, padding))
+
+
+def _padded(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    edited: dict[str, nn.Module],
+    config: Any,
+    limit: float,
+) -> tuple[Form | None, str | None]:
+    """The form of this config, zeros wherever its model is wider, or that these are too many."""
+    built = meta_model(config)
+    zeros = num_parameters(built) - num_parameters(model)
+    grouped = fits_grouped(built)
+    note = "" if grouped else f"; {_on_eager(moe_layers(built))}"
+    if not zeros:
+        return Form(True, f"{IN_FAMILY}without padding{note}", config, plain=grouped), None
+    share = zeros / num_parameters(model)
+    how = f"{' and '.join(_filled_up(model, layers, edited, built))}: {share:.2%}"
+    if share > limit:
+        return None, (
+            f"the family's would have {how} more parameters, and method.padding={limit:g} is the "
+            f"largest share that may be added{_instead_of_zeros(layers, built)}"
+        )
+    reason = f"{how} more parameters (method.padding=0 keeps the exact sizes)"
+    theirs = moe_layers(built)[0].info if layers else None
+    widths = (theirs.expert_width, theirs.shared_width) if theirs else (None, None)
+    return Form(True, f"{IN_FAMILY}{reason}{note}", config, False, None, *widths), None
+
+
+def _instead_of_zeros(layers: list[MoELayer], built: PreTrainedModel) -> str:
+    """What would need none for shared experts as wide as a number of experts, in words."""
+    theirs = [layer.info for layer in moe_layers(built)][:1]
+    ours = {layer.info.shared_width for layer in layers}
+    if not theirs or ours == {theirs[0].shared_width}:
+        return ""
+    whole = " and ".join(map(str, sorted(ours)))
+    return f"; widths that divide {whole} need no zeros, and {SHARED_TOO}"
+
+
+def _on_eager(layers: list[MoELayer]) -> str:
+    """That grouped products cannot compute these widths, in words."""
+    width = layers[0].info.expert_width
+    step = GROUPED_BYTES // layers[0].experts.down_proj.element_size()
+    return (
+        f"{width} hidden units are no multiple of {step}, so that config.json asks for "
+        f"transformers' eager experts (ratio.round_to={step} keeps the faster ones)"
+    )
+
+
+def _filled_up(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    edited: dict[str, nn.Module],
+    built: PreTrainedModel,
+) -> Iterator[str]:
+    """In words what has fewer hidden units in a model than in the one that is built for it."""
+    of_experts = {width for one in layers for width in widths_of(one.experts)}
+    of_shared = {one.info.shared_width for one in layers}
+    names = sorted(dense_names(model) | set(edited)) if edited else []
+    of_dense = {width_of(model.get_submodule(name)) for name in names}
+    theirs = [layer.info for layer in moe_layers(built)][:1]
+    dense = [width_of(built.get_submodule(name)) for name in names[:1]]
+    for what, ours, width in (
+        ("dense layers", of_dense, dense),
+        ("experts", of_experts, [info.expert_width for info in theirs]),
+        ("shared experts", of_shared, [info.shared_width for info in theirs]),
+    ):
+        if width and ours != {*width}:
+            several = " and ".join(map(str, sorted(ours)))
+            if len(ours) > SEVERAL:
+                several = f"{min(ours)} to {max(ours)}"
+            yield f"{what} {several} wide, padded with zeros to {width[0]}"
 
 
 def _native_config(
@@ -160,10 +226,14 @@ def _native_config(
     if len(counts) > 1:
         numbers = " and ".join(map(str, counts))
         return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
-    if told := _differing(model.config, layers):
+    if told := _other_top_k(model.config, layers):
         return None, f"{told}, {config.model_type} has one number for all"
     for count in counts:
         set_num_experts(config, count)
+    if layers:
+        config, obstacle = config_with_widths(config, layers)
+        if obstacle:
+            return None, obstacle
     if kept := [name for name, block in edited.items() if is_condensed_in_place(block)]:
         where = f"layers {sorted(map(layer_index, kept))}"
         return None, f"{where} are no gated MLPs, which {config.model_type} has as dense layers"
@@ -171,26 +241,53 @@ def _native_config(
     return native, obstacle or _other_tensor(model, native, edited)
 
 
-def _differing(config: Any, layers: list[MoELayer]) -> str | None:
-    """In words which layers' experts have a width, or are chosen in a number, of their own."""
+def _other_top_k(config: Any, layers: list[MoELayer]) -> str | None:
+    """In words which layers' routers choose another number of experts."""
     found = differing_layers(config, layers)
-    for name, words in (("expert_width", "have experts {} wide"), ("top_k", "choose {} experts")):
-        if values := {index: one[name] for index, one in found.items() if name in one}:
-            numbers = " and ".join(map(str, sorted(set(values.values()))))
-            return f"layers {sorted(values)} {words.format(numbers)}"
+    if values := {index: one["top_k"] for index, one in found.items() if "top_k" in one}:
+        numbers = " and ".join(map(str, sorted(set(values.values()))))
+        return f"layers {sorted(values)} choose {numbers} experts"
     return None
 
 
 def _other_tensor(model: PreTrainedModel, config: Any, edited: dict[str, nn.Module]) -> str | None:
-    """Which tensor, dense blocks aside, is another one in the model that this config builds."""
+    """Which tensor is another one in the model that this config builds, and not just a wider one.
+
+    Wider may be dense layers, and what holds the hidden units of experts and of shared experts.
+    """
+    built = meta_model(config)
     dense = tuple(f"{name}." for name in dense_names(model) | set(edited))
-    ours, theirs = model.state_dict(), meta_model(config).state_dict()
-    for name in sorted(name for name in ours.keys() | theirs.keys() if not name.startswith(dense)):
+    wider = _of_hidden_units(model) | _of_hidden_units(built)
+    ours, theirs = model.state_dict(), built.state_dict()
+    for name in sorted(ours.keys() | theirs.keys()):
         shapes = [tuple(one[name].shape) if name in one else None for one in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            told = f"{name} is {shapes[0]} here, and with its config {shapes[1]}"
-            return f"{config.model_type} cannot say it: {told}"
+        if shapes[0] == shapes[1] or name.startswith(tuple(f"{one}." for one in edited)):
+            continue
+        if (name.startswith(dense) or name in wider) and _holds(shapes[1], shapes[0]):
+            continue
+        told = f"{name} is {shapes[0]} here, and with its config {shapes[1]}"
+        return f"{config.model_type} cannot say it: {told}"
     return None
+
+
+def _of_hidden_units(model: PreTrainedModel) -> set[str]:
+    """Names of the tensors that hold the hidden units of experts and of shared experts."""
+    names = set[str]()
+    paths = {id(module): path for path, module in model.named_modules()}
+    tensors = {id(tensor): name for name, tensor in model.named_parameters()}
+    for layer in moe_layers(model):
+        names |= {tensors[id(one)] for one in unit_parameters(layer.experts).values()}
+        if layer.shared is not None:
+            path = paths[id(layer.shared)]
+            names |= {f"{path}.{name}" for name, _ in layer.shared.named_parameters()}
+    return names
+
+
+def _holds(wider: tuple[int, ...] | None, shape: tuple[int, ...] | None) -> bool:
+    """Whether a tensor of this shape fits into one that is wider in one dimension."""
+    if wider is None or shape is None or len(wider) != len(shape):
+        return False
+    return all(one >= other for one, other in zip(wider, shape, strict=True))
 
 
 def _remapped_obstacle(layers: list[MoELayer], family: str) -> str:

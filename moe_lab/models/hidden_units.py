@@ -38,7 +38,7 @@ class HiddenUnits:
         if isinstance(experts, AdaptedExperts):
             self.tensors = experts.matrices()
         self.width = experts.down_proj.shape[1:][column]
-        unit_I1 = torch.arange(self.width)[:, None]
+        unit_I1 = torch.arange(self.width, device="cpu")[:, None]
         up, into = "up_proj", unit_I1
         if experts.has_gate:
             up, into = "gate_up_proj", self._both(self.width, unit_I1)
@@ -48,9 +48,14 @@ class HiddenUnits:
         self.places |= {f"{up}_bias": (0, into)} if experts.has_bias else {}
         self.down = "down_proj" if "down_proj" in self.tensors else list(self.tensors)[-1]
 
+    def places_of_width(self, width: int, both: bool) -> Tensor:
+        """The places [I, N] of units of experts of this width; both: of gate and up together."""
+        unit_I1 = torch.arange(width, device="cpu")[:, None]
+        return self._both(width, unit_I1) if both else unit_I1
+
     def _both(self, width: int, unit_I1: Tensor) -> Tensor:
         """The places [I, 2] of units of experts of this width in a tensor of gate and up."""
-        half_2 = torch.arange(2)
+        half_2 = torch.arange(2, device="cpu")
         if self.experts.is_concatenated:
             return unit_I1 + half_2 * width
         return unit_I1 * 2 + half_2
@@ -88,9 +93,9 @@ class HiddenUnits:
         """
         kept_EW = kept_EW.to("cpu")
         width = kept_EW.shape[1]
-        unit_W1, made = torch.arange(width)[:, None], {}
+        made = {}
         for name, (axis, place_IN) in self.places.items():
-            target_WN = self._both(width, unit_W1) if place_IN.shape[1] == 2 else unit_W1
+            target_WN = self.places_of_width(width, place_IN.shape[1] == 2)
             made[name] = _gathered(self.tensors[name], axis, place_IN, target_WN, kept_EW)
         if isinstance(self.experts, AdaptedExperts):
             self.experts.set_matrices(made, width)
@@ -117,6 +122,18 @@ class HiddenUnits:
         """Zero the down projection's columns of all units that are not kept ([E, I] bool)."""
         columns_EID = self.down_columns()
         columns_EID.masked_fill_(~kept_EI.to(columns_EID.device)[:, :, None], 0.0)
+
+
+def unit_parameters(experts: Experts) -> dict[str, Tensor]:
+    """The parameters that hold the hidden units of experts, by the names of `HiddenUnits.tensors`.
+
+    They are the tensors themselves, or of an adapter's `matrices` what these are views of.
+    """
+    units = HiddenUnits(experts)
+    tensors = {name: units.tensors[name] for name in units.places}
+    return {
+        name: tensor if tensor._base is None else tensor._base for name, tensor in tensors.items()
+    }
 
 
 def _gathered(

@@ -15,6 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# What transformers loads all tensors of a checkpoint by, and how it names them when it writes them.
+PASSED = ("convert_and_load_state_dict_in_model", "revert_weight_conversion")
+
 
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a module as others do, and changes it behind its own code."""
@@ -71,7 +74,7 @@ def _read_and_write(auto: ModuleType) -> None:
 
 
 def _build(modeling: ModuleType) -> None:
-    """Let models be built as the "moe_lab" of their config says."""
+    """Let models be built as the "moe_lab" of their config says, and be written and read so."""
     original = modeling.PreTrainedModel.post_init
 
     def post_init(self: Any) -> None:
@@ -83,3 +86,22 @@ def _build(modeling: ModuleType) -> None:
         original(self)
 
     modeling.PreTrainedModel.post_init = post_init
+    load, revert = (getattr(modeling, name) for name in PASSED)
+
+    def joined_and_loaded(model: Any, state_dict: Any, *further: Any, **named: Any) -> Any:
+        if getattr(model.config, "moe_lab", None):
+            from moe_lab.models.uneven import joined
+
+            state_dict = joined(model, state_dict)
+        return load(model, state_dict, *further, **named)
+
+    def reverted_and_cut(model: Any, state_dict: Any) -> Any:
+        if not getattr(model.config, "moe_lab", None):
+            return revert(model, state_dict)
+        from moe_lab.models.uneven import cut_apart
+
+        rest, rows = cut_apart(model, state_dict)
+        return revert(model, rest) | rows
+
+    for name, function in zip(PASSED, (joined_and_loaded, reverted_and_cut), strict=True):
+        setattr(modeling, name, function)

@@ -22,6 +22,7 @@ from moe_lab.models.experts import Experts, OneExpert
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.opening import text_config
 from moe_lab.models.remapped import OF_REMAPPING, RemappedExperts
+from moe_lab.models.widths import is_uneven, num_zeros
 from moe_lab.types import LayerInfo, UserError
 
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -152,24 +153,32 @@ def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
         for key, buffer in module._buffers.items()
         if buffer is not None and key not in module._non_persistent_buffers_set
     ]
+    number = sum(parameter.numel() for parameter in parameters)
     model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
+    zeros, zero_bytes = num_zeros(model)
     for layer in layers:
         rows = [
             (tensor.narrow(dimension, 0, num_rows_each(layer, tensor, dimension)).numel(), tensor)
             for module, key, tensor, dimension in by_expert(layer)
             if key not in module._non_persistent_buffers_set
         ]
+        fewer, fewer_bytes = (part // len(layer.experts.down_proj) for part in _zeros(layer))
         layer.info = replace(
             layer.info,
-            expert_parameters=sum(size for size, row in rows if isinstance(row, nn.Parameter)),
-            expert_bytes=sum(size * row.element_size() for size, row in rows),
-            model_parameters=sum(parameter.numel() for parameter in parameters),
-            model_bytes=model_bytes,
+            expert_parameters=sum(n for n, row in rows if isinstance(row, nn.Parameter)) - fewer,
+            expert_bytes=sum(size * row.element_size() for size, row in rows) - fewer_bytes,
+            model_parameters=number - zeros,
+            model_bytes=model_bytes - zero_bytes,
             neuron_parameters=_neuron_size(layer, False),
             neuron_bytes=_neuron_size(layer, True),
             shared_neuron_parameters=_shared_neuron_size(layer, False),
             shared_neuron_bytes=_shared_neuron_size(layer, True),
         )
+
+
+def _zeros(layer: MoELayer) -> tuple[int, int]:
+    """Of its experts: see `widths.num_zeros`."""
+    return num_zeros(layer.experts) if is_uneven(layer.experts) else (0, 0)
 
 
 def _neuron_size(layer: MoELayer, in_bytes: bool) -> int:
@@ -227,8 +236,8 @@ def hidden_of(output: Output) -> Tensor:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Parameters of a module, tied ones counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Parameters of a module, tied ones counted once; not the zeros of `widths.py`."""
+    return sum(parameter.numel() for parameter in module.parameters()) - num_zeros(module)[0]
 
 
 def _experts_shape(experts: Experts) -> tuple[int, int]:

@@ -20,14 +20,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.layers import decoders_path, module_list, moe_layers
+from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model, no_bars
 from moe_lab.models.quantised import conversions, quantizer_of
 from moe_lab.models.stored import held_by, model_names
+from moe_lab.models.uneven import load_tensors
 from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
@@ -153,6 +154,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     model = empty_model(checkpoint.config, dtype=dtype)
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
+    fit_implementation(model)
     model.eval()
     return model
 
@@ -170,7 +172,7 @@ def _load_into(
 ) -> None:
     """Fill parameters of a model from a checkpoint's tensors or slices, by their names on disk."""
     with no_bars():
-        convert_and_load_state_dict_in_model(
+        load_tensors(
             model,
             tensors,
             LoadStateDictConfig(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_lab.models.experts import Experts
 from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.widths import set_widths, widths_of
 from moe_lab.types import AlignName
 
 
@@ -34,7 +35,7 @@ def merge_experts(
     (M-SMoE, 2310.01334), else as permutation_EI says, in whose row e stands for each unit of
     kept[i] the unit of member e that takes its place. Computed in float64.
     """
-    units = HiddenUnits(experts)
+    units, widths = HiddenUnits(experts), list(widths_of(experts))
     for target, members, shares in zip(kept, groups, weights, strict=True):
         total = {
             name: torch.zeros_like(tensor[target], dtype=torch.float64)
@@ -50,6 +51,9 @@ def merge_experts(
                 total[name] += share * part.double()
         for name, tensor in units.tensors.items():
             tensor[target] = total[name].to(tensor.dtype)
+        if len(members) > 1:  # whose units may stand anywhere
+            widths[target] = units.width
+    set_widths(experts, widths)
 
 
 def permutation_name(index: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from moe_lab.models.mtp import (
     kept_experts,
     of_router,
 )
+from moe_lab.models.mtp_widths import Narrowed, cut_units, kept_units, units_left
 from moe_lab.models.opening import text_config
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.stored import INDEX, ONE_OF_SEVERAL
@@ -54,10 +55,11 @@ def foresee_mtp(checkpoint: Checkpoint, edits: Iterable[Edit], how: MtpName) -> 
         return
     mtp = find_mtp(checkpoint.config, weight_files(checkpoint.path))
     if mtp.num_experts:
-        model = meta_model(checkpoint.config)
+        before, model = (meta_model(checkpoint.config) for _ in range(2))
         restructure_model(model, edits)
         form = choose_form(model, padding_limit(checkpoint.config, None))
         experts_left(mtp, _counts(model), form.stock, how)
+        units_left(mtp, before, model, form.stock, how)
 
 
 def carry_mtp(
@@ -81,13 +83,21 @@ def carry_mtp(
     numbers = experts_left(mtp, _counts(model), stock, how)
     kept = {block: kept_experts(mtp, block, number) for block, number in numbers.items()}
     quantised = _quantised_before(config, folder)
-    size = _write(mtp, kept, text_config(model.config).num_hidden_layers, folder, quantised)
+    left = units_left(mtp, meta_model(config), model, stock, how)
+    units = kept_units(mtp, left, lambda name: _read(mtp, name, quantised)) if left else {}
+
+    def made(name: str) -> Tensor:
+        whole = cut_units(mtp, name, _read(mtp, name, quantised), left, units)
+        return _cut(mtp, name, whole, kept)
+
+    size = _write(mtp, kept, text_config(model.config).num_hidden_layers, folder, quantised, made)
     _promise(folder / "config.json", source / "config.json")
     whole = sorted({n for block, n in mtp.num_experts.items() if block not in kept})
     if not stock and whole:
         _say_whole(folder / "config.json", {**mtp.num_experts, **numbers})
     told = f"MTP layers ({size / 2**30:.3g} GiB, which no size of the model counts)"
-    return f"{told}: {_told(mtp, numbers, whole)}{', dequantised as all others' * bool(quantised)}"
+    words = [_told(mtp, numbers, whole), *_told_units(left)]
+    return f"{told}: {', '.join(words)}{', dequantised as all others' * bool(quantised)}"
 
 
 def _counts(model: PreTrainedModel) -> set[int]:
@@ -103,6 +113,17 @@ def _told(mtp: MtpLayers, numbers: dict[str, int], whole: list[int]) -> str:
             "longest router rows (no statistics are known of them)"
         )
     return told + (f", with all {' and '.join(map(str, whole))} experts" if whole else "")
+
+
+def _told_units(left: Narrowed) -> Iterator[str]:
+    for what, pair in (("experts", left.experts), ("shared experts", left.shared)):
+        if pair and pair[1] < pair[0]:
+            yield (
+                f"their {what} narrowed from {pair[0]} to {pair[1]} hidden units, those with the "
+                "longest weights"
+            )
+        elif pair:
+            yield f"their {what} filled up with zeros from {pair[0]} to {pair[1]} hidden units"
 
 
 def _quantised_before(config: Any, folder: Path) -> Quantised | None:
@@ -149,10 +170,11 @@ def _write(
     behind: int,
     folder: Path,
     quantised: Quantised | None,
+    made: Callable[[str], Tensor],
 ) -> int:
     """Write the tensors as files of their own, each read back, and enter them in the index.
 
-    Returns their bytes.
+    made: what a tensor becomes, by its name at the source. Returns their bytes.
     """
     places, before = _indexed(folder)
     size = 0
@@ -163,7 +185,7 @@ def _write(
         for name in (name for name, file in mtp.files.items() if file == source):
             new = _new_name(mtp, name, kept, behind)
             if new is not None and not (quantised and name.endswith(FACTORS)):
-                tensors[new] = _cut(mtp, name, _read(mtp, name, quantised), kept)
+                tensors[new] = made(name)
         if not tensors:
             continue
         save_file(tensors, target, metadata={"format": "pt"})

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.experts import Experts
+from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, check_own_rows, has_hidden_units, moe_layers
 from moe_lab.models.routers import restricted_layer
+from moe_lab.models.widths import keep_widths, widths_of
 from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     from moe_lab.models.edits.plan import Plan
 
+GROUPED, EAGER = "grouped_mm", "eager"  # two of transformers' ways to compute experts
 GROUPED_BYTES = 16  # of which a row of a matrix must be a multiple for torch's grouped products
 
 
@@ -57,26 +59,24 @@ def places_of_kept(kept_EI: Tensor) -> Tensor:
 def narrow_experts(layer: MoELayer, kept_EW: Tensor) -> None:
     """Leave each expert of a layer its units kept_EW[e] in that order, in place; -1: none there.
 
-    Experts with fewer than W have zeros behind them in memory; `widths_of` says how many they have.
+    Experts with fewer than W have zeros behind them in memory, which are no units of theirs
+    (`widths.py`). Where W is more than the widest one has left, it becomes as many.
     """
     check_own_rows(layer.info)
+    kept_EW = _their_own(kept_EW.cpu(), widths_of(layer.experts))
     widths = (kept_EW >= 0).sum(dim=1).tolist()
     HiddenUnits(layer.experts).keep(kept_EW)
-    set_widths(layer.experts, widths)
+    keep_widths(layer.experts, widths, range(len(widths)))
 
 
-def set_widths(experts: Experts, widths: Sequence[int]) -> None:
-    """Note how many hidden units each expert has, where these are not all the same."""
-    vars(experts).pop("uneven_widths", None)
-    if len(set(widths)) > 1:
-        vars(experts)["uneven_widths"] = tuple(widths)
+def _their_own(kept_EW: Tensor, widths: Sequence[int]) -> Tensor:
+    """The same without units that are zeros behind an expert's own, the others moved to the front.
 
-
-def widths_of(experts: Experts) -> tuple[int, ...]:
-    """How many hidden units each expert has: those behind are zeros."""
-    even = (HiddenUnits(experts).width,) * len(experts.down_proj)
-    uneven: tuple[int, ...] = vars(experts).get("uneven_widths", even)
-    return uneven
+    widths: how many each expert has.
+    """
+    gone_EW = (kept_EW < 0) | (kept_EW >= torch.tensor(widths)[:, None])
+    order_EW = gone_EW.to(torch.uint8).argsort(dim=1, stable=True)
+    return kept_EW.masked_fill(gone_EW, -1).gather(1, order_EW)
 
 
 SHARED_UP = ("gate_proj", "up_proj")
@@ -91,6 +91,38 @@ def check_shared(layer: MoELayer) -> None:
             f"method.shared=true: layer {layer.info.index} has {what}, of which no hidden units "
             "are known: method.shared=false"
         )
+
+
+@torch.no_grad()
+def widen_shared(layer: MoELayer, width: int) -> None:
+    """Give the shared experts of a layer so many hidden units, zeros behind theirs, in place."""
+    assert layer.shared is not None
+    for name, child in layer.shared.named_children():
+        if not isinstance(child, nn.Linear):
+            continue
+        axis = 0 if name in SHARED_UP else 1
+        child.weight = _longer(child.weight, axis, width)
+        if axis == 0:
+            child.out_features = width
+            if child.bias is not None:
+                child.bias = _longer(child.bias, 0, width)
+        else:
+            child.in_features = width
+    _say_shared_width(layer, width)
+
+
+def _longer(tensor: Tensor, axis: int, length: int) -> nn.Parameter:
+    shape = list(tensor.shape)
+    shape[axis] = length
+    whole = tensor.new_zeros(shape)
+    whole.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+    return nn.Parameter(whole, tensor.requires_grad)
+
+
+def _say_shared_width(layer: MoELayer, width: int) -> None:
+    for key, value in vars(layer.shared).items():
+        if type(value) is int and "intermediate" in key and value == layer.info.shared_width:
+            setattr(layer.shared, key, width)
 
 
 @torch.no_grad()
@@ -111,26 +143,33 @@ def narrow_shared(layer: MoELayer, kept_I: Sequence[int]) -> None:
                 child.bias = nn.Parameter(child.bias[index], child.bias.requires_grad)
         else:
             child.in_features = len(index)
-    before = layer.info.shared_width
-    for key, value in vars(layer.shared).items():
-        if type(value) is int and "intermediate" in key and value == before:
-            setattr(layer.shared, key, len(kept_I))
+    _say_shared_width(layer, len(kept_I))
 
 
-@torch.no_grad()
+def fits_grouped(model: PreTrainedModel) -> bool:
+    """Whether torch's grouped products can compute a model's experts; True where nothing asks them.
+
+    They need rows of a multiple of 16 bytes: of 8 hidden units in bfloat16, of 4 in float32. The
+    model may be on the meta device, and what counts is the dtype in which its tensors are.
+    """
+    return not any(
+        one.info.expert_width * one.experts.down_proj.element_size() % GROUPED_BYTES
+        for one in moe_layers(model)
+        if not isinstance(one.experts, AdaptedExperts)  # which compute by the family's own code
+    )
+
+
 def fit_implementation(model: PreTrainedModel) -> bool:
     """Let a model compute its experts by transformers' eager code where grouped products cannot.
 
-    They need rows of a multiple of 16 bytes: 8 hidden units in bfloat16, 4 in float32. Whether that
-    was changed. The model may be on the meta device.
+    Whether that was changed: another way, which somebody chose, stays.
     """
-    layers = moe_layers(model)
-    sizes = {one.experts.down_proj.element_size() * one.info.expert_width for one in layers}
-    if all(size % GROUPED_BYTES == 0 for size in sizes) or not layers:
+    if fits_grouped(model):
         return False
-    if model.config._experts_implementation not in ("grouped_mm", None):
+    ways = {one.experts.config._experts_implementation for one in moe_layers(model)}
+    if not ways <= {GROUPED, None}:
         return False
-    model.set_experts_implementation("eager")
+    model.set_experts_implementation(EAGER)
     return True
 
 

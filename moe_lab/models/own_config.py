@@ -17,7 +17,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
-VERSION = 2  # 1 was the family's config.json with one key more
+VERSION = 3  # 1 was the family's config.json with one key more
+# What version 2 did not know. Where no layer has any of it, 2 is written, which more readers know.
+SINCE_3 = ("expert_widths", "shared_width")
+VERSIONS = (2, VERSION)
 OWN, FAMILY = "moe_lab", "config"
 SENTENCE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
 # Configs of families check this size before anything is built, those of wrappers the inner one, and
@@ -28,7 +31,8 @@ STUMBLE = {"vocab_size": SENTENCE}
 STRUCTURE: dict[str, tuple[type, ...]] = {
     "width": (int,), "in_place": (bool,), "num_routed": (int, type(None)), "num_experts": (int,),
     "rows": (int, type(None)), "stand_in": (str, type(None)), "expert_width": (int, type(None)),
-    "top_k": (int, type(None)), "own": (dict,),
+    "top_k": (int, type(None)), "own": (dict,), "expert_widths": (list,),
+    "shared_width": (int, type(None)),
 }  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def family_values(values: Mapping[str, Any]) -> dict[str, Any]:
     own: Any = values.get(OWN)
     version = own.get("version") if isinstance(own, dict) else None
     family = own.get(FAMILY) if isinstance(own, dict) else None
-    if version != VERSION or not isinstance(family, dict) or "model_type" not in family:
+    if version not in VERSIONS or not isinstance(family, dict) or "model_type" not in family:
         raise ValueError(
             f"this checkpoint is in moe_lab's own form of version {version}, and this version of "
             f"moe_lab reads up to {VERSION}: update moe_lab"
@@ -99,14 +103,27 @@ def _check_structures(own: Any) -> None:
             if kinds is None:
                 raise ValueError(f"{OWN}.layers.{index}.{key} is not known: {', '.join(STRUCTURE)}")
             wrong = type(value) not in kinds or (type(value) is int and value < 0)
-            if wrong or (key == "num_experts" and not value):
+            wrong |= key == "num_experts" and not value
+            if wrong or (key == "expert_widths" and not _are_widths(value, wanted)):
                 raise ValueError(f"{OWN}.layers.{index}.{key}={value!r} is not possible")
+
+
+def _are_widths(value: list[Any], wanted: dict[str, Any]) -> bool:
+    """Whether there is one number for each expert, and not only zeros."""
+    plain = all(type(one) is int and one >= 0 for one in value)
+    return plain and any(value) and len(value) == wanted.get("num_experts")
+
+
+def lowest_version(layers: Mapping[str, Any]) -> int:
+    """The lowest version of the form that can say these structures of layers."""
+    return VERSION if any(name in one for one in layers.values() for name in SINCE_3) else 2
 
 
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `family_values`."""
     inside = {key: value for key, value in values.items() if key != OWN}
-    own = {**values[OWN], "version": VERSION, FAMILY: inside}
+    version = lowest_version(values[OWN]["layers"])
+    own = {**values[OWN], "version": version, FAMILY: inside}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

@@ -27,12 +27,15 @@ from moe_lab.models.layers import (
     moe_layers,
     standing_at,
 )
-from moe_lab.models.narrowing import fit_implementation
+from moe_lab.models.narrowing import fit_implementation, narrow_shared
 from moe_lab.models.opening import empty_model
-from moe_lab.models.own_config import VERSION, without_structures
+from moe_lab.models.own_config import lowest_version, without_structures
 from moe_lab.models.remapped import RemappedExperts, remap
 from moe_lab.models.routers import set_top_k_of
+from moe_lab.models.widths import is_uneven, set_widths, widths_of
 from moe_lab.types import LayerInfo, UserError
+
+DIFFERING = ("expert_width", "shared_width", "top_k")  # of a layer's LayerInfo
 
 
 def apply_structure(model: PreTrainedModel, structure: dict[str, Any]) -> None:
@@ -88,9 +91,16 @@ def _keep(
     stand_in: str | None = None,
     expert_width: int | None = None,
     top_k: int | None = None,
+    expert_widths: list[int] | None = None,
+    shared_width: int | None = None,
 ) -> None:
     """Leave so many experts and router rows; where the rows lead comes in with the weights."""
     rows = rows or num_experts
+    if expert_widths is not None:
+        set_widths(layer.experts, ())
+        expert_width = max(expert_widths)
+    if shared_width not in (None, layer.info.shared_width):
+        narrow_shared(layer, range(shared_width))
     if expert_width not in (None, layer.info.expert_width):
         set_width(layer, expert_width)
     if top_k not in (None, layer.info.top_k):
@@ -104,6 +114,7 @@ def _keep(
         constants = like.new_empty(rows - num_experts, experts_size(layer.experts))
         is_constant = stand_in == "constant"
         remap(layer.experts, range(rows), stand_in, constants if is_constant else None)
+    set_widths(layer.experts, expert_widths or ())
 
 
 def own_config(
@@ -113,17 +124,18 @@ def own_config(
     config = copy.deepcopy(model.config)
     differing = differing_layers(model.config, layers)
     structure = {
-        str(one.info.index): _experts_structure(one) | differing[one.info.index] for one in layers
+        str(one.info.index): _experts_structure(one, differing[one.info.index]) for one in layers
     }
     structure |= {str(layer_index(name)): _dense_structure(b) for name, b in edited.items()}
     for index, own in own_structures(model, layers).items():
         structure[str(index)] = structure.get(str(index), {}) | {"own": own}
-    config.moe_lab = {"version": VERSION, "padding": padding, "layers": structure}
+    version = lowest_version(structure)
+    config.moe_lab = {"version": version, "padding": padding, "layers": structure}
     return config
 
 
 def differing_layers(config: Any, layers: list[MoELayer]) -> dict[int, dict[str, int]]:
-    """By index the expert_width and top_k of these layers where a family has others by its config.
+    """By index the widths and top_k of these layers where a family has others by its config.
 
     config: it may have structures of ours, which do not count.
     """
@@ -132,7 +144,7 @@ def differing_layers(config: Any, layers: list[MoELayer]) -> dict[int, dict[str,
     return {
         layer.info.index: {
             name: getattr(layer.info, name)
-            for name in ("expert_width", "top_k")
+            for name in DIFFERING
             if getattr(layer.info, name) != getattr(built.get(layer.info.index), name, None)
         }
         for layer in layers
@@ -159,9 +171,13 @@ def _dense_structure(block: nn.Module) -> dict[str, Any]:
     return structure
 
 
-def _experts_structure(layer: MoELayer) -> dict[str, Any]:
-    if not isinstance(layer.experts, RemappedExperts):
-        return {"num_experts": layer.info.num_experts}
-    structure = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
-    stand_in = layer.experts.stand_in
-    return structure | ({"stand_in": stand_in} if stand_in else {})
+def _experts_structure(layer: MoELayer, differing: dict[str, int]) -> dict[str, Any]:
+    structure: dict[str, Any] = {"num_experts": layer.info.num_experts}
+    if isinstance(layer.experts, RemappedExperts):
+        structure = {"num_experts": layer.info.real_experts, "rows": layer.info.num_experts}
+        if layer.experts.stand_in:
+            structure["stand_in"] = layer.experts.stand_in
+    if is_uneven(layer.experts):
+        structure["expert_widths"] = list(widths_of(layer.experts))
+        differing = {name: value for name, value in differing.items() if name != "expert_width"}
+    return structure | differing

@@ -26,10 +26,12 @@ from moe_lab.models.fitting import inside_modules
 from moe_lab.models.folder import code_files, copy_beside, text_files
 from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
 from moe_lab.models.head import untie_head
-from moe_lab.models.layers import moe_layers
+from moe_lab.models.hidden_units import HiddenUnits
+from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.mtp import find_mtp
 from moe_lab.models.mtp_saving import carry_mtp
+from moe_lab.models.narrowing import EAGER, fits_grouped, widen_shared
 from moe_lab.models.opening import no_bars, text_config, text_values
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.promises import check_promises
@@ -45,6 +47,7 @@ from moe_lab.models.stored import (
 )
 from moe_lab.models.superset import as_superset
 from moe_lab.models.weight_files import weight_files
+from moe_lab.models.widths import fill_up, is_uneven
 from moe_lab.types import LmHeadName, MtpName
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,8 @@ def save_checkpoint(
     with no_bars():
         model.save_pretrained(folder)
     _adapt_config(folder / "config.json", source / "config.json", model.config)
+    if form.stock and not fits_grouped(model):
+        _ask_for_eager(folder / "config.json")
     carry_over(_passing_by(files, before, model, mtp_layers.files), folder)
     copy_text_files(source, folder)
     check_saved(model, folder, expected, computing)
@@ -111,12 +116,24 @@ def _in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     if form.num_experts:
         for layer in moe_layers(model):
             prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
+    for layer in moe_layers(model) if form.stock else ():
+        _fill_up(layer, form)
     if form.config.model_type != model.config.model_type:
         model = as_superset(model)
     model.config = form.config
     if edited and form.stock:
         _make_native(model, edited)
     return model
+
+
+def _fill_up(layer: MoELayer, form: Form) -> None:
+    """Make the experts of a layer, and its shared ones, as wide as the form has them."""
+    if form.expert_width not in (None, HiddenUnits(layer.experts).width) or is_uneven(
+        layer.experts
+    ):
+        fill_up(layer.experts, form.expert_width or HiddenUnits(layer.experts).width)
+    if form.shared_width not in (None, layer.info.shared_width):
+        widen_shared(layer, form.shared_width)
 
 
 @torch.no_grad()
@@ -146,6 +163,11 @@ def _adapt_config(path: Path, source: Path, config: Any) -> None:
     _tell_dtypes(values, told)
     complete_config(text_values(values, config), text_config(config))
     write_config(path, values)
+
+
+def _ask_for_eager(path: Path) -> None:
+    """Let transformers compute the experts by the code that takes any width."""
+    write_config(path, read_config(path) | {"experts_implementation": EAGER})
 
 
 def _tell_dtypes(values: dict[str, Any], told: dict[str, Any], whole: bool = True) -> None:

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from moe_lab.models.quantised import conversions
+from moe_lab.models.uneven import name_in_model, uneven_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """For each name on disk that of the tensor in the model that it becomes, or is a part of."""
-    mapping, names = conversions(model), model.state_dict()
+    mapping, names, uneven = conversions(model), model.state_dict(), uneven_tensors(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
@@ -92,6 +93,8 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         name = rename_source_key(key, renamings, converters, prefix, names)[0]
         if name not in names and key in names:  # as there: a renaming that is not meant for it
             name = rename_source_key(key, [], [], prefix, names)[0]
+        if name not in names:
+            name = name_in_model(key, uneven)
         renamed[key] = name
     return renamed
 

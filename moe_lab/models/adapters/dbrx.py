@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.dbrx import modeling_dbrx as stock
 
 from moe_lab.models.adapters.base import AdaptedExperts, become
@@ -33,6 +33,11 @@ class DbrxContractExperts(AdaptedExperts, stock.DbrxExperts):
     def matrices(self) -> dict[str, Tensor]:
         shape = (-1, self.ffn_hidden_size, self.hidden_size)
         return {name: getattr(self.mlp, name).view(shape) for name in ("w1", "v1", "w2")}
+
+    def set_matrices(self, made: dict[str, Tensor], width: int) -> None:
+        for name, tensor in made.items():
+            flat = tensor.reshape(-1, self.hidden_size)
+            setattr(self.mlp, name, nn.Parameter(flat, getattr(self.mlp, name).requires_grad))
 
     @property
     def gate_up_proj(self) -> Tensor:

@@ -51,6 +51,11 @@ class JetMoeExperts(AdaptedExperts):
     def down_proj(self) -> Tensor:
         return self.linears[1].weight
 
+    def set_matrices(self, made: dict[str, Tensor], width: int) -> None:
+        for linear, tensor in zip(self.linears, made.values(), strict=True):
+            linear.weight = nn.Parameter(tensor, linear.weight.requires_grad)
+            _, linear.output_size, linear.input_size = tensor.shape
+
     def alone(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         counts = torch.bincount(index_TK.flatten(), minlength=self.num_experts).tolist()
         order_S = index_TK.flatten().sort(0)[1]

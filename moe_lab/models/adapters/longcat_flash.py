@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.longcat_flash import modeling_longcat_flash as stock
 
@@ -52,6 +53,12 @@ class LongcatExperts(AdaptedExperts, stock.LongcatFlashExperts):
 
     def matrices(self) -> dict[str, Tensor]:
         return {"gate_up_proj": self.gate_up_proj[: self.num_experts], "down_proj": self.down_proj}
+
+    def set_matrices(self, made: dict[str, Tensor], width: int) -> None:
+        _, rows, size = made["gate_up_proj"].shape
+        unused = made["gate_up_proj"].new_zeros(self.zeros, rows, size)
+        whole = torch.cat([made["gate_up_proj"], unused])
+        super().set_matrices(made | {"gate_up_proj": whole}, width)
 
     def forward(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         out_TD = super().forward(hidden_states, index_TK, weight_TK)

@@ -104,12 +104,11 @@ class NarrowExperts(Edit):
 
     def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The first units of each expert: shapes alone."""
-        import torch
+        from moe_lab.models.widths import first_units
 
         layer = self.moe_layer(standing)
         widths = self._widths(layer)
-        unit_W = torch.arange(max(widths))
-        kept_EW = torch.stack([unit_W.masked_fill(unit_W >= width, -1) for width in widths])
+        kept_EW = first_units(widths, max(widths))
         return self._narrowed(layer, kept_EW, range(self.shared_width or 0))
 
     def apply(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
