@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from moe_lab.models.layers import MoELayer, check_own_rows, has_hidden_units, mo
 from moe_lab.models.routers import restricted_layer
 from moe_lab.models.widths import keep_widths, widths_of
 from moe_lab.types import UserError
-
-if TYPE_CHECKING:
-    from moe_lab.models.edits.plan import Plan
 
 GROUPED, EAGER = "grouped_mm", "eager"  # two of transformers' ways to compute experts
 GROUPED_BYTES = 16  # of which a row of a matrix must be a multiple for torch's grouped products
@@ -194,17 +191,6 @@ class Cut(NamedTuple):
 
 
 Left = Sequence[int] | Tensor | Cut
-
-
-def left_by(plan: Plan) -> dict[int, Left]:
-    """What a plan with one unit leaves of each layer, by true index: experts, or hidden units."""
-    left: dict[int, Left] = {}
-    for chain in plan.chains():
-        if (kept_EI := plan.tensors.get(neurons_name(chain.index))) is not None:
-            left[chain.index] = kept_EI.bool()
-        elif chain.experts_kept is not None:
-            left[chain.index] = chain.experts_kept
-    return left
 
 
 @contextmanager

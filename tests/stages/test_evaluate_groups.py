@@ -16,8 +16,8 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import num_parameters
-from moe_lab.models.narrowing import left_by, left_with
-from moe_lab.stages.evaluate_groups import sizes_of_groups
+from moe_lab.models.narrowing import left_with
+from moe_lab.stages.evaluate_groups import left_by, sizes_of_groups
 from moe_lab.store import Store
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.methods.ratios.neurons import Neurons
-from moe_lab.methods.ratios.widths import WidthBudget, aligned
+from moe_lab.methods.ratios.widths import WidthBudget, aligned_widths
 from moe_lab.profile.profile import Profile
 
 
@@ -39,7 +39,7 @@ class Slimming(WidthBudget):
         for (pool, _), score_EI, room in zip(layers, every, rooms, strict=True):
             wanted = min(room + spare, score_EI.numel())
             width_E = torch.tensor(covered(list(score_EI), [self.least] * len(score_EI), wanted))
-            found[pool.index] = aligned(width_E, score_EI.shape[1], self.round_to)
+            found[pool.index] = aligned_widths(width_E, score_EI.shape[1], self.round_to)
             spare += room - int(found[pool.index].sum())
         return found
 

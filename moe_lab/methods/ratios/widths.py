@@ -54,7 +54,7 @@ class WidthBudget(Budget):
         return {"kept_per_layer": by_index(numbers)}
 
 
-def aligned(width_E: Tensor, width: int, multiple: int) -> Tensor:
+def aligned_widths(width_E: Tensor, width: int, multiple: int) -> Tensor:
     """Widths [E] as multiples: rounded down, and spare blocks to the largest remainders.
 
     An expert may stay as wide as it is (`width`), whatever the multiple. The sum becomes no larger;

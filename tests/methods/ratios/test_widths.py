@@ -15,7 +15,7 @@ from running import Outcome
 
 from moe_lab.methods.metrics.energy import energy
 from moe_lab.methods.prune import Prune
-from moe_lab.methods.ratios.widths import WidthBudget, aligned
+from moe_lab.methods.ratios.widths import WidthBudget, aligned_widths
 from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.stream import LayerStream
@@ -34,12 +34,14 @@ class Stairs(WidthBudget):
 
 def test_widths_are_multiples_and_spare_blocks_go_to_the_largest_remainders() -> None:
     width_E = torch.tensor([100, 60, 33, 7, 0, 63])
-    rounded_E = aligned(width_E, 100, 16)
+    rounded_E = aligned_widths(width_E, 100, 16)
     #   100 stays; 60 = 48 + 12, 33 = 32 + 1, 7 = 0 + 7, 63 = 48 + 15: 35 spare, two blocks
     assert rounded_E.tolist() == [100, 64, 32, 0, 0, 64]
-    assert aligned(width_E, 100, 1).tolist() == width_E.tolist()
-    assert aligned(torch.tensor([90, 90, 90]), 100, 64).tolist() == [100, 100, 64], "no wider"
-    assert aligned(torch.tensor([40, 40, 40]), 100, 64).tolist() == [64, 0, 0]
+    assert aligned_widths(width_E, 100, 1).tolist() == width_E.tolist()
+    assert aligned_widths(torch.tensor([90, 90, 90]), 100, 64).tolist() == [100, 100, 64], (
+        "no wider"
+    )
+    assert aligned_widths(torch.tensor([40, 40, 40]), 100, 64).tolist() == [64, 0, 0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -47,7 +49,7 @@ def test_rounding_never_takes_more(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     width_E = torch.randint(0, 101, (12,), generator=generator)
     for multiple in (1, 7, 16, 64):
-        rounded_E = aligned(width_E, 100, multiple)
+        rounded_E = aligned_widths(width_E, 100, multiple)
         assert ((rounded_E % multiple == 0) | (rounded_E == 100)).all()
         assert 0 <= int(width_E.sum() - rounded_E.sum()) < multiple
         assert (rounded_E >= width_E // multiple * multiple).all()
