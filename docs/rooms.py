@@ -106,9 +106,9 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "llama_process",
     ),
     "finetune": ("recipe", "tuning", "training", "state", "teacher", "gate_entropy"),
-    "methods": ("base", "layer_choice", "dropping", "narrowing"),
-    "methods.metrics": ("base",),
-    "methods.ratios": ("budget", "neurons"),
+    "methods": ("base", "layer_choice", "dropping", "narrowing", "both_units", "second_order"),
+    "methods.metrics": ("base", "by_gradient"),
+    "methods.ratios": ("budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
     "methods.condense": ("base", "expert_choice", "expert_search", "layer_search", "divergence"),
     "methods.condense.experts": (),
@@ -126,6 +126,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.grouping": ("methods.metrics", "methods.ratios"),
     "methods.condense": (),
     "methods.merge": ("methods.grouping", "methods.ratios"),
+    "methods.dern": ("methods.metrics", "methods.ratios"),
     "methods.prune": ("methods.metrics", "methods.ratios"),
 }
 

@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from running import ROOT, load_module, run_command
 
+from moe_lab.methods.metrics.base import names_of_unit
 from moe_lab.report.frame import ORIGIN_KEYS, RESULT_KEYS, SEED_KEYS, label_of
 from moe_lab.runs import options
 from moe_lab.runs.settings import Description, report_head
@@ -29,6 +30,8 @@ FOLDER, SEER = ROOT / "experiments" / "cd_moe", ROOT / "experiments" / "seer_moe
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
 FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny").glob("*.yaml"))
+INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
+INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
 MODELS = (*TINY, *PAPER)
@@ -194,8 +197,10 @@ PLAIN = {
     "perplexity",
     "share_of_dense_average",
 }
+PLAIN |= {"wikitext_perplexity", "ptb_perplexity", "c4_perplexity", "arc_easy"}
 PLAIN |= {"mmlu_drop", "sst5_generate_top_1", "flops_saved", "expert_flops_share"}
 ITEMS = dict(arc_challenge=1172, boolq=3270, hellaswag=10042, mmlu=14042, openbookqa=500)
+ITEMS |= dict(arc_easy=2376, mathqa=2985)
 ITEMS |= dict(piqa=1838, rte=277, winogrande=1267, sst5_generate=2210)
 DOUBTS = ("unreliable", "read off", "swapped", "typing error", "gives the dense model 0.940")
 DOUBTS += ("what was timed are not known",)
@@ -374,6 +379,7 @@ LIKE = {
     "cd_moe": {"tiny_qwen2_moe": "tiny_deepseek", "qwen1_5_moe_a2_7b": "deepseek_moe_16b"},
     "seer_moe": {"tiny_deepseek": "tiny_mixtral"},
     "tiny": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
+    "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
 OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
 OF_A_REPORT += ["cd_moe", "seer_moe"]
@@ -751,9 +757,62 @@ def test_every_criterion_is_compared(composed: Compose) -> None:
     """All metrics, but those that need another checkpoint or are another's under another name."""
     params = choices(composed("model=tiny_mixtral", "+tiny=criteria"))
     compared = {job.partition("=")[2] for job in params["metric"]}
-    there = {path.stem for path in (ROOT / "conf" / "metric").glob("*.yaml")}
+    there = set(names_of_unit("experts"))
     assert there - compared == {"man", "unified", "router_norm_change"}
     assert [len(values) for values in params.values()] == [len(compared), 2, 3]
+
+
+# --------------------------------------------------------------------------- inside the expert
+
+
+@pytest.mark.parametrize("experiment", INSIDE_TABLES)
+def test_every_job_of_inside_composes(experiment: str, composed: Compose) -> None:
+    table = f"+inside={experiment}"
+    every = jobs(choices(composed("model=tiny_mixtral", table)))
+    assert len(every) > 3
+    for job in every:
+        found = checked(composed(*job, "model=tiny_mixtral", table))
+        assert found["choices"]["eval"] == "tiny" and found["choices"]["measure"] == "none"
+        assert found["calibration"]["seed"] == found["seed"]
+        tuned = found["choices"]["finetune"] == "experts"
+        assert tuned == (experiment == "recovery")
+        if tuned:
+            phase = found["finetune"]["phases"]["lm"]
+            assert phase["data"]["num_samples"] == 200 * phase["batch_size"]
+
+
+def test_every_criterion_of_hidden_units_is_compared(composed: Compose) -> None:
+    params = choices(composed("model=tiny_mixtral", "+inside=criteria"))
+    compared = {job.partition("=")[2] for job in params["metric"]}
+    assert compared == set(names_of_unit("neurons"))
+    assert [len(values) for values in params.values()] == [len(compared), 2, 3]
+
+
+def test_a_row_of_inside_is_named_by_what_it_does(composed: Compose) -> None:
+    names = sorted(path.stem for path in (ROOT / "experiments" / "inside" / "row").glob("*.yaml"))
+    swept = {
+        value.partition("=")[2]
+        for table in ("units", "deep", "recovery")
+        for value in choices(composed("model=tiny_mixtral", f"+inside={table}"))["+inside/row"]
+    }
+    assert swept == set(names)
+    for name in names:
+        found = checked(composed(f"+inside/row={name}", "model=tiny_mixtral", "+inside=units"))
+        chosen, method = found["choices"], found["method"]
+        words = [method["unit"], chosen["metric"]]
+        words += [chosen["ratio"]] * (chosen["ratio"] != "uniform")
+        words += [method["widths"]] * (method["widths"] == "by_expert")
+        assert name == "_".join(words)
+
+
+@pytest.mark.parametrize("model", [*PAPER, "qwen3_30b_a3b"])
+def test_what_papers_of_hidden_units_print_has_its_jobs(model: str, composed: Compose) -> None:
+    table = "+inside=published"
+    for job in jobs(choices(composed(f"model={model}", table))):
+        found = checked(composed(*job, f"model={model}", table))
+        assert found["method"]["unit"] == "neurons"
+        assert found["method"]["widths"] == "by_expert"
+        assert set(found["eval"]["metrics"]) <= set(found["eval"]["tasks"])
 
 
 # --------------------------------------------------------------------------- tables
@@ -762,8 +821,10 @@ SWEEPS = [
     *(("cd_moe", experiment, TINY[0]) for experiment in EXPERIMENTS),
     *(("seer_moe", experiment, "tiny_mixtral") for experiment in SEER_EXPERIMENTS),
     *(("tiny", experiment, "tiny_mixtral") for experiment in FIELD_EXPERIMENTS),
+    *(("inside", experiment, "tiny_mixtral") for experiment in INSIDE_TABLES),
+    ("inside", "published", "deepseek_moe_16b"),
 ]
-VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy")
+VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
 
 
 @pytest.mark.parametrize(("paper", "experiment", "model"), SWEEPS)
@@ -789,6 +850,7 @@ def test_help_lists_the_tables() -> None:
     done = run_command(ROOT, "--help")
     assert done.returncode == 0
     tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
+    tables["inside"] = INSIDE_EXPERIMENTS
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments

@@ -24,6 +24,7 @@ from moe_lab.models.narrowing import (
     neurons_name,
     shared_neurons_name,
 )
+from moe_lab.option import word_of
 from moe_lab.profile.collect import super_experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
@@ -68,6 +69,7 @@ class Narrowing:
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> list[Neurons]:
         """What the ratio can know of the layers before any score."""
+        self._check_whole_widths()
         for info in layers:
             if self.shared and not info.shared_neuron_parameters:
                 what = "shared experts that are no plain or gated MLP" if info.shared else (
@@ -77,6 +79,21 @@ class Narrowing:
                     f"method.shared=true: layer {info.index} has {what}: method.shared=false"
                 )
         return [neurons.foreseen_neurons(info, self.widths, self.shared) for info in layers]
+
+    def _check_whole_widths(self) -> None:
+        """Refuse what neither a metric nor a ratio of this kind says anything of."""
+        if self.shared and not self.metric.scores_shared:
+            raise UserError(
+                f"method.shared=true: {self.metric.title} has no score of shared experts, which "
+                "its paper leaves as they are: method.shared=false, or another metric, such as "
+                "metric=energy"
+            )
+        if self.ratio.decides_widths and (self.shared or self.protect):
+            name, without = ("shared", "false") if self.shared else ("protect", "null")
+            raise UserError(
+                f"method.{name}={word_of(getattr(self, name))}: this ratio says itself how wide "
+                f"each routed expert stays: another ratio, or method.{name}={without}"
+            )
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; where widths are not known, of two widths."""
@@ -98,16 +115,18 @@ class Narrowing:
     def plan(self, profile: Profile) -> Plan:
         """One edit per MoE layer."""
         statistics = profile.statistics
-        every = self.metric.neuron_scores(profile)
+        every = self.metric.ranked_neuron_scores(profile, self.widths)
         of_shared: list[Tensor | None] = [None] * len(every)
         if self.shared:
             of_shared = list(self.metric.shared_neuron_scores(profile))
         protected = self._protected(statistics)
+        widths = self._widths(every, profile)
         pools = [
-            self._ranked(layer.info, score_EI, shared_I, protected)
+            self._ranked(layer.info, score_EI, shared_I, protected, widths.get(layer.info.index))
             for layer, score_EI, shared_I in zip(statistics, every, of_shared, strict=True)
         ]
-        numbers = self.ratio.numbers(pools, profile)
+        numbers: Mapping[int, int] = {index: int(one.sum()) for index, one in widths.items()}
+        numbers = numbers or self.ratio.numbers(pools, profile)
         kept = {pool.index: pool.kept(numbers[pool.index]) for pool, _ in pools}
         refits = {} if self.propagate else self.metric.refits(profile, kept)
         tensors: dict[str, Tensor] = {}
@@ -124,11 +143,12 @@ class Narrowing:
         def edit_again(layer: LayerStatistics) -> Edit:
             score_EI = self.metric.neuron_score(layer)
             shared_I = self.metric.neuron_score(layer.shared())[0] if self.shared else None
-            pool, _ = self._ranked(layer.info, score_EI, shared_I, protected)
+            width_E = widths.get(layer.info.index)
+            pool, _ = self._ranked(layer.info, score_EI, shared_I, protected, width_E)
             return edit(layer, score_EI, pool)
 
         if self.propagate:
-            edits = propagated(profile, edit_again, neurons=True)
+            edits = propagated(profile, edit_again, tensors, neurons=True)
         else:
             edits = [
                 edit(layer, score_EI, pool)
@@ -137,17 +157,28 @@ class Narrowing:
         notes = {"experts_without_tokens": unseen} | self._notes(pools, numbers, protected)
         return Plan(tuple(edits), notes=notes, tensors=tensors)
 
+    def _widths(self, every: Sequence[Tensor], profile: Profile) -> Mapping[int, Tensor]:
+        """How wide each expert stays [E], by layer index; empty where the ratio does not say so."""
+        if not self.ratio.decides_widths:
+            return {}
+        pools = self.foreseen([layer.info for layer in profile.statistics])
+        return self.ratio.widths(list(zip(pools, every, strict=True)), profile)
+
     def _ranked(
         self,
         info: LayerInfo,
         score_EI: Tensor,
         shared_I: Tensor | None,
         protected: Mapping[int, Sequence[int]],
+        width_E: Tensor | None = None,
     ) -> Ranked:
+        """A layer as the ratio sees it; width_E: with each expert's first so many units first."""
         shape = info.num_experts, info.expert_width
         check_neuron_scores(info.index, shape, score_EI, self.metric.title)
         if shared_I is not None:
             check_neuron_scores(info.index, (info.shared_width,), shared_I, self.metric.title)
+        if width_E is not None:
+            return neurons.ranked_by_expert(info, score_EI, floor=width_E)
         if self.widths == "by_layer":
             return neurons.ranked_by_layer(info, score_EI, shared_I)
         if whole := list(protected.get(info.index, ())):

@@ -18,7 +18,8 @@ from torch import Tensor
 from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
 from moe_lab.methods.base import LmHead, Method, Mtp, form_notes
-from moe_lab.methods.metrics.base import UNITS, WIDTHS, Metric, Score, as_metric, names_of_unit
+from moe_lab.methods.both_units import BothUnits
+from moe_lab.methods.metrics.base import WIDTHS, Metric, Score, as_metric, names_of_unit
 from moe_lab.methods.narrowing import Narrowing
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
@@ -36,6 +37,7 @@ from moe_lab.types import LayerInfo, ReplacementName, UserError
 
 logger = logging.getLogger(__name__)
 PROTECTIONS = ("super_experts", "outliers")
+PRUNED = ("experts", "neurons", "both")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Prune(Method):
         bool, Option("measure each layer behind the layers that are pruned already")
     ] = False
     unit: Annotated[
-        str, Option("what goes: whole experts, or hidden units of all of them", among=UNITS)
+        str,
+        Option("what goes: whole experts, hidden units of all of them, or both", among=PRUNED),
     ] = "experts"
     widths: Annotated[
         str | None,
@@ -100,24 +103,44 @@ class Prune(Method):
         for info in layers:
             check_own_rows(info)
         ratio = require_kind("ratio", self.ratio, Ratio)
-        ratio.check(self._narrowing.foreseen(layers) if self.of_neurons else layers)
+        if self.unit == "both":
+            self._both.check(layers)
+        else:
+            ratio.check(self._narrowing.foreseen(layers) if self.of_neurons else layers)
         self._metric.check(layers)
 
     def _check_unit(self) -> None:
         """Refuse a metric of another unit, and options of neurons where none go."""
-        if self.unit not in self._metric.units:
+        unit = "neurons" if self.of_neurons else "experts"
+        if unit not in self._metric.units:
             other = " or ".join(f"method.unit={unit}" for unit in self._metric.units)
             raise UserError(
                 f"method.unit={self.unit}: {self._metric.title} has no score of them ({other}); "
-                f"metric={', '.join(names_of_unit(self.unit))} have"
+                f"metric={', '.join(names_of_unit(unit))} have"
             )
-        if self.of_neurons:
+        if self.unit == "both":
+            self._check_both()
+        elif self.of_neurons:
             self._narrowing.check()
         elif self.widths is not None or self.shared:
             name = "widths" if self.widths is not None else "shared"
             raise UserError(
                 f"method.{name}={word_of(getattr(self, name))} says how hidden units go, and "
                 "method.unit=experts removes whole experts: ask for method.unit=neurons, too"
+            )
+
+    def _check_both(self) -> None:
+        """Refuse options that are of one unit alone."""
+        given = {
+            "widths": self.widths not in (None, "by_layer"), "shared": self.shared,
+            "protect": self.protect is not None, "propagate": self.propagate,
+            "replacement": self.replacement != "nothing",
+        }  # fmt: skip
+        if asked := [name for name, is_given in given.items() if is_given]:
+            value = word_of(getattr(self, asked[0]))
+            raise UserError(
+                f"method.{asked[0]}={value} is not possible with method.unit=both: choose "
+                "method.unit=neurons or method.unit=experts"
             )
 
     def _check_together(self) -> None:
@@ -136,6 +159,8 @@ class Prune(Method):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; how many experts go is not known, so that none does."""
+        if self.unit == "both":
+            return self._both.example(layers)
         if self.of_neurons:
             return self._narrowing.example(layers)
         return tuple(
@@ -153,7 +178,11 @@ class Prune(Method):
     @property
     def of_neurons(self) -> bool:
         """Whether hidden units go."""
-        return self.unit == "neurons"
+        return self.unit != "experts"
+
+    @property
+    def _both(self) -> BothUnits:
+        return BothUnits(self._metric, self.ratio)
 
     @property
     def _narrowing(self) -> Narrowing:
@@ -172,7 +201,7 @@ class Prune(Method):
     @property
     def takes_groups(self) -> bool:
         """Whether a plan for a group's statistics is one for that group, and can be evaluated."""
-        whole = self.propagate or self.replacement != "nothing"
+        whole = self.propagate or self.replacement != "nothing" or self.shared
         return not whole and self._metric.takes_groups and self.ratio.takes_groups
 
     @functools.cached_property
@@ -196,7 +225,7 @@ class Prune(Method):
     def plan(self, profile: Profile) -> Plan:
         """One pruning edit per MoE layer."""
         if self.of_neurons:
-            made = self._narrowing.plan(profile)
+            made = (self._both if self.unit == "both" else self._narrowing).plan(profile)
             return dataclasses.replace(made, notes=made.notes | form_notes(self.padding))
         layers = [layer.info for layer in profile.statistics]
         measured = list(zip(layers, self._metric.scores(profile), strict=True))

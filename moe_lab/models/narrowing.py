@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,18 +183,32 @@ def narrowed_layer(layer: MoELayer, kept_EI: Tensor) -> Iterator[None]:
             units.tensors[units.down].copy_(whole)
 
 
+class Cut(NamedTuple):
+    """What stays of a layer: these experts, and of all of them the hidden units [E, I] (bool)."""
+
+    experts: tuple[int, ...]
+    neurons: Tensor
+
+
+Left = Sequence[int] | Tensor | Cut
+
+
 @contextmanager
-def left_with(model: PreTrainedModel, kept: Mapping[int, Sequence[int] | Tensor]) -> Iterator[None]:
-    """While open, the MoE layers that `kept` names by true index have only these experts or units.
+def left_with(model: PreTrainedModel, kept: Mapping[int, Left]) -> Iterator[None]:
+    """While open, the MoE layers that `kept` names by true index have only this.
 
     A sequence names experts (`routers.restricted`), a tensor [E, I] the hidden units of all of
-    them; its experts without any are left out of the router's choice, where the others are enough.
+    them.
     """
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     with ExitStack() as stack:
         for index, some in kept.items():
+            layer = layers[index]
+            if isinstance(some, Cut):
+                stack.enter_context(narrowed_layer(layer, some.neurons))
             if isinstance(some, Tensor):
-                stack.enter_context(narrowed_layer(layers[index], some))
+                stack.enter_context(narrowed_layer(layer, some))
             else:
-                stack.enter_context(restricted_layer(layers[index], some))
+                experts = some.experts if isinstance(some, Cut) else some
+                stack.enter_context(restricted_layer(layer, experts))
         yield

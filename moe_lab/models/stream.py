@@ -9,7 +9,7 @@ by layer from disk, and cached states go to disk where they outgrow the memory g
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,11 @@ from moe_lab.models.layers import MoELayer, Output, hidden_of, moe_layers
 from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
 from moe_lab.types import NotFinite, UserError
 
+GREEDY_SEARCH = (
+    "layers cannot be chosen by a greedy search in this family; name them (condense.layers=[...]) "
+    "or choose them by statistics (condense.layers=cosine)"
+)
+
 
 class LayerStream:
     """The decoder layers of a model over fixed batches.
@@ -32,7 +37,8 @@ class LayerStream:
     cache: where hidden states are kept; ("input", batch) holds what the first decoder layer gets,
     [B, L, D]. valid: per batch [B, L] bool. token_weight: per batch [tokens]; each valid token's
     share in a mean over tokens of a document and then over documents, so that long documents count
-    as much as short ones. input_ids: per batch [B, L].
+    as much as short ones. input_ids: per batch [B, L]. positions: where the samples of the batches,
+    in their order, stand in the calibration set; unless it is given, as they come.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class LayerStream:
         source: PreTrainedModel | LayerwiseModel,
         batches: Iterable[Mapping[str, Tensor]],
         cache: Activations | None = None,
+        positions: Sequence[int] | None = None,
     ):
         self.model = source.model if isinstance(source, LayerwiseModel) else source
         self._opener = source.layer if isinstance(source, LayerwiseModel) else None
@@ -58,6 +65,7 @@ class LayerStream:
         for batch in batches:
             self._catch(batch)
         num_documents = sum(len(valid) for valid in self.valid)
+        self.positions = list(range(num_documents) if positions is None else positions)
         for valid in self.valid:
             lengths = valid.sum(dim=1, keepdim=True).clamp(min=1)
             share = (valid / lengths / num_documents)[valid]
@@ -159,15 +167,16 @@ class LayerStream:
             )
         return output, rest[valid], caught["x"].reshape(output.shape)[valid]
 
-    def check_hidden_alone(self) -> None:
-        """Refuse a search over layers where a layer hands on more than the hidden state."""
+    def check_hidden_alone(self, consequence: str = GREEDY_SEARCH) -> None:
+        """Refuse what cannot be done where a layer hands on more than the hidden state.
+
+        consequence: what that is, and what to ask for; by default a search over layers.
+        """
         if self.handed is not None and any(self.handed.names):
             raise UserError(
                 f"{type(self.layers[0]).__name__} hands on more than the hidden state "
                 f"({', '.join(name for name in self.handed.names if name)}), which depends on the "
-                "layers before it: layers cannot be chosen by a greedy search in this family; "
-                "name them (condense.layers=[...]) or choose them by statistics "
-                "(condense.layers=cosine)"
+                f"layers before it: {consequence}"
             )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lab.finite import check_number
 from moe_lab.models.checkpoint import Model
-from moe_lab.models.narrowing import left_with
+from moe_lab.models.narrowing import Left, left_with
 from moe_lab.models.opening import text_config
 from moe_lab.models.predictions import divergence_terms, log_probabilities
 
@@ -37,7 +37,7 @@ class IntactPredictions:
         )  # fmt: skip
         self._logits = [self._valid_logits(batch).cpu() for batch in batches]
 
-    def acceptance(self, kept: Mapping[int, Sequence[int] | Tensor]) -> float:
+    def acceptance(self, kept: Mapping[int, Left]) -> float:
         """ESAP (2603.06003): the mean over positions of sum_v min(p(v), q(v)), in [0, 1].
 
         p: the intact model's next-token distribution, q: that of the model whose MoE layers have
@@ -46,14 +46,14 @@ class IntactPredictions:
         """
         return self._mean(kept, lambda p, q: torch.minimum(p.exp(), q.exp()).sum(dim=-1))
 
-    def divergence(self, kept: Mapping[int, Sequence[int] | Tensor]) -> float:
+    def divergence(self, kept: Mapping[int, Left]) -> float:
         """The mean over positions of KL(p || q), in nats."""
         return self._mean(kept, lambda p, q: divergence_terms(p, q).sum(dim=-1))
 
     @torch.inference_mode()
     def _mean(
         self,
-        kept: Mapping[int, Sequence[int] | Tensor],
+        kept: Mapping[int, Left],
         measure: Callable[[Tensor, Tensor], Tensor],
     ) -> float:
         """Of a measure of two distributions' logarithms [t, V], which gives a value a position."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from moe_lab.models.stream import LayerStream
 from moe_lab.profile.layer import LayerStatistics
 
 Answer = TypeVar("Answer")
+Tensors = dict[str, Tensor]
 
 
 class Remember(Protocol):
@@ -21,6 +22,14 @@ class Remember(Protocol):
     def __call__(
         self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
     ) -> Answer: ...
+
+
+class RememberTensors(Protocol):
+    """The same of tensors by name."""
+
+    def __call__(
+        self, identity: dict[str, Any], work: Callable[[], Tensors], code: Sequence[object]
+    ) -> Tensors: ...
 
 
 def _always_anew(
@@ -42,9 +51,29 @@ class Profile:
     samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
     `work` (plain JSON values) gave for the same identity, model, data and code before; code: the
     functions, classes or objects that decide its answer, with all that their modules import.
+    remember_tensors: the same where `work` gives tensors by name, on the CPU.
     """
 
     statistics: list[LayerStatistics]
     open_stream: Callable[..., LayerStream] = _no_model
     open_model: Callable[..., tuple[Model, list[dict[str, Tensor]]]] = _no_model
     remember: Remember = _always_anew
+    remember_tensors: RememberTensors = _always_anew
+
+    def by_layer(
+        self,
+        question: dict[str, Any],
+        work: Callable[[], Mapping[int, Tensors]],
+        code: Sequence[object],
+    ) -> list[Tensors]:
+        """Tensors by name of each MoE layer in order, which `work` finds for all, remembered."""
+
+        def all_of_them() -> Tensors:
+            found = work().items()
+            return {f"{i}.{name}": value for i, one in found for name, value in one.items()}
+
+        layers: dict[str, Tensors] = {str(layer.info.index): {} for layer in self.statistics}
+        for full, value in self.remember_tensors(question, all_of_them, code).items():
+            index, _, name = full.partition(".")
+            layers[index][name] = value
+        return list(layers.values())

@@ -48,7 +48,8 @@ def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[int, list[f
 def _rows(chain: Chain) -> Iterator[dict[str, Any]]:
     """What the page shows of each edit of a layer; kept: what it and those before it leave."""
     for number, edit in enumerate(chain.edits, start=1):
-        yield _row(edit, Chain(chain.edits[:number]).experts_kept)
+        so_far = Chain(chain.edits[:number])
+        yield _row(edit, so_far.experts_kept) | {"widths": _widths(so_far)}
 
 
 def _row(edit: Edit, kept: tuple[int, ...] | None) -> dict[str, Any]:
@@ -68,6 +69,13 @@ def _row(edit: Edit, kept: tuple[int, ...] | None) -> dict[str, Any]:
         "cells": cells,
         "divergence": edit.divergence,
     }
+
+
+def _widths(chain: Chain) -> list[int | None]:
+    """How many hidden units each expert has behind the edits; empty where none of them says."""
+    number = max((len(edit.expert_scores) for edit in chain.edits), default=0)
+    widths = [chain.width_of(expert) for expert in range(number)]
+    return widths if any(width is not None for width in widths) else []
 
 
 def read_usage(text: str | None) -> dict[str, list[float | None]]:

@@ -59,7 +59,7 @@ def check_profile(compute: Compute, method: Method) -> None:
     """Refuse a profile of the routers alone where the method needs more."""
     if compute.profile == "routers" and not method.from_routers:
         raise UserError(
-            "compute.profile=routers is enough for method=prune with metric="
+            "compute.profile=routers is enough for method=prune method.unit=experts with metric="
             f"{', '.join(names_from_routers())}, and for method=none; what was asked for "
             "needs the experts' outputs too: compute.profile=all"
         )

@@ -15,7 +15,7 @@ from moe_lab.files import PLAN, PLANS
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.edits.plan import Plan, restructure_model
 from moe_lab.models.layers import num_parameters
-from moe_lab.models.routers import restricted
+from moe_lab.models.narrowing import Left, left_with, neurons_name
 from moe_lab.stages.context import Context
 from moe_lab.stages.evaluate import asked_of, results_of, tell_scores, write_results
 from moe_lab.stages.stage import Stage
@@ -57,7 +57,8 @@ class GroupEvaluation:
 def evaluate_groups(context: Context, asked: GroupEvaluation) -> Artifact:
     """Results as `evaluate` has them; average is over the groups, and groups how many there are.
 
-    No weight is changed: a group's plan only says which experts its routers choose among.
+    No weight is changed: a group's plan only says which experts its routers choose among, or which
+    of their hidden units compute.
     """
 
     def make(folder: Path) -> None:
@@ -68,9 +69,7 @@ def evaluate_groups(context: Context, asked: GroupEvaluation) -> Artifact:
             suite = replace(asked.suite, tasks=asked.suite.tasks_of(group))
             logger.info("evaluate: group %s: %s", group, ", ".join(suite.tasks))
             plan = Plan.load(asked.plans.folder / PLANS / f"{number}.json")
-            chains = plan.chains()
-            kept = {one.index: some for one in chains if (some := one.experts_kept) is not None}
-            with restricted(model, kept):
+            with left_with(model, left_by(plan)):
                 scores = run_tasks(model, tokenizer, suite, folder, context.compute.batch_size)
             averages += [scores.pop("average")] if "average" in scores else []
             results |= scores
@@ -79,6 +78,17 @@ def evaluate_groups(context: Context, asked: GroupEvaluation) -> Artifact:
         write_results(folder, results | {"groups": len(asked.groups)})
 
     return context.store.get("evaluate", asked.identity(), make)
+
+
+def left_by(plan: Plan) -> dict[int, Left]:
+    """What a plan with one unit leaves of each layer, by true index: experts, or hidden units."""
+    left: dict[int, Left] = {}
+    for chain in plan.chains():
+        if (kept_EI := plan.tensors.get(neurons_name(chain.index))) is not None:
+            left[chain.index] = kept_EI.bool()
+        elif chain.experts_kept is not None:
+            left[chain.index] = chain.experts_kept
+    return left
 
 
 def sizes_of_groups(plans: Artifact, dense: Checkpoint) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab.data.tokens import Tokens
@@ -29,7 +30,7 @@ from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.profile.profile import Answer, Profile
+from moe_lab.profile.profile import Answer, Profile, Tensors
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, write_whole
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ANSWER = "answer.json"
+TENSORS = "answer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,15 @@ class IntactModel:
 
     def profile(self, layers: list[LayerStatistics]) -> Profile:
         """What the method looks at."""
-        return Profile(layers, self.open_stream, self.open_model, self.remember)
+        return Profile(
+            layers, self.open_stream, self.open_model, self.remember, self.remember_tensors
+        )
 
     def open_model(self, num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
         """The model, whole, and the first samples of the calibration set (None: all)."""
-        return self.asked.checkpoint.load(self.context.compute.device), self._batches(num_samples)
+        compute = self.context.compute
+        batches = self._sample(num_samples).batches(compute.batch_size, compute.device)
+        return self.asked.checkpoint.load(compute.device), batches
 
     def open_stream(self, num_samples: int | None = None) -> LayerStream:
         """Its decoder layers over these samples, one in memory at a time."""
@@ -139,23 +145,36 @@ class IntactModel:
         limit = int(compute.cache_gib * 2**30)
         cache = Activations(limit, folder=self.context.store.root, device=compute.device)
         model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
-        return LayerStream(model, self._batches(num_samples), cache)
+        sample = self._sample(num_samples)
+        batches = sample.batches(compute.batch_size, compute.device)
+        return LayerStream(model, batches, cache, sample.positions_by_length())
 
     def remember(
         self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
     ) -> Answer:
         """What `work` gave for this question and code before, or now."""
-        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
-        kept = self.context.store.get("search", question, functools.partial(_answer, work))
+        kept = self._kept(identity, functools.partial(_answer, work), code)
         known: Answer = json.loads((kept.folder / ANSWER).read_text())
         return known
 
-    def _batches(self, num_samples: int | None) -> list[dict[str, Tensor]]:
-        tokens, compute = self.asked.tokens, self.context.compute
+    def remember_tensors(
+        self, identity: dict[str, Any], work: Callable[[], Tensors], code: Sequence[object]
+    ) -> Tensors:
+        """The same of tensors by name."""
+        kept = self._kept(identity, functools.partial(_answer_in_tensors, work), code)
+        return load_file(kept.folder / TENSORS)
+
+    def _kept(
+        self, identity: dict[str, Any], make: Callable[[Path], None], code: Sequence[object]
+    ) -> Artifact:
+        question = identity | {"profile": self.asked.profile.key, "code": code_version(*code)}
+        return self.context.store.get("search", question, make)
+
+    def _sample(self, num_samples: int | None) -> Tokens:
+        tokens = self.asked.tokens
         if num_samples is not None and num_samples > len(tokens.samples):
             _say_fewer(num_samples, len(tokens.samples))
-        sample = tokens.take(range(len(tokens.samples))[: num_samples or None])
-        return sample.batches(compute.batch_size, compute.device)
+        return tokens.take(range(len(tokens.samples))[: num_samples or None])
 
 
 @functools.cache
@@ -166,6 +185,11 @@ def _say_fewer(asked: int, there: int) -> None:
 
 def _answer(work: Callable[[], Any], folder: Path) -> None:
     write_whole(folder / ANSWER, json.dumps(work()) + "\n")
+
+
+def _answer_in_tensors(work: Callable[[], Tensors], folder: Path) -> None:
+    parts = {name: tensor.contiguous().cpu() for name, tensor in work().items()}
+    save_file(parts, folder / TENSORS)
 
 
 def copy_plan(planned: Artifact, folder: Path) -> Plan:
@@ -197,6 +221,12 @@ def _read(run: Run, name: str, result: Artifact) -> None:
     tell_given([Plan.load(path).notes for path in plans], run.report)
 
 
+WHOLE = {  # what given has in words -> what goes, one of it, and what keeps a share from its size
+    "experts": ("experts", "expert", "whole experts and what routers need"),
+    "hidden_units": ("", "hidden unit", "whole hidden units, floors and multiples"),
+}
+
+
 def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> None:
     """Say what goes of the experts beside what was asked for; of groups' plans the mean.
 
@@ -205,19 +235,21 @@ def tell_given(notes: Sequence[Mapping[str, Any]], report: dict[str, Any]) -> No
     every = [one["given"] for one in notes if "given" in one]
     if not every:
         return
-    asked, words = notes[0].get("asked", {}), every[0]["experts"]
+    asked, kind = notes[0].get("asked", {}), next(name for name in WHOLE if name in every[0])
+    what, one_of_it, why = WHOLE[kind]
+    words = f"{every[0][kind]} {what}".strip()
     for unit in (unit for unit in ("ratio", "target_gib") if unit in every[0]):
         given = sum(one[unit] for one in every) / len(every)
         report[f"plan/{unit}"] = given
         if unit in asked and not math.isclose(given, asked[unit], abs_tol=1e-6):
             logger.info(
-                "asked for ratio.%s=%g, given %.4g: %s experts go, whole experts and what routers "
-                "need taken into account", unit, asked[unit], given, words,
+                "asked for ratio.%s=%g, given %.4g: %s go, %s taken into account",
+                unit, asked[unit], given, words, why,
             )  # fmt: skip
         elif unit not in asked:
-            logger.info("%s experts go", words)
+            logger.info("%s go", words)
     if not any(one.get("ratio", 1) for one in every):
-        logger.warning("no expert goes: what comes of this plan computes what the model did")
+        logger.warning("no %s goes: what comes of this plan computes what the model did", one_of_it)
 
 
 STAGE = Stage(_inputs, plan, _read)

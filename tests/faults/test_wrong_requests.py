@@ -323,13 +323,34 @@ finetune=experts finetune.phases.lm.data=null => finetune.phases.lm.data=null
 finetune=seer finetune.top_k=99 => 1 to 3
 measure=speed measure.decode_tokens=-1 => at least 1
 measure=vllm measure.python=/no/python => /no/python
+method.unit=neuron => experts, neurons
+method.unit=neurons metric=reap => no score of them ; method.unit=experts ; camera, energy
+metric=energy => no score of them ; method.unit=neurons ; naee, random, reap
+metric=reap method.widths=by_layer => method.widths=by_layer ; method.unit=neurons
+metric=reap method.shared=true => method.shared=true ; method.unit=neurons
+NEURONS method.widths=by_neuron => by_layer, by_expert
+NEURONS method.replacement=zero => all experts stay ; method.replacement=nothing
+NEURONS method.protect=super_experts => method.widths=by_expert ; method.protect=null
+NEURONS ratio.ratio=0.999 => 0 of 16 hidden units of each expert ; At most 0.9375
+NEURONS ratio=global ratio.ratio=0.999 => of 384 ; at least 24 together (one of each expert)
+NEURONS ratio.floor=12 ratio.ratio=0.5 => 8 of 16 hidden units of each ; ratio.floor=12 ; At most
+NEURONS ratio.floor=99 => only 16 hidden units
+NEURONS ratio.round_to=16 => all 384 hidden units ; ratio.round_to=15 would remove 24
+NEURONS ratio.round_to=17 => no multiple of 17
+NEURONS ratio.ratio=0.01 => removes nothing ; ratio.ratio=0.0417 would remove 24
+NEURONS ratio.target_gib=0.0000001 => 1e-07 is too little ; hidden units of each expert
+NEURONS ratio=listed ratio.kept=[8,8,17] => 16 hidden units of each expert ; not 17
+NEURONS ratio=listed ratio.kept=[8,8,0] => 0 of 16 hidden units of each expert ; 1 to 16
+NEURONS compute.profile=routers => method.unit=experts with metric= ; compute.profile=all
+NEURONS metric=camera metric.alpha=2 => metric.alpha=2 ; from 0 to 1
 """
+NEURONS = "method=prune method.unit=neurons metric=energy"  # what a line says in a word
 
 
 @pytest.mark.parametrize("line", LINES.strip().splitlines())
 def test_refused_in_a_line(line: str, job: Job) -> None:
     asked, _, answer = line.partition(" => ")
-    outcome = job(*asked.split(" "))
+    outcome = job(*asked.replace("NEURONS", NEURONS).split(" "))
     assert_refused(outcome, *answer.split(" ; "))
 
 
@@ -337,6 +358,37 @@ def test_refused_in_a_line(line: str, job: Job) -> None:
 def test_refused(name: str, job: Job) -> None:
     overrides, words = OVERRIDES[name]
     assert_refused(job(*overrides), *words)
+
+
+@pytest.mark.parametrize("advice", ["ratio.ratio=0.0417", "ratio.ratio=0.9375", "ratio.floor=8"])
+def test_what_is_advised_of_hidden_units_is_accepted(advice: str, job: Job) -> None:
+    outcome = job(*NEURONS.split(" "), "ratio.ratio=0.5", advice)
+    assert outcome.code == 0, outcome.text
+    assert outcome.stages() == ["compress", "plan", "profile"]
+
+
+def test_a_plan_of_experts_is_no_list_of_hidden_units(job: Job, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    rows = [{"index": 1, "name": "x", "edit": "prune", "kept": [0, 1, 2, 3]}]
+    plan.write_text(json.dumps({"layers": rows, "searched": []}))
+    outcome = job(*NEURONS.split(" "), "ratio=listed", f"ratio.plan={plan}")
+    assert_refused(outcome, "numbers of experts", "hidden units", "ratio.kept=")
+
+
+def test_shared_experts_that_are_not_there_cannot_be_narrower(job: Job, copy: Path) -> None:
+    tiny_model("mixtral", vocab_size=259).save_pretrained(copy)
+    outcome = job(*NEURONS.split(" "), "method.shared=true", f"model.path={copy}")
+    assert_refused(outcome, "method.shared=true", "no shared experts", "method.shared=false")
+
+
+def test_a_layer_whose_rows_lead_elsewhere_cannot_be_narrower(job: Job, checkpoint: Path) -> None:
+    first = job("method.replacement=zero", "ratio.ratio=0.25")
+    assert first.code == 0, first.text
+    compressed = first.report["compressed/checkpoint"]
+    outcome = job(*NEURONS.split(" "), f"model.path={compressed}")
+    assert outcome.code == 2 and "Traceback" not in outcome.text
+    assert "router rows lead to" in outcome.text
+    assert "method.replacement=nothing" in outcome.text
 
 
 def test_the_least_that_is_accepted(job: Job) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from families import tiny_batch, tiny_model
 from layer_statistics import FOUR, by_hand, sent_to_one
+from slow_neurons import NEURON_FAMILIES, slow_sums
 
 from moe_lab.methods.metrics.max_activation import max_activation
 from moe_lab.methods.metrics.mone import mone
 from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.models.layers import moe_layers
-from moe_lab.profile.collect import collect_statistics
-from moe_lab.profile.layer import LayerStatistics
+from moe_lab.profile.collect import added, collect_statistics
+from moe_lab.profile.layer import NEURON_STATISTICS, LayerStatistics
 from moe_lab.types import NotFinite, UserError
 
 
@@ -105,3 +106,60 @@ def test_a_logit_that_is_none_is_told_of_its_expert(value: float) -> None:
     logits_TE[3, 5] = value
     with pytest.raises(NotFinite, match=r"layer 1, expert 5: the router's logit is"):
         routed(logits_TE).check_finite()
+
+
+@pytest.mark.parametrize("family", NEURON_FAMILIES)
+def test_hidden_units_are_those_of_loops_over_tokens(family: str) -> None:
+    """With padding, on softmax, sigmoid and biased families."""
+    model, batch = tiny_model(family), tiny_batch()
+    slow = slow_sums(model, batch)
+    for found in collect_statistics(model, [batch], neurons=True):
+        for name, expected in slow[found.info.index].items():
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6 * scale)
+    plain = collect_statistics(model, [batch])
+    assert not any(one.has_neurons for one in plain), "only where they are asked for"
+    with pytest.raises(UserError, match="without the hidden units"):
+        plain[0]["hidden_sum"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_hidden_units_of_two_batches_add_up(family: str) -> None:
+    model, batches = tiny_model(family), [tiny_batch(0), tiny_batch(1)]
+    both = collect_statistics(model, batches, neurons=True)
+    parts = added([collect_statistics(model, [one], neurons=True) for one in batches])
+    for one, other in zip(both, parts, strict=True):
+        assert one.sums.keys() == other.sums.keys()
+        for name in NEURON_STATISTICS:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-8)
+
+
+def test_shared_hidden_units_are_those_of_one_expert_that_sees_all_tokens() -> None:
+    model, batch = tiny_model("qwen2_moe"), tiny_batch()
+    caught: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    layers = moe_layers(model)
+    for layer in layers:
+
+        def keep(module, args, output, index=layer.info.index) -> None:
+            caught[index] = args[0].reshape(-1, 32), output
+
+        layer.shared_gate.register_forward_hook(keep)
+    statistics = collect_statistics(model, [batch], neurons=True)
+    valid = batch["attention_mask"].flatten().bool()
+    for layer, found in zip(layers, statistics, strict=True):
+        x_TD, gate_T1 = (part[valid].double() for part in caught[layer.info.index])
+        weights = {n: m.weight.double() for n, m in layer.shared.named_children() if "proj" in n}
+        hidden = torch.nn.functional.silu(x_TD @ weights["gate_proj"].T)
+        hidden = hidden * (x_TD @ weights["up_proj"].T)
+        shared = found.shared()
+        assert shared["count"].item() == valid.sum()
+        gated = (hidden * gate_T1.sigmoid()).square()
+        for name, expected in (
+            ("hidden_square_sum", hidden.square().sum(dim=0)),
+            ("gate_hidden_square_sum", gated.sum(dim=0)),
+            ("gate_hidden_max", gated.amax(dim=0).sqrt()),
+            ("down_square_sum", weights["down_proj"].square().sum(dim=0)),
+        ):
+            torch.testing.assert_close(shared[name][0], expected, rtol=1e-5, atol=1e-8)
+    with pytest.raises(UserError, match="no shared experts whose hidden units"):
+        collect_statistics(tiny_model("mixtral"), [batch], neurons=True)[0].shared()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from families import tiny_batch, tiny_model
+from torch import Tensor
 
 from moe_lab.methods.condense.method import Condense
 from moe_lab.profile.collect import collect_statistics
@@ -27,3 +31,25 @@ def test_without_a_memory_every_answer_is_made_anew() -> None:
     for _ in range(2):
         answer = Profile([]).remember({"question": "x"}, lambda: made.append(1) or len(made), [])
     assert answer == len(made) == 2
+
+
+def test_tensors_of_layers_come_back_by_layer() -> None:
+    """Also where the memory gives them in the order of their names."""
+    statistics = collect_statistics(tiny_model("mixtral"), [tiny_batch()])
+    kept: dict[str, dict[str, Tensor]] = {}
+
+    def remember(identity: dict, work: Callable, code: list) -> dict[str, Tensor]:
+        key = identity["question"]
+        if key not in kept:
+            kept[key] = dict(sorted(work().items(), reverse=True))
+        return kept[key]
+
+    profile = Profile(statistics, remember_tensors=remember)
+    found = {
+        layer.info.index: {"a.b": torch.tensor(layer.info.index), "c": torch.ones(2)}
+        for layer in statistics
+    }
+    for made in (found, {}):  # the second time nothing is made
+        answers = profile.by_layer({"question": "x"}, lambda made=made: made, [])
+        assert [int(one["a.b"]) for one in answers] == [0, 1, 2, 3]
+        assert all(one.keys() == {"a.b", "c"} for one in answers)

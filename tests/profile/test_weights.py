@@ -36,6 +36,30 @@ def test_sums_are_those_of_each_expert_by_itself(
             assert found["router_norm"][expert].item() == pytest.approx(norm, rel=1e-6)
 
 
+@EACH_FAMILY
+def test_neurons_are_those_of_each_hidden_unit_by_itself(family: str) -> None:
+    """Rows of gate and up with their biases, and a column of down, wherever they lie."""
+    for layer in moe_layers(tiny_model(family)):
+        found, experts = weights.neuron_statistics(layer), layer.experts
+        biased = hasattr(experts, "down_proj_bias")
+        for expert, unit in ((0, 0), (3, 5), (7, 15)):
+            up, down = (getattr(experts, name)[expert].detach().double() for name in MATRICES)
+            column = down[unit] if biased else down[:, unit]
+            if biased:
+                bias = experts.gate_up_proj_bias[expert].detach().double()
+                rows = [*up[:, 2 * unit], *up[:, 2 * unit + 1], bias[2 * unit], bias[2 * unit + 1]]
+            else:
+                rows = [*up[unit], *up[unit + 16]]
+            values = {
+                "down_abs_sum": sum(abs(float(x)) for x in column),
+                "down_square_sum": sum(float(x) ** 2 for x in column),
+                "neuron_square_sum": sum(float(x) ** 2 for x in [*rows, *column]),
+            }
+            for name, value in values.items():
+                assert found[name].shape == (8, 16)
+                assert found[name][expert, unit].item() == pytest.approx(value, rel=1e-6), name
+
+
 def test_rows_without_an_expert_have_no_weights() -> None:
     model = tiny_model("mixtral")
     plain = [weights.weight_statistics(layer) for layer in moe_layers(model)]

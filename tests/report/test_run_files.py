@@ -11,6 +11,7 @@ from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.report.run_files import (
@@ -130,3 +131,13 @@ def test_of_a_log_the_end_is_shown(tmp_path: Path) -> None:
     assert (len(found), found[-1]) == (LOG_LINES, "line 49999")
     log.write_bytes(b"one\n\xff two")
     assert tail_of(log) == read_text(log) == "one\n\ufffd two"
+
+
+def test_widths_of_a_plan_by_which_hidden_units_go() -> None:
+    first = NarrowExperts(0, "a", widths=(3,), scores=(2.0, 1.0))
+    second = NarrowExperts(1, "b", widths=(4, 0), scores=(2.0, 0.0))
+    plan, scores = read_plan(Plan((first, second, KeepLayer(2, "c"))).to_text())
+    assert plan is not None
+    assert [row["widths"] for row in plan["layers"]] == [[3, 3], [4, 0], []]
+    assert [row["title"] for row in plan["layers"]][:2] == ["narrow to 3", "narrow to 0 to 4"]
+    assert scores == {0: [2.0, 1.0], 1: [2.0, 0.0]}

@@ -51,6 +51,19 @@ def test_each_group_has_a_plan(
     assert not (folder / "plans" / "2.json").exists()
 
 
+def test_each_group_may_have_hidden_units_of_its_own(
+    job: Callable[..., Outcome], subjects: list[str]
+) -> None:
+    done = job(*subjects, *BY_GROUP[:1], "metric=energy", "method.unit=neurons", "ratio.ratio=0.5")
+    assert done.code == 0, done.text
+    (folder,) = done.store.glob("plan/*/plans")
+    one, other = (Plan.load(folder / f"{number}.json") for number in (0, 1))
+    assert {edit.widths for edit in (*one.edits, *other.edits)} == {(8,)}
+    name = f"layers.{one.edits[0].index}.neurons"
+    assert not torch.equal(one.tensors[name], other.tensors[name])
+    assert done.report["plan/ratio"] == 0.5
+
+
 def test_groups_are_for_pruning_alone(job: Callable[..., Outcome], subjects: list[str]) -> None:
     for wrong, words in (
         (

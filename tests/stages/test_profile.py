@@ -109,6 +109,41 @@ def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
     assert len(list((store.root / "plan").glob("*/plan.json"))) == 1
 
 
+def test_hidden_units_are_profiled_once_and_serve_all(tmp_path: Path) -> None:
+    """Several criteria of neurons share a profile, and those of experts take it, too."""
+    tiny_model("qwen2_moe").save_pretrained(tmp_path / "model")
+    checkpoint, store = Checkpoint(tmp_path / "model"), Store(tmp_path / "store")
+    context = Context(store, Compute("cpu"))
+    plain = profile(context, Profiling(checkpoint, tokens()))
+    both = profile(context, Profiling(checkpoint, tokens(), neurons=True))
+    assert (both.key, both.cached) == (plain.key, False), "plans of both are known by one key"
+    assert both.folder != plain.folder
+    again = profile(context, Profiling(checkpoint, tokens(), neurons=True))
+    assert again.cached and again.folder == both.folder
+    for one, other in zip(*map(load_statistics, (plain.folder, both.folder)), strict=True):
+        assert not one.has_neurons and other.has_neurons
+        assert all(torch.equal(one[name], other[name]) for name in one.sums)
+    only = Context(Store(tmp_path / "other"), Compute("cpu"))
+    wide = profile(only, Profiling(checkpoint, tokens(), neurons=True))
+    narrow = profile(only, Profiling(checkpoint, tokens()))
+    assert narrow.cached and narrow.folder == wide.folder, "no second pass for less"
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_hidden_units_layer_by_layer_are_those_of_the_whole_model(
+    family: str, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    checkpoint, data = Checkpoint(tmp_path / "model"), [(0, batch) for batch in batches(3)]
+    whole, layerwise = (
+        collect_profile(checkpoint, data, False, Compute("cpu", layerwise=way), tmp_path, True)
+        for way in (False, True)
+    )
+    for one, other in zip(whole.of_group(), layerwise.of_group(), strict=True):
+        assert one.has_neurons and one.sums.keys() == other.sums.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one.sums)
+
+
 def test_groups_are_the_whole_in_parts(tmp_path: Path) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path / "model")
     checkpoint = Checkpoint(tmp_path / "model")

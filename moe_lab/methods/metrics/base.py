@@ -41,6 +41,9 @@ class Metric(Plugin):
     shared_neuron_scores(profile): a score [I] of those for each layer in order, by default this.
     widths: how the paper ranks neurons, of WIDTHS, unless method.widths says otherwise: those of
     each expert by themselves (by_layer), or those of all experts together (by_expert).
+    scores_shared: whether shared experts' hidden units have a score; by default true.
+    ranked_neuron_scores(profile, widths): the same where it depends on how they are ranked, of
+    WIDTHS; by default neuron_scores.
     refits(profile, kept): new down projections [E, D, W] of what stays ([E, I] bool), by layer
     index; by default none.
     needs_model: whether it looks at the intact model itself, by `scores` alone; by default false.
@@ -59,6 +62,7 @@ class Metric(Plugin):
     needs_model: bool = False
     judges_sets: bool = False
     widths: str = "by_layer"
+    scores_shared: bool = True
 
     @classmethod
     def scored(cls) -> tuple[str, ...]:
@@ -82,6 +86,10 @@ class Metric(Plugin):
     def neuron_scores(self, profile: Profile) -> list[Tensor]:
         """A score [E, I] for each layer in order."""
         return [self.neuron_score(layer) for layer in profile.statistics]
+
+    def ranked_neuron_scores(self, profile: Profile, widths: str) -> list[Tensor]:
+        """A score [E, I] for each layer in order, of hidden units that are ranked so."""
+        return self.neuron_scores(profile)
 
     def shared_neuron_scores(self, profile: Profile) -> list[Tensor]:
         """A score [I] of the shared experts' hidden units for each layer in order."""

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from moe_lab.methods.ratios.neurons import Neurons
+from moe_lab.methods.ratios.pairs import Pairs
 from moe_lab.models.layers import check_kept
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.profile.profile import Profile
@@ -36,13 +37,18 @@ class Ratio(Plugin, ABC):
     check(layers): refuses an impossible request before any work, with a UserError; by default
     values that are out of the range which their `Option` says.
     foreseen(layers): the numbers where they are known before any work; by default None.
+    check_pairs(layers), pairs(scores, profile): the same where experts and hidden units go under
+    one budget; by default refused.
     notes(scores, numbers): facts about its decision for the plan; by default none.
+    decides_widths: whether it says by `widths(layers, profile)` how many hidden units each expert
+    keeps, and not by `numbers` how many a layer keeps of all; by default false.
     takes_groups: whether a group's statistics are all that it looks at, and not the model on the
     whole calibration set; by default true.
     identity(options): what of its composed options the numbers depend on; by default all.
     """
 
     takes_groups: bool = True
+    decides_widths: bool = False
 
     @abstractmethod
     def numbers(self, scores: Scores, profile: Profile) -> Mapping[int, int]:
@@ -51,9 +57,33 @@ class Ratio(Plugin, ABC):
         scores: each layer's description, and one score for each of its experts.
         """
 
+    def widths(
+        self, layers: Sequence[tuple[Neurons, Tensor]], profile: Profile
+    ) -> Mapping[int, Tensor]:
+        """How many hidden units each expert keeps [E], by layer index.
+
+        layers: each with the scores [E, I] of its hidden units.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decides no widths")
+
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible request before any work, with a UserError."""
         check_options(self, "ratio")
+
+    def check_pairs(self, layers: Sequence[LayerInfo]) -> None:
+        """The same where experts and hidden units go; by default that is refused."""
+        raise UserError(
+            "method.unit=both weighs experts against hidden units by what the model loses with "
+            "fewer of each, which ratio=sensitivity measures: ask for it, or for "
+            "method.unit=neurons"
+        )
+
+    def pairs(self, scores: Scores, profile: Profile) -> Pairs:
+        """How many experts each layer keeps and how wide they stay, by layer index.
+
+        scores: a score for each hidden unit of each expert [E, I].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no pairs")
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """How many experts each layer keeps, where that is known before any work."""
@@ -66,11 +96,14 @@ class Ratio(Plugin, ABC):
     def told(self, layers: Sequence[LayerInfo], numbers: Mapping[int, int]) -> dict[str, Any]:
         """What goes, for the plan and the report: "given", and "asked" where a size was asked for.
 
-        given: ratio, the share of these layers' experts that goes; experts, in words.
+        given: ratio, the share of these layers' experts that goes; experts, in words, or
+        hidden_units where these go.
         """
         gone, everything = _gone(layers, numbers), sum(info.num_experts for info in layers)
-        words = f"{gone} of {everything} {layers[0].items}"
-        return {"given": {"ratio": gone / everything, "experts": words.removesuffix(" experts")}}
+        what = "hidden_units" if isinstance(layers[0], Neurons) else "experts"
+        size, items = together(layers)
+        words = f"{size * gone} of {size * everything} {items}"
+        return {"given": {"ratio": gone / everything, what: words.removesuffix(" experts")}}
 
 
 class Numbers(dict[int, int]):
@@ -89,6 +122,17 @@ def units(info: LayerInfo, score_E: Tensor) -> list[tuple[int, ...]]:
     order = score_E.view(info.groups, size).argsort(dim=1, descending=True, stable=True).tolist()
     by_group = [[group * size + expert for expert in row] for group, row in enumerate(order)]
     return list(zip(*by_group, strict=True))
+
+
+def together(layers: Sequence[LayerInfo]) -> tuple[int, str]:
+    """Where the items of several layers are summed: how many things one is, and their name.
+
+    One of `Neurons` may be a hidden unit of each of a layer's experts.
+    """
+    if not isinstance(layers[0], Neurons):
+        return 1, layers[0].items
+    sizes = {info.each for info in layers if isinstance(info, Neurons)}
+    return (sizes.pop(), "hidden units") if len(sizes) == 1 else (1, layers[0].items)
 
 
 Kept = tuple[int, ...] | Tensor  # experts, or the hidden units of all of them [E, I]
@@ -189,7 +233,7 @@ class Budget(Ratio):
             size = layers[0].model_bytes - sum(
                 (info.num_experts - numbers[info.index]) * info.expert_bytes for info in layers
             )
-            given = {"target_gib": size / GIB, "experts": given["experts"]}
+            given = {"target_gib": size / GIB} | {k: v for k, v in given.items() if k != "ratio"}
             return {"asked": {"target_gib": self.target_gib}, "given": given}
         if self.of != "experts":
             given["ratio"] = sum(
@@ -208,12 +252,14 @@ class Budget(Ratio):
             return
         multiple = f", in multiples of ratio.round_to={self.round_to}" * (self.round_to > 1)
         ways = [self._least(layers), self._smaller_multiple(layers)]
+        size, items = together(layers)
+        needed = "Its routers need all of them" if items == "experts" else "Nothing less is there"
         if self.target_gib is not None:
             ways = [f"{self.possible(layers)}: ask for less than it has"]
         raise UserError(
-            f"{self.request()} removes nothing: all {everything} {layers[0].items} of "
+            f"{self.request()} removes nothing: all {size * everything} {items} of "
             f"{len(layers)} MoE layers would stay{multiple}. "
-            + ("; or ".join(filter(None, ways)) or "Its routers need all of them")
+            + ("; or ".join(filter(None, ways)) or needed)
             + ". method=none leaves the model as it is"
         )
 
@@ -224,14 +270,16 @@ class Budget(Ratio):
         for number in range(1, everything):
             share = math.ceil(10_000 * number * size / whole) / 10_000
             if share > self.ratio and share < 1 and (gone := self._would_go(layers, ratio=share)):
-                return f"ratio.ratio={share:g} would remove {gone} of them"
+                size, _ = together(layers)
+                return f"ratio.ratio={share:g} would remove {size * gone} of them"
         return None
 
     def _smaller_multiple(self, layers: Sequence[LayerInfo]) -> str | None:
         """The largest smaller round_to with which something goes, in words."""
         for number in range(self.round_to - 1, 0, -1):
             if gone := self._would_go(layers, round_to=number):
-                return f"ratio.round_to={number} would remove {gone} of them"
+                size, _ = together(layers)
+                return f"ratio.round_to={number} would remove {size * gone} of them"
         return None
 
     def _would_go(self, layers: Sequence[LayerInfo], **changes: Any) -> int:
@@ -245,6 +293,16 @@ class Budget(Ratio):
     def multiple(self, layers: Sequence[LayerInfo]) -> int:
         """What every layer's number is a multiple of, for round_to and for the routers' groups."""
         return math.lcm(self.round_to, *(info.groups for info in layers))
+
+    def stride(self, layers: Sequence[LayerInfo], most: int) -> int:
+        """By how many items a search moves: so that a layer of hidden units has `most` numbers.
+
+        Of experts it is `multiple`.
+        """
+        multiple = self.multiple(layers)
+        if not isinstance(layers[0], Neurons):
+            return multiple
+        return multiple * math.ceil(max(info.num_experts for info in layers) / multiple / most)
 
     def choices(self, info: LayerInfo, step: int) -> range:
         """The numbers of experts that the layer may keep; UserError where there are none."""
@@ -282,10 +340,16 @@ class Budget(Ratio):
         everything = sum(info.num_experts for info in layers)
         number = min(most, self.stays(everything, step, layers))
         if number < least:
-            why = "what their routers need" if self.floor is None else "ratio.floor"
+            size, items = together(layers)
+            needed = "what their routers need" if items == "experts" else "one of each expert"
+            if layers[0].floors > 1:
+                needed = "one in each layer"
+            why = needed if self.floor is None else f"ratio.floor={self.floor}"
+            why += f", in multiples of {step}" * (step > 1)
             raise UserError(
-                f"{self.asked()}: {max(0, number)} of {everything} {layers[0].items} would stay, "
-                f"but the {len(layers)} MoE layers keep at least {least} together ({why}). "
+                f"{self.asked()}: {size * max(0, number)} of {size * everything} {items} would "
+                f"stay, but the {len(layers)} MoE layers keep at least {size * least} together "
+                f"({why}). "
                 f"{self.possible(layers)}"
             )
         return number

@@ -42,7 +42,8 @@ class Coverage(Ratio):
         if self.coverage < 1 and all(numbers[info.index] == info.num_experts for info, _ in scores):
             raise UserError(
                 f"ratio.coverage={self.coverage} removes nothing: every layer needs all its "
-                f"experts for it. {self._most(scores)}; method=none leaves the model as it is"
+                f"{scores[0][0].items} for it. {self._most(scores)}; method=none leaves the model "
+                "as it is"
             )
         return numbers
 

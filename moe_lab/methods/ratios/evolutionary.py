@@ -18,6 +18,7 @@ from moe_lab.progress import progress
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
+FINEST = 128  # numbers of hidden units of a layer among which is chosen
 Vector = tuple[int, ...]
 
 
@@ -81,7 +82,7 @@ class Evolutionary(Budget):
 
     def _search(self, scores: Scores, profile: Profile) -> dict[str, Any]:
         layers = [info for info, _ in scores]
-        step, total = self.multiple(layers), self.total(layers)
+        step, total = self.stride(layers, FINEST), self.total(layers)
         choices = [self.choices(info, step) for info in layers]
         sample = IntactPredictions(*profile.open_model(self.num_samples))
 
@@ -94,7 +95,7 @@ class Evolutionary(Budget):
 
         best, path, forwards = self.evolve(
             [len(one) - 1 for one in choices],
-            (sum(one[-1] for one in choices) - total) // step,
+            -(-(sum(one[-1] for one in choices) - total) // step),
             fitness,
         )
         return {"numbers": by_index(numbers_of(best)), "acceptance": path, "forwards": forwards}

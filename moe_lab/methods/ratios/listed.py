@@ -58,8 +58,13 @@ class Listed(Ratio):
         )
 
     def _of(self, layers: Sequence[LayerInfo]) -> dict[int, int]:
-        everything, listed = {info.index: info.num_experts for info in layers}, self._listed
         source = f"ratio.plan={self.plan}" if self.plan else f"ratio.kept={_word(self.kept)}"
+        if self.plan and layers[0].items != "experts":
+            raise UserError(
+                f"{source}: its layers keep numbers of experts, and here hidden units go: "
+                "ratio.kept=[80,64] lists how many of them each layer keeps"
+            )
+        everything, listed = {info.index: info.num_experts for info in layers}, self._listed
         if isinstance(listed, Mapping):
             if unknown := sorted(set(listed) - set(everything), key=str):
                 raise UserError(
@@ -80,7 +85,7 @@ class Listed(Ratio):
 def _check_number(info: LayerInfo, number: int, source: str) -> None:
     if type(number) is not int or number > info.num_experts:
         raise UserError(
-            f"{source}: layer {info.index} has {info.num_experts} experts and can keep "
+            f"{source}: layer {info.index} has {info.num_experts} {info.items} and can keep "
             f"{floor_of(info, None)} to {info.num_experts} of them, not {number!r}"
         )
     try:

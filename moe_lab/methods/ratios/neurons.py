@@ -77,20 +77,22 @@ def ranked_by_expert(
     info: LayerInfo,
     score_EI: Tensor,
     shared_I: Tensor | None = None,
-    floor: int = 0,
+    floor: int | Tensor = 0,
     block: int = 1,
 ) -> Ranked:
     """A layer of which each hidden unit stays or goes by itself; scores [E * I], best first.
 
-    The first `floor` units of each expert come before all others; block: so many units of an
-    expert, its best first, stay or go together, ranked by their mean score. Ties put the lower
-    expert first.
+    The first `floor` units of each expert (or [E], each one's own) come before all others; block:
+    so many units of an expert, its best first, stay or go together, ranked by their mean score.
+    Ties put the lower expert first.
     """
     parts = [*score_EI.double()] + ([] if shared_I is None else [shared_I.double()])
     ranked = [_blocks(score_I, block) for score_I in parts]
     mean_N = torch.cat([mean for mean, _ in ranked])
     size_N = torch.cat([size for _, size in ranked])
-    first_N = torch.cat([torch.arange(len(mean)) * block < floor for mean, _ in ranked])
+    floors = torch.as_tensor(floor).expand(len(ranked))
+    pairs_N = zip(ranked, floors, strict=True)
+    first_N = torch.cat([torch.arange(len(mean)) * block < least for (mean, _), least in pairs_N])
     order_N = mean_N.argsort(descending=True, stable=True)
     order_N = order_N[(~first_N[order_N]).to(torch.uint8).argsort(stable=True)]
     place_N = torch.empty_like(order_N)

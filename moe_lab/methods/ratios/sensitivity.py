@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from moe_lab.methods.ratios.budget import Budget, Numbers, Scores, best, by_index
+from moe_lab.methods.ratios.budget import GIB, Budget, Numbers, Scores, best, by_index
 from moe_lab.methods.ratios.neurons import Neurons
-from moe_lab.option import Option
+from moe_lab.methods.ratios.pairs import LayerUnits, Pairs, Shape, least_error
+from moe_lab.option import Option, check_options
 from moe_lab.profile import hidden
 from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.profile import Profile
 from moe_lab.progress import progress
-from moe_lab.types import LayerInfo
+from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
 ERRORS = ("kl", "output")
 POINTS = 8  # how many times a layer is measured, unless ratio.step says otherwise
+FINEST = 512  # numbers of hidden units of a layer among which is chosen
 EVEN = 1e-13  # of the largest error: of allocations as good as each other the even one is taken
 
 
@@ -57,7 +61,7 @@ class Sensitivity(Budget):
         super().check(layers)
         self.check_something(layers)
         if self.error == "kl":
-            multiple = self.multiple(layers)
+            multiple = self.stride(layers, FINEST)
             forwards = sum(len(self._measured(info, multiple)) for info in layers)
             logger.info(
                 "ratio=sensitivity: %d forwards over %d samples, and one of the intact model",
@@ -67,7 +71,7 @@ class Sensitivity(Budget):
     def numbers(self, scores: Scores, profile: Profile) -> Numbers:
         """How many experts each layer keeps, by layer index."""
         layers = [info for info, _ in scores]
-        multiple = self.multiple(layers)
+        multiple = self.stride(layers, FINEST)
         tried = {info.index: self._measured(info, multiple) for info in layers}
         measure = self._divergences if self.error == "kl" else self._output_errors
         errors = measure(scores, tried, profile)
@@ -79,13 +83,96 @@ class Sensitivity(Budget):
             measured[info.index] = by_index(dict(sorted(points.items(), reverse=True)))
             known = sorted(points)
             curves.append(np.interp(some, known, [points[number] for number in known]))
-        removed = (sum(some[0] for some in choices) - self.total(layers)) // multiple
+        removed = -(-(sum(some[0] for some in choices) - self.total(layers)) // multiple)
         taken = least_sum(curves, removed)
         pairs = zip(layers, choices, taken, strict=True)
         numbers = {info.index: some[place] for info, some, place in pairs}
         total = sum(float(curve[place]) for curve, place in zip(curves, taken, strict=True))
         told = {"kept_per_layer": by_index(numbers), "predicted_error": total}
         return Numbers(numbers, told | {"error": self.error, "errors": by_index(measured)})
+
+    def check_pairs(self, layers: Sequence[LayerInfo]) -> None:
+        """Refuse a budget below what layers of the fewest and narrowest experts take."""
+        check_options(self, "ratio")
+        if self.error != "kl":
+            raise UserError(
+                f"ratio.error={self.error}: method.unit=both measures by ratio.error=kl"
+            )
+        units = [
+            self._units(info, torch.empty(info.num_experts, info.expert_width)) for info in layers
+        ]
+        least = sum(one.cost((one.numbers[0], one.widths[0])) for one in units)
+        whole = sum(one.cost(one.whole) for one in units)
+        if self.room(layers) < least:
+            raise UserError(
+                f"{self.asked()}: at least {least / whole:.2%} of the experts' bytes stay with the "
+                "fewest experts that the routers work with, as narrow as can be"
+            )
+        forwards = sum(math.prod(map(len, one.tried())) - 1 for one in units)
+        logger.info(
+            "ratio=sensitivity, method.unit=both: %d forwards over %d samples, and one of the "
+            "intact model", forwards, self.num_samples,
+        )  # fmt: skip
+
+    def pairs(self, scores: Scores, profile: Profile) -> Pairs:
+        """How many experts each layer keeps and how wide they stay, by layer index.
+
+        Those with the least sum of errors, each layer's being measured alone at some pairs.
+        """
+        units = [self._units(info, score_EI) for info, score_EI in scores]
+        errors = self._errors_of_pairs(units, profile)
+        found, total = least_error(units, errors, self.room([one.info for one in units]))
+        told = {str(i): {f"{n}x{w}": e for (n, w), e in some.items()} for i, some in errors.items()}
+        facts = {"predicted_error": total, "error": self.error, "errors": told}
+        return Pairs(found, self._told_of(units, found) | facts)
+
+    def _told_of(self, units: Sequence[LayerUnits], pairs: Mapping[int, Shape]) -> dict[str, Any]:
+        """What was asked for and is given, of the routed experts' bytes or of the model's."""
+        whole = sum(one.cost(one.whole) for one in units)
+        gone = whole - sum(one.cost(pairs[one.info.index]) for one in units)
+        dropped = sum(one.info.num_experts - pairs[one.info.index][0] for one in units)
+        every, model = sum(one.info.num_experts for one in units), units[0].info.model_bytes
+        words = f"{dropped} of {every} experts, and {gone / whole:.1%} of all experts' bytes"
+        if self.target_gib is not None:
+            given = {"target_gib": (model - gone) / GIB, "experts": words}
+            return {"asked": {"target_gib": self.target_gib}, "given": given}
+        share = gone / (whole if self.of == "experts" else model)
+        return {"asked": {"ratio": self.ratio}, "given": {"ratio": share, "experts": words}}
+
+    def room(self, layers: Sequence[LayerInfo]) -> int:
+        """How many bytes the routed experts may take."""
+        size = sum(info.num_experts * info.expert_bytes for info in layers)
+        if self.target_gib is not None:
+            return size - layers[0].model_bytes + math.floor(self.target_gib * GIB)
+        return math.floor(size * (1 - self._share_of_experts(layers)) + 1e-6)
+
+    def _units(self, info: LayerInfo, score_EI: Tensor) -> LayerUnits:
+        """With every number of experts that the router works with, and widths by round_to."""
+        width, step = info.expert_width, self.round_to
+        widths = sorted({*range(step, width + 1, step), width})
+        return LayerUnits(info, score_EI, self.choices(info, info.groups), widths)
+
+    def _errors_of_pairs(
+        self, units: Sequence[LayerUnits], profile: Profile
+    ) -> dict[int, dict[Shape, float]]:
+        @functools.cache
+        def sample() -> IntactPredictions:
+            return IntactPredictions(*profile.open_model(self.num_samples))
+
+        def measured(one: LayerUnits, tried: list[Shape]) -> list[float]:
+            return [sample().divergence({one.info.index: one.cut(pair)}) for pair in tried]
+
+        errors = {}
+        for one in progress(list(units), "sensitivity of layers"):
+            pairs = [pair for pair in itertools.product(*one.tried()) if pair != one.whole]
+            question = {
+                "question": "divergence with one layer of fewer and narrower experts",
+                "pairs": [list(pair) for pair in pairs], "num_samples": self.num_samples,
+            } | one.known_by()  # fmt: skip
+            work = functools.partial(measured, one, pairs)
+            answer = profile.remember(question, work, [IntactPredictions])
+            errors[one.info.index] = dict(zip(pairs, answer, strict=True)) | {one.whole: 0.0}
+        return errors
 
     def notes(self, scores: Scores, numbers: Numbers) -> dict[str, Any]:
         """kept_per_layer; errors: by layer and number of experts; predicted_error, their sum."""

@@ -42,8 +42,8 @@ class Uniform(Budget):
         check_kept(info, number)
         if number < floor_of(info, self.floor):
             raise UserError(
-                f"layer {info.index}: {number} of {info.num_experts} experts would stay, fewer "
-                f"than ratio.floor={self.floor}"
+                f"layer {info.index}: {number} of {info.num_experts} {info.items} would stay, "
+                f"fewer than ratio.floor={self.floor}{' of each expert' * (info.floors > 1)}"
             )
 
     def numbers(self, scores: Scores, profile: Profile) -> dict[int, int]:
@@ -58,7 +58,7 @@ class Uniform(Budget):
         """The nearest multiple to what is asked for, the next above where that is no floor."""
         exact = self.stays(info.num_experts, 1, layers)
         if self.target_gib is None and self.round_to == 1:
-            return exact
+            return max(0, exact)
         step = self.multiple([info])
         number = max(0, self.stays(info.num_experts, step, layers))
         if self.target_gib is None and exact >= floor_of(info, self.floor):

@@ -223,6 +223,10 @@ class Edit:
         """The parts whose gates finetune.gates may train; None where there are no gates."""
         return None
 
+    def width_of(self, expert: int) -> int | None:
+        """How many hidden units an expert keeps, where the edit decides that; None elsewhere."""
+        return None
+
     def fate(self, expert: int) -> Fate:
         """What becomes of one expert."""
         stays = self.experts_kept is None or expert in self.experts_kept

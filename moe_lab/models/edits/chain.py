@@ -84,6 +84,18 @@ class Chain:
                 place = edit.experts_kept.index(place)
         return found
 
+    def width_of(self, expert: int) -> int | None:
+        """How many hidden units an expert has in the end; None where no edit says."""
+        if self.fate(expert).state == "removed":
+            return 0 if any(edit.width_of(0) is not None for edit in self.edits) else None
+        width, place = None, expert
+        for edit in self.edits:
+            told = edit.width_of(place)
+            width = width if told is None else told
+            if edit.experts_kept is not None and place in edit.experts_kept:
+                place = edit.experts_kept.index(place)
+        return width
+
     def _merged(self, into: int) -> Fate:
         """Of an expert that is gone: where it was merged into, if that one is there in the end."""
         if into >= 0 and (later := self.fate(into)).state == "removed":

@@ -96,8 +96,11 @@ class NarrowExperts(Edit):
 
     def fate(self, expert: int) -> Fate:
         """Kept, but for an expert without any hidden unit."""
-        width = self.widths[expert if len(self.widths) > 1 else 0]
-        return Fate("kept" if width else "removed")
+        return Fate("kept" if self.width_of(expert) else "removed")
+
+    def width_of(self, expert: int) -> int:
+        """How many hidden units it keeps."""
+        return self.widths[expert if len(self.widths) > 1 else 0]
 
     def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The first units of each expert: shapes alone."""

@@ -132,5 +132,5 @@ function scaleBar(words) {
   const stops = VIRIDIS.map((colour, number) =>
     draw("rect", { x: number * 12, y: 0, width: 12, height: 10, fill: colour }));
   return make("p", { class: "quiet scale-bar" }, "least ",
-    draw("svg", { width: 108, height: 10, "aria-hidden": "true" }, stops), ` most; ${words}`);
+    draw("svg", { width: 108, height: 10, "aria-hidden": "true" }, stops), words ? ` most; ${words}` : " most");
 }

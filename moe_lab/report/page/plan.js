@@ -37,7 +37,7 @@ function planSection(details) {
     divergence.length ? lineChart({
       series: [{ name: "divergence", points: divergence.map((value, place) => [place + 1, value]) }],
       x: "layers chosen", y: "divergence of the model's output", marked: true }) : null,
-    scoreMap(details), usageMap(details),
+    widthMap(details), scoreMap(details), usageMap(details),
     layerTable(layers, details, "layers of the plan"),
     searched.length ? foldable(`${searched.length} layers that were searched, not chosen`,
       () => layerTable(searched, details, "layers not chosen")) : null);
@@ -91,7 +91,12 @@ function short(value) {
   return typeof value === "number" ? String(Number(value.toPrecision(4))) : String(value ?? MISSING);
 }
 
-function scoreMap(details, title = "Scores of the experts") {
+/** What the marks of a map of experts mean, where it has some. */
+function marksOf(details) {
+  return scaleBar(keptSet(details).size ? "a dot: kept, a cross: removed, whichever are fewer" : "");
+}
+
+function scoreMap(details, title = scoresTitle(details)) {
   if (!details.scores) return null;
   const state = { each: true };
   const build = () => heatMap({
@@ -102,7 +107,22 @@ function scoreMap(details, title = "Scores of the experts") {
     choice("colours", [["each", "by layer"], ["all", "over all layers"]], "each", (value) => {
       state.each = value === "each";
       place.replaceChildren(build());
-    }), place, scaleBar("a dot: kept, a cross: removed, whichever are fewer"));
+    }), place, marksOf(details));
+}
+
+function scoresTitle(details) {
+  const summed = [...outcomesOf(details).values()].some((edit) => edit.widths?.length);
+  return summed ? "Scores of the hidden units, summed by expert" : "Scores of the experts";
+}
+
+/** The hidden units that each expert keeps, where a plan makes experts narrower. */
+function widthMap(details, title = "Hidden units that stay") {
+  const widths = Object.fromEntries([...outcomesOf(details).values()]
+    .filter((edit) => edit.widths?.length).map((edit) => [edit.index, edit.widths]));
+  if (Object.keys(widths).length === 0) return null;
+  return make("div", { class: "map" }, make("h3", null, title),
+    heatMap({ grid: asGrid(widths), name: title, text: (value) => `${value} hidden units` }),
+    scaleBar(""));
 }
 
 function usageMap(details, title = "Usage of the experts") {
@@ -110,5 +130,5 @@ function usageMap(details, title = "Usage of the experts") {
   return make("div", { class: "map" }, make("h3", null, title),
     heatMap({ grid: asGrid(details.usage), kept: keptSet(details), name: title,
       text: (value) => `usage ${short(value)}` }),
-    scaleBar("a dot: kept, a cross: removed, whichever are fewer"));
+    marksOf(details));
 }

@@ -13,7 +13,7 @@ import pandas as pd
 
 from moe_lab.models.edits.base import Edit, State
 from moe_lab.models.edits.plan import Plan
-from moe_lab.report.plots import style
+from moe_lab.report.plots import style, widths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,14 +34,17 @@ SEARCHES = {  # condense.layers and condense.experts -> what their search looks 
 def draw_plan(
     plan: Plan, sizes: Mapping[int, int], told: Mapping[str, Any], folder: Path
 ) -> list[Path | None]:
-    """scores.png, kept.png and divergence.png as far as the plan tells of them; None for others.
+    """Each picture as far as the plan tells of it, None where it does not.
+
+    scores.png, kept.png, divergence.png, and neurons.png of plans by which hidden units go.
 
     sizes: experts of each layer by index, where known; told: the run's report, for names.
     """
     return [
         _scores(plan, told, folder / "scores.png") or _layers(plan, folder / "scores.png"),
-        _kept(plan, sizes, folder / "kept.png"),
+        widths.draw_widths(plan, folder / "kept.png") or _kept(plan, sizes, folder / "kept.png"),
         _divergence(plan, told, folder / "divergence.png"),
+        widths.draw_neurons(plan, told, folder / "neurons.png"),
     ]
 
 
@@ -56,13 +59,20 @@ def _scores(plan: Plan, told: Mapping[str, Any], path: Path) -> Path | None:
     finite = table["score"][np.isfinite(table["score"])]
     wide = len(finite) > 0 and finite.min() > 0 and finite.max() > 10 * finite.min()
     metric = told.get("metric") or plan.notes.get("scores")
+    summed = any(chain.width_of(0) is not None for chain in chains)
     words = (edit.gone for chain in chains for edit in chain.edits)
     goes = next((word for word in words if word != REMOVED), REMOVED)
     style.draw_by_expert(
-        table, "score", path, f"Scores of the experts ({goes}: crossed out)",
+        table, "score", path, _scores_title(goes, bool(table["goes"].any()), summed),
         f"score: {metric}" if metric else "score", logarithmic=wide, marked="goes", crossed=True,
     )  # fmt: skip
     return path
+
+
+def _scores_title(goes: str, crossed: bool, summed: bool) -> str:
+    """What the picture shows; summed: of hidden units, which add up to an expert's."""
+    words = "Hidden units' scores by expert" if summed else "Scores of the experts"
+    return f"{words} ({goes}: crossed out)" if crossed or not summed else words
 
 
 def _layers(plan: Plan, path: Path) -> Path | None:
@@ -238,4 +248,5 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     """By orders of magnitude where there are some, else from 0."""
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+        style.plain_powers(axes.yaxis)
     axes.grid(alpha=0.3)

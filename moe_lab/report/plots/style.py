@@ -134,7 +134,9 @@ def draw_by_expert(
         if marked is not None:
             where = experts.pivot(index="layer", columns="expert", values=marked).eq(True)
             mark(axes, where.to_numpy(), cell, cross=crossed)
-        made.colorbar(shown, ax=axes, label=textwrap.fill(unit, 24))
+        bar = made.colorbar(shown, ax=axes, label=textwrap.fill(unit, 24))
+        if logarithmic:
+            plain_powers(bar.ax.yaxis)
 
 
 def grid_size(num_layers: int, num_experts: int) -> tuple[float, float, float]:
@@ -214,6 +216,18 @@ def shades(number: int) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps["viridis"](np.linspace(0.0, 0.85, number))
+
+
+def plain_powers(axis: Axis) -> None:
+    """Labels of a logarithmic axis as plain text, 0.01 or 1e+06: no $ is read as mathematics."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain(labelOnlyBase=False))
+    axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 def ticks(axes: Axes, columns: Sequence[int], rows: Sequence[int], most: int = 16) -> None:

@@ -11,6 +11,7 @@ from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.drop_layer import DropLayer
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
+from moe_lab.models.edits.narrow import NarrowExperts as Narrowed
 from moe_lab.models.edits.prune import PruneExperts
 
 PRUNE = PruneExperts(1, "x", kept=(5, 1, 4, 2), scores=(0.1,) * 6)
@@ -58,3 +59,15 @@ def test_scores_are_those_of_the_whole_layer() -> None:
     unscored = PruneExperts(1, "x", kept=(0, 1, 2, 3))
     assert Chain((unscored, MERGE)).expert_scores == (), "its numbers are not those of the layer"
     assert Chain((PRUNE, DropLayer(1, "x", scores=(0.5,)))).layer_score == 0.5
+
+
+def test_widths_are_those_of_the_experts_that_are_left() -> None:
+    def told(*edits: Edit) -> list[int | None]:
+        return [Chain(edits).width_of(expert) for expert in range(6)]
+
+    assert told(PRUNE) == [None] * 6
+    assert told(Narrowed(1, "x", widths=(3,))) == [3] * 6
+    assert told(Narrowed(1, "x", widths=(6, 5, 4, 3, 2, 0))) == [6, 5, 4, 3, 2, 0]
+    # Behind PRUNE expert 0 is 5, 1 is 1, 2 is 4, 3 is 2.
+    assert told(PRUNE, Narrowed(1, "x", widths=(9, 8, 7, 6))) == [0, 8, 6, 0, 7, 9]
+    assert told(Narrowed(1, "x", widths=(6, 5, 4, 3, 2, 1)), PRUNE) == [0, 5, 4, 0, 2, 1]
