@@ -122,6 +122,23 @@ def test_samples_stand_where_they_stand_in_the_calibration_set(tmp_path: Path) -
     assert (stream.positions, lengths) == ([1, 2, 0], [2, 3, 4])
 
 
+def test_another_ratio_takes_what_was_measured_from_the_store(
+    job: Callable[..., Outcome],
+) -> None:
+    searched, plans = [], []
+    for ratio in (0.25, 0.5):
+        done = job("method.unit=neurons", "metric=obs", f"ratio.ratio={ratio}")
+        assert done.code == 0, done.text
+        searched.append({path.parent.name for path in (done.store / "search").glob("*/answer.*")})
+        plans.append({path.parent.name for path in (done.store / "plan").glob("*/plan.json")})
+    assert searched[0] and searched[0] == searched[1]
+    assert any((done.store / "search").glob("*/answer.safetensors"))
+    [new] = plans[1] - plans[0]
+    made = Plan.load(done.store / "plan" / new / "plan.json")
+    assert all(edit.to_json()["refitted"] for edit in made.edits)
+    assert {f"layers.{edit.index}.down_proj" for edit in made.edits} <= made.tensors.keys()
+
+
 def test_a_plan_comes_into_the_run_s_folder_with_all_that_it_needs(tmp_path: Path) -> None:
     constants = torch.ones(4, 32)
     edit = PruneExperts(1, "model.layers.1.mlp", (0, 1, 2, 3), "constant")
