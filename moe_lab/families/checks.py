@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -145,7 +146,8 @@ def narrow_by_expert(family: Family) -> Outcome:
         (0, *(info.expert_width - 1 - place % 3 for place in range(info.num_experts - 1)))
         for info in infos
     ]
-    return judged(family, carried_out(family, _narrowed(infos, widths)))
+    plan = replace(_narrowed(infos, widths), notes={"padding": 0.0})
+    return judged(family, carried_out(family, plan))
 
 
 def _narrowed(

@@ -104,10 +104,15 @@ def value_shown(value: Any) -> str:
 
 
 def unheeded(values: Mapping[str, Any]) -> list[str]:
-    """The fields of a config that would choose code, and are not followed: "name=value"."""
+    """The fields of a config that would choose code, and are not followed: "name=value".
+
+    But for what moe_lab itself asks for, and where it is needed finds by itself: eager experts.
+    """
     found = []
     for name, value in _flat(values):
         last = name.rpartition(".")[2]
+        if (name, value) == ("experts_implementation", "eager"):
+            continue
         chooses = bool(IMPLEMENTATION.search(last)) and not last.endswith("_internal")
         if (chooses and value is not None) or any(
             part in (*CODE, "auto_map") for part in name.split(".")

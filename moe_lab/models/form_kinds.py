@@ -27,7 +27,7 @@ FEATURES = {
     "zero stand-ins": "router rows lead to nothing",
     "constant stand-ins": "router rows lead to a constant",
     "copy stand-ins": "router rows lead to the token itself",
-    "narrower experts": "the experts of some layers, or of all, have fewer hidden units",
+    "narrower experts": "the experts of some layers have fewer hidden units",
     "experts of different widths": "experts of one layer have different numbers of hidden units",
     "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",

@@ -16,7 +16,9 @@ from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models.architecture import differences
 from moe_lab.models.checkpoint import Checkpoint, Original
+from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
+from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
@@ -90,14 +92,16 @@ def check_steps(recipe: Recipe | None, texts: Mapping[str, Tokens]) -> None:
 
 
 def check_mtp(checkpoint: Checkpoint, method: Method, layers: Sequence[LayerInfo]) -> None:
-    """Refuse MTP layers left whole beside others with fewer experts, where these are foreseen."""
+    """Refuse MTP layers left whole beside others with fewer or narrower experts, if foreseen."""
     if method.mtp != "keep" or isinstance(checkpoint, Original):
         return
     numbers = method.foreseen(layers) or {}
-    edits = [
+    example = method.example(layers) or ()
+    edits: list[Edit] = [edit for edit in example if isinstance(edit, NarrowExperts)]
+    edits += [
         PruneExperts(edit.index, edit.name, kept=tuple(range(numbers[edit.index])))
-        for edit in method.example(layers) or ()
-        if edit.index in numbers and not edit.keeps_rows
+        for edit in example
+        if edit.index in numbers and edit not in edits and not edit.keeps_rows
     ]
     foresee_mtp(checkpoint, edits, "keep")
 

@@ -28,6 +28,8 @@ def test_a_family_that_keeps_the_contract(stock: Path, tmp_path: Path) -> None:
         "observe": "yes",
         "prune": "stock",
         "merge": "stock",
+        "narrow": "stock",
+        "narrow by expert": "own",
         "unequal": "own",
         "condense": "stock",
         "drop layers": "stock",

@@ -244,3 +244,8 @@ def test_ordinary_values_pass() -> None:
     ordinary = {"n_group": None, "topk_group": None, "zero_expert_num": 2, "chunk_size": 256}
     ordinary |= {"attention_chunk_size": None, "partial_rotary_factor": 1, "rope_parameters": rope}
     check_values(Path("config.json"), {"model_type": "glm4_moe"} | ordinary, stored)
+
+
+def test_eager_experts_are_not_told() -> None:
+    assert unheeded({"model_type": "mixtral", "experts_implementation": "eager"}) == []
+    assert unheeded({"experts_implementation": "deepgemm"}) == ["experts_implementation=deepgemm"]

@@ -96,3 +96,12 @@ def test_what_transformers_writes(family: str, tmp_path: Path) -> None:
     tiny_model(family).config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert form_kind(values, values) == "native" and family_named(values) == family
+
+
+def test_narrower_experts_are_told() -> None:
+    source = MIXTRAL | {"intermediate_size": 16}
+    assert form_kind(source | {"intermediate_size": 8}, source) == "native, narrower experts"
+    uneven = own(layer_1={"num_experts": 8, "expert_widths": [3, 0, 4, 1, 1, 1, 1, 1]})
+    assert form_kind(uneven, QWEN) == "own form, experts of different widths"
+    shared = own(layer_1={"num_experts": 8, "expert_width": 4, "shared_width": 4})
+    assert form_kind(shared, QWEN) == "own form, narrower experts, narrower shared experts"

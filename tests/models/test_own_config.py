@@ -110,7 +110,7 @@ def test_a_form_that_is_not_known_is_refused_in_words(tmp_path: Path) -> None:
     path = tmp_path / "x" / "model" / "config.json"
     values = json.loads(path.read_text())
     cases = {
-        "version 3, and this version of moe_lab reads up to 2: update": {"version": 3},
+        "version 4, and this version of moe_lab reads up to 3: update": {"version": 4},
         "no family's config stands in moe_lab.config": {"config": {}},
         "the family 'nobody', which this version": {"config": {"model_type": "nobody"}},
     }
@@ -120,3 +120,21 @@ def test_a_form_that_is_not_known_is_refused_in_words(tmp_path: Path) -> None:
             _ = Checkpoint(path.parent).config
         with pytest.raises(UserError, match=words):
             load(path.parent)
+
+
+def test_a_newer_version_is_written_only_where_it_is_needed() -> None:
+    def version(**layer: object) -> int:
+        values = {"model_type": "x", "moe_lab": {"layers": {"1": {"num_experts": 2} | layer}}}
+        whole: dict = own_values(values)["moe_lab"]
+        return int(whole["version"])
+
+    assert version() == version(expert_width=3, top_k=1) == 2
+    assert version(expert_widths=[2, 0]) == version(shared_width=3) == 3
+
+
+@pytest.mark.parametrize("widths", [[2], [2, -1], [0, 0], [2, True], [2, "3"], 4])
+def test_widths_that_are_none_are_refused(widths: object) -> None:
+    layer = {"num_experts": 2, "expert_widths": widths}
+    values = own_values({"model_type": "x", "moe_lab": {"layers": {"1": layer}}})
+    with pytest.raises(ValueError, match=r"layers\.1\.expert_widths=.* is not possible"):
+        family_values(values)

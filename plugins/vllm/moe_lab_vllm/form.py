@@ -45,6 +45,13 @@ def read_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
             'this config.json has the model_type "moe_lab" but no "moe_lab" with the family\'s '
             '"config" in it: was it written by moe_lab, and is it whole?'
         )
+    if form.get("version") == 3:
+        raise ValueError(
+            "this checkpoint has layers whose experts are not equally wide, or narrower shared "
+            "experts (version 3 of moe_lab's own form), which moe_lab_vllm does not serve. "
+            "method.padding=1 fills them up with zeros in their family's form, which vLLM serves "
+            "by itself; method.widths=by_layer makes experts equally wide; moe_lab.load reads it"
+        )
     if form.get("version") != VERSION:
         raise ValueError(
             f"this checkpoint has version {form.get('version')} of moe_lab's own form, and this "
