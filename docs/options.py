@@ -128,6 +128,8 @@ def placed(group: str, name: str) -> dict[str, tuple[str, str]]:
     found = {}
     for one in choice(group, name).get("defaults", []):
         for key, chosen in one.items() if isinstance(one, dict) else ():
+            if key.startswith("override "):  # of another group, and no part of this node
+                continue
             other, _, place = key.lstrip("/").partition("@")
             found[place] = (other, chosen)
     return found

@@ -208,8 +208,8 @@ def plan_of(home: Path) -> Plan:
 
 
 def test_the_page_has_a_section_for_each_kind() -> None:
-    kinds = "metric ratio grouping condensing recipe source edit model family family".split()
-    kinds += ["figure", "stage", "experiment"]
+    kinds = "metric units ratio grouping condensing recipe source edit model family".split()
+    kinds += ["family", "figure", "stage", "experiment"]
     assert [title.split()[-1] for title in SECTIONS if title != "A condensing choice"] == [
         kind for kind in kinds if kind != "condensing"
     ]
@@ -240,6 +240,16 @@ def test_a_metric(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None
     assert outcome.report["metric"] == "confident"
     assert outcome.report["metric/power"] == 1
     assert all(len(edit.kept) == 6 for edit in plan_of(home).edited())
+
+
+def test_a_metric_of_hidden_units(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("A metric of hidden units", home)
+    outcome = run_one(command, job, home, monkeypatch)
+    assert (outcome.report["metric"], outcome.report["metric/power"]) == ("peak", 2)
+    plan = plan_of(home)
+    assert plan.notes["widths"] == "by_expert"
+    for edit in plan.edited():
+        assert edit.widths and sum(edit.widths) == 8 * 16 * 3 // 4
 
 
 def test_a_ratio(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

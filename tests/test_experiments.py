@@ -781,6 +781,18 @@ def test_every_job_of_inside_composes(experiment: str, composed: Compose) -> Non
             assert phase["data"]["num_samples"] == 200 * phase["batch_size"]
 
 
+def test_the_number_of_jobs_of_inside(composed: Compose) -> None:
+    readme = (ROOT / "experiments" / "inside" / "README.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \|$", readme, re.MULTILINE)
+    found = {}
+    for name in INSIDE_EXPERIMENTS:
+        params = choices(composed("model=tiny_mixtral", f"+inside={name}"))
+        found[name] = math.prod(len(values) for values in params.values())
+    assert {name: int(number) for name, number in told} == found
+    shipped = 3 * sum(found[name] for name in INSIDE_TABLES)
+    assert f"{shipped} jobs" in readme
+
+
 def test_every_criterion_of_hidden_units_is_compared(composed: Compose) -> None:
     params = choices(composed("model=tiny_mixtral", "+inside=criteria"))
     compared = {job.partition("=")[2] for job in params["metric"]}

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).resolve().parent
 TABLES = ("criteria", "units", "deep", "recovery")
@@ -106,6 +107,9 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
         axis.axvline(frame[dense[0]].iloc[0] * scale, color="0.4", linestyle="--", label="intact")
     if name.endswith("kl"):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(frame)), _labels(frame), fontsize=7)
     axis.set_xlabel(text, fontsize=9)
     axis.grid(axis="x", color="0.9")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_lab.models.editing import copied_layer
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.layers import standing_at
+from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.stream import LayerStream, States, swapped
 from moe_lab.profile import collect
 from moe_lab.profile.all_experts import AllExperts
@@ -59,6 +60,7 @@ def propagated(
                     made = edit_of(statistics, experts)
             some = [made] if isinstance(made, Edit) else list(made)
             with swapped(stream, index, _edited(stream, index, some, tensors or {})):
+                fit_implementation(stream.model)
                 states.pass_through(index, functools.partial(stream.replay, index))
         edits += some
     return edits

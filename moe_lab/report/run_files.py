@@ -46,10 +46,14 @@ def read_plan(text: str | None) -> tuple[dict[str, Any] | None, dict[int, list[f
 
 
 def _rows(chain: Chain) -> Iterator[dict[str, Any]]:
-    """What the page shows of each edit of a layer; kept: what it and those before it leave."""
+    """What the page shows of each edit of a layer; kept: what it and those before it leave.
+
+    widths: how many hidden units each expert then has, where some of them go.
+    """
     for number, edit in enumerate(chain.edits, start=1):
         so_far = Chain(chain.edits[:number])
-        yield _row(edit, so_far.experts_kept) | {"widths": _widths(so_far)}
+        widths = _widths(so_far)
+        yield _row(edit, so_far.experts_kept) | ({"widths": widths} if widths else {})
 
 
 def _row(edit: Edit, kept: tuple[int, ...] | None) -> dict[str, Any]:

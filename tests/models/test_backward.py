@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import ROUTER_KINDS, tiny_batch, tiny_model
+from odd_families import ADAPTED, odd_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -85,6 +86,14 @@ def test_it_is_autograd_on_the_whole_model(family: str) -> None:
     expected = whole_model(model, [text_of(batch) for batch in BATCHES])
     compare(Backward(LayerStream(model, BATCHES)), expected)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_families_with_another_contract(family: str) -> None:
+    """Weights inside experts, zero experts, projections around them."""
+    model = odd_model(family)
+    expected = whole_model(model, [text_of(batch) for batch in BATCHES])
+    compare(Backward(LayerStream(model, BATCHES)), expected)
 
 
 @pytest.mark.parametrize("family", ROUTER_KINDS)

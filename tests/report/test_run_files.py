@@ -138,6 +138,6 @@ def test_widths_of_a_plan_by_which_hidden_units_go() -> None:
     second = NarrowExperts(1, "b", widths=(4, 0), scores=(2.0, 0.0))
     plan, scores = read_plan(Plan((first, second, KeepLayer(2, "c"))).to_text())
     assert plan is not None
-    assert [row["widths"] for row in plan["layers"]] == [[3, 3], [4, 0], []]
+    assert [row.get("widths") for row in plan["layers"]] == [[3, 3], [4, 0], None]
     assert [row["title"] for row in plan["layers"]][:2] == ["narrow to 3", "narrow to 0 to 4"]
     assert scores == {0: [2.0, 1.0], 1: [2.0, 0.0]}

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from running import Outcome
 
+from moe_lab.compute import Compute
+from moe_lab.data.tokens import Tokens
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
-from moe_lab.stages.plan import check_numbers, copy_plan
+from moe_lab.stages.context import Context
+from moe_lab.stages.plan import IntactModel, Planning, check_numbers, copy_plan
 from moe_lab.store import Store
 from moe_lab.types import UserError
 
@@ -88,6 +93,50 @@ def test_ways_to_choose_layers_share_what_was_searched(job: Callable[..., Outcom
         asked.append(len(list((outcome.store / "search").glob("*/answer.json"))))
     # The experts of three layers and a step of the order; then one question more; then none.
     assert asked == [4, 5, 5]
+
+
+def test_plans_share_what_a_pass_backwards_found(job: Callable[..., Outcome]) -> None:
+    """One answer for both criteria and all budgets, in tensors; other labels are another one."""
+    gradients, answers = ["method.unit=neurons", "metric.num_samples=4"], []
+    for options in (
+        ["metric=heapr", "ratio.ratio=0.5"],
+        ["metric=heapr", "ratio=global", "ratio.ratio=0.25", "metric.seed=3"],
+        ["metric=fisher", "ratio.ratio=0.25"],
+        ["metric=heapr", "metric.labels=sampled", "metric.samples=2"],
+    ):
+        done = job(*gradients, *options)
+        assert done.code == 0, done.text
+        answers.append(len(list((done.store / "search").glob("*/answer.safetensors"))))
+    assert answers == [1, 1, 1, 2]
+
+
+def test_samples_stand_where_they_stand_in_the_calibration_set(tmp_path: Path) -> None:
+    """Whatever their order in batches, which is by length."""
+    tokens = Tokens(((5, 6, 7, 8), (5, 6), (5, 6, 7)), pad_id=0)
+    folder = tmp_path / "model"
+    tiny_model("mixtral").save_pretrained(folder)
+    context = Context(Store(tmp_path / "store"), Compute(batch_size=2, device="cpu"))
+    asked = Planning(Checkpoint(folder), None, tokens, None, {})
+    stream = IntactModel(context, asked).open_stream()
+    lengths = [int(row.sum()) for valid in stream.valid for row in valid]
+    assert (stream.positions, lengths) == ([1, 2, 0], [2, 3, 4])
+
+
+def test_another_ratio_takes_what_was_measured_from_the_store(
+    job: Callable[..., Outcome],
+) -> None:
+    searched, plans = [], []
+    for ratio in (0.25, 0.5):
+        done = job("method.unit=neurons", "metric=obs", f"ratio.ratio={ratio}")
+        assert done.code == 0, done.text
+        searched.append({path.parent.name for path in (done.store / "search").glob("*/answer.*")})
+        plans.append({path.parent.name for path in (done.store / "plan").glob("*/plan.json")})
+    assert searched[0] and searched[0] == searched[1]
+    assert any((done.store / "search").glob("*/answer.safetensors"))
+    [new] = plans[1] - plans[0]
+    made = Plan.load(done.store / "plan" / new / "plan.json")
+    assert all(edit.to_json()["refitted"] for edit in made.edits)
+    assert {f"layers.{edit.index}.down_proj" for edit in made.edits} <= made.tensors.keys()
 
 
 def test_a_plan_comes_into_the_run_s_folder_with_all_that_it_needs(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ class Obs(Metric):
     routed output of a layer, router's weights inside: `methods/second_order.py`. Always the unit
     goes next without which the output, refitted by what stays, changes least; by_layer one of each
     expert in a round, by_expert the cheapest anywhere. The score of a unit is the relative error of
-    the layer's output once it has gone: the order is nested, and any number of units can stay. With
-    refit the plan has the down projections of what stays, else it is the choice alone.
+    the layer's output once it has gone, the ridge's pull to the old columns counted: the order is
+    nested, and any number of units can stay. With refit the plan has the down projections of what
+    stays, else it is the choice alone.
 
     gram: joint, one problem for all experts of a layer, which knows that what one expert loses
     another one can give to the tokens that both get; expert, a problem for each, as if no token
@@ -138,7 +139,7 @@ class Obs(Metric):
 
 
 def scores_of(gram: Tensor, columns_EID: Tensor, ridge: float, evenly: bool) -> Tensor:
-    """The relative error of a layer's output once each unit has gone, [E, I], float64.
+    """The loss of a layer once each unit has gone, of its output's energy, [E, I], float64.
 
     gram: joint [E I, E I], or of each expert [E, I, I]; evenly: all experts lose the same number.
     """

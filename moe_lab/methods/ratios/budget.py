@@ -209,7 +209,11 @@ class Budget(Ratio):
 
     ratio: Annotated[float, Option("share that goes", least=0, below=1)]
     floor: Annotated[
-        int | None, Option("fewest experts of a layer; null: as few as its router can work with")
+        int | None,
+        Option(
+            "fewest experts of a layer, or hidden units of an expert; null: as few as its router "
+            "can work with"
+        ),
     ] = None
     of: Annotated[
         str,

@@ -27,7 +27,11 @@ class Coverage(Ratio):
 
     coverage: Annotated[float, Option("share of the scores that stays", above=0, most=1)]
     floor: Annotated[
-        int | None, Option("fewest experts of a layer; null: as few as its router can work with")
+        int | None,
+        Option(
+            "fewest experts of a layer, or hidden units of an expert; null: as few as its router "
+            "can work with"
+        ),
     ] = None
 
     def check(self, layers: Sequence[LayerInfo]) -> None:

@@ -29,7 +29,7 @@ class Tenp(WidthBudget):
 
     Ours: each layer has the same budget; the trapezoid is a line, from whole (1 - slope) of the
     first MoE layer's experts to whole (1 + slope) of the last one's; and what whole experts leave
-    of a layer's budget the others share evenly, in multiples of round_to.
+    of a layer's budget the others share evenly, in multiples of round_to, the better ones first.
     """
 
     whole: Annotated[float, Option("share of experts that stay whole", least=0, most=1)] = 0.25
@@ -101,6 +101,8 @@ class Tenp(WidthBudget):
         room, others = self._room(pool, pools), pool.experts - whole
         width_E = torch.full((pool.experts,), pool.expert_width)
         if others:
-            even = (room - whole * pool.expert_width) // others
-            width_E[whole:] = min(pool.expert_width, even // self.round_to * self.round_to)
-        return width_E
+            blocks = (room - whole * pool.expert_width) // self.round_to
+            even, more = divmod(blocks, others)
+            width_E[whole:] = even * self.round_to
+            width_E[whole : whole + more] += self.round_to
+        return width_E.clamp(max=pool.expert_width)

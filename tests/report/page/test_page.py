@@ -14,6 +14,8 @@ import pytest
 from browser import launched, opened
 
 from moe_lab.files import PAGE
+from moe_lab.models.edits.narrow import NarrowExperts
+from moe_lab.models.edits.plan import Plan
 from moe_lab.report.figures import DEFAULT_VALUES, FIGURES, figure_text
 from moe_lab.report.frame import read_reports
 from moe_lab.report.page import page
@@ -460,6 +462,24 @@ def test_a_single_run_and_an_empty_folder(browser: Any, tmp_path: Path) -> None:
         assert runs_of(shown) == ["."]
         go(shown, "#run=.")
         assert shown.inner_text("h1:visible") == "Run ."
+
+
+def test_a_plan_by_which_hidden_units_go_shows_widths(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    write_report(tmp_path / "0", {"status": "ok", "model": "tiny", "method": "prune"})
+    edits = (
+        NarrowExperts(0, "a", widths=(3,), scores=(2.0, 1.0)),
+        NarrowExperts(1, "b", widths=(4, 0), scores=(2.0, 0.0)),
+    )
+    (tmp_path / "0" / "plan.json").write_text(Plan(edits).to_text())
+    with opened(browser, write_page(tmp_path), "#run=0") as shown:
+        shown.wait_for_selector(".map")
+        titles = shown.locator(".map h3").all_inner_texts()
+        assert titles == ["Hidden units that stay", "Scores of the hidden units, summed by expert"]
+        assert shown.locator("svg.heat path.gone, svg.heat path.kept").count() == 0
+        told = shown.inner_text("body")
+        assert "narrow to 3" in told and "narrow to 0 to 4" in told
+        assert "removed" not in told
 
 
 def test_a_thousand_runs_are_laid_out_as_they_are_looked_at(browser: Any, tmp_path: Path) -> None:
