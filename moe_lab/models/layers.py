@@ -191,7 +191,8 @@ def _neuron_size(layer: MoELayer, in_bytes: bool) -> int:
 
 def _shared_neuron_size(layer: MoELayer, in_bytes: bool) -> int:
     """The same of the shared experts; 0 where it is not known what they are made of."""
-    if layer.shared is None or not has_hidden_units(layer.shared):
+    known = layer.shared is not None and has_hidden_units(layer.shared)
+    if layer.shared is None or not known or not layer.info.shared_width:
         return 0
     weights = [m.weight for m in layer.shared.children() if isinstance(m, nn.Linear)]
     size = sum(weight.numel() // layer.info.shared_width for weight in weights)

@@ -93,9 +93,8 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         name = rename_source_key(key, renamings, converters, prefix, names)[0]
         if name not in names and key in names:  # as there: a renaming that is not meant for it
             name = rename_source_key(key, [], [], prefix, names)[0]
-        if name not in names:
-            name = name_in_model(key, uneven)
-        renamed[key] = name
+        whole = name_in_model(key, uneven)
+        renamed[key] = name if whole == key else whole
     return renamed
 
 
