@@ -1,8 +1,4 @@
-"""JetMoE: its block sorts the tokens by expert itself, and adds a bias to what the experts give.
-
-Its attention has experts too, which stay as they are. Since one number of the config counts both
-kinds, a pruned model has our own form.
-"""
+"""JetMoE: its block sorts the tokens by expert itself, and adds a bias to what the experts give."""
 
 from __future__ import annotations
 
@@ -28,6 +24,7 @@ class JetMoeRouter(stock.JetMoeTopKGating):
 class JetMoeExperts(AdaptedExperts):
     """The two linear modules of a block, which it uses but does not own: no parameter moves."""
 
+    # The experts of its attention stay; one number of the config counts both kinds.
     keeps_top_k = "by its config jetmoe's attention would get as many experts for each token"
     obstacle = "its block adds a bias to what its experts give"
 
