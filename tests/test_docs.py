@@ -386,7 +386,7 @@ def test_an_odd_family(
     assert (home / path).read_text(encoding="utf-8") == ours
     for adapter in (ROOT / path).parent.glob("*.py"):
         lines = adapter.read_text(encoding="utf-8").splitlines()
-        assert adapter.stem == "base" or len(lines) <= 80, adapter.name
+        assert adapter.stem == "base" or len(lines) <= 90, adapter.name
     model = odd_model("dbrx", vocab_size=len(tokenizer), max_seq_len=512)
     model.save_pretrained(home / "original")
     tokenizer.save_pretrained(home / "original")

@@ -1,8 +1,7 @@
 """LongCat-Flash: behind the rows of its experts the router has rows of zero experts, which copy.
 
-Zero experts have no weights that compute and are never removed: `num_experts` counts the others,
-and the router's logits, weights and indices have rows for both. The tensors of the classifier, its
-bias and, without use, gate_up_proj have E + Z rows.
+Zero experts have no weights and are never removed: `num_experts` counts the others, the router's
+rows are of both. The classifier, its bias and, without use, gate_up_proj have E + Z rows.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.models.longcat_flash import modeling_longcat_flash as stock
 
 from moe_lab.models.adapters.base import AdaptedExperts, become
@@ -55,9 +54,7 @@ class LongcatExperts(AdaptedExperts, stock.LongcatFlashExperts):
         return {"gate_up_proj": self.gate_up_proj[: self.num_experts], "down_proj": self.down_proj}
 
     def set_matrices(self, made: dict[str, Tensor], width: int) -> None:
-        _, rows, size = made["gate_up_proj"].shape
-        unused = made["gate_up_proj"].new_zeros(self.zeros, rows, size)
-        whole = torch.cat([made["gate_up_proj"], unused])
+        whole = pad(made["gate_up_proj"], (0, 0, 0, 0, 0, self.zeros))
         super().set_matrices(made | {"gate_up_proj": whole}, width)
 
     def forward(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
