@@ -184,7 +184,7 @@ def _zeros(layer: MoELayer) -> tuple[int, int]:
 def _neuron_size(layer: MoELayer, in_bytes: bool) -> int:
     """What one hidden unit of an expert takes."""
     units = HiddenUnits(layer.experts)
-    number = len(layer.experts.down_proj) * units.width
+    number = max(1, len(layer.experts.down_proj) * units.width)
     tensors = [units.tensors[name] for name in units.places]
     return sum(t.numel() // number * (t.element_size() if in_bytes else 1) for t in tensors)
 
