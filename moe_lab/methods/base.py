@@ -42,6 +42,8 @@ class Method(Plugin, ABC):
     values that are out of the range which their `Option` says.
     example(layers): edits of the kind that the plan will have, by which a recipe and the form of
     the result are judged before any work; by default None, not known before.
+    foresees_form(layers): whether the form of the example's result is that of the plan's; by
+    default true.
     foreseen(layers): how many experts its edits leave, by layer index, where that is known before
     any work; by default None.
     from_routers: whether the routers' statistics are enough for it; by default false.
@@ -104,6 +106,10 @@ class Method(Plugin, ABC):
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...] | None:
         """Edits of the plan's kind; None where they are not known before."""
         return None
+
+    def foresees_form(self, layers: Sequence[LayerInfo]) -> bool:
+        """Whether the form of the example's result is that of the plan's."""
+        return True
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """How many experts its edits leave, by layer index; None where that is not known before."""

@@ -95,10 +95,13 @@ class Narrowing:
                 f"each routed expert stays: another ratio, or method.{name}={without}"
             )
 
+    def widths_foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
+        """How wide the experts of each layer stay, by its index; None where scores decide it."""
+        return self.ratio.foreseen(self.foreseen(layers)) if self.widths == "by_layer" else None
+
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; where widths are not known, of two widths."""
-        pools = self.foreseen(layers)
-        numbers = self.ratio.foreseen(pools) if self.widths == "by_layer" else None
+        pools, numbers = self.foreseen(layers), self.widths_foreseen(layers)
         edits = []
         for place, (info, pool) in enumerate(zip(layers, pools, strict=True)):
             most, shared = info.expert_width, None
@@ -106,7 +109,7 @@ class Narrowing:
                 widths: tuple[int, ...] = (numbers[info.index],)
                 shared = _share_of(info, numbers[info.index]) if self.shared else None
             elif self.widths == "by_layer":
-                widths = (most - place % 2 if most > 1 else most,)
+                widths = (max(1, most // (1 + place % 2)),)
             else:
                 widths = (most, *(max(0, most - 1) for _ in range(pool.experts - 1)))
             edits.append(NarrowExperts(info.index, info.name, widths, shared))

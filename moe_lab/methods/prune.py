@@ -171,6 +171,12 @@ class Prune(Method):
             for info in layers
         )  # fmt: skip
 
+    def foresees_form(self, layers: Sequence[LayerInfo]) -> bool:
+        """Not where scores decide how wide experts stay."""
+        if self.unit == "both":
+            return False
+        return not self.of_neurons or self._narrowing.widths_foreseen(layers) is not None
+
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """What the ratio leaves of the experts, where no score enters it."""
         return None if self.of_neurons else self.ratio.foreseen(layers)

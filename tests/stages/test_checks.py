@@ -12,6 +12,7 @@ from moe_lab.compute import Compute
 from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.merge import Merge
+from moe_lab.methods.metrics.energy import energy
 from moe_lab.methods.metrics.frequency import frequency
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
@@ -19,7 +20,7 @@ from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.stages.checks import check_mtp, check_profile, compare_architecture
+from moe_lab.stages.checks import announce_form, check_mtp, check_profile, compare_architecture
 from moe_lab.types import UserError
 
 
@@ -34,6 +35,21 @@ def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
     for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
         with pytest.raises(UserError, match="there are"):
             Compute("cpu", **wrong).start()
+
+
+def test_a_form_is_foreseen_only_where_widths_are(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where scores decide how wide experts stay, no width is made up."""
+    dense = Checkpoint(checkpoint)
+    layers = dense.layers()
+    with caplog.at_level("INFO"):
+        for ratio in (Uniform(0.5), Global(0.5)):
+            caplog.clear()
+            announce_form(dense, Prune(energy, ratio, unit="neurons"), layers)
+            said = " ".join(caplog.messages)
+            assert ("is known with the plan" in said) == isinstance(ratio, Global)
+            assert "wide, padded" not in said and "experts 8 " not in said
 
 
 def test_a_checkpoint_of_another_structure_is_warned_of(

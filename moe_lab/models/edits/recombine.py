@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_lab.models.edits.base import EditOfExperts
+from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,6 +35,19 @@ class RecombineExperts(EditOfExperts):
     def title(self) -> str:
         """With the threshold."""
         return f"recombine (above {self.threshold:g})"
+
+    def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Refuse experts of different widths: their segments are not as many."""
+        from moe_lab.models.widths import is_uneven
+
+        layer = self.own_layer(standing)
+        if is_uneven(layer.experts):
+            raise UserError(
+                f"layer {self.index}: its experts have different numbers of hidden units, and DERN "
+                "makes as many of each again: compress the model that it comes from, or ask for "
+                "method=prune or method=merge"
+            )
+        return super().restructure(standing, tensors)
 
     def apply(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Let the units join, then take the other experts out."""

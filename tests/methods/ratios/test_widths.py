@@ -67,7 +67,7 @@ def test_the_plan_has_the_widths_and_each_expert_its_best_units() -> None:
             if kept_I.any() and not kept_I.all():
                 assert score_I[kept_I].min() >= score_I[~kept_I].max()
     assert plan.notes["kept_per_layer"] == {str(layer.info.index): 56 for layer in statistics}
-    assert plan.notes["given"]["experts"] == "288 of 512 hidden units"
+    assert plan.notes["given"]["hidden_units"] == "288 of 512 hidden units"
 
 
 def test_widths_stay_behind_narrowed_layers() -> None:

@@ -10,7 +10,8 @@ import torch
 from families import logits_of, tiny_model
 
 from moe_lab.models.edits.base import Fate
-from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
+from moe_lab.models.edits.narrow import NarrowExperts
+from moe_lab.models.edits.plan import Plan, apply_plan, read_edit, restructure_model
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.edits.recombine import RecombineExperts
 from moe_lab.models.layers import moe_layers
@@ -72,3 +73,14 @@ def test_what_a_router_cannot_work_with_is_refused() -> None:
     info = moe_layers(tiny_model("qwen2_moe"))[0].info
     with pytest.raises(UserError, match="2 of 8 experts would stay, but its router chooses 3"):
         dataclasses.replace(EDIT, kept=(6, 1)).check(info)
+
+
+def test_experts_of_different_widths_are_refused_before_any_weight_is_read() -> None:
+    model = tiny_model("mixtral")
+    narrow = NarrowExperts(1, NAME, widths=(16, 8) * 4)
+    with pytest.raises(UserError, match=r"different numbers of hidden units.*method=merge"):
+        restructure_model(model.to("meta"), [narrow, EDIT])
+    even = NarrowExperts(1, NAME, widths=(8,))
+    restructure_model(model, [even])
+    restructure_model(model, [EDIT])
+    assert moe_layers(model)[1].info.num_experts == 4
