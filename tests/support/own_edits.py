@@ -50,9 +50,8 @@ class NarrowExperts(Edit):
     def written(cls, standing: Standing) -> dict[str, Any] | None:
         if not isinstance(standing, MoELayer):
             return None
-        width = standing.info.expert_width
-        own = getattr(standing.experts.config, "moe_intermediate_size", width)
-        return None if width == own else {"width": width}
+        width = vars(standing.experts).get("first_units")  # noted by `replay`, and nobody else
+        return None if width is None else {"width": width}
 
     @classmethod
     def replay(cls, standing: Standing, written: dict[str, Any]) -> nn.Module:
@@ -61,6 +60,7 @@ class NarrowExperts(Edit):
         both = torch.cat([gate[:, :width], up[:, :width]], dim=1)
         down = experts.down_proj.detach()[:, :, :width].clone()
         experts.gate_up_proj, experts.down_proj = nn.Parameter(both), nn.Parameter(down)
+        experts.first_units = width
         return standing.block
 
 
