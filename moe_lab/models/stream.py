@@ -216,11 +216,21 @@ class States:
         self.move_to(index)
         self._pass(index, compute)
 
-    @torch.no_grad()
     def _pass(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        for _ in self.through(index, compute):
+            pass
+
+    def through(self, index: int, compute: Callable[[int, Tensor], Tensor]) -> Iterator[int]:
+        """Go behind decoder layer `index`, which comes next, with a stop after each batch.
+
+        Gives the batch's number, while the layer's weights are in memory. Whoever does not go on to
+        the last batch leaves states that are of no layer.
+        """
         with self.stream.layer(index):
             for batch in range(self.stream.num_batches):
-                self.stream.cache["moving", batch] = compute(batch, self[batch])
+                with torch.no_grad():
+                    self.stream.cache["moving", batch] = compute(batch, self[batch])
+                yield batch
         self._next = index + 1
 
 

@@ -27,21 +27,23 @@ class HiddenStates:
         self.stream, self.states = stream, States(stream)
 
     def routings(self, index: int) -> Iterator[Routing]:
-        """Each batch at one MoE layer, with its hidden units; the layer's weights are in memory."""
+        """Each batch at one MoE layer, with its hidden units; the layer's weights are in memory.
+
+        The states go on to the next layer on the way: a layer is asked for once, and to its end.
+        """
         self.states.move_to(index)
         found: list[Routing] = []
 
         def keep(info: LayerInfo, routing: Routing) -> None:
             found.append(routing)
 
-        with (
-            self.stream.layer(index),
-            torch.no_grad(),
-            observe(self.stream.model, keep, neurons=True) as observation,
-        ):
-            for batch in range(self.stream.num_batches):
+        with observe(self.stream.model, keep, neurons=True) as observation:
+
+            def compute(batch: int, hidden: Tensor) -> Tensor:
                 observation.valid = self.stream.valid[batch]
-                self.stream.replay(index, batch, self.states[batch])
+                return self.stream.replay(index, batch, hidden)
+
+            for _ in self.states.through(index, compute):
                 yield found.pop()
 
 
