@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moe_lab.finite import check_neuron_scores
 from moe_lab.methods.metrics.base import Metric
+from moe_lab.methods.narrowing import narrow_edit
 from moe_lab.methods.ratios.budget import Ratio, floor_of
+from moe_lab.methods.ratios.neurons import ranked_by_layer
 from moe_lab.methods.ratios.pairs import LayerUnits, Pairs
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
-from moe_lab.models.narrowing import neuron_scores_name, neurons_name
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED
 from moe_lab.types import LayerInfo
@@ -69,15 +70,12 @@ def _edits(
     info: LayerInfo, score_EI: Tensor, pairs: Pairs, tensors: dict[str, Tensor]
 ) -> list[Edit]:
     number, width = pairs[info.index]
-    cut = LayerUnits(info, score_EI, (), ()).cut((number, width))
-    left = list(cut.experts)
+    left = list(LayerUnits(info, score_EI, (), ()).experts(number))
     made: list[Edit] = []
     if number < info.num_experts:
         scores = tuple(score_EI.double().sum(dim=1).tolist())
-        made.append(PruneExperts(info.index, info.name, cut.experts, scores=scores))
+        made.append(PruneExperts(info.index, info.name, tuple(left), scores=scores))
     if width < info.expert_width:
-        tensors[neurons_name(info.index)] = cut.neurons[left].to(torch.uint8)
-        tensors[neuron_scores_name(info.index)] = score_EI[left].float()
-        scores = tuple(score_EI[left].double().sum(dim=1).tolist())
-        made.append(NarrowExperts(info.index, info.name, (width,), scores=scores))
+        pool, _ = ranked_by_layer(dataclasses.replace(info, num_experts=number), score_EI[left])
+        made.append(narrow_edit(pool, width, score_EI[left], tensors))
     return made or [KeepLayer(info.index, info.name)]

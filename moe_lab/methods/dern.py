@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import LmHead, Method, Mtp
-from moe_lab.methods.metrics.base import Metric, Score, as_metric
+from moe_lab.methods.base import LmHead, Mtp
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio
+from moe_lab.methods.scored import ByScores
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.recombine import RecombineExperts
@@ -23,7 +22,7 @@ from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Dern(Method):
+class Dern(ByScores):
     """Keep the experts that `metric` scores highest, and recombine the others into them.
 
     DERN (2509.10377): the paper's importance of an expert is the router's normalised weight, 0
@@ -32,17 +31,11 @@ class Dern(Method):
     (`models/segments.py`).
     """
 
-    metric: Annotated[Metric | Score, Option("what scores the experts")]
-    ratio: Annotated[Ratio, Option("how many experts stay in each layer")]
     threshold: Annotated[
         float, Option("cosine above which a hidden unit joins the one most like it", least=-1)
     ] = 0.6
     mtp: Mtp = "prune"
     lm_head: LmHead = "auto"
-
-    @functools.cached_property
-    def _metric(self) -> Metric:
-        return as_metric(self.metric)
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse a ratio with which a router cannot work, and metrics without scores of experts."""
@@ -72,16 +65,6 @@ class Dern(Method):
     def from_routers(self) -> bool:
         """Whether the routers' statistics are enough."""
         return self._metric.from_routers
-
-    @classmethod
-    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Which other config groups decide its result."""
-        return ("metric", "ratio")
-
-    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options, with what the result depends on of the metric's and the ratio's."""
-        parts = {"metric": self._metric, "ratio": self.ratio}
-        return dict(options) | {name: one.identity(options[name]) for name, one in parts.items()}
 
     def plan(self, profile: Profile) -> Plan:
         """One edit for each MoE layer."""

@@ -15,6 +15,7 @@ from moe_lab.methods.metrics.base import Metric
 from moe_lab.methods.ratios import neurons
 from moe_lab.methods.ratios.budget import Ratio
 from moe_lab.methods.ratios.neurons import Neurons, Ranked
+from moe_lab.methods.scored import protected_experts
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
@@ -25,7 +26,6 @@ from moe_lab.models.narrowing import (
     shared_neurons_name,
 )
 from moe_lab.option import word_of
-from moe_lab.profile.collect import super_experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
@@ -107,7 +107,8 @@ class Narrowing:
             most, shared = info.expert_width, None
             if numbers is not None:
                 widths: tuple[int, ...] = (numbers[info.index],)
-                shared = _share_of(info, numbers[info.index]) if self.shared else None
+                kept_I = pool.shared_kept(numbers[info.index])
+                shared = None if kept_I is None else int(kept_I.sum())
             elif self.widths == "by_layer":
                 widths = (max(1, most // (1 + place % 2)),)
             else:
@@ -122,7 +123,7 @@ class Narrowing:
         of_shared: list[Tensor | None] = [None] * len(every)
         if self.shared:
             of_shared = list(self.metric.shared_neuron_scores(profile))
-        protected = self._protected(statistics)
+        protected = protected_experts(self.protect, statistics)
         widths = self._widths(every, profile)
         pools = [
             self._ranked(layer.info, score_EI, shared_I, protected, widths.get(layer.info.index))
@@ -190,11 +191,6 @@ class Narrowing:
         floor, block = (getattr(self.ratio, name, None) for name in ("floor", "round_to"))
         return neurons.ranked_by_expert(info, score_EI, shared_I, floor or 0, block or 1)
 
-    def _protected(self, statistics: list[LayerStatistics]) -> dict[int, tuple[int, ...]]:
-        if self.protect == "outliers":
-            return super_experts(statistics, include_last=True)
-        return super_experts(statistics) if self.protect else {}
-
     def _notes(
         self,
         pools: Sequence[Ranked],
@@ -229,9 +225,3 @@ def narrow_edit(
     widths = widths[:1] if len(set(widths)) == 1 else widths
     scores = tuple(score_EI.double().sum(dim=1).tolist())
     return NarrowExperts(index, pool.name, widths, shared, refitted, scores)
-
-
-def _share_of(info: LayerInfo, width: int) -> int:
-    """How many hidden units of the shared experts stay beside experts of this width."""
-    places = torch.arange(info.shared_width) * info.expert_width // info.shared_width
-    return int((places < width).sum())

@@ -6,7 +6,6 @@ Or the least important hidden units of its experts, which all stay (`narrowing.p
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +16,19 @@ from torch import Tensor
 
 from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import LmHead, Method, Mtp, form_notes
+from moe_lab.methods.base import LmHead, Mtp, form_notes
 from moe_lab.methods.both_units import BothUnits
-from moe_lab.methods.metrics.base import WIDTHS, Metric, Score, as_metric, names_of_unit
+from moe_lab.methods.metrics.base import WIDTHS, names_of_unit
 from moe_lab.methods.narrowing import Narrowing
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
+from moe_lab.methods.scored import ByScores, protected_experts
 from moe_lab.models.editing import constants_name
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import check_own_rows
 from moe_lab.option import Option, word_of
-from moe_lab.profile.collect import super_experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
@@ -41,7 +40,7 @@ PRUNED = ("experts", "neurons", "both")
 
 
 @dataclass(frozen=True)
-class Prune(Method):
+class Prune(ByScores):
     """Keep the experts that `metric` scores highest, as many as `ratio` leaves.
 
     With a replacement the router stays whole, and a token sent to a removed expert gets zero, a
@@ -52,8 +51,6 @@ class Prune(Method):
     experts each layer keeps is still decided by the intact model.
     """
 
-    metric: Annotated[Metric | Score, Option("what scores the experts")]
-    ratio: Annotated[Ratio, Option("how many experts stay in each layer")]
     replacement: Annotated[
         str,
         Option(
@@ -210,23 +207,9 @@ class Prune(Method):
         whole = self.propagate or self.replacement != "nothing" or self.shared
         return not whole and self._metric.takes_groups and self.ratio.takes_groups
 
-    @functools.cached_property
-    def _metric(self) -> Metric:
-        return as_metric(self.metric)
-
     @property
     def _replacement(self) -> ReplacementName:
         return cast(ReplacementName, self.replacement)  # `check` has refused all others
-
-    @classmethod
-    def groups(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Which other config groups decide its result."""
-        return ("metric", "ratio")
-
-    def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options, with what the result depends on of the metric's and the ratio's."""
-        parts = {"metric": self._metric, "ratio": self.ratio}
-        return dict(options) | {name: one.identity(options[name]) for name, one in parts.items()}
 
     def plan(self, profile: Profile) -> Plan:
         """One pruning edit per MoE layer."""
@@ -237,7 +220,7 @@ class Prune(Method):
         measured = list(zip(layers, self._metric.scores(profile), strict=True))
         for info, score_E in measured:
             check_scores(info.index, info.num_experts, score_E, self._metric.title)
-        protected = self._protected(profile.statistics)
+        protected = protected_experts(self.protect, profile.statistics)
         if self.protect and not any(protected.values()):
             logger.info(
                 "method.protect=%s protects nothing: the model has no such expert", self.protect
@@ -274,12 +257,6 @@ class Prune(Method):
         notes = {"experts_without_tokens": unseen} | self._notes(scores, numbers, protected)
         notes |= form_notes(self.padding)
         return Plan(tuple(edits), notes=notes, tensors=tensors)
-
-    def _protected(self, layers: list[LayerStatistics]) -> dict[int, tuple[int, ...]]:
-        """The experts that stay in any case, by layer index."""
-        if self.protect == "outliers":
-            return super_experts(layers, include_last=True)
-        return super_experts(layers) if self.protect else {}
 
     def _notes(
         self, scores: Scores, numbers: Mapping[int, int], protected: Mapping[int, Sequence[int]]

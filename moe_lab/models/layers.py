@@ -162,6 +162,7 @@ def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
             for module, key, tensor, dimension in by_expert(layer)
             if key not in module._non_persistent_buffers_set
         ]
+        neuron, shared = _neuron_sizes(layer), _shared_neuron_sizes(layer)
         fewer, fewer_bytes = (part // len(layer.experts.down_proj) for part in _zeros(layer))
         layer.info = replace(
             layer.info,
@@ -169,10 +170,10 @@ def _set_sizes(model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
             expert_bytes=sum(size * row.element_size() for size, row in rows) - fewer_bytes,
             model_parameters=number - zeros,
             model_bytes=model_bytes - zero_bytes,
-            neuron_parameters=_neuron_size(layer, False),
-            neuron_bytes=_neuron_size(layer, True),
-            shared_neuron_parameters=_shared_neuron_size(layer, False),
-            shared_neuron_bytes=_shared_neuron_size(layer, True),
+            neuron_parameters=neuron[0],
+            neuron_bytes=neuron[1],
+            shared_neuron_parameters=shared[0],
+            shared_neuron_bytes=shared[1],
         )
 
 
@@ -181,22 +182,26 @@ def _zeros(layer: MoELayer) -> tuple[int, int]:
     return num_zeros(layer.experts) if is_uneven(layer.experts) else (0, 0)
 
 
-def _neuron_size(layer: MoELayer, in_bytes: bool) -> int:
-    """What one hidden unit of an expert takes."""
+def _neuron_sizes(layer: MoELayer) -> tuple[int, int]:
+    """What one hidden unit of an expert takes: parameters and bytes."""
     units = HiddenUnits(layer.experts)
     number = max(1, len(layer.experts.down_proj) * units.width)
-    tensors = [units.tensors[name] for name in units.places]
-    return sum(t.numel() // number * (t.element_size() if in_bytes else 1) for t in tensors)
+    return _sizes_of([units.tensors[name] for name in units.places], number)
 
 
-def _shared_neuron_size(layer: MoELayer, in_bytes: bool) -> int:
+def _shared_neuron_sizes(layer: MoELayer) -> tuple[int, int]:
     """The same of the shared experts; 0 where it is not known what they are made of."""
     known = layer.shared is not None and has_hidden_units(layer.shared)
     if layer.shared is None or not known or not layer.info.shared_width:
-        return 0
+        return 0, 0
     weights = [m.weight for m in layer.shared.children() if isinstance(m, nn.Linear)]
-    size = sum(weight.numel() // layer.info.shared_width for weight in weights)
-    return size * (weights[0].element_size() if in_bytes else 1)
+    return _sizes_of(weights, layer.info.shared_width)
+
+
+def _sizes_of(tensors: Sequence[Tensor], number: int) -> tuple[int, int]:
+    """What each of `number` parts of all these tensors takes: parameters and bytes."""
+    parts = [(tensor.numel() // number, tensor.element_size()) for tensor in tensors]
+    return sum(size for size, _ in parts), sum(size * each for size, each in parts)
 
 
 def has_hidden_units(shared: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def test_super_experts_are_protected(case, monkeypatch) -> None:
     gone = next(e for e in range(8) if e not in plain.edits[0].kept)
     whole = {layer.info.index: () for layer in profile.statistics}
     monkeypatch.setattr(
-        "moe_lab.methods.prune.super_experts", lambda _: whole | {info.index: (gone,)}
+        "moe_lab.methods.scored.super_experts", lambda _: whole | {info.index: (gone,)}
     )
     for propagate in (False, True):
         found = Prune(reap, Listed(4), protect="super_experts", propagate=propagate).plan(profile)
@@ -88,7 +88,7 @@ def test_super_experts_are_protected(case, monkeypatch) -> None:
         assert found.edits[0].scores == pytest.approx(plain.edits[0].scores, rel=1e-12)
         assert found.notes["protected"] == {str(info.index): [gone]}
     many = whole | {info.index: (0, 1, 2, 3, 4)}
-    monkeypatch.setattr("moe_lab.methods.prune.super_experts", lambda _: many)
+    monkeypatch.setattr("moe_lab.methods.scored.super_experts", lambda _: many)
     with pytest.raises(UserError, match=r"super experts.*leaves"):
         Prune(reap, Listed(4), protect="super_experts").plan(profile)
 

@@ -67,9 +67,7 @@ def ranked_by_layer(info: LayerInfo, score_EI: Tensor, shared_I: Tensor | None =
     place_EI = torch.stack([_places(score_I) for score_I in score_EI])
     order_EI = score_EI.argsort(dim=1, descending=True, stable=True)
     score_I = score_EI.double().gather(1, order_EI).mean(dim=0)
-    shared = None
-    if shared_I is not None:  # n of I items keep the first n / I of them, rounded up
-        shared = (_places(shared_I) * len(score_I)).div(len(shared_I), rounding_mode="floor")
+    shared = None if shared_I is None else _shared_places(_places(shared_I), len(score_I))
     return _neurons(info, len(score_I), len(score_EI), place_EI, shared), score_I
 
 
@@ -122,6 +120,14 @@ def _places(score_I: Tensor) -> Tensor:
     return place_I
 
 
+def _shared_places(place_I: Tensor, width: int) -> Tensor:
+    """Before how many of `width` items each of the shared experts' hidden units stays.
+
+    n items keep the first n / width of them, rounded up.
+    """
+    return (place_I * width).div(len(place_I), rounding_mode="floor")
+
+
 def _neurons(
     info: LayerInfo, items: int, each: int, place_EI: Tensor, shared_place_I: Tensor | None
 ) -> Neurons:
@@ -143,10 +149,14 @@ def _neurons(
 
 
 def foreseen_neurons(info: LayerInfo, widths: str, shared: bool = False) -> Neurons:
-    """The same where no score is known yet: what a budget can say before any work."""
+    """The same where no score is known yet: what a budget can say before any work.
+
+    How many of the shared experts' hidden units stay by_layer is known, too, if not which.
+    """
     number = info.expert_width * (1 if widths == "by_layer" else info.num_experts)
     if shared and widths == "by_expert":
         number += info.shared_width
     each = info.num_experts if widths == "by_layer" else 1
-    shared_place = torch.empty(0) if shared else None
+    unit_I = torch.arange(info.shared_width)
+    shared_place = _shared_places(unit_I, info.expert_width) if shared else None
     return _neurons(info, number, each, torch.empty(0), shared_place)

@@ -18,6 +18,7 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
+from moe_lab.methods.ratios.neurons import ranked_by_layer
 from moe_lab.models.narrowing import Cut
 from moe_lab.profile.hidden import digest_of
 from moe_lab.types import LayerInfo
@@ -54,10 +55,8 @@ class LayerUnits:
     def cut(self, pair: Shape) -> Cut:
         """What stays of the layer: of every expert its hidden units with the highest scores."""
         number, width = pair
-        order_EI = self.score_EI.argsort(dim=1, descending=True, stable=True)
-        kept_EI = torch.zeros_like(order_EI, dtype=torch.bool)
-        kept_EI.scatter_(1, order_EI[:, :width], True)
-        return Cut(self.experts(number), kept_EI)
+        pool, _ = ranked_by_layer(self.info, self.score_EI)
+        return Cut(self.experts(number), pool.kept(width))
 
     def cost(self, pair: Shape) -> int:
         """Bytes of so many experts of this width, each with its router row."""
