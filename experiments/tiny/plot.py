@@ -24,6 +24,7 @@ FIGURES = {
     "finetuned/eval/average": ("average accuracy, tuned (%)", 100),
     "finetuned/kl": ("KL to the intact model, tuned (nats per token)", 1),
 }
+NO_SETTINGS = ("dense/eval/average", "seconds/plan", "seconds/finetune", "compressed/stock")
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), "osD"  # told apart without colour, too
 
 
@@ -31,7 +32,7 @@ def draw(table: str) -> Path:
     """One picture of a table: a row of panels for each model, a column for each figure."""
     files = [path for path in sorted((HERE / table).glob("*.csv")) if path.stem != "expected"]
     frames = {file.stem: pd.read_csv(file) for file in files}
-    names = [name for name in FIGURES if any(_columns(f, name) for f in frames.values())]
+    names = [name for name in FIGURES if any(columns(f, name) for f in frames.values())]
     height = sum(0.2 * len(frame) + 1.1 for frame in frames.values())
     figure, axes = plt.subplots(
         len(frames), len(names), figsize=(5.2 * len(names), height), squeeze=False,
@@ -39,9 +40,9 @@ def draw(table: str) -> Path:
         layout="constrained",
     )  # fmt: skip
     for row, (model, frame) in zip(axes, frames.items(), strict=True):
-        ordered = frame.sort_values(_columns(frame, names[0])[-1])
+        ordered = frame.sort_values(columns(frame, names[0])[-1])
         for axis, name in zip(row, names, strict=True):
-            _panel(axis, ordered, name)
+            panel(axis, ordered, name)
             axis.set_title(model, fontsize=10)
         for axis in row[1:]:
             axis.set_yticklabels([])
@@ -53,7 +54,7 @@ def draw(table: str) -> Path:
     return path
 
 
-def _columns(frame: pd.DataFrame, name: str) -> list[str]:
+def columns(frame: pd.DataFrame, name: str) -> list[str]:
     """The columns of one figure, the smallest ratio first."""
     found = [c for c in frame if c.partition(" (")[0] == name and not c.endswith("(std)")]
     return sorted(found)
@@ -61,15 +62,16 @@ def _columns(frame: pd.DataFrame, name: str) -> list[str]:
 
 def _labels(frame: pd.DataFrame) -> list[str]:
     """What sets a row apart: the settings that it has."""
-    figures = (*FIGURES, "dense/eval/average", "seconds/plan", "compressed/stock")
+    figures = (*FIGURES, *NO_SETTINGS)
     settings = [c for c in frame if c.partition(" (")[0] not in figures]
     rows = frame[settings].fillna("none").astype(str).to_numpy()
     return [" ".join(value for value in row if value != "none") for row in rows]
 
 
-def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
+def panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
+    """One figure of all rows of a table, with the deviations that it has."""
     text, scale = FIGURES[name]
-    for number, column in enumerate(_columns(frame, name)):
+    for number, column in enumerate(columns(frame, name)):
         deviation = frame.get(f"{column} (std)")
         axis.errorbar(
             frame[column] * scale, range(len(frame)),
@@ -77,7 +79,7 @@ def _panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
             fmt=MARKERS[number], color=COLOURS[number], markersize=4, capsize=2, linewidth=1,
             label=_removed(column),
         )  # fmt: skip
-    dense = _columns(frame, "dense/eval/average")
+    dense = columns(frame, "dense/eval/average")
     if dense and name.endswith("eval/average"):
         axis.axvline(frame[dense[0]].iloc[0] * scale, color="0.4", linestyle="--", label="intact")
     axis.set_yticks(range(len(frame)), _labels(frame), fontsize=8)
