@@ -5,7 +5,6 @@ Found on models without weights, so that it is known before any work.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.checkpoint import meta_model
-from moe_lab.models.condensing import edited_blocks, is_condensed_in_place, is_gated, width_of
-from moe_lab.models.depth import nature
+from moe_lab.models.condensing import edited_blocks, is_condensed_in_place, width_of
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.hidden_units import unit_parameters
@@ -23,13 +21,12 @@ from moe_lab.models.layers import (
     COUNT_FIELDS,
     MoELayer,
     by_expert,
-    decoder_path,
-    is_gated_mlp,
     layer_index,
     moe_layers,
     num_parameters,
 )
 from moe_lab.models.narrowing import GROUPED_BYTES, fits_grouped
+from moe_lab.models.native_dense import config_with_dense, dense_names
 from moe_lab.models.native_widths import SHARED_TOO, config_with_widths
 from moe_lab.models.opening import text_config
 from moe_lab.models.own_config import without_structures
@@ -42,7 +39,6 @@ from moe_lab.models.widths import widths_of
 SEVERAL = 3  # of so many widths each is told
 PADDING = 0.01  # the largest share of a model's parameters that may be zeros, unless it is given
 IN_FAMILY = "in the family's own form, "
-DENSE_WIDTHS = ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -348,63 +344,3 @@ def set_num_experts(config: Any, count: int) -> None:
         for field in COUNT_FIELDS:
             if isinstance(getattr(part, field, None), int):
                 setattr(part, field, count)
-
-
-def config_with_dense(config: Any, dense: dict[str, nn.Module]) -> tuple[Any, str | None]:
-    """The config with which the family itself builds these dense layers, or what is in the way.
-
-    Tried on a model without weights: all other layers, and all around these, must come out as they
-    were, since some families do more than another MLP where a layer is dense.
-    """
-    if not dense:
-        return config, None
-    model = meta_model(config)
-    moe = {layer.info.index for layer in moe_layers(model)}
-    condensed = {layer_index(name) for name in dense}
-    obstacle = f"{config.model_type} cannot say that layers {sorted(condensed)} are dense"
-    wanted = copy.deepcopy(config)
-    text = text_config(wanted)
-    all_dense = set(range(text.num_hidden_layers)) - moe | condensed
-    if not _list_dense(text, sorted(all_dense)):
-        return None, obstacle
-    field = next((name for name in DENSE_WIDTHS if hasattr(text, name)), None)
-    if field is None:
-        return None, obstacle
-    width = max(1, *(width_of(block) for block in dense.values()))
-    setattr(text, field, max(width, getattr(text, field) if len(all_dense - condensed) else 0))
-    built = meta_model(wanted)
-    if {layer.info.index for layer in moe_layers(built)} != moe - condensed:
-        return None, obstacle
-    for name, block in dense.items():
-        activation = getattr(block, "act_fn", None)
-        target = built.get_submodule(name)
-        if not (is_gated(target, activation) if activation else is_gated_mlp(target)):
-            return None, f"{obstacle}: its own dense layers are no gated MLPs like these"
-        decoder, child = decoder_path(name), name[len(decoder_path(name)) + 1 :]
-        around = (nature(each.get_submodule(decoder), child) for each in (model, built))
-        if next(around) != next(around):
-            return None, f"{obstacle}: its decoder layers would do something else around them"
-    return wanted, None
-
-
-def _list_dense(config: Any, dense: list[int]) -> bool:
-    """Name the dense layers in whichever form this config has; False where it cannot."""
-    if hasattr(config, "mlp_only_layers"):
-        config.mlp_only_layers = dense
-    elif getattr(config, "mlp_layer_types", None):
-        config.mlp_layer_types = [
-            "dense" if index in dense else "sparse" for index in range(config.num_hidden_layers)
-        ]
-    elif hasattr(config, "first_k_dense_replace") and dense == list(range(len(dense))):
-        config.first_k_dense_replace = len(dense)
-    elif hasattr(config, "num_dense_layers") and dense == list(range(len(dense))):
-        config.num_dense_layers = len(dense)
-    else:
-        return False
-    return True
-
-
-def dense_names(model: PreTrainedModel) -> set[str]:
-    """Paths of the dense MLPs that stand where other decoder layers have their MoE block."""
-    tails = {"mlp", "feed_forward", "mixer", "block_sparse_moe"}
-    return {n for n, m in model.named_modules() if n.split(".")[-1] in tails and is_gated_mlp(m)}

@@ -24,7 +24,7 @@ from moe_lab.models.editing import NoMLP, prune_layer, set_block
 from moe_lab.models.engine_config import complete_config
 from moe_lab.models.fitting import inside_modules
 from moe_lab.models.folder import code_files, copy_beside, text_files
-from moe_lab.models.forms import Form, choose_form, dense_names, padding_limit
+from moe_lab.models.forms import Form, choose_form, padding_limit
 from moe_lab.models.head import untie_head
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, moe_layers
@@ -32,6 +32,7 @@ from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.mtp import find_mtp
 from moe_lab.models.mtp_saving import carry_mtp
 from moe_lab.models.narrowing import EAGER, fits_grouped, widen_shared
+from moe_lab.models.native_dense import dense_names
 from moe_lab.models.opening import no_bars, text_config, text_values
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.promises import check_promises

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -155,9 +155,7 @@ class Sensitivity(Budget):
     def _errors_of_pairs(
         self, units: Sequence[LayerUnits], profile: Profile
     ) -> dict[int, dict[Shape, float]]:
-        @functools.cache
-        def sample() -> IntactPredictions:
-            return IntactPredictions(*profile.open_model(self.num_samples))
+        sample = self._sample(profile)
 
         def measured(one: LayerUnits, tried: list[Shape]) -> list[float]:
             return [sample().divergence({one.info.index: one.cut(pair)}) for pair in tried]
@@ -186,14 +184,14 @@ class Sensitivity(Budget):
         places = sorted({*range(0, last, max(1, stride)), last})
         return [choices[place] for place in places if choices[place] < info.num_experts]
 
+    def _sample(self, profile: Profile) -> Callable[[], IntactPredictions]:
+        """The intact model's predictions, opened once and only where somebody asks."""
+        return functools.cache(lambda: IntactPredictions(*profile.open_model(self.num_samples)))
+
     def _divergences(
         self, scores: Scores, tried: dict[int, list[int]], profile: Profile
     ) -> dict[int, list[float]]:
-        sets = _sets(scores, tried)
-
-        @functools.cache
-        def sample() -> IntactPredictions:
-            return IntactPredictions(*profile.open_model(self.num_samples))
+        sets, sample = _sets(scores, tried), self._sample(profile)
 
         def errors(index: int) -> list[float]:
             question = {
