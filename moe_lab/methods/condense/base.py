@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_lab.lookup import named
 from moe_lab.methods.condense.expert_search import OpenLayer
 from moe_lab.methods.condense.layer_search import CondensedSets
+from moe_lab.methods.least_squares import NormalEquations
 from moe_lab.models.experts import Experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import Choice, UserError
@@ -32,6 +33,17 @@ def choice_named(kind: str, name: str) -> Callable[..., Any]:
     if not callable(choose):
         raise UserError(f"condense.{kind}={name!r} is no function that could choose")
     return choose  # type: ignore[no-any-return]  # of what it gives, its callers know
+
+
+def of_units(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function of `experts/` that chooses hidden units (`UnitCandidates`), not experts."""
+    choose.of_units = True  # type: ignore[attr-defined]  # functions have attributes
+    return choose
+
+
+def chooses_units(name: str | Sequence[int]) -> bool:
+    """Whether condense.experts=<name> chooses hidden units of all experts."""
+    return isinstance(name, str) and hasattr(choice_named("experts", name), "of_units")
 
 
 def is_own(name: object) -> bool:
@@ -79,15 +91,34 @@ class ExpertCandidates:
 
 
 @dataclass
+class UnitCandidates:
+    """One MoE layer of whose hidden units some are to be chosen: what `experts/` may look at then.
+
+    units_N2: the candidates (expert or -1 for the shared ones, unit); equations: of all of them
+    together, on documents that judge nothing; columns_ND: theirs with the constant gates. width:
+    how many are to be chosen; num_routed: as many routed experts have so many, with the shared.
+    A function marked `of_units` gives their places among the candidates [width].
+    """
+
+    units_N2: Tensor
+    equations: NormalEquations
+    columns_ND: Tensor
+    width: int
+    num_routed: int
+
+
+@dataclass
 class LayerCandidates:
     """The MoE layers to choose from: what `layers/` may look at.
 
     statistics: by true index, in order; beam and seed: options. `condensed` gives the model with
-    any set of them condensed, for which the experts of every layer are chosen first.
+    any set of them condensed, for which the experts of every layer are chosen first; `refitted`
+    the same as they will be condensed, refits and all, on documents on which nothing was fitted.
     """
 
     statistics: dict[int, LayerStatistics]
     condensed: Callable[[], CondensedSets]
+    refitted: Callable[[], CondensedSets]
     beam: int
     seed: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -9,17 +10,29 @@ from typing import Annotated, Any
 import torch
 
 from moe_lab.methods.base import LmHead, Method, Mtp, form_notes
-from moe_lab.methods.condense.base import LayerCandidates, choice_named, draws, is_own
+from moe_lab.methods.condense.base import (
+    LayerCandidates,
+    choice_named,
+    chooses_units,
+    draws,
+    is_own,
+)
 from moe_lab.methods.condense.expert_choice import ExpertChoices
+from moe_lab.methods.condense.layer_data import PROPAGATIONS
 from moe_lab.methods.condense.layer_search import CondensedSets
+from moe_lab.methods.condense.refits import REFITS, Refits, width_of
 from moe_lab.methods.layer_choice import example_layers
 from moe_lab.models.condensing import part_widths
+from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.condense_units import CondenseUnits
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.superset import Convert
 from moe_lab.option import Option
-from moe_lab.profile.profile import Profile
+from moe_lab.profile.documents import to_fit_and_choose
+from moe_lab.profile.grams import TOKEN_WEIGHTS
+from moe_lab.profile.profile import Profile, Tensors
 from moe_lab.types import Choice, LayerInfo, UserError
 
 EXPERTS, LAYERS, GATES = (f"{__package__}.{kind}" for kind in ("experts", "layers", "gates"))
@@ -48,6 +61,42 @@ class Condense(Method):
     gates: Annotated[str, Option("constants in the router's place", files_of=(GATES,))] = (
         "mean_selected"
     )
+    refit: Annotated[
+        str,
+        Option("what the calibration set fits anew by least squares, in closed form", among=REFITS),
+    ] = "none"
+    width: Annotated[
+        int | None,
+        Option(
+            "of experts=neurons: hidden units of a condensed layer; null: as num_routed experts "
+            "beside the shared ones have",
+            least=1,
+        ),
+    ] = None
+    propagate: Annotated[
+        str | None,
+        Option(
+            "of a refit: to the intact layer's output alone (none), to what it makes of the states "
+            "behind layers condensed before (block), or to what is missing there to the intact "
+            "state (residual); null: residual",
+            among=PROPAGATIONS,
+        ),
+    ] = None
+    token_weight: Annotated[
+        str,
+        Option(
+            "of a refit: each token weighs 1 / mean square of the state behind the layer, or 1",
+            among=TOKEN_WEIGHTS,
+        ),
+    ] = "output"
+    ridge: Annotated[
+        float | None,
+        Option(
+            "of a refit: how strongly it holds to the constant gates, in shares of the mean square "
+            "of a hidden unit; null: as held-out documents say",
+            least=0,
+        ),
+    ] = None
     beam: Annotated[int, Option("sets of layers that a greedy search carries on", least=1)] = 1
     seed: Annotated[int, Option("seed of random experts and layers")] = 0
     padding: Annotated[
@@ -59,14 +108,15 @@ class Condense(Method):
     lm_head: LmHead = "auto"
 
     of_condense = (
-        "num_layers", "num_routed", "experts", "layers", "gates", "beam", "seed", "padding",
-        "convert",
+        "num_layers", "num_routed", "experts", "layers", "gates", "refit", "width", "propagate",
+        "token_weight", "ridge", "beam", "seed", "padding", "convert",
     )  # fmt: skip
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse layers, experts, searches or numbers that do not exist."""
         super().check(layers)
         self._check_beam()
+        self._check_refit()
         choice_named("gates", self.gates)
         if not self.experts:
             raise UserError("condense.experts=[]: name one or more; none are condense.num_routed=0")
@@ -94,6 +144,31 @@ class Condense(Method):
                 f"condense.beam={self.beam} is for greedy searches over layers, and "
                 f"condense.layers={self.layers} is none: leave condense.beam at 1"
             )
+
+    def _check_refit(self) -> None:
+        """Refuse options of a refit without one, and a choice of units that is not refitted."""
+        if chooses_units(self.experts) and self.refit != "down_proj":
+            raise UserError(
+                f"condense.experts={self.experts} chooses hidden units by what a refit makes of "
+                f"them, and condense.refit={self.refit}: condense.refit=down_proj, or "
+                "condense=closed_form, which sets all that goes with it"
+            )
+        if self.width is not None and not chooses_units(self.experts):
+            raise UserError(
+                f"condense.width={self.width} is for a choice of hidden units, and "
+                f"condense.experts={self.experts} chooses whole experts: condense.experts=neurons, "
+                "or condense.num_routed"
+            )
+        if self.refit == "none" and (self.propagate or "none") != "none":
+            raise UserError(
+                f"condense.propagate={self.propagate} says what a refit is fitted to, and "
+                "condense.refit=none: condense.refit=down_proj"
+            )
+
+    @property
+    def propagated(self) -> str:
+        """What a refit is fitted to."""
+        return self.propagate or "residual"
 
     def _check_layer(self, info: LayerInfo) -> None:
         if info.obstacle:
@@ -129,9 +204,14 @@ class Condense(Method):
                 "has none: ask for condense.num_routed of at least 1"
             )
 
-    def example(self, layers: Sequence[LayerInfo]) -> tuple[CondenseLayer, ...]:
+    def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the shape that the plan will have; of its layers only the number is known."""
         number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
+        if self.refit == "down_proj":
+            return tuple(
+                CondenseUnits(info.index, info.name, self.width or width_of(info, number))
+                for info in example_layers(self.layers, self.num_layers, layers)
+            )
         return tuple(
             CondenseLayer(
                 info.index,
@@ -170,25 +250,46 @@ class Condense(Method):
         A search over layers needs the experts of every layer; else only the chosen ones get some.
         """
         experts = ExpertChoices(self, profile)
-        order = self._choose_layers(experts)
-        edits = experts.edits(order.chosen)
+        refits = Refits(self, profile, experts) if self.refit != "none" else None
+        order = self._choose_layers(experts, refits)
+        if refits is None:
+            edits: Mapping[int, Edit] = experts.edits(order.chosen)
+            tensors: Tensors = {}
+        else:
+            edits, tensors = refits.fitted(order.chosen, self.propagated)
         kept = {i: KeepLayer(i, s.info.name) for i, s in experts.statistics.items()}
+        notes = {"statistics": "intact model"} | form_notes(self.padding, self.convert)
+        notes |= {} if refits is None else {"refit": self.refit, "propagate": self.propagated}
         return Plan(
             tuple(edits.get(i, keep) for i, keep in kept.items()),
             layer_order=order.chosen,
             layer_divergence=order.divergence,
             searched=tuple(e for i, e in experts.chosen.items() if i not in order.chosen),
-            notes={"statistics": "intact model"} | form_notes(self.padding, self.convert),
+            notes=notes,
+            tensors=tensors,
         )
 
-    def _choose_layers(self, experts: ExpertChoices) -> Choice:
+    def _choose_layers(self, experts: ExpertChoices, refits: Refits | None) -> Choice:
         if not isinstance(self.layers, str):
             return Choice(tuple(self.layers))
+        every = experts.statistics
 
         def condensed() -> CondensedSets:
-            edits = experts.edits(experts.statistics)
-            return CondensedSets(lambda: experts.stream, edits, experts.remember)
+            if refits and chooses_units(self.experts):
+                edits, tensors = refits.fitted(every, "none")
+                remember = refits.remember(None)
+                return CondensedSets(lambda: experts.stream, edits, remember, tensors)
+            return CondensedSets(lambda: experts.stream, experts.edits(every), experts.remember)
 
-        layers = LayerCandidates(experts.statistics, condensed, self.beam, self.seed)
+        def refitted() -> CondensedSets:
+            number = experts.profile.num_documents
+            fit, choose = to_fit_and_choose(number)
+            stream = functools.cache(lambda: experts.profile.open_stream(documents=choose))
+            if refits is None:
+                return CondensedSets(stream, experts.edits(every), experts.remember)
+            edits, tensors = refits.fitted(every, "none", fit)
+            return CondensedSets(stream, edits, refits.remember(fit), tensors)
+
+        layers = LayerCandidates(every, condensed, refitted, self.beam, self.seed)
         chosen: Choice = choice_named("layers", self.layers)(layers, self.num_layers)
         return chosen

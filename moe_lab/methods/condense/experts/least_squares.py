@@ -1,0 +1,28 @@
+"""Whole experts by forward least squares, beside the shared ones."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_lab.methods.condense.base import UnitCandidates, of_units
+from moe_lab.methods.least_squares import Ridge, forward_selection
+from moe_lab.models.dense_units import SHARED
+
+RIDGE = Ridge(1e-2, "mean")
+
+
+@of_units
+def choose(candidates: UnitCandidates) -> Tensor:
+    """Add, again and again, the expert with which the layer can be fitted best, all others refitted.
+
+    `neurons` in groups: all units of an expert at once, and the shared experts from the start.
+    """
+    expert_N = candidates.units_N2[:, 0]
+    selected = forward_selection(
+        candidates.equations,
+        candidates.num_routed,
+        RIDGE,
+        group_N=expert_N,
+        start_N=expert_N == SHARED,
+    )
+    return selected.units_K

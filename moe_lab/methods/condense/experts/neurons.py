@@ -1,0 +1,20 @@
+"""Hidden units of all experts and of the shared ones, by forward orthogonal least squares."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_lab.methods.condense.base import UnitCandidates, of_units
+from moe_lab.methods.least_squares import Ridge, forward_selection
+
+RIDGE = Ridge(1e-2, "mean")
+
+
+@of_units
+def choose(candidates: UnitCandidates) -> Tensor:
+    """Add, again and again, the unit with which the layer can be fitted best, all others refitted.
+
+    Forward selection by orthogonal least squares (Chen, Billings and Luo 1989): what a unit adds to
+    those chosen before is what of its activations they cannot say. Ours for condensed layers.
+    """
+    return forward_selection(candidates.equations, candidates.width, RIDGE).units_K

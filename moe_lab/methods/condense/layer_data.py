@@ -1,0 +1,129 @@
+"""What a condensed layer is fitted to: what its block gets, and what it should add, token by token.
+
+Letters: t tokens of one batch, valid ones only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.models.stream import LayerStream, States, swapped
+from moe_lab.profile.documents import held_out
+
+PROPAGATIONS = ("none", "block", "residual")
+TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens of the calibration set at one layer.
+
+    x_TD: what the block gets; target_TD: what it should add; weight_T: what the squared error of
+    each token weighs; held_T: whether it is of a document that judges what others fitted.
+    """
+
+    x_TD: Tensor
+    target_TD: Tensor
+    weight_T: Tensor
+    held_T: Tensor
+
+    def part(self, chosen_T: Tensor) -> Chunk:
+        """Those of its tokens that are marked."""
+        return Chunk(
+            self.x_TD[chosen_T], self.target_TD[chosen_T], self.weight_T[chosen_T],
+            self.held_T[chosen_T],
+        )  # fmt: skip
+
+
+class LayerData:
+    """All tokens of a stream at one layer; the states lie in the stream's cache."""
+
+    def __init__(self, stream: LayerStream):
+        self.stream = stream
+        documents = [stream.documents(batch) for batch in range(stream.num_batches)]
+        held = held_out([place for one in documents for place in one])
+        self._held: list[Tensor] = []
+        for valid, places in zip(stream.valid, documents, strict=True):
+            of_batch = torch.tensor([place in held for place in places], device=valid.device)
+            self._held.append(of_batch[:, None].expand(valid.shape)[valid])
+        self._weights: list[Tensor] = []
+
+    def add(self, x_TD: Tensor, target_TD: Tensor, weight_T: Tensor) -> None:
+        """The valid tokens of the next batch."""
+        batch = len(self._weights)
+        self.stream.cache["fit input", batch] = x_TD
+        self.stream.cache["fit target", batch] = target_TD
+        self._weights.append(weight_T)
+
+    def chunks(self, held: bool | None = None) -> Iterator[Chunk]:
+        """The tokens in order, at most TOKENS_AT_ONCE at a time; those held out, or the others."""
+        for batch, (weight_T, held_T) in enumerate(zip(self._weights, self._held, strict=True)):
+            names = ("fit input", "fit target")
+            parts = [self.stream.cache[name, batch] for name in names]
+            whole = Chunk(parts[0], parts[1], weight_T, held_T)
+            chosen = whole if held is None else whole.part(held_T == held)
+            split = (
+                getattr(chosen, name).split(TOKENS_AT_ONCE)
+                for name in ("x_TD", "target_TD", "weight_T", "held_T")
+            )
+            for one in zip(*split, strict=True):
+                if len(one[0]):
+                    yield Chunk(*one)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for batch in range(len(self._weights)):
+            for name in ("fit input", "fit target"):
+                self.stream.cache.pop((name, batch))
+
+
+class Walk:
+    """A stream's layers in ascending order, behind those that are condensed already.
+
+    propagate says what a layer is fitted to, with x what its block gets:
+    none: as in the intact model, x and what its block adds there;
+    block: x behind the condensed layers, and what the intact block would add to that;
+    residual: x behind the condensed layers, and what is missing there to the state that leaves the
+    layer in the intact model, so that it repairs what the layers before it broke.
+    token_weight=output: each token weighs 1 / mean square of the state that leaves the layer, so
+    that what counts is the relative error of that state; none: all alike.
+    """
+
+    def __init__(self, stream: LayerStream, propagate: str, token_weight: str):
+        self.stream, self.propagate, self.token_weight = stream, propagate, token_weight
+        self.intact = States(stream, "intact")
+        self.behind = States(stream, "behind") if propagate != "none" else self.intact
+
+    def data(self, index: int) -> LayerData:
+        """What layer `index` is fitted to; its weights must be in memory."""
+        stream, data = self.stream, LayerData(self.stream)
+        self.intact.move_to(index)
+        self.behind.move_to(index)
+        for batch, valid in enumerate(stream.valid):
+            output, rest_TD, x_TD = stream.replay_open(index, batch, self.behind[batch])
+            leaving_TD = output[valid]
+            if self.propagate == "residual" and self.behind is not self.intact:
+                leaving_TD = stream.replay(index, batch, self.intact[batch])[valid]
+            data.add(x_TD, leaving_TD - rest_TD, self._weight(leaving_TD))
+        return data
+
+    def _weight(self, leaving_TD: Tensor) -> Tensor:
+        if self.token_weight == "none":
+            return leaving_TD.new_ones(len(leaving_TD))
+        square_T = leaving_TD.square().mean(dim=1)
+        return torch.where(square_T > 0, 1 / square_T, 0.0)
+
+    def condense(self, index: int, block: nn.Module | None) -> None:
+        """Go behind layer `index`, which becomes `block` (None: nothing changes)."""
+        replay = functools.partial(self.stream.replay, index)
+        if self.behind is not self.intact:
+            self.intact.pass_through(index, replay)
+            with self.stream.layer(index), swapped(self.stream, index, block):
+                self.behind.pass_through(index, replay)
+        else:
+            self.intact.pass_through(index, replay)
