@@ -71,6 +71,11 @@ class LayerStream:
             share = (valid / lengths / num_documents)[valid]
             self.token_weight.append(share.double())
 
+    def documents(self, batch: int) -> list[int]:
+        """Where the documents of a batch, in its order, stand in the calibration set, [B]."""
+        first = sum(len(valid) for valid in self.valid[:batch])
+        return self.positions[first : first + len(self.valid[batch])]
+
     def state_bytes(self) -> int:
         """Size of one hidden state of every token of the calibration set, padding included."""
         hidden = self.cache["input", 0]
@@ -190,16 +195,17 @@ class States:
     """The hidden states before one decoder layer, moving forward through the layers once.
 
     They begin as what the first decoder layer gets, and lie in the stream's cache; the stream's own
-    input stays.
+    input stays. name: tells two apart that move along one stream, such as an intact model's and
+    those behind layers that are compressed already.
     """
 
-    def __init__(self, stream: LayerStream):
-        self.stream = stream
+    def __init__(self, stream: LayerStream, name: str = "moving"):
+        self.stream, self.name = stream, name
         self._next = 0  # the decoder layer whose input is known
 
     def __getitem__(self, batch: int) -> Tensor:
         """The states [B, L, D] of one batch."""
-        return self.stream.cache["moving" if self._next else "input", batch]
+        return self.stream.cache[self.name if self._next else "input", batch]
 
     def move_to(self, index: int) -> None:
         """Go by plain replay to what decoder layer `index` gets; there is no way back."""
@@ -229,7 +235,7 @@ class States:
         with self.stream.layer(index):
             for batch in range(self.stream.num_batches):
                 with torch.no_grad():
-                    self.stream.cache["moving", batch] = compute(batch, self[batch])
+                    self.stream.cache[self.name, batch] = compute(batch, self[batch])
                 yield batch
         self._next = index + 1
 

@@ -38,7 +38,7 @@ def _always_anew(
     return work()
 
 
-def _no_model(num_samples: int | None = None) -> NoReturn:
+def _no_model(num_samples: int | None = None, documents: Sequence[int] | None = None) -> NoReturn:
     raise RuntimeError("this profile has statistics alone")
 
 
@@ -46,12 +46,14 @@ def _no_model(num_samples: int | None = None) -> NoReturn:
 class Profile:
     """Statistics of the intact model, and what costs more, made only when somebody asks.
 
-    open_stream(num_samples): the model's decoder layers over the first so many samples of the
-    calibration set (None: all of it). open_model(num_samples): the intact model, whole, and those
+    open_stream(num_samples, documents): the model's decoder layers over the first so many samples
+    of the calibration set (None: all of it), or over the documents at these places of it.
+    open_model(num_samples): the intact model, whole, and those
     samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
     `work` (plain JSON values) gave for the same identity, model, data and code before; code: the
     functions, classes or objects that decide its answer, with all that their modules import.
-    remember_tensors: the same where `work` gives tensors by name, on the CPU.
+    remember_tensors: the same where `work` gives tensors by name, on the CPU. num_documents: how
+    many samples the calibration set has.
     """
 
     statistics: list[LayerStatistics]
@@ -59,6 +61,7 @@ class Profile:
     open_model: Callable[..., tuple[Model, list[dict[str, Tensor]]]] = _no_model
     remember: Remember = _always_anew
     remember_tensors: RememberTensors = _always_anew
+    num_documents: int = 0
 
     def by_layer(
         self,

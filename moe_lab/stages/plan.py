@@ -129,8 +129,9 @@ class IntactModel:
 
     def profile(self, layers: list[LayerStatistics]) -> Profile:
         """What the method looks at."""
+        number = len(self.asked.tokens.samples)
         return Profile(
-            layers, self.open_stream, self.open_model, self.remember, self.remember_tensors
+            layers, self.open_stream, self.open_model, self.remember, self.remember_tensors, number
         )
 
     def open_model(self, num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
@@ -139,15 +140,19 @@ class IntactModel:
         batches = self._sample(num_samples).batches(compute.batch_size, compute.device)
         return self.asked.checkpoint.load(compute.device), batches
 
-    def open_stream(self, num_samples: int | None = None) -> LayerStream:
+    def open_stream(
+        self, num_samples: int | None = None, documents: Sequence[int] | None = None
+    ) -> LayerStream:
         """Its decoder layers over these samples, one in memory at a time."""
         compute, checkpoint = self.context.compute, self.asked.checkpoint
         limit = int(compute.cache_gib * 2**30)
         cache = Activations(limit, folder=self.context.store.root, device=compute.device)
         model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
-        sample = self._sample(num_samples)
+        places = range(len(self.asked.tokens.samples)) if documents is None else documents
+        sample = self._sample(num_samples) if documents is None else self.asked.tokens.take(places)
         batches = sample.batches(compute.batch_size, compute.device)
-        return LayerStream(model, batches, cache, sample.positions_by_length())
+        positions = [places[place] for place in sample.positions_by_length()]
+        return LayerStream(model, batches, cache, positions)
 
     def remember(
         self, identity: dict[str, Any], work: Callable[[], Answer], code: Sequence[object]
