@@ -83,11 +83,14 @@ class LayerCandidates:
     """The MoE layers to choose from: what `layers/` may look at.
 
     statistics: by true index, in order; beam and seed: options. `condensed` gives the model with
-    any set of them condensed, for which the experts of every layer are chosen first.
+    any set of them condensed, for which the experts of every layer are chosen first. `refitted`
+    gives the same as it will be saved, on documents of the calibration set on which nothing was
+    fitted, and nothing else.
     """
 
     statistics: dict[int, LayerStatistics]
     condensed: Callable[[], CondensedSets]
+    refitted: Callable[[], CondensedSets]
     beam: int
     seed: int
 

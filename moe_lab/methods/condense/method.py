@@ -189,6 +189,8 @@ class Condense(Method):
             edits = experts.edits(experts.statistics)
             return CondensedSets(lambda: experts.stream, edits, experts.remember)
 
-        layers = LayerCandidates(experts.statistics, condensed, self.beam, self.seed)
+        layers = LayerCandidates(
+            experts.statistics, condensed, experts.refitted, self.beam, self.seed
+        )
         chosen: Choice = choice_named("layers", self.layers)(layers, self.num_layers)
         return chosen
