@@ -117,25 +117,41 @@ class LayerStream:
         state: Tensor = _final_norm(self._text_model)(hidden)
         return state
 
+    def targets(self, batch: int) -> Tensor:
+        """Where a token and its next one are data, [B, L] bool: never a document's last token."""
+        valid = self.valid[batch]
+        return valid & nn.functional.pad(valid[:, 1:], (0, 1))
+
     def next_token_loss(self, batch: int, hidden: Tensor) -> tuple[float, int]:
         """Sum of the cross entropy in nats over the targets of a batch, and their number.
 
         hidden: the last decoder layer's output [B, L, D].
         """
-        targets = self.valid[batch][:, 1:]
-        states = self.finish(hidden)[:, :-1][targets]
-        labels = self.input_ids[batch][:, 1:][targets]
-        logits = self.model.get_output_embeddings()(states).float()
-        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        predicts = self.targets(batch)
+        labels = self.input_ids[batch][predicts.roll(1, dims=1)]
+        logits_NV = self.logits_of(hidden[predicts], self.input_ids[batch][predicts]).float()
+        loss = nn.functional.cross_entropy(logits_NV, labels, reduction="none")
         return loss.sum(dtype=torch.float64).item(), len(labels)
+
+    def logits_of(self, hidden_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """The model's logits [N, V] at N positions, which need not be of one document.
+
+        hidden_ND: the last decoder layer's output there; ids_N: the tokens. What a model does
+        behind its decoder layers (norm, head, scaling, soft-capping) it does at each position
+        alone, so each is a document of one token here.
+        """
+        return self._head(hidden_ND[:, None], ids_N[:, None], torch.ones_like(ids_N[:, None]))[:, 0]
 
     def logits(self, batch: int, hidden: Tensor) -> Tensor:
         """The model's logits [B, L, V]; hidden: the last decoder layer's output [B, L, D]."""
-        mask = self.valid[batch].long()
+        return self._head(hidden, self.input_ids[batch], self.valid[batch].long())
+
+    def _head(self, hidden: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """The whole model, whose decoder layers all give `hidden` [B, L, D]."""
         assert self.handed is not None
         output = self.handed.like(hidden)
         with forwards(self.layers, lambda *_, **arguments: output):
-            inputs = {"input_ids": self.input_ids[batch], "attention_mask": mask}
+            inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
             logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits
 

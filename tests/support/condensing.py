@@ -88,6 +88,18 @@ def brute_force_divergence(intact: list, changed: list, position: int, measure="
     return float(torch.stack(values).mean())
 
 
+def brute_force_logits_kl(
+    intact: list[Tensor], changed: list[Tensor], batches: list[dict]
+) -> float:
+    """KL of the next token's distribution in nats, of logits: the mean over all but last tokens."""
+    values = []
+    for p, q, batch in zip(intact, changed, batches, strict=True):
+        for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+            log_p, log_q = (one[row, : length - 1].double().log_softmax(-1) for one in (p, q))
+            values.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    return float(torch.cat(values).mean())
+
+
 def with_condensed(model, choices: dict[int, list[int]], statistics: dict):
     """A copy of the model in which the layers of `choices` are condensed."""
     changed = copy.deepcopy(model)

@@ -112,8 +112,8 @@ class LayerCandidates:
     """The MoE layers to choose from: what `layers/` may look at.
 
     statistics: by true index, in order; beam and seed: options. `condensed` gives the model with
-    any set of them condensed, for which the experts of every layer are chosen first; `refitted`
-    the same as they will be condensed, refits and all, on documents on which nothing was fitted.
+    any set of them condensed, for which the experts of every layer are chosen first. `refitted`
+    gives the same as it will be, refits and all, on documents on which nothing was fitted.
     """
 
     statistics: dict[int, LayerStatistics]

@@ -12,10 +12,12 @@ import torch
 from moe_lab.finite import check_scores
 from moe_lab.methods.condense.base import ExpertCandidates, choice_named, draws, shared_gate
 from moe_lab.methods.condense.expert_search import IntactStates, OpenLayer, search_terms
+from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.experts import Experts
 from moe_lab.models.stream import LayerStream
+from moe_lab.profile.documents import to_fit_and_choose
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile
 from moe_lab.progress import progress
@@ -79,6 +81,23 @@ class ExpertChoices:
     def remember(self, identity: dict[str, Any], work: Callable[[], Answer]) -> Answer:
         """What was found before for the same question, options and data."""
         return self.profile.remember(self._identity | identity, work, self.method.searches())
+
+    def refitted(self) -> CondensedSets:
+        """The model with any set of its layers condensed, on documents that choose alone."""
+        _, documents = to_fit_and_choose(self.profile.num_documents)
+        opened = functools.cache(lambda: self.opened(documents))
+
+        def remember(identity: dict[str, Any], work: Callable[[], Answer]) -> Answer:
+            return self.remember(identity | {"documents": documents}, work)
+
+        return CondensedSets(opened, self.edits(self.statistics), remember)
+
+    def opened(self, documents: Sequence[int]) -> LayerStream:
+        """The model's decoder layers on some documents, for a search over layers."""
+        stream = self.profile.open_stream(documents=documents)
+        size = self._layer_bytes(stream) + stream.state_bytes()  # and the intact model's last ones
+        stream.cache.announce({"states of the search over layers": size})
+        return stream
 
     def edits(self, indices: Iterable[int]) -> dict[int, CondenseLayer]:
         """Condensing edits of these layers, in order of the layers."""

@@ -6,7 +6,8 @@ all decoder layers up to the first in which they differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from moe_lab.finite import check_number
 from moe_lab.methods.condense import divergence
 from moe_lab.methods.condense.divergence import Divergence, weighted_mean
-from moe_lab.models.condensing import condensed, dense_terms
+from moe_lab.models.condensing import dense_terms
 from moe_lab.models.editing import copied_layer
-from moe_lab.models.edits.condense import CondenseLayer
+from moe_lab.models.edits.base import Edit
+from moe_lab.models.opening import text_config
+from moe_lab.models.predictions import divergence_terms, log_probabilities
 from moe_lab.models.stream import LayerStream, swapped
 from moe_lab.profile.profile import Answer
 from moe_lab.progress import progress
-from moe_lab.types import Choice
+from moe_lab.types import Choice, UserError
+
+LOGITS_AT_ONCE = 2**24  # numbers of one distribution over the vocabulary, by positions
 
 
 class Remembering(Protocol):
@@ -33,22 +38,26 @@ class Remembering(Protocol):
 class CondensedSets:
     """The model with any set of its layers condensed, on the calibration set.
 
-    Sets that agree on the first layers share their states there, within a question and with the
-    set that was kept last: a decoder layer is computed once for each different way to reach it,
-    and its weights come into memory once a question.
+    edits: what condenses each layer; tensors: the plan's own, for edits that need some. Sets that
+    agree on the first layers share their states there, within a question and with the set that was
+    kept last: a decoder layer is computed once for each different way to reach it, and its weights
+    come into memory once a question.
     """
 
     def __init__(
         self,
         open_stream: Callable[[], LayerStream],
-        edits: dict[int, CondenseLayer],
+        edits: Mapping[int, Edit],
         remember: Remembering,
+        tensors: Mapping[str, Tensor] | None = None,
     ):
         self.edits, self._open_stream, self._remember = edits, open_stream, remember
+        self._tensors = tensors or {}
         self.evaluations = 0  # of decoder layers, over the whole calibration set
         self._kept: list[frozenset[int]] = [frozenset()]
         self._known: set[tuple[int, frozenset[int]]] = {(0, frozenset())}
         self._has_target = False
+        self._has_predictions = False
 
     @property
     def stream(self) -> LayerStream:
@@ -76,6 +85,14 @@ class CondensedSets:
             ]
 
         return self._asked("perplexity", sets, work)
+
+    def logits_kl(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """KL(intact || condensed) of the next token's distribution for each set, in nats.
+
+        The mean over all positions that predict a token of the text: all but the last one of each
+        document. Temperature 1, with all that the family does to its logits.
+        """
+        return self._asked("logits_kl", sets, lambda: self._logits_kl(sets))
 
     def local_js(self) -> list[float]:
         """For each layer in order: its own output's JS divergence when it alone is condensed."""
@@ -113,6 +130,37 @@ class CondensedSets:
 
         return [sum(one) for one in self._at_end(sets, value)]
 
+    @torch.no_grad()
+    def _logits_kl(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """The intact distribution of some positions is computed once for all sets, never kept."""
+        stream, totals = self.stream, [0.0] * len(sets)
+        self._keep_intact_output()
+        number = sum(int(stream.targets(batch).sum()) for batch in range(stream.num_batches))
+        if not number:
+            raise UserError(
+                "the calibration set has no next token to predict: its samples have one token each "
+                "(calibration.max_length)"
+            )
+        with self._reached(sets) as states:
+            for batch in range(stream.num_batches):
+                predicts = stream.targets(batch)
+                ids_N = stream.input_ids[batch][predicts]
+                intact_ND = stream.cache["intact output", batch]
+                some = [states(one, batch)[predicts] for one in sets]
+                for place, value in enumerate(_divergences(stream, ids_N, intact_ND, some)):
+                    totals[place] += value
+        return [total / number for total in totals]
+
+    def _keep_intact_output(self) -> None:
+        """Keep what the intact model's last decoder layer gives where something is predicted."""
+        if self._has_predictions:
+            return
+        with self._reached([frozenset()]) as states:
+            for batch in range(self.stream.num_batches):
+                intact_ND = states(frozenset(), batch)[self.stream.targets(batch)]
+                self.stream.cache["intact output", batch] = intact_ND
+        self._has_predictions = True
+
     def _last_states(self, one: frozenset[int]) -> list[Tensor]:
         def state(batch: int, hidden: Tensor) -> Tensor:
             return self.stream.finish(hidden)[self.stream.valid[batch]]
@@ -124,6 +172,16 @@ class CondensedSets:
         self, sets: Sequence[Collection[int]], look: Callable[[int, Tensor], Answer]
     ) -> list[list[Answer]]:
         """For each set what `look(batch, last decoder layer's output)` gives for each batch."""
+        batches = range(self.stream.num_batches)
+        with self._reached(sets) as states:
+            return [[look(batch, states(one, batch)) for batch in batches] for one in sets]
+
+    @contextmanager
+    @torch.no_grad()
+    def _reached(
+        self, sets: Sequence[Collection[int]]
+    ) -> Iterator[Callable[[Collection[int], int], Tensor]]:
+        """The last decoder layer's output [B, L, D] by set and batch, while it is open."""
         wanted = [frozenset(one) for one in sets]
         end = len(self.stream.layers)
         needed: list[set[frozenset[int]]] = [set() for _ in range(end + 1)]
@@ -132,15 +190,11 @@ class CondensedSets:
             new = {one for one in needed[level] if (level, one) not in self._known}
             needed[level - 1] |= {one - {level - 1} for one in new}
             needed[level] = new
-        seen: dict[frozenset[int], list[Answer]] = {}
         for level in range(end):
             self._advance(level, sorted(needed[level + 1], key=sorted))
             self._forget(level)
-        batches = range(self.stream.num_batches)
-        for one in wanted:
-            seen[one] = [look(batch, self.stream.cache[end, one, batch]) for batch in batches]
+        yield lambda one, batch: self.stream.cache[end, frozenset(one), batch]
         self._forget(end)
-        return [seen[one] for one in wanted]
 
     def _advance(self, level: int, new: Sequence[frozenset[int]]) -> None:
         """Compute the states after decoder layer `level` for each of the sets `new`."""
@@ -158,10 +212,11 @@ class CondensedSets:
                 self._known.add((level + 1, one))
 
     def _block(self, index: int) -> nn.Module:
+        """What stands at a layer after its edit; the layer itself stays as it is."""
         edit, layer = self.edits[index], self.stream.moe[index]
-        if dense_terms(layer) is None:  # then its own block would be changed
+        if edit.leaves_moe or dense_terms(layer) is None:  # then its own block would be changed
             layer = copied_layer(layer)
-        return condensed(layer, edit.experts, edit.gates, edit.shared_gate)
+        return edit.apply(layer, self._tensors)
 
     def _state(self, level: int, one: frozenset[int], batch: int) -> Tensor:
         key = (level, one, batch) if level else ("input", batch)
@@ -195,6 +250,20 @@ class CondensedSets:
                     total += float(weighted_mean(stream.token_weight[batch], value_T))
             values.append(total)
         return values
+
+
+def _divergences(
+    stream: LayerStream, ids_N: Tensor, intact_ND: Tensor, some: Sequence[Tensor]
+) -> list[float]:
+    """For each of `some` [N, D] the sum over positions of KL(intact || it), of their logits."""
+    totals = [0.0] * len(some)
+    vocabulary = text_config(stream.model.config).vocab_size
+    for chunk_n in torch.arange(len(ids_N)).split(max(1, LOGITS_AT_ONCE // vocabulary)):
+        log_p = log_probabilities(stream.logits_of(intact_ND[chunk_n], ids_N[chunk_n]))
+        for place, states_ND in enumerate(some):
+            log_q = log_probabilities(stream.logits_of(states_ND[chunk_n], ids_N[chunk_n]))
+            totals[place] += float(divergence_terms(log_p, log_q).sum(dtype=torch.float64))
+    return totals
 
 
 def greedy_layers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -30,7 +29,6 @@ from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.superset import Convert
 from moe_lab.option import Option
-from moe_lab.profile.documents import to_fit_and_choose
 from moe_lab.profile.grams import TOKEN_WEIGHTS
 from moe_lab.profile.profile import Profile, Tensors
 from moe_lab.types import Choice, LayerInfo, UserError
@@ -282,13 +280,7 @@ class Condense(Method):
             return CondensedSets(lambda: experts.stream, experts.edits(every), experts.remember)
 
         def refitted() -> CondensedSets:
-            number = experts.profile.num_documents
-            fit, choose = to_fit_and_choose(number)
-            stream = functools.cache(lambda: experts.profile.open_stream(documents=choose))
-            if refits is None:
-                return CondensedSets(stream, experts.edits(every), experts.remember)
-            edits, tensors = refits.fitted(every, "none", fit)
-            return CondensedSets(stream, edits, refits.remember(fit), tensors)
+            return refits.candidates() if refits else experts.refitted()
 
         layers = LayerCandidates(every, condensed, refitted, self.beam, self.seed)
         chosen: Choice = choice_named("layers", self.layers)(layers, self.num_layers)

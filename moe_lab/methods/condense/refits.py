@@ -13,6 +13,7 @@ says `layer_data.Walk`. Ours; the paper refits nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -28,7 +29,9 @@ from moe_lab.methods.condense.base import (
 )
 from moe_lab.methods.condense.expert_choice import Asked, ExpertChoices
 from moe_lab.methods.condense.layer_data import LayerData, Walk
-from moe_lab.methods.least_squares import RIDGES, Fit, NormalEquations, Ridge, Rows, fitted
+from moe_lab.methods.condense.layer_search import CondensedSets
+from moe_lab.methods.least_squares import Fit, NormalEquations, TokenRows, fitted
+from moe_lab.methods.ridge import RIDGES, SCALES, Ridge
 from moe_lab.models.dense_units import (
     SHARED,
     UnitWeights,
@@ -41,7 +44,7 @@ from moe_lab.models.edits.condense_units import CondenseUnits
 from moe_lab.models.experts import expert_forward, expert_parameters
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.stream import LayerStream
-from moe_lab.profile.documents import check_enough
+from moe_lab.profile.documents import check_enough, to_fit_and_choose
 from moe_lab.profile.profile import Answer, Profile, Tensors
 from moe_lab.progress import progress
 from moe_lab.types import LayerInfo
@@ -77,6 +80,16 @@ class Refits:
             "options": [method.num_routed, method.width, method.gates, method.seed],
             "refit": [method.refit, method.token_weight, method.ridge],
         }
+
+    def candidates(self) -> CondensedSets:
+        """The model with any set of its layers condensed, on documents that nothing was fitted to.
+
+        Each layer is fitted in the intact model, to the other documents.
+        """
+        fit, choose = to_fit_and_choose(self.profile.num_documents)
+        edits, tensors = self.fitted(self.choices.statistics, "none", fit)
+        opened = functools.cache(lambda: self.choices.opened(choose))
+        return CondensedSets(opened, edits, self.remember(fit), tensors)
 
     def remember(
         self, documents: Sequence[int] | None
@@ -179,7 +192,7 @@ class Refits:
     def _columns(self, weights: UnitWeights, units_N2: Tensor) -> Tensor:
         """The columns [N, D] that constant gates give hidden units."""
         statistics = self.choices.statistics[weights.layer.info.index]
-        gates_E = choice_named("gates", self.method.gates)(statistics).double()
+        gates_E: Tensor = choice_named("gates", self.method.gates)(statistics).double()
         expert_N = units_N2[:, 0]
         gate_N = gates_E[expert_N.clamp(min=0)]
         gate_N[expert_N == SHARED] = shared_gate(statistics)
@@ -192,7 +205,7 @@ class Refits:
         edit = self.choices.edits([index])[index]
         parameters = expert_parameters(layer.experts)
 
-        def rows(held: bool) -> Iterator[Rows]:
+        def rows(held: bool) -> Iterator[TokenRows]:
             for chunk in data.chunks(held):
                 parts = [] if layer.shared is None else [layer.shared(chunk.x_TD) * factors.shared]
                 for expert in edit.experts:
@@ -200,7 +213,7 @@ class Refits:
                     parts.append(output * factors.routed)
                 z_NP = torch.stack(parts, dim=-1).flatten(0, 1)
                 weight_N = chunk.weight_T.repeat_interleave(chunk.target_TD.shape[1])
-                yield Rows(z_NP, chunk.target_TD.flatten()[:, None], weight_N)
+                yield TokenRows(z_NP, chunk.target_TD.flatten()[:, None], weight_N)
 
         shared = [] if layer.shared is None else [edit.shared_gate]
         prior_P1 = torch.tensor([*shared, *edit.gates], dtype=torch.float64)[:, None]
@@ -257,9 +270,9 @@ def width_of(info: LayerInfo, num_routed: int) -> int:
     return info.shared_width * info.shared + num_routed * info.expert_width
 
 
-def _rows(data: LayerData, hidden: Callable[[Tensor], Tensor], held: bool) -> Iterator[Rows]:
+def _rows(data: LayerData, hidden: Callable[[Tensor], Tensor], held: bool) -> Iterator[TokenRows]:
     for chunk in data.chunks(held):
-        yield Rows(hidden(chunk.x_TD), chunk.target_TD, chunk.weight_T)
+        yield TokenRows(hidden(chunk.x_TD), chunk.target_TD, chunk.weight_T)
 
 
 def _equations(weights: UnitWeights, units_N2: Tensor, data: LayerData) -> NormalEquations:
@@ -292,9 +305,6 @@ def _screened(weights: UnitWeights, pool_N2: Tensor, data: LayerData, number: in
         scores.append(torch.where(square_I > 0, said_I, 0.0))
     best = torch.cat(scores).argsort(descending=True, stable=True)[:number]
     return pool_N2[best.sort().values]
-
-
-SCALES = ("mean", "unit")
 
 
 def _told(fit: Fit) -> Tensors:

@@ -28,6 +28,7 @@ SEARCHES = {  # condense.layers and condense.experts -> what their search looks 
     "greedy_js": "JS divergence (nats)",
     "greedy_kl": "KL divergence (nats)",
     "greedy_ppl": "perplexity",
+    "greedy_logits": "KL divergence of the predictions (nats)",
 }
 
 

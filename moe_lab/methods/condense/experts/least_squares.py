@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moe_lab.methods.condense.base import UnitCandidates, of_units
-from moe_lab.methods.least_squares import Ridge, forward_selection
+from moe_lab.methods.forward_selection import forward_selection
+from moe_lab.methods.ridge import Ridge
 from moe_lab.models.dense_units import SHARED
 
 RIDGE = Ridge(1e-2, "mean")
@@ -13,16 +15,13 @@ RIDGE = Ridge(1e-2, "mean")
 
 @of_units
 def choose(candidates: UnitCandidates) -> Tensor:
-    """Add, again and again, the expert with which the layer can be fitted best, all others refitted.
+    """Add, again and again, the expert with which the layer can be fitted best, all else refitted.
 
     `neurons` in groups: all units of an expert at once, and the shared experts from the start.
     """
     expert_N = candidates.units_N2[:, 0]
+    shared_K = (expert_N == SHARED).nonzero()[:, 0]
     selected = forward_selection(
-        candidates.equations,
-        candidates.num_routed,
-        RIDGE,
-        group_N=expert_N,
-        start_N=expert_N == SHARED,
+        candidates.equations, candidates.num_routed, RIDGE, group_N=expert_N, start_K=shared_K
     )
-    return selected.units_K
+    return torch.cat([shared_K, selected.units_K.cpu()])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_lab.methods.condense.base import UnitCandidates, of_units
-from moe_lab.methods.least_squares import Ridge, forward_selection
+from moe_lab.methods.forward_selection import forward_selection
+from moe_lab.methods.ridge import Ridge
 
 RIDGE = Ridge(1e-2, "mean")
 
