@@ -20,10 +20,11 @@ from moe_lab.types import UserError
 
 
 class Selected(NamedTuple):
-    """Units in order of choice [K], and the relative error after each, or each group.
+    """Units in order of choice [K], and the relative error before the first and after each.
 
-    The error is the least that the fit minimises with these units, ridge included (towards zero,
-    there being no prior), so that it never grows.
+    After each group where groups are chosen, so that there is one error more than choices. It is
+    the least that the fit minimises with these units, ridge included (towards zero, there being no
+    prior), so that it never grows.
     """
 
     units_K: Tensor
@@ -35,32 +36,31 @@ def forward_selection(
     number: int,
     ridge: Ridge,
     group_N: Tensor | None = None,
-    start_K: Tensor | None = None,
+    start_N: Tensor | None = None,
 ) -> Selected:
     """So many units, always the one next with which the refitted error is least.
 
     group_N: whose each unit is ([N] integers), as that of an expert; then whole groups are chosen,
-    and number counts them. start_K: units that are in it before, in no choice and no number, as
-    those of the shared experts; with groups, a group is what these leave of it. A unit that says
-    what a chosen one does has little left, as its residual is only the ridge's.
-    Ties: the lower unit or group. All in float64, N (K + D) steps a unit.
+    and number counts them. start_N: units that are in it from the start, as those of the shared
+    experts ([N] bool, or their numbers): not chosen and not counted; of a group that has some, the
+    others are chosen. A unit that says what a chosen one does has little left, as its residual is
+    only the ridge's. Ties: the lower unit or group. All in float64; a unit takes N (K + D) steps.
     """
-    start_K = torch.zeros(0, dtype=torch.long) if start_K is None else start_K
     left_N = torch.ones(len(equations.cross_ND), dtype=torch.bool, device=equations.cross_ND.device)
-    left_N[start_K] = False
+    if start_N is not None:
+        left_N[start_N] = False
     if group_N is None:
-        return _by_unit(equations, number, ridge, left_N, start_K)
-    return _by_group(equations, number, ridge, left_N, start_K, group_N)
+        return _by_unit(equations, number, ridge, left_N)
+    return _by_group(equations, number, ridge, left_N, group_N)
 
 
-def _by_unit(
-    equations: NormalEquations, number: int, ridge: Ridge, left_N: Tensor, start_K: Tensor
-) -> Selected:
+def _by_unit(equations: NormalEquations, number: int, ridge: Ridge, left_N: Tensor) -> Selected:
     _check_number(number, int(left_N.sum()), "hidden units")
-    chosen, errors = _Units(equations, len(start_K) + number, ridge), []
-    for unit in start_K.tolist():
+    start = (~left_N).nonzero()[:, 0].tolist()
+    chosen = _Units(equations, len(start) + number, ridge)
+    for unit in start:
         chosen.take(unit)
-    units: list[int] = []
+    units, errors = [], [chosen.error]
     for _ in range(number):
         gain_N = (chosen.gap_N / chosen.pivot_N).masked_fill(~left_N, -1.0)
         units.append(int(gain_N.argmax()))
@@ -126,24 +126,18 @@ class _Units(_Chosen):
 
 
 def _by_group(
-    equations: NormalEquations,
-    number: int,
-    ridge: Ridge,
-    left_N: Tensor,
-    start_K: Tensor,
-    group_N: Tensor,
+    equations: NormalEquations, number: int, ridge: Ridge, left_N: Tensor, group_N: Tensor
 ) -> Selected:
     labels = group_N[left_N].unique().tolist()
     _check_number(number, len(labels), "groups of hidden units")
     groups = {label: ((group_N == label) & left_N).nonzero()[:, 0] for label in labels}
-    chosen, errors = _Groups(equations, ridge, groups), []
-    if len(start_K):
-        chosen.take(start_K)
-    units = [torch.zeros(0, dtype=torch.long)]
+    chosen, units = _Groups(equations, ridge, groups), [torch.zeros(0, dtype=torch.long)]
+    if not bool(left_N.all()):
+        chosen.take((~left_N).nonzero()[:, 0])
+    errors = [chosen.error]
     for _ in range(number):
         gains = {label: chosen.gain(label) for label in groups}
-        best = max(gains, key=gains.__getitem__)
-        units.append(groups.pop(best))
+        units.append(groups.pop(max(gains, key=gains.__getitem__)))
         chosen.take(units[-1])
         errors.append(chosen.error)
     return Selected(torch.cat(units), errors)

@@ -22,7 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lab.methods.ridge import BLOCK, RIDGES, Ridge, factored, mirror, substituted
+from moe_lab.methods.ridge import (
+    BLOCK,
+    RIDGES,
+    Ridge,
+    every_second,
+    factored,
+    mirror,
+    neighbours,
+    substituted,
+)
 from moe_lab.types import NotFinite, UserError
 
 LARGE = 4096  # hidden units from which on sums are float32: a float64 matrix of them is 134 MB
@@ -140,21 +149,19 @@ class Fit(NamedTuple):
 
 def solved(equations: NormalEquations, prior_ND: Tensor, ridge: Ridge) -> Tensor:
     """W = V + (G + L)^-1 (B - G V), [N, D] in the dtype of the sums."""
-    prior_ND = prior_ND.to(equations.cross_ND.dtype)
-    return prior_ND + _solution(equations, _gap(equations, prior_ND), ridge)[0]
+    return _solution(equations, equations.cross_ND, prior_ND, ridge)[0]
 
 
-def _gap(equations: NormalEquations, prior_ND: Tensor) -> Tensor:
-    """B - G V: what the prior leaves to be done."""
-    if not bool(prior_ND.isfinite().all()):
+def _solution(
+    equations: NormalEquations, cross_NX: Tensor, prior_NX: Tensor, ridge: Ridge
+) -> tuple[Tensor, Ridge]:
+    """The same for any outputs, and the ridge that it took."""
+    gram_NN, prior_NX = equations.gram_NN, prior_NX.to(cross_NX.dtype)
+    if not bool(prior_NX.isfinite().all()):
         raise NotFinite("least squares: a column of the down projection is not finite")
-    return equations.cross_ND - equations.gram_NN @ prior_ND
-
-
-def _solution(equations: NormalEquations, gap_ND: Tensor, ridge: Ridge) -> tuple[Tensor, Ridge]:
-    gram_NN = equations.gram_NN
+    gap_NX = cross_NX - gram_NN @ prior_NX
     with factored(gram_NN, ridge) as found:
-        return substituted(gram_NN, gap_ND), found
+        return substituted(gram_NN, gap_NX).add_(prior_NX), found
 
 
 def fitted(
@@ -165,25 +172,52 @@ def fitted(
 ) -> Fit:
     """The columns with the ridge that does best on the held rows, then fitted to these too.
 
-    `equations` has the held rows in it afterwards. held: read twice, the same rows each time.
+    `equations` has the held rows in it afterwards. held: read two or three times, the same rows
+    each time. From LARGE units on, where each ridge takes a factor of seconds, every second ridge
+    of each scale is tried, and then the neighbours of the best.
     """
     if not ridges:
         raise UserError("no ridge to choose from: name one at least")
-    prior_ND = prior_ND.to(equations.cross_ND.dtype)
-    sketch_DS = _sketch(prior_ND)
-    some_NS = prior_ND if sketch_DS is None else prior_ND @ sketch_DS
-    gap_ND = _gap(equations, prior_ND)
-    gap_NS = gap_ND if sketch_DS is None else gap_ND @ sketch_DS
-    del gap_ND
-    each = [some_NS + _solution(equations, gap_NS, ridge)[0] for ridge in ridges]
-    *errors, prior_error = _judged(held(), [*each, some_NS], sketch_DS)
-    del each
+    trial = _Trial(equations, held, prior_ND)
+    if len(equations.cross_ND) < LARGE:
+        errors = trial.errors(ridges)
+    else:
+        first = every_second(ridges)
+        errors = trial.errors(first)
+        errors |= trial.errors(neighbours(ridges, min(errors, key=errors.__getitem__)))
     for rows in held():
         equations.add(rows)
-    best = min(range(len(ridges)), key=errors.__getitem__)
-    change_ND, ridge = _solution(equations, _gap(equations, prior_ND), ridges[best])
-    columns_ND = change_ND.add_(prior_ND)
-    return Fit(columns_ND, ridge, equations.error(columns_ND), errors[best], prior_error)
+    best = min(errors, key=errors.__getitem__)
+    columns_ND, ridge = _solution(equations, equations.cross_ND, prior_ND, best)
+    error = equations.error(columns_ND)
+    return Fit(columns_ND, ridge, error, errors[best], trial.prior_error)
+
+
+class _Trial:
+    """Ridges tried on the held rows, in a sketch of the outputs where these are many."""
+
+    def __init__(
+        self,
+        equations: NormalEquations,
+        held: Callable[[], Iterable[TokenRows]],
+        prior_ND: Tensor,
+    ):
+        self.equations, self.held = equations, held
+        self.sketch_DS = _sketch(prior_ND.to(equations.cross_ND))
+        self.prior_NS, self.cross_NS = prior_ND, equations.cross_ND
+        if self.sketch_DS is not None:
+            self.prior_NS = prior_ND.to(self.sketch_DS) @ self.sketch_DS
+            self.cross_NS = equations.cross_ND @ self.sketch_DS
+        self.prior_error = 0.0
+
+    def errors(self, ridges: Sequence[Ridge]) -> dict[Ridge, float]:
+        """The relative error on the held rows with each; that of the prior is kept."""
+        each = [
+            _solution(self.equations, self.cross_NS, self.prior_NS, ridge)[0] for ridge in ridges
+        ]
+        each.append(self.prior_NS.to(self.cross_NS))
+        *errors, self.prior_error = _judged(self.held(), each, self.sketch_DS)
+        return dict(zip(ridges, errors, strict=True))
 
 
 def _sketch(prior_ND: Tensor) -> Tensor | None:

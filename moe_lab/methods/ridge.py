@@ -8,7 +8,7 @@ layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lab.types import NotFinite, UserError
 
-BLOCK = 1024  # rows and columns of a matrix that are worked on at once
+BLOCK = 512  # rows and columns of a matrix that are worked on at once
 SCALES = ("mean", "unit")
 UNIT_FLOOR = 1e-6  # of the mean diagonal: what a unit that hardly says anything counts for
 
@@ -56,6 +56,23 @@ class Ridge:
 
 STRENGTHS = tuple(10.0**power for power in range(-6, 2))
 RIDGES = tuple(Ridge(strength, scale) for scale in SCALES for strength in STRENGTHS)
+
+
+def every_second(ridges: Sequence[Ridge]) -> list[Ridge]:
+    """Of each scale every second one by strength, from the weakest on."""
+    return [one for scale in SCALES for one in _of_scale(ridges, scale)[::2]]
+
+
+def neighbours(ridges: Sequence[Ridge], ridge: Ridge) -> list[Ridge]:
+    """The next weaker and the next stronger one of the same scale, where there are such."""
+    same = _of_scale(ridges, ridge.scale)
+    place = same.index(ridge)
+    return same[max(place - 1, 0) : place] + same[place + 1 : place + 2]
+
+
+def _of_scale(ridges: Sequence[Ridge], scale: str) -> list[Ridge]:
+    same = {ridge for ridge in ridges if ridge.scale == scale}
+    return sorted(same, key=lambda ridge: ridge.strength)
 
 
 def mirror(matrix_NN: Tensor, *, upper: bool) -> None:

@@ -46,7 +46,8 @@ def brute_force(
     sums: NormalEquations, number: int, ridge: Ridge, members: list[list[int]], start: list[int]
 ) -> tuple[list[int], list[float]]:
     """Every candidate of every step solved for."""
-    left, chosen, errors = list(range(len(members))), list(start), []
+    left, chosen = list(range(len(members))), list(start)
+    errors = [least_error(sums, chosen, ridge) if chosen else 1.0]
     for _ in range(number):
         each = {one: least_error(sums, chosen + members[one], ridge) for one in left}
         best = min(left, key=each.__getitem__)
@@ -66,7 +67,7 @@ def test_each_unit_is_the_best_of_all(ridge: Ridge, seed: int, start: list[int])
     sums = equations(seed=seed)
     members = [[unit] for unit in range(12) if unit not in start]
     units, errors = brute_force(sums, len(members), ridge, members, start)
-    found = forward_selection(sums, len(members), ridge, start_K=torch.tensor(start).long())
+    found = forward_selection(sums, len(members), ridge, start_N=torch.tensor(start).long())
     assert found.units_K.tolist() == units
     assert found.errors == pytest.approx(errors, rel=1e-6)
 
@@ -182,4 +183,14 @@ def test_the_sums_stay_as_they_are(group_N: Tensor | None) -> None:
 def test_no_unit_is_a_choice() -> None:
     for group_N in (None, torch.arange(12)):
         found = forward_selection(equations(), 0, Ridge(0.1), group_N)
-        assert found.units_K.tolist() == [] and found.errors == []
+        assert found.units_K.tolist() == [] and found.errors == [1.0]
+
+
+def test_units_from_the_start_as_a_mask_or_by_number() -> None:
+    mask_N = torch.zeros(12, dtype=torch.bool)
+    mask_N[[2, 7]] = True
+    for group_N in (None, torch.arange(12) // 3):
+        one = forward_selection(equations(), 2, Ridge(0.1), group_N, mask_N)
+        two = forward_selection(equations(), 2, Ridge(0.1), group_N, torch.tensor([7, 2]))
+        assert torch.equal(one.units_K, two.units_K) and one.errors == two.errors
+        assert not {2, 7} & {*one.units_K.tolist()}

@@ -146,6 +146,29 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_the_held_rows(seed: int) ->
     assert fit.error == pytest.approx(relative(problem.rows, expected_ND), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_large_layer_finds_nearly_the_best_ridge_with_fewer_tried(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(tokens=24, noise=(0.1, 1.0, 3.0, 10.0)[seed], seed=seed)
+    every = problem.fit()
+    monkeypatch.setattr(least_squares, "LARGE", 2)
+    tried: list[Ridge] = []
+    factored = least_squares.factored
+
+    def counted(gram_NN: Tensor, ridge: Ridge) -> object:
+        tried.append(ridge)
+        return factored(gram_NN, ridge)
+
+    monkeypatch.setattr(least_squares, "factored", counted)
+    problem.rows = TokenRows(*(part.float() for part in problem.rows))
+    some = problem.fit()
+    assert len(tried) <= 11 < len(RIDGES)
+    assert some.ridge in tried
+    assert some.prior_error == pytest.approx(every.prior_error, rel=1e-4)
+    assert some.held_error == pytest.approx(every.held_error, rel=0.02)
+
+
 def test_the_best_ridge_is_not_always_the_same() -> None:
     strengths = {Problem(tokens=24, noise=noise).fit().ridge.strength for noise in (0.01, 10.0)}
     assert len(strengths) == 2

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from moe_lab.methods import ridge
-from moe_lab.methods.ridge import Ridge, cholesky, factored, half_substituted, mirror, substituted
+from moe_lab.methods.ridge import (
+    RIDGES,
+    Ridge,
+    cholesky,
+    every_second,
+    factored,
+    half_substituted,
+    mirror,
+    neighbours,
+    substituted,
+)
 from moe_lab.types import NotFinite, UserError
 
 
@@ -46,8 +56,20 @@ def test_scales_that_are_none() -> None:
 
 def test_the_grid_is_wide_on_both_scales() -> None:
     for scale in ("mean", "unit"):
-        strengths = [one.strength for one in ridge.RIDGES if one.scale == scale]
+        strengths = [one.strength for one in RIDGES if one.scale == scale]
         assert min(strengths) == pytest.approx(1e-6) and max(strengths) == pytest.approx(10)
+
+
+def test_a_search_of_the_grid_sees_both_scales() -> None:
+    given = [Ridge(3.0), Ridge(1.0, "unit"), Ridge(1.0), Ridge(2.0), Ridge(2.0, "unit")]
+    assert every_second(given) == [Ridge(1.0), Ridge(3.0), Ridge(1.0, "unit")]
+    assert neighbours(given, Ridge(2.0)) == [Ridge(1.0), Ridge(3.0)]
+    assert neighbours(given, Ridge(3.0)) == [Ridge(2.0)]
+    assert neighbours(given, Ridge(1.0, "unit")) == [Ridge(2.0, "unit")]
+    assert neighbours([Ridge(1.0)], Ridge(1.0)) == []
+    tried = every_second(RIDGES)
+    near = [one for each in tried for one in neighbours(RIDGES, each)]
+    assert {*tried, *near} == {*RIDGES}  # none of the grid is out of reach
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
