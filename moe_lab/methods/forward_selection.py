@@ -36,19 +36,19 @@ def forward_selection(
     number: int,
     ridge: Ridge,
     group_N: Tensor | None = None,
-    start_N: Tensor | None = None,
+    start_K: Tensor | None = None,
 ) -> Selected:
     """So many units, always the one next with which the refitted error is least.
 
     group_N: whose each unit is ([N] integers), as that of an expert; then whole groups are chosen,
-    and number counts them. start_N: units that are in it from the start, as those of the shared
-    experts ([N] bool, or their numbers): not chosen and not counted; of a group that has some, the
+    and number counts them. start_K: units that are in it from the start, as those of the shared
+    experts (their numbers, or [N] bool): not chosen and not counted; of a group that has some, the
     others are chosen. A unit that says what a chosen one does has little left, as its residual is
     only the ridge's. Ties: the lower unit or group. All in float64; a unit takes N (K + D) steps.
     """
     left_N = torch.ones(len(equations.cross_ND), dtype=torch.bool, device=equations.cross_ND.device)
-    if start_N is not None:
-        left_N[start_N] = False
+    if start_K is not None:
+        left_N[start_K] = False
     if group_N is None:
         return _by_unit(equations, number, ridge, left_N)
     return _by_group(equations, number, ridge, left_N, group_N)

@@ -46,8 +46,9 @@ def _no_model(num_samples: int | None = None, documents: Sequence[int] | None = 
 class Profile:
     """Statistics of the intact model, and what costs more, made only when somebody asks.
 
-    open_stream(num_samples, documents): the model's decoder layers over the first so many samples
-    of the calibration set (None: all of it), or over the documents at these places of it.
+    open_stream(num_samples, documents, added): the model's decoder layers over the first so many
+    samples of the calibration set (None: all of it), or over the documents at these places of it;
+    added: documents, as token ids, that stand behind its last one.
     open_model(num_samples): the intact model, whole, and those
     samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
     `work` (plain JSON values) gave for the same identity, model, data and code before; code: the

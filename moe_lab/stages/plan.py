@@ -141,15 +141,23 @@ class IntactModel:
         return self.asked.checkpoint.load(compute.device), batches
 
     def open_stream(
-        self, num_samples: int | None = None, documents: Sequence[int] | None = None
+        self,
+        num_samples: int | None = None,
+        documents: Sequence[int] | None = None,
+        added: Sequence[Sequence[int]] = (),
     ) -> LayerStream:
-        """Its decoder layers over these samples, one in memory at a time."""
+        """Its decoder layers over these samples, one in memory at a time.
+
+        added: token ids of documents that stand behind the calibration set's last one.
+        """
         compute, checkpoint = self.context.compute, self.asked.checkpoint
         limit = int(compute.cache_gib * 2**30)
         cache = Activations(limit, folder=self.context.store.root, device=compute.device)
         model = LayerwiseModel(checkpoint, compute.device, keep_bytes=limit)
-        places = range(len(self.asked.tokens.samples)) if documents is None else documents
-        sample = self._sample(num_samples) if documents is None else self.asked.tokens.take(places)
+        tokens = self._sample(num_samples) if documents is None else self.asked.tokens
+        tokens = Tokens(tokens.samples + tuple(map(tuple, added)), tokens.pad_id)
+        places = range(len(tokens.samples)) if documents is None else documents
+        sample = tokens.take(places)
         batches = sample.batches(compute.batch_size, compute.device)
         positions = [places[place] for place in sample.positions_by_length()]
         return LayerStream(model, batches, cache, positions)

@@ -67,7 +67,7 @@ def test_each_unit_is_the_best_of_all(ridge: Ridge, seed: int, start: list[int])
     sums = equations(seed=seed)
     members = [[unit] for unit in range(12) if unit not in start]
     units, errors = brute_force(sums, len(members), ridge, members, start)
-    found = forward_selection(sums, len(members), ridge, start_N=torch.tensor(start).long())
+    found = forward_selection(sums, len(members), ridge, start_K=torch.tensor(start).long())
     assert found.units_K.tolist() == units
     assert found.errors == pytest.approx(errors, rel=1e-6)
 

@@ -92,9 +92,12 @@ class ExpertChoices:
 
         return CondensedSets(opened, self.edits(self.statistics), remember)
 
-    def opened(self, documents: Sequence[int]) -> LayerStream:
-        """The model's decoder layers on some documents, for a search over layers."""
-        stream = self.profile.open_stream(documents=documents)
+    def opened(self, documents: Sequence[int], profile: Profile | None = None) -> LayerStream:
+        """The model's decoder layers on some documents, for a search over layers.
+
+        profile: of whose calibration set they are; None: of that in which experts are chosen.
+        """
+        stream = (profile or self.profile).open_stream(documents=documents)
         size = self._layer_bytes(stream) + stream.state_bytes()  # and the intact model's last ones
         stream.cache.announce({"states of the search over layers": size})
         return stream

@@ -6,8 +6,9 @@ Letters: t tokens of one batch, valid ones only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,25 +41,44 @@ class Chunk:
         )  # fmt: skip
 
 
+class Guard(NamedTuple):
+    """Documents, from this place on, that stand for what the calibration set does not show.
+
+    weight: what all of their tokens weigh together, in shares of what all others do.
+    """
+
+    first: int
+    weight: float
+
+
 class LayerData:
     """All tokens of a stream at one layer; the states lie in the stream's cache."""
 
-    def __init__(self, stream: LayerStream):
+    def __init__(self, stream: LayerStream, guard: Guard | None = None):
         self.stream = stream
-        documents = [stream.documents(batch) for batch in range(stream.num_batches)]
-        held = held_out([place for one in documents for place in one])
-        self._held: list[Tensor] = []
-        for valid, places in zip(stream.valid, documents, strict=True):
-            of_batch = torch.tensor([place in held for place in places], device=valid.device)
-            self._held.append(of_batch[:, None].expand(valid.shape)[valid])
+        held = held_out(stream.positions)
+        self._held = self._of_documents(lambda place: place in held)
+        self._guards = self._of_documents(lambda place: guard is not None and place >= guard.first)
+        guards = sum(int(one.sum()) for one in self._guards)
+        others = sum(len(one) for one in self._guards) - guards
+        self._factor = guard.weight * others / guards if guard and guards else 1.0
         self._weights: list[Tensor] = []
+
+    def _of_documents(self, says: Callable[[int], bool]) -> list[Tensor]:
+        """What is said of each token's document, by batch [t]."""
+        found = []
+        for batch, valid in enumerate(self.stream.valid):
+            places = self.stream.documents(batch)
+            of_batch = torch.tensor([says(place) for place in places], device=valid.device)
+            found.append(of_batch[:, None].expand(valid.shape)[valid])
+        return found
 
     def add(self, x_TD: Tensor, target_TD: Tensor, weight_T: Tensor) -> None:
         """The valid tokens of the next batch."""
         batch = len(self._weights)
         self.stream.cache["fit input", batch] = x_TD
         self.stream.cache["fit target", batch] = target_TD
-        self._weights.append(weight_T)
+        self._weights.append(torch.where(self._guards[batch], self._factor * weight_T, weight_T))
 
     def chunks(self, held: bool | None = None) -> Iterator[Chunk]:
         """The tokens in order, at most TOKENS_AT_ONCE at a time; those held out, or the others."""
@@ -94,14 +114,17 @@ class Walk:
     that what counts is the relative error of that state; none: all alike.
     """
 
-    def __init__(self, stream: LayerStream, propagate: str, token_weight: str):
+    def __init__(
+        self, stream: LayerStream, propagate: str, token_weight: str, guard: Guard | None = None
+    ):
         self.stream, self.propagate, self.token_weight = stream, propagate, token_weight
+        self.guard = guard
         self.intact = States(stream, "intact")
         self.behind = States(stream, "behind") if propagate != "none" else self.intact
 
     def data(self, index: int) -> LayerData:
         """What layer `index` is fitted to; its weights must be in memory."""
-        stream, data = self.stream, LayerData(self.stream)
+        stream, data = self.stream, LayerData(self.stream, self.guard)
         self.intact.move_to(index)
         self.behind.move_to(index)
         for batch, valid in enumerate(stream.valid):

@@ -19,7 +19,7 @@ from moe_lab.methods.condense.base import (
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_data import PROPAGATIONS
 from moe_lab.methods.condense.layer_search import CondensedSets
-from moe_lab.methods.condense.refits import REFITS, Refits, width_of
+from moe_lab.methods.condense.refits import GUARDS, REFITS, Refits, width_of
 from moe_lab.methods.layer_choice import example_layers
 from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.base import Edit
@@ -95,6 +95,18 @@ class Condense(Method):
             least=0,
         ),
     ] = None
+    guard: Annotated[
+        str,
+        Option(
+            "of a refit, against forgetting what the calibration set does not show: own_text, "
+            "documents that the model writes itself, are fitted along",
+            among=GUARDS,
+        ),
+    ] = "none"
+    guard_weight: Annotated[
+        float,
+        Option("what they weigh together, in shares of the calibration set", least=0),
+    ] = 0.3
     beam: Annotated[int, Option("sets of layers that a greedy search carries on", least=1)] = 1
     seed: Annotated[int, Option("seed of random experts and layers")] = 0
     padding: Annotated[
@@ -107,7 +119,7 @@ class Condense(Method):
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "refit", "width", "propagate",
-        "token_weight", "ridge", "beam", "seed", "padding", "convert",
+        "token_weight", "ridge", "guard", "guard_weight", "beam", "seed", "padding", "convert",
     )  # fmt: skip
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
@@ -156,6 +168,11 @@ class Condense(Method):
                 f"condense.width={self.width} is for a choice of hidden units, and "
                 f"condense.experts={self.experts} chooses whole experts: condense.experts=neurons, "
                 "or condense.num_routed"
+            )
+        if self.refit == "none" and self.guard != "none":
+            raise UserError(
+                f"condense.guard={self.guard} is of a refit, and condense.refit=none fits nothing: "
+                "condense.refit=down_proj"
             )
         if self.refit == "none" and (self.propagate or "none") != "none":
             raise UserError(

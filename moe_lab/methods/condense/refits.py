@@ -28,7 +28,7 @@ from moe_lab.methods.condense.base import (
     shared_gate,
 )
 from moe_lab.methods.condense.expert_choice import Asked, ExpertChoices
-from moe_lab.methods.condense.layer_data import LayerData, Walk
+from moe_lab.methods.condense.layer_data import Guard, LayerData, Walk
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.least_squares import Fit, NormalEquations, TokenRows, fitted
 from moe_lab.methods.ridge import RIDGES, SCALES, Ridge
@@ -45,11 +45,13 @@ from moe_lab.models.experts import expert_forward, expert_parameters
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.documents import check_enough, to_fit_and_choose
+from moe_lab.profile.own_text import with_own_text
 from moe_lab.profile.profile import Answer, Profile, Tensors
 from moe_lab.progress import progress
 from moe_lab.types import LayerInfo
 
 REFITS = ("none", "gates", "down_proj")
+GUARDS = ("none", "own_text")
 CANDIDATES = 4096  # hidden units among which some are chosen, where there are more
 SCREENED_BY = 4096  # tokens
 
@@ -60,6 +62,8 @@ class AskedRefit(Asked, Protocol):
     refit: str
     token_weight: str
     ridge: float | None
+    guard: str
+    guard_weight: float
     width: int | None
 
     @property
@@ -74,11 +78,15 @@ class Refits:
     def __init__(self, method: AskedRefit, profile: Profile, choices: ExpertChoices):
         check_enough(profile.num_documents)
         self.method, self.profile, self.choices = method, profile, choices
+        self.guard: Guard | None = None
+        if method.guard == "own_text":
+            self.guard = Guard(profile.num_documents, method.guard_weight)
+            self.profile = with_own_text(profile)
         by_name = isinstance(method.experts, str)
         self._identity = {
             "experts": method.experts if by_name else list(method.experts),
             "options": [method.num_routed, method.width, method.gates, method.seed],
-            "refit": [method.refit, method.token_weight, method.ridge],
+            "refit": [method.refit, method.token_weight, method.ridge, self.guard],
         }
 
     def candidates(self) -> CondensedSets:
@@ -88,7 +96,7 @@ class Refits:
         """
         fit, choose = to_fit_and_choose(self.profile.num_documents)
         edits, tensors = self.fitted(self.choices.statistics, "none", fit)
-        opened = functools.cache(lambda: self.choices.opened(choose))
+        opened = functools.cache(lambda: self.choices.opened(choose, self.profile))
         return CondensedSets(opened, edits, self.remember(fit), tensors)
 
     def remember(
@@ -261,7 +269,8 @@ class _Walker:
                 stream.check_hidden_alone(
                     "layers behind condensed ones cannot be fitted: condense.propagate=none"
                 )
-            self._walk = Walk(stream, self.propagate, method.token_weight)
+            guard = self.refits.guard
+            self._walk = Walk(stream, self.propagate, method.token_weight, guard)
         return self._walk
 
 
