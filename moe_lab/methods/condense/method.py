@@ -107,6 +107,14 @@ class Condense(Method):
         float,
         Option("what they weigh together, in shares of the calibration set", least=0),
     ] = 0.3
+    fit_steps: Annotated[
+        int,
+        Option(
+            "of refit=down_proj: gradient steps that then fit all three projections of each layer "
+            "to what it should add",
+            least=0,
+        ),
+    ] = 0
     beam: Annotated[int, Option("sets of layers that a greedy search carries on", least=1)] = 1
     seed: Annotated[int, Option("seed of random experts and layers")] = 0
     padding: Annotated[
@@ -119,7 +127,8 @@ class Condense(Method):
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "refit", "width", "propagate",
-        "token_weight", "ridge", "guard", "guard_weight", "beam", "seed", "padding", "convert",
+        "token_weight", "ridge", "guard", "guard_weight", "fit_steps", "beam", "seed", "padding",
+        "convert",
     )  # fmt: skip
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
@@ -178,6 +187,11 @@ class Condense(Method):
             raise UserError(
                 f"condense.propagate={self.propagate} says what a refit is fitted to, and "
                 "condense.refit=none: condense.refit=down_proj"
+            )
+        if self.fit_steps and self.refit != "down_proj":
+            raise UserError(
+                f"condense.fit_steps={self.fit_steps} go on from a closed form, and "
+                f"condense.refit={self.refit}: condense.refit=down_proj, or condense=closed_form"
             )
 
     @property
@@ -240,7 +254,7 @@ class Condense(Method):
 
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that the plan depends on: the seed only where something is random."""
-        seeded = any(map(draws, (self.experts, self.layers)))
+        seeded = self.fit_steps > 0 or any(map(draws, (self.experts, self.layers)))
         return {name: value for name, value in options.items() if seeded or name != "seed"}
 
     def parts(self) -> Sequence[object]:
@@ -271,10 +285,11 @@ class Condense(Method):
             edits: Mapping[int, Edit] = experts.edits(order.chosen)
             tensors: Tensors = {}
         else:
-            edits, tensors = refits.fitted(order.chosen, self.propagated)
+            edits, tensors = refits.fitted(order.chosen, self.propagated, steps=self.fit_steps)
         kept = {i: KeepLayer(i, s.info.name) for i, s in experts.statistics.items()}
         notes = {"statistics": "intact model"} | form_notes(self.padding, self.convert)
         notes |= {} if refits is None else {"refit": self.refit, "propagate": self.propagated}
+        notes |= {"fit_steps": self.fit_steps} if self.fit_steps else {}
         return Plan(
             tuple(edits.get(i, keep) for i, keep in kept.items()),
             layer_order=order.chosen,

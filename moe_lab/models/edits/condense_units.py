@@ -26,7 +26,8 @@ class CondenseUnits(Edit):
     shared experts. ridge: how strongly the fit was held at the constant gates' columns
     (`least_squares.Ridge`), in words. errors: relative squared errors of what the layer adds: on
     the held-out documents with the constant gates, on the same with the fit, and of the final fit
-    on all.
+    on all; behind gradient steps, whose number is `steps`, also on the held-out documents with
+    these.
     """
 
     width: int = 0
@@ -34,6 +35,7 @@ class CondenseUnits(Edit):
     units: tuple[int, ...] = ()
     shared_units: int = 0
     fitted: str = "down_proj"
+    steps: int = 0
     ridge: str = ""
     errors: tuple[float, ...] = ()
 

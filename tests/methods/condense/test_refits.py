@@ -216,6 +216,9 @@ def test_few_documents_and_families_without_a_dense_form_are_refused() -> None:
         ({"experts": "neurons"}, r"condense\.refit=down_proj, or condense=closed_form"),
         ({"width": 30}, r"condense\.experts=neurons"),
         ({"propagate": "block"}, r"condense\.refit=none: condense\.refit=down_proj"),
+        ({"fit_steps": 5}, r"condense\.refit=none: condense\.refit=down_proj"),
+        ({"fit_steps": 5, "refit": "gates"}, r"condense\.refit=gates: condense\.refit=down_proj"),
+        ({"fit_steps": -1}, r"at least 0"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
