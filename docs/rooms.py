@@ -130,6 +130,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "layer_fit",
         "layer_search",
         "refits",
+        "solving",
     ),
     "methods.condense.experts": (),
     "methods.condense.layers": (),

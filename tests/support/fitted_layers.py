@@ -6,13 +6,16 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.linalg
 import torch
 from families import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 from moe_lab.methods.condense.method import Condense
+from moe_lab.models.dense_units import UnitWeights
 from moe_lab.models.edits.plan import Plan, apply_plan
-from moe_lab.models.layers import hidden_of
+from moe_lab.models.layers import hidden_of, moe_layers
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
@@ -109,3 +112,17 @@ def seen_at(model: Any, batches: Sequence[dict[str, Tensor]], index: int) -> See
     for handle in handles:
         handle.remove()
     return Seen(*(torch.cat(values) for values in found.values()))
+
+
+def by_hand(subject: Subject, index: int, units_N2: Tensor, seen: Seen, weight_T: Tensor) -> Tensor:
+    """The columns [N, D] with the least weighted squared error, by scipy."""
+    layer = {one.info.index: one for one in moe_layers(subject.model)}[index]
+    z_TN = UnitWeights(layer).hidden(units_N2)(seen.x_TD).detach()
+    root_T1 = weight_T.sqrt()[:, None]
+    solution = scipy.linalg.lstsq((z_TN * root_T1).numpy(), (seen.y_TD * root_T1).numpy())[0]
+    return torch.from_numpy(np.asarray(solution))
+
+
+def output_weights(seen: Seen) -> Tensor:
+    """What condense.token_weight=output makes each token weigh."""
+    return 1 / seen.leaving_TD.square().mean(dim=1)

@@ -19,7 +19,8 @@ from moe_lab.methods.condense.base import (
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_data import PROPAGATIONS
 from moe_lab.methods.condense.layer_search import CondensedSets
-from moe_lab.methods.condense.refits import GUARDS, REFITS, Refits, width_of
+from moe_lab.methods.condense.refits import GUARDS, REFITS, Refits
+from moe_lab.methods.condense.solving import width_of
 from moe_lab.methods.layer_choice import example_layers
 from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.base import Edit

@@ -225,7 +225,7 @@ def test_candidates_of_a_search_take_no_steps(monkeypatch: pytest.MonkeyPatch) -
         taken.append(given[3])
         return LayerFit(given[0], 0, 1.0, 1.0)
 
-    monkeypatch.setattr("moe_lab.methods.condense.refits.fit_layer", watched)
+    monkeypatch.setattr("moe_lab.methods.condense.solving.fit_layer", watched)
     asked = CLOSED | {"layers": "greedy_logits", "num_layers": 2, "fit_steps": 7}
     plan = plan_of(subject_of("qwen2_moe"), **asked)
     assert taken == [7, 7]
