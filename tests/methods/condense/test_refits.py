@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 from families import tiny_model
-from fitted_layers import Seen, Subject, edited, plan_of, seen_at, subject_of
+from fitted_layers import Seen, Subject, batch_of, edited, plan_of, seen_at, subject_of
 from torch import Tensor
 
 from moe_lab.methods.condense import refits
@@ -21,6 +22,8 @@ from moe_lab.models.condensing import condensed
 from moe_lab.models.dense_units import UnitWeights, all_units, columns_name, units_name
 from moe_lab.models.edits.condense_units import CondenseUnits
 from moe_lab.models.layers import moe_layers
+from moe_lab.profile.documents import to_fit_and_choose
+from moe_lab.profile.own_text import own_text
 from moe_lab.types import UserError
 
 DENSE = ["qwen2_moe", "mixtral", "deepseek_v3"]
@@ -144,6 +147,47 @@ def test_gates_by_least_squares() -> None:
     assert edit.kind == "condense" and edit.gated_parts.num_experts == 2
 
 
+def test_own_text_is_fitted_along_with_a_weight_of_its_own() -> None:
+    subject = subject_of("qwen2_moe")
+    options: dict[str, Any] = CLOSED | {"propagate": "none", "guard": "own_text"}
+    plan = plan_of(subject, **options, guard_weight=0.4)
+    written = own_text(subject.profile, 12, 16)
+    seen = seen_at(subject.model, subject.batches, LAYER)
+    own = seen_at(subject.model, [batch_of(one) for one in written], LAYER)
+    share = 0.4 * len(seen.x_TD) / len(own.x_TD)
+    both = Seen(*(torch.cat(parts) for parts in zip(seen, own, strict=True)))
+    weight_T = torch.cat([output_weights(seen), share * output_weights(own)])
+    expected = by_hand(subject, plan.tensors[units_name(LAYER)].long(), both, weight_T)
+    torch.testing.assert_close(
+        plan.tensors[columns_name(LAYER)].double(), expected.T, rtol=1e-3, atol=1e-5
+    )
+    without = plan_of(subject, **options | {"guard": "none"})
+    assert not torch.allclose(
+        without.tensors[columns_name(LAYER)], plan.tensors[columns_name(LAYER)], rtol=0.1
+    )
+    of_no_weight = plan_of(subject, **options, guard_weight=0.0)
+    torch.testing.assert_close(
+        of_no_weight.tensors[columns_name(LAYER)], without.tensors[columns_name(LAYER)]
+    )
+
+
+def test_layers_are_chosen_on_own_text_too() -> None:
+    """On documents of it, as of the calibration set, to which no candidate was fitted."""
+    subject, opened = subject_of("qwen2_moe"), []
+    open_stream = subject.profile.open_stream
+
+    def watched(*args: Any, documents: Any = None, **kwargs: Any) -> Any:
+        opened.append(documents)
+        return open_stream(*args, documents=documents, **kwargs)
+
+    profile = dataclasses.replace(subject.profile, open_stream=watched)
+    options = CLOSED | {"layers": "greedy_logits", "guard": "own_text"}
+    plan_of(subject._replace(profile=profile), **options)
+    fit, choose = to_fit_and_choose(24)
+    assert fit in opened and choose in opened
+    assert {place >= 12 for place in fit} == {place >= 12 for place in choose} == {True, False}
+
+
 def test_neurons_beat_whole_experts_on_what_they_are_fitted_to() -> None:
     subject = subject_of("qwen2_moe", documents=60)
     errors = {
@@ -216,6 +260,9 @@ def test_few_documents_and_families_without_a_dense_form_are_refused() -> None:
         ({"experts": "neurons"}, r"condense\.refit=down_proj, or condense=closed_form"),
         ({"width": 30}, r"condense\.experts=neurons"),
         ({"propagate": "block"}, r"condense\.refit=none: condense\.refit=down_proj"),
+        ({"guard": "own_text"}, r"condense\.refit=none fits nothing: condense\.refit=down_proj"),
+        ({"guard": "own", "refit": "down_proj"}, "own_text"),
+        ({"guard_weight": -0.1, "refit": "down_proj"}, "at least 0"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
