@@ -10,7 +10,7 @@ import torch
 from families import tiny_model
 from fitted_layers import subject_of
 
-from moe_lab.profile.own_text import MOST, first_token, own_text, with_own_text, written_by
+from moe_lab.profile.own_text import first_token, own_text, with_own_text, written_by
 from moe_lab.types import UserError
 
 
@@ -55,6 +55,13 @@ def test_the_same_each_time_and_nobody_elses_numbers() -> None:
     assert len({tuple(row) for row in first_BL.tolist()}) == 20  # also those written apart
 
 
+def test_a_model_that_writes_nothing_says_how_to_do_without() -> None:
+    model = tiny_model("mixtral")
+    model.prepare_inputs_for_generation = None
+    with pytest.raises(UserError, match=r"MixtralForCausalLM writes no.*own_documents=0"):
+        written_by(model, 1, 5, seed=0)
+
+
 def named(**tokens: Any) -> Any:
     config = SimpleNamespace(**tokens)
     config.get_text_config = lambda: config
@@ -65,15 +72,15 @@ def test_the_token_with_which_a_text_begins() -> None:
     assert first_token(named(bos_token_id=7, eos_token_id=2)) == 7
     assert first_token(named(bos_token_id=None, eos_token_id=2)) == 2
     assert first_token(named(eos_token_id=[4, 5])) == 4
-    with pytest.raises(UserError, match=r"neither.*condense\.guard=none"):
+    with pytest.raises(UserError, match=r"neither.*condense\.own_documents=0"):
         first_token(named(bos_token_id=None, eos_token_id=[]))
 
 
 def test_documents_stand_behind_those_of_the_calibration_set() -> None:
     subject = subject_of("qwen2_moe", documents=12)
-    profile = with_own_text(subject.profile)
-    assert (subject.profile.num_documents, profile.num_documents) == (12, 24)
-    written = own_text(subject.profile, 12, 16)
+    profile = with_own_text(subject.profile, 10)
+    assert (subject.profile.num_documents, profile.num_documents) == (12, 22)
+    written = own_text(subject.profile, 10, 16)
     stream = profile.open_stream(documents=[3, 20, 12, 0])
     assert stream.positions == [3, 20, 12, 0]
     rows = [
@@ -89,7 +96,7 @@ def test_documents_stand_behind_those_of_the_calibration_set() -> None:
     assert subject.profile.open_stream().positions == list(range(12))
 
 
-def test_as_much_text_as_the_calibration_set_has_within_limits() -> None:
+def test_documents_are_as_long_as_those_of_the_calibration_set_within_limits() -> None:
     asked: list[dict[str, Any]] = []
 
     def remembered(identity: dict[str, Any], work: Any, code: object) -> Any:
@@ -99,15 +106,11 @@ def test_as_much_text_as_the_calibration_set_has_within_limits() -> None:
     class Sums(dict[str, float]):
         pass
 
-    for documents, tokens, number, length in (
-        (10, 1000, 10, 100),
-        (100, 10_000_000, MOST, 256),
-        (8, 8, 8, 16),
-    ):
+    for documents, tokens, length in ((10, 1004, 100), (100, 10_000_000, 256), (8, 8, 16)):
         profile: Any = subject_of("qwen2_moe").profile
         profile = type(profile)(
             [Sums(tokens=float(tokens))], profile.open_stream,
             remember_tensors=remembered, num_documents=documents,
         )  # fmt: skip
-        assert with_own_text(profile).num_documents == documents + number
-        assert (asked[-1]["number"], asked[-1]["length"]) == (number, length)
+        assert with_own_text(profile, 5).num_documents == documents + 5
+        assert (asked[-1]["number"], asked[-1]["length"]) == (5, length)

@@ -28,7 +28,7 @@ from moe_lab.methods.condense.base import (
     shared_gate,
 )
 from moe_lab.methods.condense.expert_choice import Asked, ExpertChoices
-from moe_lab.methods.condense.layer_data import Guard, LayerData, Walk
+from moe_lab.methods.condense.layer_data import LayerData, OwnText, Walk
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.least_squares import Fit, NormalEquations, TokenRows, fitted
 from moe_lab.methods.ridge import RIDGES, SCALES, Ridge
@@ -51,7 +51,6 @@ from moe_lab.progress import progress
 from moe_lab.types import LayerInfo
 
 REFITS = ("none", "gates", "down_proj")
-GUARDS = ("none", "own_text")
 CANDIDATES = 4096  # hidden units among which some are chosen, where there are more
 SCREENED_BY = 4096  # tokens
 
@@ -62,8 +61,8 @@ class AskedRefit(Asked, Protocol):
     refit: str
     token_weight: str
     ridge: float | None
-    guard: str
-    guard_weight: float
+    own_documents: int
+    own_weight: float
     width: int | None
 
     @property
@@ -78,15 +77,15 @@ class Refits:
     def __init__(self, method: AskedRefit, profile: Profile, choices: ExpertChoices):
         check_enough(profile.num_documents)
         self.method, self.profile, self.choices = method, profile, choices
-        self.guard: Guard | None = None
-        if method.guard == "own_text":
-            self.guard = Guard(profile.num_documents, method.guard_weight)
-            self.profile = with_own_text(profile)
+        self.own: OwnText | None = None
+        if method.own_documents:
+            self.own = OwnText(profile.num_documents, method.own_weight)
+            self.profile = with_own_text(profile, method.own_documents)
         by_name = isinstance(method.experts, str)
         self._identity = {
             "experts": method.experts if by_name else list(method.experts),
             "options": [method.num_routed, method.width, method.gates, method.seed],
-            "refit": [method.refit, method.token_weight, method.ridge, self.guard],
+            "refit": [method.refit, method.token_weight, method.ridge, self.own],
         }
 
     def candidates(self) -> CondensedSets:
@@ -269,8 +268,8 @@ class _Walker:
                 stream.check_hidden_alone(
                     "layers behind condensed ones cannot be fitted: condense.propagate=none"
                 )
-            guard = self.refits.guard
-            self._walk = Walk(stream, self.propagate, method.token_weight, guard)
+            own = self.refits.own
+            self._walk = Walk(stream, self.propagate, method.token_weight, own)
         return self._walk
 
 

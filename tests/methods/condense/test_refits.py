@@ -149,8 +149,8 @@ def test_gates_by_least_squares() -> None:
 
 def test_own_text_is_fitted_along_with_a_weight_of_its_own() -> None:
     subject = subject_of("qwen2_moe")
-    options: dict[str, Any] = CLOSED | {"propagate": "none", "guard": "own_text"}
-    plan = plan_of(subject, **options, guard_weight=0.4)
+    options: dict[str, Any] = CLOSED | {"propagate": "none", "own_documents": 12}
+    plan = plan_of(subject, **options, own_weight=0.4)
     written = own_text(subject.profile, 12, 16)
     seen = seen_at(subject.model, subject.batches, LAYER)
     own = seen_at(subject.model, [batch_of(one) for one in written], LAYER)
@@ -161,11 +161,11 @@ def test_own_text_is_fitted_along_with_a_weight_of_its_own() -> None:
     torch.testing.assert_close(
         plan.tensors[columns_name(LAYER)].double(), expected.T, rtol=1e-3, atol=1e-5
     )
-    without = plan_of(subject, **options | {"guard": "none"})
+    without = plan_of(subject, **options | {"own_documents": 0})
     assert not torch.allclose(
         without.tensors[columns_name(LAYER)], plan.tensors[columns_name(LAYER)], rtol=0.1
     )
-    of_no_weight = plan_of(subject, **options, guard_weight=0.0)
+    of_no_weight = plan_of(subject, **options, own_weight=0.0)
     torch.testing.assert_close(
         of_no_weight.tensors[columns_name(LAYER)], without.tensors[columns_name(LAYER)]
     )
@@ -181,7 +181,7 @@ def test_layers_are_chosen_on_own_text_too() -> None:
         return open_stream(*args, documents=documents, **kwargs)
 
     profile = dataclasses.replace(subject.profile, open_stream=watched)
-    options = CLOSED | {"layers": "greedy_logits", "guard": "own_text"}
+    options = CLOSED | {"layers": "greedy_logits", "own_documents": 12}
     plan_of(subject._replace(profile=profile), **options)
     fit, choose = to_fit_and_choose(24)
     assert fit in opened and choose in opened
@@ -260,9 +260,9 @@ def test_few_documents_and_families_without_a_dense_form_are_refused() -> None:
         ({"experts": "neurons"}, r"condense\.refit=down_proj, or condense=closed_form"),
         ({"width": 30}, r"condense\.experts=neurons"),
         ({"propagate": "block"}, r"condense\.refit=none: condense\.refit=down_proj"),
-        ({"guard": "own_text"}, r"condense\.refit=none fits nothing: condense\.refit=down_proj"),
-        ({"guard": "own", "refit": "down_proj"}, "own_text"),
-        ({"guard_weight": -0.1, "refit": "down_proj"}, "at least 0"),
+        ({"own_documents": 3}, r"condense\.refit=none fits nothing: condense\.refit=down_proj"),
+        ({"own_documents": -1, "refit": "down_proj"}, "at least 0"),
+        ({"own_weight": -0.1, "refit": "down_proj"}, "at least 0"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> None:
