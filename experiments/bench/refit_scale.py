@@ -7,8 +7,9 @@ By default 11264 hidden units (64 experts of DeepSeekMoE-16B condensed to six an
 beside a hidden state of 2048, from 25600 tokens of which a tenth chooses the ridge, in single
 precision. The units are those of a random gated MLP, with scales over several decades. Told: how
 fast this machine multiplies matrices; the products alone (hidden units, Gram and cross matrix: what
-nothing can do without), measured and at that rate; all of the refit, every ridge of the grid tried;
-and the memory beyond the weights. The forward pass that gives targets is not in it.
+nothing can do without), measured and at that rate; all of the refit, with the choice of its ridge;
+and the memory beyond the weights. The forward pass that gives targets is not in it. Times are CPU
+time of all threads, so that they say the same where others use the machine too.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     rate = matrix_rate()
     print(
         f"{asked.units} hidden units, hidden size {asked.hidden}, {asked.tokens} tokens of which "
-        f"{held} choose among {len(RIDGES)} ridges; {asked.threads} threads, single precision"
+        f"{held} choose among {len(RIDGES)} ridges; {asked.threads} threads, float32, CPU time"
     )
-    print(f"matrix products of this machine: {rate / 1e9:.1f} GFLOP/s")
-    before, started = peak_gib(), time.perf_counter()
+    print(f"matrix products of this machine: {rate / 1e9:.1f} GFLOP/s for each second of CPU time")
+    before, started = peak_gib(), time.process_time()
     fit = refit(layer, asked.tokens - held, held)
-    whole, memory = time.perf_counter() - started, peak_gib() - before
+    whole, memory = time.process_time() - started, peak_gib() - before
     products = time_of_products(layer, asked.tokens)
     tell(layer, asked.tokens, rate, products, whole)
     print(
@@ -97,10 +98,10 @@ class Layer:
 
 def time_of_products(layer: Layer, tokens: int) -> float:
     """Seconds of hidden units, Gram and cross matrix of all tokens."""
-    equations, started = NormalEquations(*layer.shape), time.perf_counter()
+    equations, started = NormalEquations(*layer.shape), time.process_time()
     for rows in layer.rows(0, tokens):
         equations.add(rows)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def refit(layer: Layer, first: int, held: int) -> Fit:
@@ -112,13 +113,13 @@ def refit(layer: Layer, first: int, held: int) -> Fit:
 
 
 def matrix_rate(size: int = 3000, times: int = 3) -> float:
-    """Operations a second of a product of two square matrices: the best of some tries."""
+    """Operations a second of CPU time, of a product of square matrices: the best of some tries."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     seconds = []
     for _ in range(times):
-        started = time.perf_counter()
+        started = time.process_time()
         torch.mm(left, right)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return 2 * size**3 / min(seconds)
 
 

@@ -21,17 +21,15 @@ from moe_lab.models.checkpoint import Model
 from moe_lab.profile.profile import Profile
 from moe_lab.types import UserError
 
-MOST = 64  # documents
-LENGTHS = range(16, 257)  # tokens that one of them may have
+LENGTHS = range(16, 257)  # tokens that a document may have
 AT_ONCE = 16  # documents that are written together
 
 
-def with_own_text(profile: Profile) -> Profile:
-    """The same calibration set, behind which documents stand that the model wrote.
+def with_own_text(profile: Profile, number: int) -> Profile:
+    """The same calibration set, behind which so many documents stand that the model wrote.
 
-    As many as the calibration set has and as long as these on the average, in the limits above.
+    They are as long as its documents on the average, within LENGTHS.
     """
-    number = min(profile.num_documents, MOST)
     length = round(float(profile.statistics[0]["tokens"]) / max(profile.num_documents, 1))
     added = own_text(profile, number, min(max(length, LENGTHS[0]), LENGTHS[-1]))
     return dataclasses.replace(
@@ -60,21 +58,31 @@ def written_by(model: Model, number: int, length: int, seed: int) -> Tensor:
 
     Each begins with the token with which texts begin, and no text ends before its length.
     """
-    first, generate = first_token(model.config), cast("Callable[..., Tensor]", model.generate)
+    first = first_token(model.config)
     devices = [model.device] if model.device.type == "cuda" else []
     parts = []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for start in range(0, number, AT_ONCE):
             rows = min(AT_ONCE, number - start)
-            ids_B1 = torch.full((rows, 1), first, device=model.device)
-            made_BL = generate(
-                ids_B1, attention_mask=torch.ones_like(ids_B1), do_sample=True, temperature=1.0,
-                top_k=0, top_p=1.0, repetition_penalty=1.0, num_beams=1, pad_token_id=first,
-                max_new_tokens=length - 1, min_new_tokens=length - 1,
-            )  # fmt: skip
-            parts.append(made_BL.cpu())
+            parts.append(_continued(model, torch.full((rows, 1), first), length - 1).cpu())
     return torch.cat(parts)
+
+
+def _continued(model: Model, ids_B1: Tensor, number: int) -> Tensor:
+    """The ids, and so many tokens behind them; nothing that a config asks for changes the odds."""
+    ids_B1 = ids_B1.to(model.device)
+    try:
+        return cast("Callable[..., Tensor]", model.generate)(
+            ids_B1, attention_mask=torch.ones_like(ids_B1), do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, repetition_penalty=1.0, num_beams=1, pad_token_id=int(ids_B1[0]),
+            max_new_tokens=number, min_new_tokens=number,
+        )  # fmt: skip
+    except Exception as error:  # a family's own way of not generating
+        raise UserError(
+            f"condense.own_documents: {type(model).__name__} writes no text "
+            f"({' '.join(str(error).split())[:200]}): condense.own_documents=0"
+        ) from error
 
 
 def first_token(config: Any) -> int:
@@ -88,6 +96,6 @@ def first_token(config: Any) -> int:
         if isinstance(token, int):
             return token
     raise UserError(
-        "condense.guard=own_text lets the model write from its first token on, and its config "
-        "names neither bos_token_id nor eos_token_id: condense.guard=none"
+        "condense.own_documents: the model writes from its first token on, and its config names "
+        "neither bos_token_id nor eos_token_id: condense.own_documents=0"
     )

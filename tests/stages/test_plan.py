@@ -120,6 +120,13 @@ def test_samples_stand_where_they_stand_in_the_calibration_set(tmp_path: Path) -
     stream = IntactModel(context, asked).open_stream()
     lengths = [int(row.sum()) for valid in stream.valid for row in valid]
     assert (stream.positions, lengths) == ([1, 2, 0], [2, 3, 4])
+    stream = IntactModel(context, asked).open_stream(documents=[2, 4, 0], added=[[5], [9, 8]])
+    rows = [ids[: int(v.sum())].tolist() for ids, v in zip(
+        [row for batch in stream.input_ids for row in batch],
+        [row for valid in stream.valid for row in valid], strict=True)]  # fmt: skip
+    assert (stream.positions, rows) == ([4, 2, 0], [[9, 8], [5, 6, 7], [5, 6, 7, 8]])
+    every = IntactModel(context, asked).open_stream(added=[[5], [9, 8]])
+    assert sorted(every.positions) == [0, 1, 2, 3, 4]
 
 
 def test_another_ratio_takes_what_was_measured_from_the_store(

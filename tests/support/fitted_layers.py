@@ -43,14 +43,14 @@ def subject_of(
     found = collect_statistics(model, rows)
 
     def open_stream(
-        num_samples: int | None = None, documents: Sequence[int] | None = None
+        num_samples: int | None = None,
+        documents: Sequence[int] | None = None,
+        added: Sequence[Sequence[int]] = (),
     ) -> LayerStream:
-        places = list(range(len(rows)) if documents is None else documents)
+        every = rows + [batch_of(one) for one in added]
+        places = list(range(len(every)) if documents is None else documents)
         pairs = [places[first : first + 2] for first in range(0, len(places), 2)]
-        batches = [
-            {name: torch.cat([rows[place][name] for place in pair]) for name in rows[0]}
-            for pair in pairs
-        ]
+        batches = [padded([every[place] for place in pair]) for pair in pairs]
         return LayerStream(model, batches, positions=places)
 
     def remember(identity: Mapping[str, Any], work: Any, code: object) -> Any:
@@ -62,9 +62,25 @@ def subject_of(
         return remembered[key]
 
     profile = Profile(
-        found, open_stream, remember=remember, remember_tensors=remember, num_documents=len(rows)
-    )
+        found, open_stream, lambda _=None: (model, rows[:1]), remember, remember,
+        num_documents=len(rows),
+    )  # fmt: skip
     return Subject(model, rows, profile)
+
+
+def batch_of(ids: Sequence[int]) -> dict[str, Tensor]:
+    """A document of these token ids, as a batch of one."""
+    ids_1L = torch.tensor([list(ids)])
+    return {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}
+
+
+def padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches of one as one batch."""
+    length = max(one["input_ids"].shape[1] for one in rows)
+    return {
+        name: torch.cat([nn.functional.pad(r[name], (0, length - r[name].shape[1])) for r in rows])
+        for name in rows[0]
+    }
 
 
 def plan_of(subject: Subject, **options: Any) -> Plan:

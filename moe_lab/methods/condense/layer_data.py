@@ -41,8 +41,8 @@ class Chunk:
         )  # fmt: skip
 
 
-class Guard(NamedTuple):
-    """Documents, from this place on, that stand for what the calibration set does not show.
+class OwnText(NamedTuple):
+    """Documents, from this place on, that the model wrote itself (`profile/own_text.py`).
 
     weight: what all of their tokens weigh together, in shares of what all others do.
     """
@@ -54,14 +54,14 @@ class Guard(NamedTuple):
 class LayerData:
     """All tokens of a stream at one layer; the states lie in the stream's cache."""
 
-    def __init__(self, stream: LayerStream, guard: Guard | None = None):
+    def __init__(self, stream: LayerStream, own: OwnText | None = None):
         self.stream = stream
         held = held_out(stream.positions)
         self._held = self._of_documents(lambda place: place in held)
-        self._guards = self._of_documents(lambda place: guard is not None and place >= guard.first)
-        guards = sum(int(one.sum()) for one in self._guards)
-        others = sum(len(one) for one in self._guards) - guards
-        self._factor = guard.weight * others / guards if guard and guards else 1.0
+        self._own = self._of_documents(lambda place: own is not None and place >= own.first)
+        written = sum(int(one.sum()) for one in self._own)
+        given = sum(len(one) for one in self._own) - written
+        self._factor = own.weight * given / written if own and written else 1.0
         self._weights: list[Tensor] = []
 
     def _of_documents(self, says: Callable[[int], bool]) -> list[Tensor]:
@@ -78,7 +78,7 @@ class LayerData:
         batch = len(self._weights)
         self.stream.cache["fit input", batch] = x_TD
         self.stream.cache["fit target", batch] = target_TD
-        self._weights.append(torch.where(self._guards[batch], self._factor * weight_T, weight_T))
+        self._weights.append(torch.where(self._own[batch], self._factor * weight_T, weight_T))
 
     def chunks(self, held: bool | None = None) -> Iterator[Chunk]:
         """The tokens in order, at most TOKENS_AT_ONCE at a time; those held out, or the others."""
@@ -115,16 +115,16 @@ class Walk:
     """
 
     def __init__(
-        self, stream: LayerStream, propagate: str, token_weight: str, guard: Guard | None = None
+        self, stream: LayerStream, propagate: str, token_weight: str, own: OwnText | None = None
     ):
         self.stream, self.propagate, self.token_weight = stream, propagate, token_weight
-        self.guard = guard
+        self.own = own
         self.intact = States(stream, "intact")
         self.behind = States(stream, "behind") if propagate != "none" else self.intact
 
     def data(self, index: int) -> LayerData:
         """What layer `index` is fitted to; its weights must be in memory."""
-        stream, data = self.stream, LayerData(self.stream, self.guard)
+        stream, data = self.stream, LayerData(self.stream, self.own)
         self.intact.move_to(index)
         self.behind.move_to(index)
         for batch, valid in enumerate(stream.valid):

@@ -19,7 +19,7 @@ from moe_lab.methods.condense.base import (
 from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_data import PROPAGATIONS
 from moe_lab.methods.condense.layer_search import CondensedSets
-from moe_lab.methods.condense.refits import GUARDS, REFITS, Refits
+from moe_lab.methods.condense.refits import REFITS, Refits
 from moe_lab.methods.condense.solving import width_of
 from moe_lab.methods.layer_choice import example_layers
 from moe_lab.models.condensing import part_widths
@@ -96,17 +96,17 @@ class Condense(Method):
             least=0,
         ),
     ] = None
-    guard: Annotated[
-        str,
+    own_documents: Annotated[
+        int,
         Option(
-            "of a refit, against forgetting what the calibration set does not show: own_text, "
-            "documents that the model writes itself, are fitted along",
-            among=GUARDS,
+            "of a refit, against forgetting what the calibration set does not show: so many "
+            "documents that the model writes itself are fitted along",
+            least=0,
         ),
-    ] = "none"
-    guard_weight: Annotated[
+    ] = 0
+    own_weight: Annotated[
         float,
-        Option("what they weigh together, in shares of the calibration set", least=0),
+        Option("what these weigh together, in shares of the calibration set", least=0),
     ] = 0.3
     fit_steps: Annotated[
         int,
@@ -128,8 +128,8 @@ class Condense(Method):
 
     of_condense = (
         "num_layers", "num_routed", "experts", "layers", "gates", "refit", "width", "propagate",
-        "token_weight", "ridge", "guard", "guard_weight", "fit_steps", "beam", "seed", "padding",
-        "convert",
+        "token_weight", "ridge", "own_documents", "own_weight", "fit_steps", "beam", "seed",
+        "padding", "convert",
     )  # fmt: skip
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
@@ -179,10 +179,10 @@ class Condense(Method):
                 f"condense.experts={self.experts} chooses whole experts: condense.experts=neurons, "
                 "or condense.num_routed"
             )
-        if self.refit == "none" and self.guard != "none":
+        if self.refit == "none" and self.own_documents:
             raise UserError(
-                f"condense.guard={self.guard} is of a refit, and condense.refit=none fits nothing: "
-                "condense.refit=down_proj"
+                f"condense.own_documents={self.own_documents} are for a refit, and "
+                "condense.refit=none fits nothing: condense.refit=down_proj"
             )
         if self.refit == "none" and (self.propagate or "none") != "none":
             raise UserError(

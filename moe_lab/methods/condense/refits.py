@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.methods.condense.expert_choice import ExpertChoices
-from moe_lab.methods.condense.layer_data import Guard, Walk
+from moe_lab.methods.condense.layer_data import OwnText, Walk
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.condense.solving import AskedRefit, Solver
 from moe_lab.methods.ridge import SCALES
@@ -34,7 +34,6 @@ from moe_lab.profile.profile import Answer, Profile, Tensors
 from moe_lab.progress import progress
 
 REFITS = ("none", "gates", "down_proj")
-GUARDS = ("none", "own_text")
 
 
 class Refits:
@@ -44,15 +43,15 @@ class Refits:
         check_enough(profile.num_documents)
         self.method, self.profile, self.choices = method, profile, choices
         self.solver = Solver(method, choices)
-        self.guard: Guard | None = None
-        if method.guard == "own_text":
-            self.guard = Guard(profile.num_documents, method.guard_weight)
-            self.profile = with_own_text(profile)
+        self.own: OwnText | None = None
+        if method.own_documents:
+            self.own = OwnText(profile.num_documents, method.own_weight)
+            self.profile = with_own_text(profile, method.own_documents)
         by_name = isinstance(method.experts, str)
         self._identity = {
             "experts": method.experts if by_name else list(method.experts),
             "options": [method.num_routed, method.width, method.gates, method.seed],
-            "refit": [method.refit, method.token_weight, method.ridge, self.guard],
+            "refit": [method.refit, method.token_weight, method.ridge, self.own],
         }
 
     def candidates(self) -> CondensedSets:
@@ -170,8 +169,8 @@ class _Walker:
                 stream.check_hidden_alone(
                     "layers behind condensed ones cannot be fitted: condense.propagate=none"
                 )
-            guard = self.refits.guard
-            self._walk = Walk(stream, self.propagate, method.token_weight, guard)
+            own = self.refits.own
+            self._walk = Walk(stream, self.propagate, method.token_weight, own)
         return self._walk
 
 

@@ -51,8 +51,8 @@ class AskedRefit(Asked, Protocol):
     refit: str
     token_weight: str
     ridge: float | None
-    guard: str
-    guard_weight: float
+    own_documents: int
+    own_weight: float
     width: int | None
     fit_steps: int
 

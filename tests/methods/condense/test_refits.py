@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from fitted_layers import (
     Seen,
     Subject,
+    batch_of,
     by_hand,
     edited,
     output_weights,
@@ -18,6 +20,8 @@ from fitted_layers import (
 )
 
 from moe_lab.models.dense_units import columns_name, units_name
+from moe_lab.profile.documents import to_fit_and_choose
+from moe_lab.profile.own_text import own_text
 from moe_lab.types import UserError
 
 DENSE = ["qwen2_moe", "mixtral", "deepseek_v3"]
@@ -49,6 +53,47 @@ def test_what_a_layer_behind_a_condensed_one_is_fitted_to(propagate: str) -> Non
     torch.testing.assert_close(
         plan.tensors[columns_name(LAYER)].double(), expected.T, rtol=1e-3, atol=1e-5
     )
+
+
+def test_own_text_is_fitted_along_with_a_weight_of_its_own() -> None:
+    subject = subject_of("qwen2_moe")
+    options: dict[str, Any] = CLOSED | {"propagate": "none", "own_documents": 12}
+    plan = plan_of(subject, **options, own_weight=0.4)
+    written = own_text(subject.profile, 12, 16)
+    seen = seen_at(subject.model, subject.batches, LAYER)
+    own = seen_at(subject.model, [batch_of(one) for one in written], LAYER)
+    share = 0.4 * len(seen.x_TD) / len(own.x_TD)
+    both = Seen(*(torch.cat(parts) for parts in zip(seen, own, strict=True)))
+    weight_T = torch.cat([output_weights(seen), share * output_weights(own)])
+    expected = by_hand(subject, LAYER, plan.tensors[units_name(LAYER)].long(), both, weight_T)
+    torch.testing.assert_close(
+        plan.tensors[columns_name(LAYER)].double(), expected.T, rtol=1e-3, atol=1e-5
+    )
+    without = plan_of(subject, **options | {"own_documents": 0})
+    assert not torch.allclose(
+        without.tensors[columns_name(LAYER)], plan.tensors[columns_name(LAYER)], rtol=0.1
+    )
+    of_no_weight = plan_of(subject, **options, own_weight=0.0)
+    torch.testing.assert_close(
+        of_no_weight.tensors[columns_name(LAYER)], without.tensors[columns_name(LAYER)]
+    )
+
+
+def test_layers_are_chosen_on_own_text_too() -> None:
+    """On documents of it, as of the calibration set, to which no candidate was fitted."""
+    subject, opened = subject_of("qwen2_moe"), []
+    open_stream = subject.profile.open_stream
+
+    def watched(*args: Any, documents: Any = None, **kwargs: Any) -> Any:
+        opened.append(documents)
+        return open_stream(*args, documents=documents, **kwargs)
+
+    profile = dataclasses.replace(subject.profile, open_stream=watched)
+    options = CLOSED | {"layers": "greedy_logits", "own_documents": 12}
+    plan_of(subject._replace(profile=profile), **options)
+    fit, choose = to_fit_and_choose(24)
+    assert fit in opened and choose in opened
+    assert {place >= 12 for place in fit} == {place >= 12 for place in choose} == {True, False}
 
 
 def test_nothing_is_fitted_twice_and_a_stopped_plan_goes_on() -> None:
