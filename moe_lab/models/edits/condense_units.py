@@ -42,7 +42,7 @@ class CondenseUnits(Edit):
     kind = "condense_units"
     leaves_moe = False
     trains = "all"
-    joined = ("part of the condensed layer", "rank by hidden units")
+    joined = ("part of the condensed layer", "hidden units in it")
 
     def restructure(self, standing: Standing, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A dense MLP of that width."""
@@ -97,7 +97,7 @@ class CondenseUnits(Edit):
         return self.experts
 
     def fate(self, expert: int) -> Fate:
-        """A part of the MLP, by its place among those with most units, or removed."""
+        """A part of the MLP, with so many of its hidden units, or removed."""
         if expert not in self.experts:
             return Fate("removed")
-        return Fate("joined", self.experts.index(expert) + 1)
+        return Fate("joined", self.units[self.experts.index(expert)])

@@ -28,7 +28,7 @@ def test_what_it_says_of_itself() -> None:
     assert EDIT.trains == "all" and not EDIT.leaves_moe and EDIT.gated_parts is None
     assert EDIT.cells["hidden units"] == [["shared", 1], 1, 1]
     assert EDIT.cells["ridge"] == ["0.01 of the mean"]
-    fates = [Fate("removed"), Fate("joined", 2), Fate("joined", 1)]
+    fates = [Fate("removed"), Fate("joined", 1), Fate("joined", 1)]
     assert [EDIT.fate(expert) for expert in (0, 2, 5)] == fates
     assert read_edit(EDIT.to_json()) == EDIT
 
