@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import LmHead, Method, Mtp
+from moe_lab.methods.base import LmHead, Mtp
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.methods.grouping.base import (
     GROUPING_FILES,
@@ -26,6 +26,7 @@ from moe_lab.methods.grouping.base import (
 from moe_lab.methods.layer_choice import check_layers, choose_layers
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio
+from moe_lab.methods.refit import Refitting
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
@@ -44,7 +45,7 @@ FROM_ACTIVATIONS = ("activations", "both")
 
 
 @dataclass(frozen=True)
-class Merge(Method):
+class Merge(Refitting):
     """Merge the experts of some layers, each into as many as `ratio` or `num_experts` leave.
 
     A ratio decides by the grouping's own scores, as for pruning by a metric's. What follows is the
@@ -168,12 +169,13 @@ class Merge(Method):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; which experts become one is not known, so that none do."""
-        return tuple(
+        edits = [
             MergeExperts(info.index, info.name, kept=tuple(range(info.num_experts)),
                          groups=tuple((expert,) for expert in range(info.num_experts)),
                          router=self._own("router"))
             for info in self._known(layers)
-        )  # fmt: skip
+        ]  # fmt: skip
+        return self.followed(edits, self._known(layers))
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """What num_experts says, or the ratio where no score enters it."""
@@ -203,13 +205,14 @@ class Merge(Method):
         unused |= {"num_experts"} if self.num_experts is None else {"ratio"}
         in_order = isinstance(self.layers, str) and self.layers != "all"
         unused |= set() if in_order else {"num_layers"}
-        return {name: value for name, value in (dict(options) | own).items() if name not in unused}
+        asked = super().identity(options) | own
+        return {name: value for name, value in asked.items() if name not in unused}
 
     def parts(self) -> Sequence[object]:
         """The grouping, which may be given by its name."""
         return [self._grouping]
 
-    def plan(self, profile: Profile) -> Plan:
+    def decide(self, profile: Profile) -> Plan:
         """One edit per MoE layer: merge, or keep where as many stay as there are."""
         order = choose_layers(self.layers, self.num_layers, profile.statistics, "layer", self.seed)
         scores = [
