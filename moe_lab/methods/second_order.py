@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST_RIDGE = 1e-10  # of the mean diagonal: below, rounding decides
+from moe_lab.methods.ridge import Ridge, cholesky
+
 AT_ONCE = 64  # removals between two updates of whole matrices
 
 
@@ -41,23 +42,14 @@ class Removals:
 def hessian(gram_NN: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """H = G + lambda I and its lower Cholesky factor, [N, N] each, in float64.
 
-    Where units say nothing new, as fewer tokens than units do, G is singular: lambda is at least
-    LEAST_RIDGE times the mean diagonal, and ten times as much as long as rounding leaves H without
-    a factor. G of zeros gives H = I: nothing is known but the columns.
+    Where units say nothing new, as fewer tokens than units do, G is singular: lambda is never tiny,
+    and as much larger as rounding makes needed (`ridge.cholesky`). G of zeros gives H = I: nothing
+    is known but the columns.
     """
-    gram_NN = gram_NN.double()
-    mean = float(gram_NN.diagonal().mean()) if len(gram_NN) else 0.0
-    if mean <= 0:
-        eye_NN = torch.eye(len(gram_NN), dtype=torch.float64, device=gram_NN.device)
-        return eye_NN, eye_NN
-    share = max(ridge, LEAST_RIDGE)
-    while True:
-        h_NN = gram_NN.clone()
-        h_NN.diagonal().add_(share * mean)
-        factor_NN, failed = torch.linalg.cholesky_ex(h_NN)
-        if not int(failed):
-            return h_NN, factor_NN
-        share *= 10
+    h_NN = gram_NN.double().clone()
+    factor_NN, found = cholesky(h_NN, Ridge(ridge))
+    h_NN.diagonal().add_(found.added(h_NN.diagonal()))
+    return h_NN, factor_NN
 
 
 def refitted(gram_NN: Tensor, columns_ND: Tensor, kept_N: Tensor, ridge: float) -> Tensor:
