@@ -117,7 +117,6 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "least_squares",
         "forward_selection",
         "second_order",
-        "least_squares",
         "joint_refit",
         "refit",
     ),

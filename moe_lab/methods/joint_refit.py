@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_lab.methods.least_squares import RIDGES, NormalEquations, Ridge, Rows, fitted
+from moe_lab.methods.least_squares import NormalEquations, TokenRows, fitted, solved
+from moe_lab.methods.ridge import RIDGES, Ridge
 from moe_lab.profile.edited_layer import EditedLayer, Lacking, Part
 
 logger = logging.getLogger(__name__)
 MOST_TOGETHER = 12_288  # hidden units whose Gram matrix is made: 1.2 GB in float64
+CAUTIOUS = Ridge(1.0, "mean")  # where a part has tokens, and none in the held-out documents
 SWEEPS = 2  # over the experts, where they are found one after another
 
 
@@ -59,22 +61,20 @@ def together(layer: EditedLayer, ridges: Sequence[Ridge]) -> Change | None:
     found = _found(layer.rows, layer.num_units, layer.layer.info.hidden_size, ridges)
     if found is None:
         return None
-    columns_ND, ridge, error, held_error = found
-    widths = [part.width for part in layer.parts]
-    split = columns_ND.split(widths)
-    return Change(dict(zip(layer.parts, split, strict=True)), (ridge,), error, held_error)
+    split = found.columns_ND.split([part.width for part in layer.parts])
+    columns = dict(zip(layer.parts, split, strict=True))
+    return Change(columns, (found.ridge,), found.error, found.held_error)
 
 
-def in_turn(
-    layer: EditedLayer, ridges: Sequence[Ridge], sweeps: int = SWEEPS
-) -> Change | None:
+def in_turn(layer: EditedLayer, ridges: Sequence[Ridge], sweeps: int = SWEEPS) -> Change | None:
     """Part by part, each on what all others leave missing (block coordinate descent).
 
     One Gram matrix is there at a time, of one expert. With a ridge that is the same in every sweep
     it goes towards the solution of the problem of all units together.
     """
     before, size = layer.square(), layer.layer.info.hidden_size
-    columns = {part: torch.zeros(part.width, size) for part in layer.parts}
+    device = layer.layer.experts.down_proj.device
+    columns = {part: torch.zeros(part.width, size, device=device) for part in layer.parts}
     chosen: dict[Part, Ridge] = {}
     for _ in range(sweeps):
         for part in layer.parts:
@@ -82,7 +82,7 @@ def in_turn(
             found = _found(rows, part.width, size, ridges)
             new_ND = torch.zeros_like(columns[part])
             if found is not None:
-                new_ND, chosen[part] = found[0].to(new_ND), found[1]
+                new_ND, chosen[part] = found.columns_ND.to(new_ND), found.ridge
             layer.add(part, new_ND - columns[part])
             columns[part] = new_ND
     if not chosen:
@@ -90,22 +90,32 @@ def in_turn(
     return Change(columns, tuple(chosen.values()), layer.square() / before, None)
 
 
+class _Found(NamedTuple):
+    columns_ND: Tensor
+    ridge: Ridge
+    error: float
+    held_error: float | None
+
+
 def _found(
     rows: Callable[[bool], Iterable[Lacking]], units: int, size: int, ridges: Sequence[Ridge]
-) -> tuple[Tensor, Ridge, float, float] | None:
-    """The changes [N, D] of some units; None where no ridge is better than none of them."""
-    equations = NormalEquations(units, size)
-    for one in rows(False):
-        equations.add(Rows(*one))
-    if not equations.num_rows:
+) -> _Found | None:
+    """The changes of some units; None where no ridge is better than none of them."""
+
+    def tokens(held: bool) -> Iterator[TokenRows]:
+        return (TokenRows(*one) for one in rows(held) if len(one.z_TN))
+
+    first = next(tokens(False), None)
+    if first is None:  # nobody gets them
         return None
-    nothing_ND = equations.cross_ND.new_zeros(units, size)
-
-    def held() -> Iterable[Rows]:
-        return (Rows(*one) for one in rows(True))
-
-    fit = fitted(equations, held, nothing_ND, ridges)
+    equations = NormalEquations(units, size, first.z_TN.device)
+    for one in tokens(False):
+        equations.add(one)
+    nothing_ND = torch.zeros_like(equations.cross_ND)
+    if next(tokens(True), None) is None:
+        columns_ND = solved(equations, nothing_ND, CAUTIOUS)
+        return _Found(columns_ND, CAUTIOUS, equations.error(columns_ND), None)
+    fit = fitted(equations, lambda: tokens(True), nothing_ND, ridges)
     if not fit.held_error < fit.prior_error:
         return None
-    left = fit.held_error / fit.prior_error
-    return fit.columns_ND, fit.ridge, fit.error, left
+    return _Found(fit.columns_ND, fit.ridge, fit.error, fit.held_error / fit.prior_error)
