@@ -1,4 +1,4 @@
-"""What stays after a method's edits gets new down projections: a closed-form repair, no training."""
+"""New down projections for what stays after a method's edits: a repair without training."""
 
 from __future__ import annotations
 

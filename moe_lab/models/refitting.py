@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_lab.models.experts import expert_hidden, expert_parameters, scales_input
 from moe_lab.models.layers import MoELayer, has_hidden_units
-from moe_lab.models.probing import terms
+from moe_lab.models.probing import adds_multiples
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.types import UserError
 
@@ -55,8 +55,8 @@ def check_sum(layer: MoELayer) -> None:
     info, what = layer.info, type(layer.block).__name__
     if layer.experts.has_post_expert_norm:
         raise no_sum(info.index, info.family, "each of its experts ends in a norm")
-    if terms(layer) is None:
-        raise no_sum(info.index, info.family, f"{what} is no plain sum of its experts' outputs")
+    if not adds_multiples(layer):
+        raise no_sum(info.index, info.family, f"{what} does more with its experts' outputs than add")
 
 
 class Handed(NamedTuple):

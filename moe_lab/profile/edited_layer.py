@@ -24,7 +24,7 @@ from moe_lab.models.refitting import (
     shared_down,
     shared_hidden,
 )
-from moe_lab.models.stream import LayerStream, States
+from moe_lab.models.stream import States
 from moe_lab.models.widths import widths_of
 from moe_lab.profile.grams import TOKENS_SIDE_BY_SIDE, weights_of_states
 from moe_lab.types import NotFinite

@@ -12,6 +12,7 @@ from moe_lab.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from moe_lab.models.hidden_units import HiddenUnits
     from moe_lab.models.layers import MoELayer, Standing
 
 
