@@ -31,13 +31,16 @@ from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.refit import RefitExperts
 from moe_lab.models.layers import check_kept, check_own_rows
 from moe_lab.models.merging import permutation_name
+from moe_lab.models.refitting import refit_name
 from moe_lab.option import Option
-from moe_lab.profile.all_experts import AllExperts, answers
+from moe_lab.profile.all_experts import AllExperts, ExpertSample, answers
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
+from moe_lab.progress import progress
 from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
@@ -265,7 +268,10 @@ class Merge(Refitting):
         }
         if self._own("align") in FROM_ACTIVATIONS:
             tensors.update(self._permutations(profile, groups))
-        return [self._edit(one, groups.get(one.info.index)) for one in profile.statistics]
+        if self._grouping.refits:
+            tensors.update(self._down_projections(profile, groups))
+        each = (self._edits(one, groups.get(one.info.index)) for one in profile.statistics)
+        return [edit for edits in each for edit in edits]
 
     def _all_outputs(self, profile: Profile, indices: Sequence[int]) -> dict[int, Any]:
         """What the grouping needs to know of all experts' outputs, by layer index."""
@@ -299,25 +305,52 @@ class Merge(Refitting):
         )
         return {permutation_name(index): torch.tensor(rows) for index, rows in found.items()}
 
+    def _down_projections(
+        self, profile: Profile, groups: Mapping[int, Groups]
+    ) -> dict[str, Tensor]:
+        """Those that the grouping finds for the merged experts, as the plan's tensors."""
+        grouping, found = self._grouping, dict[str, Tensor]()
+
+        @functools.cache
+        def sample() -> ExpertSample:
+            return ExpertSample(profile.open_stream(self.num_samples))
+
+        def work(index: int) -> dict[str, Tensor]:
+            with sample().open(index) as experts:
+                made_EDI = grouping.down_projections(experts, groups[index])
+                return {refit_name(index): made_EDI.cpu()}
+
+        for index in progress(sorted(groups), "down projections"):
+            question = {
+                "question": f"down projections/{grouping.name}", "layer": index,
+                "of": groups[index].groups, "shares": groups[index].weights,
+                "num_samples": self.num_samples,
+            }  # fmt: skip
+            asked = functools.partial(work, index)
+            found |= profile.remember_tensors(question, asked, [grouping, ExpertSample])
+        return found
+
     def _propagated(
         self, profile: Profile, numbers: Mapping[int, int], tensors: dict[str, Tensor]
     ) -> list[Edit]:
         """Each layer decided behind those that are merged already."""
         grouping = self._grouping
 
-        def edit_of(one: LayerStatistics, experts: AllExperts | None = None) -> Edit:
+        def edits_of(one: LayerStatistics, experts: AllExperts | None = None) -> list[Edit]:
             index, num_experts = one.info.index, one.info.num_experts
             if numbers.get(index, num_experts) == num_experts:
-                return self._edit(one, None)
+                return self._edits(one, None)
             matrix = grouping.outputs(experts) if experts and grouping.needs_outputs else None
             groups = self._choose(one, numbers[index], matrix)
             if experts and self._own("align") in FROM_ACTIVATIONS:
                 tensors[permutation_name(index)] = self._permutation(experts, groups)
-            return self._edit(one, groups)
+            if experts and grouping.refits:
+                tensors[refit_name(index)] = grouping.down_projections(experts, groups).cpu()
+            return self._edits(one, groups)
 
         if self._needs_experts:
-            return propagated(profile, edit_of, tensors, experts_on=self.num_samples)
-        return propagated(profile, edit_of, tensors)
+            return propagated(profile, edits_of, tensors, experts_on=self.num_samples)
+        return propagated(profile, edits_of, tensors)
 
     def _choose(
         self, one: LayerStatistics, number: int, outputs: Tensor | Sequence[float] | None
@@ -335,11 +368,11 @@ class Merge(Refitting):
     def _permutation(self, experts: AllExperts, groups: Groups) -> Tensor:
         return permutation(experts, groups.groups, with_weights=self._own("align") == "both")
 
-    def _edit(self, one: LayerStatistics, groups: Groups | None) -> Edit:
+    def _edits(self, one: LayerStatistics, groups: Groups | None) -> list[Edit]:
         info = one.info
         if groups is None:
-            return KeepLayer(info.index, info.name)
-        return MergeExperts(
+            return [KeepLayer(info.index, info.name)]
+        merge = MergeExperts(
             info.index,
             info.name,
             scores=tuple(self._grouping.scores(one).tolist()),
@@ -347,3 +380,9 @@ class Merge(Refitting):
             router=self._own("router"),
             **vars(groups),
         )
+        return [merge, *(RefitExperts(info.index, info.name) for _ in range(self._grouping.refits))]
+
+    @property
+    def refits(self) -> bool:
+        """Also where the grouping finds down projections itself."""
+        return self.refit or self._grouping.refits

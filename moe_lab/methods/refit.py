@@ -91,9 +91,14 @@ class Refitting(Method):
         unused = () if options.get("refit") else OF_REFITS
         return {name: value for name, value in told.items() if name not in unused}
 
+    @property
+    def refits(self) -> bool:
+        """Whether its plan has refits."""
+        return self.refit
+
     def followed(self, edits: Sequence[Edit], layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """The edits of an example, with a refit of each layer behind them where asked for."""
-        refits = [RefitExperts(info.index, info.name) for info in layers if self.refit]
+        refits = [RefitExperts(info.index, info.name) for info in layers if self.refits]
         return (*edits, *refits)
 
 
@@ -119,9 +124,11 @@ def with_refits(profile: Profile, made: Plan, targets: str, token_weight: str) -
     chains = {chain.index: chain for chain in made.chains()}
     tensors, edits = dict(made.tensors), list[Edit]()
     for index in progress(sorted(chains), "refit"):
-        edits += chains[index].edits
-        if chains[index].changes and chains[index].leaves_moe:
-            edits += walk.refit(chains[index], tensors)
+        chain = chains[index]
+        found = walk.refit(chain, tensors) if chain.changes and chain.leaves_moe else []
+        # One that the method made itself has no say behind this one.
+        edits += [edit for edit in chain.edits if not (found and isinstance(edit, RefitExperts))]
+        edits += found
     refitted = {str(edit.index): edit.error for edit in edits if isinstance(edit, RefitExperts)}
     notes = made.notes | {"refit": {"targets": targets, "error left": refitted}}
     return replace(made, edits=tuple(edits), tensors=tensors, notes=notes)

@@ -42,8 +42,8 @@ def shared_down(layer: MoELayer) -> nn.Linear | None:
 def no_sum(index: int, family: str, why: str) -> UserError:
     """The refusal of a layer whose columns cannot be found by least squares."""
     return UserError(
-        f"method.refit=true: layer {index} of {family} cannot be refitted in closed form: {why}. "
-        "Ask for method.refit=false"
+        f"layer {index} of {family} cannot be refitted in closed form: {why}. Ask for "
+        "method.refit=false (for a merge, with another grouping than mergemoe)"
     )
 
 
@@ -56,7 +56,9 @@ def check_sum(layer: MoELayer) -> None:
     if layer.experts.has_post_expert_norm:
         raise no_sum(info.index, info.family, "each of its experts ends in a norm")
     if not adds_multiples(layer):
-        raise no_sum(info.index, info.family, f"{what} does more with its experts' outputs than add")
+        raise no_sum(
+            info.index, info.family, f"{what} does more with its experts' outputs than add"
+        )
 
 
 class Handed(NamedTuple):

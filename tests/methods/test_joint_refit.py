@@ -20,7 +20,7 @@ ONE = (Ridge(1.0, "unit"),)  # the same for a unit, whoever it is found together
 BATCHES = [text(seed) for seed in range(3)]
 
 
-def pruned(family: str):  # noqa: ANN201
+def pruned(family: str):
     """Four experts of eight go from each layer."""
     model = tiny_model(family)
     infos = [layer.info for layer in moe_layers(model)]

@@ -43,12 +43,12 @@ from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
 
-def model_of(family: str):  # noqa: ANN201
+def model_of(family: str):
     odd = ("dbrx", "step3p7", "jetmoe", "llama4_text", "longcat_flash")
     return odd_model(family) if family in odd else tiny_model(family)
 
 
-def check_by_hand(model, plan: Plan, index: int, targets: str, kind: str = "output") -> None:  # noqa: ANN001
+def check_by_hand(model, plan: Plan, index: int, targets: str, kind: str = "output") -> None:
     """A layer's new columns against scipy's, on raw activations of a plain forward pass."""
     [edit] = [one for one in plan.edits if one.kind == "refit" and one.index == index]
     [ridge] = edit.ridges
@@ -119,7 +119,7 @@ def test_a_layer_that_is_kept_is_not_refitted() -> None:
 MANY = [text(seed) for seed in range(4)]
 
 
-def planned(model, method) -> Plan:  # noqa: ANN001
+def planned(model, method) -> Plan:
     method.check([layer.info for layer in moe_layers(model)])
     return method.plan(profile_of(model, MANY))
 

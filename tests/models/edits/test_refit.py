@@ -21,7 +21,7 @@ from moe_lab.models.widths import widths_of
 from moe_lab.types import UserError
 
 
-def own_columns(model, index: int) -> Tensor:  # noqa: ANN001
+def own_columns(model, index: int) -> Tensor:
     [layer] = [one for one in moe_layers(model) if one.info.index == index]
     return layer.experts.down_proj.detach().clone()
 
