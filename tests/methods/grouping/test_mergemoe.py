@@ -23,7 +23,6 @@ from moe_lab.models.stream import LayerStream
 from moe_lab.profile.all_experts import ExpertSample
 from moe_lab.types import LayerInfo, UserError
 
-
 TEXT = [text(seed) for seed in range(3)]
 
 
@@ -124,5 +123,5 @@ def test_a_layer_with_a_norm_in_its_experts_is_refused_without_weights() -> None
     model = tiny_model("qwen2_moe").to("meta")
     layer = moe_layers(model)[0]
     layer.experts.has_post_expert_norm = True
-    with pytest.raises(UserError, match="ends in a norm.*another grouping than mergemoe"):
+    with pytest.raises(UserError, match=r"ends in a norm.*another grouping than mergemoe"):
         restructure_model(model, [RefitExperts(layer.info.index, layer.info.name)])
