@@ -52,11 +52,11 @@ def changes(
     if not layer.square():
         return None
     if layer.num_units <= most:
-        return together(layer, ridges)
-    return in_turn(layer, ridges)
+        return all_at_once(layer, ridges)
+    return part_by_part(layer, ridges)
 
 
-def together(layer: EditedLayer, ridges: Sequence[Ridge]) -> Change | None:
+def all_at_once(layer: EditedLayer, ridges: Sequence[Ridge]) -> Change | None:
     """One problem for all units of a layer."""
     found = _found(layer.rows, layer.num_units, layer.layer.info.hidden_size, ridges)
     if found is None:
@@ -66,7 +66,9 @@ def together(layer: EditedLayer, ridges: Sequence[Ridge]) -> Change | None:
     return Change(columns, (found.ridge,), found.error, found.held_error)
 
 
-def in_turn(layer: EditedLayer, ridges: Sequence[Ridge], sweeps: int = SWEEPS) -> Change | None:
+def part_by_part(
+    layer: EditedLayer, ridges: Sequence[Ridge], sweeps: int = SWEEPS
+) -> Change | None:
     """Part by part, each on what all others leave missing (block coordinate descent).
 
     One Gram matrix is there at a time, of one expert. With a ridge that is the same in every sweep

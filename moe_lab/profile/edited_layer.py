@@ -29,7 +29,7 @@ from moe_lab.models.widths import widths_of
 from moe_lab.profile.grams import TOKENS_SIDE_BY_SIDE, weights_of_states
 from moe_lab.types import NotFinite
 
-KEPT = ("x", "place", "weight", "gate", "lacking", "weighs", "held")
+NOTED = ("x", "place", "weight", "gate", "lacking", "weighs", "held")
 
 
 class Part(NamedTuple):
@@ -107,7 +107,7 @@ class EditedLayer:
     def close(self) -> None:
         """Forget what was noted."""
         for batch in range(self.stream.num_batches):
-            for name in KEPT:
+            for name in NOTED:
                 self.stream.cache.pop(("edited layer", name, batch))
 
     def square(self) -> float:

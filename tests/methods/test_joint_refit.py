@@ -9,7 +9,7 @@ from narrowing import narrow_plan
 from refits import opened, text
 
 from moe_lab.methods import joint_refit
-from moe_lab.methods.joint_refit import CAUTIOUS, changes, in_turn, together
+from moe_lab.methods.joint_refit import CAUTIOUS, all_at_once, changes, part_by_part
 from moe_lab.methods.ridge import Ridge
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
@@ -31,11 +31,11 @@ def pruned(family: str):
 def test_one_after_another_goes_to_what_all_together_are(family: str) -> None:
     model, plan = pruned(family)
     with opened(model, BATCHES, plan, 2) as layer:
-        joint = together(layer, ONE)
+        joint = all_at_once(layer, ONE)
     off = []
     for sweeps in (1, 2, 40):
         with opened(model, BATCHES, plan, 2) as layer:
-            found = in_turn(layer, ONE, sweeps)
+            found = part_by_part(layer, ONE, sweeps)
         whole = torch.cat([joint.columns[part] for part in layer.parts])
         apart = torch.cat([found.columns[part] for part in layer.parts]).double()
         off.append(float((apart - whole).norm() / whole.norm()))
@@ -45,12 +45,12 @@ def test_one_after_another_goes_to_what_all_together_are(family: str) -> None:
 
 def test_which_way_it_is_done_follows_from_the_number_of_units(monkeypatch) -> None:
     model, plan = pruned("mixtral")
-    for name in ("together", "in_turn"):
+    for name in ("all_at_once", "part_by_part"):
         monkeypatch.setattr(joint_refit, name, lambda layer, ridges, name=name: name)
     with opened(model, BATCHES, plan, 1) as layer:
         assert layer.num_units == 64
-        assert changes(layer, most=64) == "together"
-        assert changes(layer, most=63) == "in_turn"
+        assert changes(layer, most=64) == "all_at_once"
+        assert changes(layer, most=63) == "part_by_part"
 
 
 @pytest.mark.parametrize("most", [0, 10_000])
@@ -117,7 +117,7 @@ def test_the_ridge_is_chosen_on_documents_that_were_not_fitted() -> None:
     model, plan = pruned("qwen2_moe")
     few = (Ridge(1e-2), Ridge(1.0), Ridge(1e3))
     with opened(model, BATCHES, plan, 2) as layer:
-        chosen, *each = (together(layer, some) for some in (few, *((one,) for one in few)))
+        chosen, *each = (all_at_once(layer, some) for some in (few, *((one,) for one in few)))
     judged = {one.held_error: one.ridges for one in each if one is not None}
     assert chosen.ridges == judged[min(judged)] == (few[1],)
     assert chosen.error < chosen.held_error < 1
