@@ -154,21 +154,27 @@ def test_several_rows_of_one_expert_and_stand_ins_are_taken_as_they_compute() ->
         check_by_hand(model, plan, 2, "intact")
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
-@pytest.mark.parametrize("method", ["experts", "neurons", "merge, one row each"])
-def test_a_checkpoint_computes_the_same_in_a_fresh_process(
-    family: str, method: str, tmp_path: Path
-) -> None:
-    model, folder = tiny_model(family), tmp_path / "x"
-    folder.mkdir()
-    model.save_pretrained(folder / "source")
-    plan = METHODS[method](refit=True).plan(profile_of(model, [text()]))
-    (tmp_path / "plan.json").write_text(plan.to_text())
-    plan.write_tensors(tmp_path / "plan.json")
-    edited = carried_out(model, Plan.load(tmp_path / "plan.json"))
-    assert save_checkpoint(edited, folder / "model", folder / "source", 1.0).stock
-    save_file(tiny_batch() | {"logits": logits_of(edited)}, folder / "expected.safetensors")
-    assert in_fresh_process("stock", [folder]) == {"x": 0.0}
+CHECKPOINTS = {
+    "qwen2_moe": "neurons",
+    "deepseek_v3": "experts",
+    "gpt_oss": "merge, one row each",
+    "mixtral": "dern",
+}
+
+
+def test_a_checkpoint_computes_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+    for family, method in CHECKPOINTS.items():
+        model, folder = tiny_model(family), tmp_path / family
+        folder.mkdir()
+        model.save_pretrained(folder / "source")
+        plan = METHODS[method](refit=True).plan(profile_of(model, [text()]))
+        (folder / "plan.json").write_text(plan.to_text())
+        plan.write_tensors(folder / "plan.json")
+        edited = carried_out(model, Plan.load(folder / "plan.json"))
+        assert save_checkpoint(edited, folder / "model", folder / "source", 1.0).stock
+        save_file(tiny_batch() | {"logits": logits_of(edited)}, folder / "expected.safetensors")
+    folders = [tmp_path / family for family in CHECKPOINTS]
+    assert in_fresh_process("stock", folders) == dict.fromkeys(CHECKPOINTS, 0.0)
 
 
 def test_what_the_plan_says_of_it() -> None:
@@ -229,3 +235,23 @@ def test_factors_and_biases_of_a_block_are_no_obstacle(kind: str) -> None:
     bare = Plan(tuple(edit for edit in plan.edits if edit.kind != "refit"))
     far, near = (divergence(model, carried_out(model, one), text()) for one in (bare, plan))
     assert near < 0.8 * far
+
+
+def test_a_whole_job_is_refitted_and_says_so(job: Any) -> None:
+    asked = ("method=prune", "metric=reap", "ratio.ratio=0.5")
+    plain, done = job(*asked), job(*asked, "method.refit=true")
+    assert plain.code == done.code == 0, done.text
+    assert done.report["prune/refit"] and "prune/targets" not in plain.report
+    assert done.report["prune/targets"] == "sequential"
+    assert done.report["compressed/stock"] == plain.report["compressed/stock"]
+    again = job(*asked, "method.refit=true")
+    assert again.report["cached/plan"]
+    other = job(*asked, "method.refit=true", "method.targets=intact")
+    assert not other.report["cached/plan"]
+    ignored = job(*asked, "method.targets=intact")  # of no refit: the plan that is there
+    assert ignored.report["cached/plan"]
+
+
+def test_a_job_with_too_little_text_ends_as_a_users_mistake(job: Any) -> None:
+    done = job("method=prune", "metric=reap", "method.refit=true", "calibration.num_samples=5")
+    assert done.code == 2 and "has 5 documents" in done.text

@@ -47,7 +47,9 @@ def profile_of(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> 
             return LayerStream(model, batches)
         return LayerStream(model, [{name: part[:num_samples] for name, part in batches[0].items()}])
 
-    return Profile(collect_statistics(model, batches, neurons=True), open_stream)
+    statistics = collect_statistics(model, batches, neurons=True)
+    number = sum(len(batch["input_ids"]) for batch in batches)
+    return Profile(statistics, open_stream, num_documents=number)
 
 
 def pruned(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], **options: Any) -> Plan:
