@@ -117,6 +117,8 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "least_squares",
         "forward_selection",
         "second_order",
+        "joint_refit",
+        "refit",
     ),
     "methods.metrics": ("base", "by_gradient"),
     "methods.ratios": ("budget", "neurons", "pairs", "widths"),

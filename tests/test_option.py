@@ -108,4 +108,4 @@ def test_names_of_files_are_listed_where_they_are_values() -> None:
     found = Option("", files_of=("moe_lab.methods.condense.gates",))
     assert found.range() == "mean_all, mean_selected" and found.allows("research.mine")
     grouping = Option("", files_of=("moe_lab.methods.grouping", "base", "alignment"))
-    assert grouping.range() == "hc_smoe, m_smoe, ream"
+    assert grouping.range() == "hc_smoe, m_smoe, mergemoe, ream"

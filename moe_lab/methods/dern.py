@@ -11,6 +11,7 @@ from moe_lab.lookup import require_kind
 from moe_lab.methods.base import LmHead, Mtp
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio
+from moe_lab.methods.refit import Refitting
 from moe_lab.methods.scored import ByScores
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan
@@ -22,7 +23,7 @@ from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Dern(ByScores):
+class Dern(Refitting, ByScores):
     """Keep the experts that `metric` scores highest, and recombine the others into them.
 
     DERN (2509.10377): the paper's importance of an expert is the router's normalised weight, 0
@@ -52,10 +53,11 @@ class Dern(ByScores):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; how many experts go is not known, so that none does."""
-        return tuple(
+        edits = [
             RecombineExperts(info.index, info.name, kept=tuple(range(info.num_experts)))
             for info in layers
-        )
+        ]
+        return self.followed(edits, layers)
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """What the ratio leaves, where no score enters it."""
@@ -66,7 +68,7 @@ class Dern(ByScores):
         """Whether the routers' statistics are enough."""
         return self._metric.from_routers
 
-    def plan(self, profile: Profile) -> Plan:
+    def decide(self, profile: Profile) -> Plan:
         """One edit for each MoE layer."""
         layers = [layer.info for layer in profile.statistics]
         scores = list(zip(layers, self._metric.scores(profile), strict=True))

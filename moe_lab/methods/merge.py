@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lab.finite import check_scores
 from moe_lab.lookup import require_kind
-from moe_lab.methods.base import LmHead, Method, Mtp
+from moe_lab.methods.base import LmHead, Mtp
 from moe_lab.methods.grouping.alignment import permutation
 from moe_lab.methods.grouping.base import (
     GROUPING_FILES,
@@ -26,17 +26,21 @@ from moe_lab.methods.grouping.base import (
 from moe_lab.methods.layer_choice import check_layers, choose_layers
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio
+from moe_lab.methods.refit import Refitting
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan
+from moe_lab.models.edits.refit import RefitExperts
 from moe_lab.models.layers import check_kept, check_own_rows
 from moe_lab.models.merging import permutation_name
+from moe_lab.models.refitting import refit_name
 from moe_lab.option import Option
-from moe_lab.profile.all_experts import AllExperts, answers
+from moe_lab.profile.all_experts import AllExperts, ExpertSample, answers
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
+from moe_lab.progress import progress
 from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
@@ -44,7 +48,7 @@ FROM_ACTIVATIONS = ("activations", "both")
 
 
 @dataclass(frozen=True)
-class Merge(Method):
+class Merge(Refitting):
     """Merge the experts of some layers, each into as many as `ratio` or `num_experts` leave.
 
     A ratio decides by the grouping's own scores, as for pruning by a metric's. What follows is the
@@ -168,12 +172,13 @@ class Merge(Method):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; which experts become one is not known, so that none do."""
-        return tuple(
+        edits = [
             MergeExperts(info.index, info.name, kept=tuple(range(info.num_experts)),
                          groups=tuple((expert,) for expert in range(info.num_experts)),
                          router=self._own("router"))
             for info in self._known(layers)
-        )  # fmt: skip
+        ]  # fmt: skip
+        return self.followed(edits, self._known(layers))
 
     def foreseen(self, layers: Sequence[LayerInfo]) -> Mapping[int, int] | None:
         """What num_experts says, or the ratio where no score enters it."""
@@ -203,13 +208,14 @@ class Merge(Method):
         unused |= {"num_experts"} if self.num_experts is None else {"ratio"}
         in_order = isinstance(self.layers, str) and self.layers != "all"
         unused |= set() if in_order else {"num_layers"}
-        return {name: value for name, value in (dict(options) | own).items() if name not in unused}
+        asked = super().identity(options) | own
+        return {name: value for name, value in asked.items() if name not in unused}
 
     def parts(self) -> Sequence[object]:
         """The grouping, which may be given by its name."""
         return [self._grouping]
 
-    def plan(self, profile: Profile) -> Plan:
+    def decide(self, profile: Profile) -> Plan:
         """One edit per MoE layer: merge, or keep where as many stay as there are."""
         order = choose_layers(self.layers, self.num_layers, profile.statistics, "layer", self.seed)
         scores = [
@@ -262,7 +268,10 @@ class Merge(Method):
         }
         if self._own("align") in FROM_ACTIVATIONS:
             tensors.update(self._permutations(profile, groups))
-        return [self._edit(one, groups.get(one.info.index)) for one in profile.statistics]
+        if self._grouping.refits:
+            tensors.update(self._down_projections(profile, groups))
+        each = (self._edits(one, groups.get(one.info.index)) for one in profile.statistics)
+        return [edit for edits in each for edit in edits]
 
     def _all_outputs(self, profile: Profile, indices: Sequence[int]) -> dict[int, Any]:
         """What the grouping needs to know of all experts' outputs, by layer index."""
@@ -296,25 +305,52 @@ class Merge(Method):
         )
         return {permutation_name(index): torch.tensor(rows) for index, rows in found.items()}
 
+    def _down_projections(
+        self, profile: Profile, groups: Mapping[int, Groups]
+    ) -> dict[str, Tensor]:
+        """Those that the grouping finds for the merged experts, as the plan's tensors."""
+        grouping, found = self._grouping, dict[str, Tensor]()
+
+        @functools.cache
+        def sample() -> ExpertSample:
+            return ExpertSample(profile.open_stream(self.num_samples))
+
+        def work(index: int) -> dict[str, Tensor]:
+            with sample().open(index) as experts:
+                made_EDI = grouping.down_projections(experts, groups[index])
+                return {refit_name(index): made_EDI.cpu()}
+
+        for index in progress(sorted(groups), "down projections"):
+            question = {
+                "question": f"down projections/{grouping.name}", "layer": index,
+                "of": groups[index].groups, "shares": groups[index].weights,
+                "num_samples": self.num_samples,
+            }  # fmt: skip
+            asked = functools.partial(work, index)
+            found |= profile.remember_tensors(question, asked, [grouping, ExpertSample])
+        return found
+
     def _propagated(
         self, profile: Profile, numbers: Mapping[int, int], tensors: dict[str, Tensor]
     ) -> list[Edit]:
         """Each layer decided behind those that are merged already."""
         grouping = self._grouping
 
-        def edit_of(one: LayerStatistics, experts: AllExperts | None = None) -> Edit:
+        def edits_of(one: LayerStatistics, experts: AllExperts | None = None) -> list[Edit]:
             index, num_experts = one.info.index, one.info.num_experts
             if numbers.get(index, num_experts) == num_experts:
-                return self._edit(one, None)
+                return self._edits(one, None)
             matrix = grouping.outputs(experts) if experts and grouping.needs_outputs else None
             groups = self._choose(one, numbers[index], matrix)
             if experts and self._own("align") in FROM_ACTIVATIONS:
                 tensors[permutation_name(index)] = self._permutation(experts, groups)
-            return self._edit(one, groups)
+            if experts and grouping.refits:
+                tensors[refit_name(index)] = grouping.down_projections(experts, groups).cpu()
+            return self._edits(one, groups)
 
         if self._needs_experts:
-            return propagated(profile, edit_of, tensors, experts_on=self.num_samples)
-        return propagated(profile, edit_of, tensors)
+            return propagated(profile, edits_of, tensors, experts_on=self.num_samples)
+        return propagated(profile, edits_of, tensors)
 
     def _choose(
         self, one: LayerStatistics, number: int, outputs: Tensor | Sequence[float] | None
@@ -332,11 +368,11 @@ class Merge(Method):
     def _permutation(self, experts: AllExperts, groups: Groups) -> Tensor:
         return permutation(experts, groups.groups, with_weights=self._own("align") == "both")
 
-    def _edit(self, one: LayerStatistics, groups: Groups | None) -> Edit:
+    def _edits(self, one: LayerStatistics, groups: Groups | None) -> list[Edit]:
         info = one.info
         if groups is None:
-            return KeepLayer(info.index, info.name)
-        return MergeExperts(
+            return [KeepLayer(info.index, info.name)]
+        merge = MergeExperts(
             info.index,
             info.name,
             scores=tuple(self._grouping.scores(one).tolist()),
@@ -344,3 +380,9 @@ class Merge(Method):
             router=self._own("router"),
             **vars(groups),
         )
+        return [merge, *(RefitExperts(info.index, info.name) for _ in range(self._grouping.refits))]
+
+    @property
+    def refits(self) -> bool:
+        """Also where the grouping finds down projections itself."""
+        return self.refit or self._grouping.refits

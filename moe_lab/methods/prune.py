@@ -22,6 +22,7 @@ from moe_lab.methods.metrics.base import WIDTHS, names_of_unit
 from moe_lab.methods.narrowing import Narrowing
 from moe_lab.methods.ratios import budget
 from moe_lab.methods.ratios.budget import Ratio, Scores
+from moe_lab.methods.refit import Refitting
 from moe_lab.methods.scored import ByScores, protected_experts
 from moe_lab.models.editing import constants_name
 from moe_lab.models.edits.base import Edit
@@ -40,7 +41,7 @@ PRUNED = ("experts", "neurons", "both")
 
 
 @dataclass(frozen=True)
-class Prune(ByScores):
+class Prune(Refitting, ByScores):
     """Keep the experts that `metric` scores highest, as many as `ratio` leaves.
 
     With a replacement the router stays whole, and a token sent to a removed expert gets zero, a
@@ -156,6 +157,9 @@ class Prune(ByScores):
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the plan's kind; how many experts go is not known, so that none does."""
+        return self.followed(self._example(layers), layers)
+
+    def _example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         if self.unit == "both":
             return self._both.example(layers)
         if self.of_neurons:
@@ -204,14 +208,14 @@ class Prune(ByScores):
     @property
     def takes_groups(self) -> bool:
         """Whether a plan for a group's statistics is one for that group, and can be evaluated."""
-        whole = self.propagate or self.replacement != "nothing" or self.shared
+        whole = self.propagate or self.replacement != "nothing" or self.shared or self.refit
         return not whole and self._metric.takes_groups and self.ratio.takes_groups
 
     @property
     def _replacement(self) -> ReplacementName:
         return cast(ReplacementName, self.replacement)  # `check` has refused all others
 
-    def plan(self, profile: Profile) -> Plan:
+    def decide(self, profile: Profile) -> Plan:
         """One pruning edit per MoE layer."""
         if self.of_neurons:
             made = (self._both if self.unit == "both" else self._narrowing).plan(profile)

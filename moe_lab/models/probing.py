@@ -234,6 +234,40 @@ def _factors(bare: MoELayer, shape: tuple[int, int], scale: float) -> Terms | No
 
 
 @on_cpu()
+def adds_multiples(layer: MoELayer) -> bool:
+    """Whether a block adds a multiple of its routed sum and one of its shared sum to what else it
+    gives, the same ones in batches of any shape. The layer may be on the meta device."""
+    if not layer.has_block:
+        return False
+    bare = skeleton(layer)
+    try:
+        found = {_multiples(bare, shape) for shape in ((1, 64), (2, 16))}
+    except _OtherSize:
+        return False
+    return len(found) == 1 and None not in found
+
+
+def _multiples(bare: MoELayer, shape: tuple[int, int]) -> tuple[float, ...] | None:
+    """The factors of the routed and the shared sum, rounded; None where there are none."""
+    generator, found = torch.Generator().manual_seed(2), []
+    x_BLD, routed_BLD, shared_BLD = torch.randn(
+        3, *shape, bare.info.hidden_size, generator=generator
+    )
+
+    def given(routed: float, shared: float) -> Tensor:
+        return _given(bare, x_BLD, routed * routed_BLD, shared * shared_BLD)
+
+    rest = given(0.0, 0.0)
+    for routed, shared in ((1.0, 0.0), (-3.0, 0.0), (0.0, 1.0)):
+        change, whole = given(routed, shared) - rest, routed * routed_BLD + shared * shared_BLD
+        factor = float((change * whole).sum() / whole.square().sum())
+        if not torch.allclose(change, factor * whole, rtol=1e-4, atol=1e-4):
+            return None
+        found.append(round(factor, 3))
+    return tuple(found) if found[0] == found[1] else None
+
+
+@on_cpu()
 def what_else_weights_do(layer: MoELayer) -> str | None:
     """Why constant weights cannot be told from what a block makes of them; None where they can.
 

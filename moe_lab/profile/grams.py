@@ -82,11 +82,18 @@ class Grams:
 
 def token_weights(routing: Routing, kind: str) -> Tensor:
     """What each token of a batch weighs in the sums [T], in float32 or better."""
-    exact = torch.promote_types(routing.x_TD.dtype, torch.float32)
     if kind == "none":
-        return torch.ones(len(routing.x_TD), dtype=exact, device=routing.x_TD.device)
+        return weights_of_states(routing.x_TD, kind)
     assert routing.leaving_TD is not None  # `Grams` has refused such layers
-    square_T = routing.leaving_TD.to(exact).square().mean(dim=1)
+    return weights_of_states(routing.leaving_TD, kind)
+
+
+def weights_of_states(leaving_TD: Tensor, kind: str) -> Tensor:
+    """The same by the states that leave the decoder layer; kind: one of TOKEN_WEIGHTS."""
+    exact = torch.promote_types(leaving_TD.dtype, torch.float32)
+    if kind == "none":
+        return torch.ones(len(leaving_TD), dtype=exact, device=leaving_TD.device)
+    square_T = leaving_TD.to(exact).square().mean(dim=1)
     return torch.where(square_T > 0, 1 / square_T, 0.0)
 
 

@@ -59,7 +59,7 @@ def propagated(
                 with _opened(stream, states, index, experts_on) as experts:
                     made = edit_of(statistics, experts)
             some = [made] if isinstance(made, Edit) else list(made)
-            with swapped(stream, index, _edited(stream, index, some, tensors or {})):
+            with swapped(stream, index, edited_block(stream, index, some, tensors or {})):
                 fit_implementation(stream.model)
                 states.pass_through(index, functools.partial(stream.replay, index))
         edits += some
@@ -67,7 +67,7 @@ def propagated(
 
 
 @torch.no_grad()
-def _edited(
+def edited_block(
     stream: LayerStream, index: int, edits: Sequence[Edit], tensors: Mapping[str, Tensor]
 ) -> nn.Module | None:
     """A copy of a layer's block after its edits; None where they change nothing."""

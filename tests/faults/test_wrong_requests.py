@@ -68,7 +68,7 @@ OVERRIDES = {
     ),
     "no such grouping": (
         ["method=merge", "method.grouping=reams"],
-        ["method.grouping='reams'", "hc_smoe, m_smoe, ream"],
+        ["method.grouping='reams'", "hc_smoe, m_smoe, mergemoe, ream"],
     ),
     "nothing says how many stay": (
         ["method=merge", "method.ratio=null", "method.num_experts=null"],

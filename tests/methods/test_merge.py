@@ -127,7 +127,7 @@ def test_impossible_requests_are_refused_before_any_work() -> None:
     for name, words in {
         "router": "=last: there are all, dominant, mean, sum, or null",
         "align": "=last: there are none, weights, activations, both, or null",
-        "grouping": "='last' does not exist; there are hc_smoe, m_smoe, ream",
+        "grouping": "='last' does not exist; there are hc_smoe, m_smoe, mergemoe, ream",
     }.items():
         with pytest.raises(UserError, match=f"method.{name}{words}"):
             Merge(1, 2, **{name: "last"}).check([INFO])
@@ -252,9 +252,11 @@ def test_options_that_decide_nothing_are_in_no_identity() -> None:
         "align",
         "router",
         "propagate",
+        "refit",
         "mtp",
         "lm_head",
     }
+    assert known(refit=True) - known() == {"targets", "token_weight"}
     assert known(grouping="hc_smoe") - known() == {"num_samples"}
     assert grouping("hc_smoe") == {"name": "hc_smoe", "linkage": "average"}
     assert grouping("ream") == {"name": "ream", "group_size": 16}

@@ -8,10 +8,13 @@ import pytest
 import torch
 from families import EACH_FAMILY, tiny_model
 from odd_blocks import BLOCKS, odd_model
+from odd_families import ADAPTED
+from odd_families import odd_model as odd_family
 
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.probing import (
     Terms,
+    adds_multiples,
     hands_state_on,
     probe,
     route,
@@ -91,3 +94,20 @@ def test_it_is_found_while_a_model_is_built_elsewhere_in_half_precision() -> Non
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_block_that_adds_multiples_to_something_else_is_told_from_others() -> None:
+    adds = {kind: adds_multiples(moe_layers(odd_model(kind))[0]) for kind in BLOCKS}
+    assert adds == {
+        "a factor": True,
+        "an average": True,
+        "a norm": False,
+        "other input": True,  # what parts get is another question
+        "an extra return value": True,
+        "a limit": False,
+        "a sequence's length": False,
+    }
+    assert adds_multiples(moe_layers(odd_model("a bias of each expert"))[0])
+    for family in ADAPTED:  # of which some add more than their experts
+        layer = moe_layers(odd_family(family).to("meta"))[0]
+        assert adds_multiples(layer)

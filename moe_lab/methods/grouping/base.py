@@ -61,6 +61,8 @@ class Grouping(Plugin, ABC):
     expert is then computed for on a sample; by default false. Then
     outputs(experts): a matrix [E, E] of it, and
     outputs_options: the options that it depends on; by default None, all.
+    refits: whether the merged experts get down projections of their own making; by default false.
+    Then down_projections(experts, groups): these [E', D, I], from all experts on the sample.
     check(info, number): refuses what is impossible for a layer of which `number` experts stay, with
     a UserError; by default values that are out of the range which their `Option` says.
     name: how reports call it; by default its file's name.
@@ -70,6 +72,7 @@ class Grouping(Plugin, ABC):
     router: RouterName = "all"
     propagate: bool = False
     needs_outputs: bool = False
+    refits: bool = False
     outputs_options: tuple[str, ...] | None = None
 
     @property
@@ -93,6 +96,10 @@ class Grouping(Plugin, ABC):
     def outputs(self, experts: AllExperts) -> Tensor:
         """What `choose` needs to know of all experts' outputs, [E, E]."""
         raise NotImplementedError(f"{type(self).__name__} needs no outputs")
+
+    def down_projections(self, experts: AllExperts, groups: Groups) -> Tensor:
+        """The down projections [E', D, I] of the experts that stay."""
+        raise NotImplementedError(f"{type(self).__name__} leaves the average as it is")
 
     def check(self, info: LayerInfo, number: int) -> None:
         """Refuse what is impossible for a layer of which `number` experts stay."""

@@ -102,8 +102,10 @@ def test_groups_move_with_the_experts(family: str) -> None:
                 one.sums[name] = one[name] + torch.tensor(numbers) / 100
     for grouping in GROUPINGS:
         method = Merge(1, 4, grouping=grouping, propagate=False, align="none")
-        one, other = (method.plan(profile) for profile in found)
-        for was, now in zip(one.edits, other.edits, strict=True):
+        one, other = (method.plan(profile).edits for profile in found)
+        for was, now in zip(one, other, strict=True):
+            if was.kind == now.kind == "refit":  # mergemoe's, behind each merge
+                continue
             renamed = {frozenset(order[expert] for expert in group) for group in now.groups}
             assert renamed == {frozenset(group) for group in was.groups}
             assert {order[expert] for expert in now.kept} == set(was.kept)
