@@ -83,6 +83,7 @@ def part_by_part(
             rows = functools.partial(layer.rows_of, part, columns[part])
             found = _found(rows, part.width, size, ridges)
             new_ND = torch.zeros_like(columns[part])
+            chosen.pop(part, None)
             if found is not None:
                 new_ND, chosen[part] = found.columns_ND.to(new_ND), found.ridge
             layer.add(part, new_ND - columns[part])

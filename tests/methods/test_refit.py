@@ -32,6 +32,7 @@ from moe_lab.methods.merge import Merge
 from moe_lab.methods.metrics.energy import energy
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.prune import Prune
+from moe_lab.methods.ratios.sensitivity import Sensitivity
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.methods.refit import check_refits, with_refits
 from moe_lab.methods.ridge import Ridge
@@ -39,6 +40,7 @@ from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.refit import RefitExperts
 from moe_lab.models.layers import moe_layers
+from moe_lab.models.refitting import shared_refit_name
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
@@ -94,6 +96,16 @@ def test_uneven_experts_are_refitted_unit_by_unit() -> None:
     check_by_hand(model, made, indices[-1], "sequential")
 
 
+def test_shared_experts_that_became_narrower_are_refitted_with_the_others() -> None:
+    model = tiny_model("qwen2_moe")
+    plan = narrow_plan(model, (8,) * 8, shared=12)
+    made = with_refits(profile_of(model, [text()]), plan, "intact", "output")
+    indices = [edit.index for edit in made.edits if edit.kind == "refit"]
+    shapes = {tuple(made.tensors[shared_refit_name(index)].shape) for index in indices}
+    assert shapes == {(32, 12)}
+    check_by_hand(model, made, indices[0], "intact")
+
+
 @pytest.mark.parametrize("targets", ["intact", "sequential"])
 def test_where_nothing_goes_nothing_changes(targets: str) -> None:
     model = tiny_model("qwen2_moe")
@@ -127,6 +139,7 @@ def planned(model, method) -> Plan:
 METHODS: dict[str, Any] = {
     "experts": lambda **asked: Prune(reap, Uniform(0.5), **asked),
     "neurons": lambda **asked: Prune(energy, Uniform(0.5), unit="neurons", **asked),
+    "both": lambda **asked: Prune(energy, Sensitivity(0.7), unit="both", **asked),
     "merge": lambda **asked: Merge(1, num_experts=4, **asked),
     "merge, one row each": lambda **asked: Merge(1, num_experts=4, router="dominant", **asked),
     "ream, layer behind layer": lambda **asked: Merge(1, num_experts=4, grouping="ream", **asked),

@@ -104,6 +104,13 @@ def test_factors_of_a_block_are_found() -> None:
         assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
+def test_the_factor_of_a_decoder_layer_is_found() -> None:
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16}
+    model = tiny_model("granitemoe", residual_multiplier=0.25, **sizes)
+    with opened(model, BATCHES, pruned(model), 1) as layer:
+        assert layer.factors == pytest.approx((0.25, 1.0), rel=1e-4)
+
+
 def test_what_is_no_multiple_is_refused() -> None:
     model = odd_model("a norm behind")
     plan, words = pruned(model), "NormedBehind does more with what its hidden units add"

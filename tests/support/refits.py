@@ -49,7 +49,11 @@ def profile_of(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> 
 
     statistics = collect_statistics(model, batches, neurons=True)
     number = sum(len(batch["input_ids"]) for batch in batches)
-    return Profile(statistics, open_stream, num_documents=number)
+
+    def open_model(num_samples: int | None = None) -> tuple[PreTrainedModel, list[dict]]:
+        return copy.deepcopy(model), list(batches[:1])
+
+    return Profile(statistics, open_stream, open_model, num_documents=number)
 
 
 def pruned(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], **options: Any) -> Plan:
