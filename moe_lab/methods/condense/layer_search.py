@@ -147,7 +147,7 @@ class CondensedSets:
                 ids_N = stream.input_ids[batch][predicts]
                 intact_ND = stream.cache["intact output", batch]
                 some = [states(one, batch)[predicts] for one in sets]
-                for place, value in enumerate(_divergences(stream, ids_N, intact_ND, some)):
+                for place, value in enumerate(_of_predictions(stream, ids_N, intact_ND, some)):
                     totals[place] += value
         return [total / number for total in totals]
 
@@ -252,7 +252,7 @@ class CondensedSets:
         return values
 
 
-def _divergences(
+def _of_predictions(
     stream: LayerStream, ids_N: Tensor, intact_ND: Tensor, some: Sequence[Tensor]
 ) -> list[float]:
     """For each of `some` [N, D] the sum over positions of KL(intact || it), of their logits."""
