@@ -22,7 +22,7 @@ from moe_lab.profile.profile import Profile
 from moe_lab.types import UserError
 
 LENGTHS = range(16, 257)  # tokens that a document may have
-AT_ONCE = 16  # documents that are written together
+WRITTEN_AT_ONCE = 16  # documents that are written together
 
 
 def with_own_text(profile: Profile, number: int) -> Profile:
@@ -63,8 +63,8 @@ def written_by(model: Model, number: int, length: int, seed: int) -> Tensor:
     parts = []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for start in range(0, number, AT_ONCE):
-            rows = min(AT_ONCE, number - start)
+        for start in range(0, number, WRITTEN_AT_ONCE):
+            rows = min(WRITTEN_AT_ONCE, number - start)
             parts.append(_continued(model, torch.full((rows, 1), first), length - 1).cpu())
     return torch.cat(parts)
 
