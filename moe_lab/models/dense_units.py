@@ -18,7 +18,7 @@ from moe_lab.models.editing import DenseMLP
 from moe_lab.models.layers import MoELayer
 from moe_lab.types import LayerInfo, UserError
 
-SHARED = -1  # in the place of an expert's number: the shared experts
+SHARED_PART = -1  # in the place of an expert's number: the shared experts
 
 
 def units_name(index: int) -> str:
@@ -37,12 +37,12 @@ def rows_name(index: int, which: str) -> str:
 
 
 def all_units(info: LayerInfo, experts: Sequence[int] | None = None) -> Tensor:
-    """The hidden units [N, 2] (expert or SHARED, unit) of the shared and of these routed experts.
+    """The hidden units [N, 2] (expert or SHARED_PART, unit) of the shared and of these experts.
 
     None: of all experts. The shared ones come first, in the order of `condensing.condensed`.
     """
     chosen = range(info.num_experts) if experts is None else experts
-    parts = [(SHARED, info.shared_width)] if info.shared else []
+    parts = [(SHARED_PART, info.shared_width)] if info.shared else []
     parts += [(expert, info.expert_width) for expert in chosen]
     return torch.cat([
         torch.stack([torch.full((width,), part), torch.arange(width)], dim=1)
@@ -75,7 +75,7 @@ class UnitWeights:
         place_N = expert_N.clamp(min=0) * 2 * width + unit_N.clamp(max=width - 1)
         gate_ND, up_ND = flat[place_N], flat[place_N + width]
         if shared is not None:
-            of_shared = expert_N == SHARED
+            of_shared = expert_N == SHARED_PART
             gate_ND[of_shared] = shared.get_parameter("gate_proj.weight")[unit_N[of_shared]]
             up_ND[of_shared] = shared.get_parameter("up_proj.weight")[unit_N[of_shared]]
         return gate_ND, up_ND
@@ -88,7 +88,7 @@ class UnitWeights:
         columns_ND = experts.down_proj[expert_N.clamp(min=0), :, unit_N.clamp(max=width - 1)]
         columns_ND = columns_ND * self.factors.routed
         if shared is not None:
-            of_shared = expert_N == SHARED
+            of_shared = expert_N == SHARED_PART
             whole_DI = shared.get_parameter("down_proj.weight")
             columns_ND[of_shared] = whole_DI[:, unit_N[of_shared]].T * self.factors.shared
         return columns_ND

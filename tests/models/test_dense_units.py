@@ -7,7 +7,7 @@ import torch
 from families import tiny_model
 
 from moe_lab.models.condensing import condensed
-from moe_lab.models.dense_units import SHARED, UnitWeights, all_units, dense_of
+from moe_lab.models.dense_units import SHARED_PART, UnitWeights, all_units, dense_of
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.types import UserError
 
@@ -26,7 +26,7 @@ def layer_of(family: str) -> MoELayer:
 def test_units_of_experts_make_up_the_condensed_layer(family: str) -> None:
     layer, experts = layer_of(family), [5, 0, 2]
     units_N2 = all_units(layer.info, experts)
-    by_part = dict(zip(experts, GATES, strict=True)) | {SHARED: 0.3}
+    by_part = dict(zip(experts, GATES, strict=True)) | {SHARED_PART: 0.3}
     gate_N1 = torch.tensor(
         [by_part[part] for part in units_N2[:, 0].tolist()], dtype=torch.float64
     )[:, None]

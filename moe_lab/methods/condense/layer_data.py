@@ -17,11 +17,11 @@ from moe_lab.models.stream import LayerStream, States, swapped
 from moe_lab.profile.documents import held_out
 
 PROPAGATIONS = ("none", "block", "residual")
-TOKENS_AT_ONCE = 1024
+TOKENS_OF_A_CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Chunk:
+class LayerTokens:
     """Some tokens of the calibration set at one layer.
 
     x_TD: what the block gets; target_TD: what it should add; weight_T: what the squared error of
@@ -33,9 +33,9 @@ class Chunk:
     weight_T: Tensor
     held_T: Tensor
 
-    def part(self, chosen_T: Tensor) -> Chunk:
+    def part(self, chosen_T: Tensor) -> LayerTokens:
         """Those of its tokens that are marked."""
-        return Chunk(
+        return LayerTokens(
             self.x_TD[chosen_T], self.target_TD[chosen_T], self.weight_T[chosen_T],
             self.held_T[chosen_T],
         )  # fmt: skip
@@ -80,20 +80,20 @@ class LayerData:
         self.stream.cache["fit target", batch] = target_TD
         self._weights.append(torch.where(self._own[batch], self._factor * weight_T, weight_T))
 
-    def chunks(self, held: bool | None = None) -> Iterator[Chunk]:
-        """The tokens in order, at most TOKENS_AT_ONCE at a time; those held out, or the others."""
+    def chunks(self, held: bool | None = None) -> Iterator[LayerTokens]:
+        """The tokens in order, a chunk at a time; those held out, or the others."""
         for batch, (weight_T, held_T) in enumerate(zip(self._weights, self._held, strict=True)):
             names = ("fit input", "fit target")
             parts = [self.stream.cache[name, batch] for name in names]
-            whole = Chunk(parts[0], parts[1], weight_T, held_T)
+            whole = LayerTokens(parts[0], parts[1], weight_T, held_T)
             chosen = whole if held is None else whole.part(held_T == held)
             split = (
-                getattr(chosen, name).split(TOKENS_AT_ONCE)
+                getattr(chosen, name).split(TOKENS_OF_A_CHUNK)
                 for name in ("x_TD", "target_TD", "weight_T", "held_T")
             )
             for one in zip(*split, strict=True):
                 if len(one[0]):
-                    yield Chunk(*one)
+                    yield LayerTokens(*one)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -18,10 +18,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moe_lab.methods.condense.layer_data import Chunk
+from moe_lab.methods.condense.layer_data import LayerTokens
 from moe_lab.types import NotFinite
 
-BATCH = 256  # tokens of a step
+TOKENS_OF_A_STEP = 256  # tokens of a step
 # The largest step of a matrix's numbers, as a share of their root mean square, times the root of
 # how many numbers enter one of its outputs: a wide layer needs smaller ones.
 RATES = (2.0, 0.5)  # the second where the first finds nothing better than the start
@@ -54,7 +54,7 @@ class LayerFit(NamedTuple):
 class LayerChunks(Protocol):
     """The tokens of a layer; held: those held out, or the others (`layer_data.LayerData`)."""
 
-    def __call__(self, held: bool | None = None) -> Iterable[Chunk]: ...
+    def __call__(self, held: bool | None = None) -> Iterable[LayerTokens]: ...
 
 
 Activation = Callable[[Tensor], Tensor]
@@ -77,7 +77,7 @@ def fit_layer(
     """
     begun, fitted = _exact_weights(unseen or start), _exact_weights(start)
     start_error = _error(begun, activation, chunks)
-    tokens = _drawn(chunks, False, steps * BATCH, seed)
+    tokens = _drawn(chunks, False, steps * TOKENS_OF_A_STEP, seed)
     for rate in RATES:
         descent = _Descent(begun, activation, tokens, steps, seed, rate)
         best, held_error = _judged(descent, chunks, start_error)
@@ -85,7 +85,7 @@ def fit_layer(
             break
     del tokens
     if best:
-        tokens = _drawn(chunks, None, steps * BATCH, seed)
+        tokens = _drawn(chunks, None, steps * TOKENS_OF_A_STEP, seed)
         descent = _Descent(fitted, activation, tokens, steps, seed, rate)
         for _ in range(best):
             descent.step()
@@ -114,7 +114,7 @@ class _Descent:
         self,
         start: DenseWeights,
         activation: Activation,
-        tokens: Chunk,
+        tokens: LayerTokens,
         steps: int,
         seed: int,
         rate: float,
@@ -154,10 +154,10 @@ class _Descent:
         warm = max(1.0, WARM_UP * self.steps)
         return min(1.0, (self._taken + 1) / warm) * (1 - self._taken / self.steps)
 
-    def _next(self) -> Chunk:
-        if len(self._order) < min(BATCH, len(self.tokens.weight_T)):
+    def _next(self) -> LayerTokens:
+        if len(self._order) < min(TOKENS_OF_A_STEP, len(self.tokens.weight_T)):
             self._order = torch.randperm(len(self.tokens.weight_T), generator=self._generator)
-        chosen, self._order = self._order[:BATCH], self._order[BATCH:]
+        chosen, self._order = self._order[:TOKENS_OF_A_STEP], self._order[TOKENS_OF_A_STEP:]
         return self.tokens.part(chosen.to(self.tokens.weight_T.device))
 
 
@@ -166,7 +166,7 @@ def _largest_step(matrix: Tensor) -> float:
     return float(matrix.square().mean().sqrt()) / math.sqrt(matrix.shape[1])
 
 
-def _output(weights: DenseWeights, activation: Activation, tokens: Chunk) -> Tensor:
+def _output(weights: DenseWeights, activation: Activation, tokens: LayerTokens) -> Tensor:
     """What the layer adds, [T, D]."""
     hidden_TW = activation(tokens.x_TD @ weights.gate_WD.T) * (tokens.x_TD @ weights.up_WD.T)
     return hidden_TW @ weights.columns_WD
@@ -185,12 +185,12 @@ def _error(weights: DenseWeights, activation: Activation, chunks: LayerChunks) -
     return off / (square or 1.0)
 
 
-def _exact(one: Chunk) -> Chunk:
+def _exact(one: LayerTokens) -> LayerTokens:
     parts = (one.x_TD.float(), one.target_TD.float(), one.weight_T.float())
-    return Chunk(*parts, one.held_T)
+    return LayerTokens(*parts, one.held_T)
 
 
-def _drawn(chunks: LayerChunks, held: bool | None, most: int, seed: int) -> Chunk:
+def _drawn(chunks: LayerChunks, held: bool | None, most: int, seed: int) -> LayerTokens:
     """At most so many tokens, drawn at random where there are more, in order."""
     total = sum(len(one.weight_T) for one in chunks(held))
     kept_T = torch.ones(total, dtype=torch.bool)
@@ -217,9 +217,9 @@ def _check(weights: DenseWeights) -> None:
         )
 
 
-def _joined(parts: Sequence[Chunk]) -> Chunk:
+def _joined(parts: Sequence[LayerTokens]) -> LayerTokens:
     x_TD, target_TD, weight_T, held_T = (
         torch.cat([getattr(one, name) for one in parts])
         for name in ("x_TD", "target_TD", "weight_T", "held_T")
     )
-    return Chunk(x_TD, target_TD, weight_T, held_T)
+    return LayerTokens(x_TD, target_TD, weight_T, held_T)

@@ -20,7 +20,7 @@ from moe_lab.methods.condense.expert_choice import ExpertChoices
 from moe_lab.methods.condense.layer_data import PROPAGATIONS
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.condense.refits import REFITS, Refits
-from moe_lab.methods.condense.solving import width_of
+from moe_lab.methods.condense.solving import condensed_width
 from moe_lab.methods.layer_choice import example_layers
 from moe_lab.models.condensing import part_widths
 from moe_lab.models.edits.base import Edit
@@ -239,7 +239,7 @@ class Condense(Method):
         number = self.num_routed if isinstance(self.experts, str) else len(self.experts)
         if self.refit == "down_proj":
             return tuple(
-                CondenseUnits(info.index, info.name, self.width or width_of(info, number))
+                CondenseUnits(info.index, info.name, self.width or condensed_width(info, number))
                 for info in example_layers(self.layers, self.num_layers, layers)
             )
         return tuple(

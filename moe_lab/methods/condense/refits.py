@@ -20,7 +20,7 @@ from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.condense.solving import AskedRefit, Solver
 from moe_lab.methods.ridge import SCALES
 from moe_lab.models.dense_units import (
-    SHARED,
+    SHARED_PART,
     columns_name,
     rows_name,
     units_name,
@@ -118,7 +118,7 @@ class Refits:
         moved = [name for name in ("gate_proj", "up_proj") if name in found]
         tensors |= {rows_name(index, name): found[name] for name in moved}
         parts = Counter(units_W2[:, 0].tolist())
-        shared = parts.pop(SHARED, 0)
+        shared = parts.pop(SHARED_PART, 0)
         most = sorted(parts.items(), key=lambda one: (-one[1], one[0]))
         return CondenseUnits(
             index, info.name, len(units_W2),

@@ -31,7 +31,7 @@ from moe_lab.methods.condense.layer_fit import DenseWeights, fit_layer
 from moe_lab.methods.least_squares import Fit, NormalEquations, TokenRows, fitted, solved
 from moe_lab.methods.ridge import RIDGES, SCALES, Ridge
 from moe_lab.models.dense_units import (
-    SHARED,
+    SHARED_PART,
     UnitWeights,
     all_units,
 )
@@ -118,7 +118,7 @@ class Solver:
         info = weights.layer.info
         if not chooses_units(self.method.experts):
             return all_units(info, self.choices.edits([info.index])[info.index].experts)
-        width = self.method.width or width_of(info, self.method.num_routed)
+        width = self.method.width or condensed_width(info, self.method.num_routed)
         pool_N2 = all_units(info)
         if len(pool_N2) > max(CANDIDATES, 2 * width):
             pool_N2 = _screened(weights, pool_N2, data, max(CANDIDATES, 2 * width))
@@ -136,7 +136,7 @@ class Solver:
         gates_E: Tensor = choice_named("gates", self.method.gates)(statistics).double()
         expert_N = units_N2[:, 0]
         gate_N = gates_E[expert_N.clamp(min=0)]
-        gate_N[expert_N == SHARED] = shared_gate(statistics)
+        gate_N[expert_N == SHARED_PART] = shared_gate(statistics)
         columns_ND = weights.columns(units_N2)
         return columns_ND * gate_N.to(columns_ND)[:, None]
 
@@ -166,7 +166,7 @@ class Solver:
         return {"gates": fit.columns_ND[:, 0].double().cpu()} | _told(fit)
 
 
-def width_of(info: LayerInfo, num_routed: int) -> int:
+def condensed_width(info: LayerInfo, num_routed: int) -> int:
     """How wide the layer is with its shared experts and so many routed ones."""
     return info.shared_width * info.shared + num_routed * info.expert_width
 

@@ -25,7 +25,7 @@ def data_at(subject: Subject, index: int, token_weight: str = "output") -> Layer
 def test_every_token_is_there_once_and_whole_documents_are_held_out(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_data, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(layer_data, "TOKENS_OF_A_CHUNK", 7)
     data, seen = data_at(subject, 2), seen_at(subject.model, subject.batches, 2)
     x_TD = torch.cat([chunk.x_TD for chunk in data.chunks()])
     torch.testing.assert_close(x_TD, seen.x_TD)

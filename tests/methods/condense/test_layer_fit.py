@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lab.methods.condense import layer_fit
-from moe_lab.methods.condense.layer_data import Chunk
+from moe_lab.methods.condense.layer_data import LayerTokens
 from moe_lab.methods.condense.layer_fit import DenseWeights, LayerFit, fit_layer
 from moe_lab.models.dense_units import columns_name, rows_name
 from moe_lab.types import NotFinite
@@ -49,10 +49,10 @@ class Tokens:
     def __init__(self, x_TD: Tensor, target_TD: Tensor, weight_T: Tensor | None = None):
         weight_T = torch.ones(len(x_TD)) if weight_T is None else weight_T
         held_T = torch.arange(len(x_TD)) // 64 % 4 == 3
-        self.whole = Chunk(x_TD, target_TD, weight_T.to(x_TD), held_T)
+        self.whole = LayerTokens(x_TD, target_TD, weight_T.to(x_TD), held_T)
         self.read: list[bool | None] = []
 
-    def __call__(self, held: bool | None = None) -> Iterator[Chunk]:
+    def __call__(self, held: bool | None = None) -> Iterator[LayerTokens]:
         self.read.append(held)
         for some_T in torch.arange(len(self.whole.held_T)).split(100):
             part = self.whole.part(some_T)

@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_lab.methods.condense import solving
 from moe_lab.methods.condense.base import shared_gate
 from moe_lab.methods.condense.gates.mean_selected import choose as mean_gates
-from moe_lab.methods.condense.solving import width_of
+from moe_lab.methods.condense.solving import condensed_width
 from moe_lab.models.condensing import condensed
 from moe_lab.models.dense_units import all_units, columns_name, units_name
 from moe_lab.models.edits.condense_units import CondenseUnits
@@ -163,6 +163,6 @@ def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> 
 
 def test_the_width_of_a_condensed_layer() -> None:
     [info, *_] = [layer.info for layer in moe_layers(tiny_model("qwen2_moe"))]
-    assert width_of(info, 2) == 24 + 2 * 16
+    assert condensed_width(info, 2) == 24 + 2 * 16
     [info, *_] = [layer.info for layer in moe_layers(tiny_model("mixtral"))]
-    assert width_of(info, 2) == 2 * 16
+    assert condensed_width(info, 2) == 2 * 16

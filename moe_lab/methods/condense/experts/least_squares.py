@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_lab.methods.condense.base import UnitCandidates, of_units
 from moe_lab.methods.forward_selection import forward_selection
 from moe_lab.methods.ridge import Ridge
-from moe_lab.models.dense_units import SHARED
+from moe_lab.models.dense_units import SHARED_PART
 
 RIDGE = Ridge(1e-2, "mean")
 
@@ -20,7 +20,7 @@ def choose(candidates: UnitCandidates) -> Tensor:
     `neurons` in groups: all units of an expert at once, and the shared experts from the start.
     """
     expert_N = candidates.units_N2[:, 0]
-    shared_K = (expert_N == SHARED).nonzero()[:, 0]
+    shared_K = (expert_N == SHARED_PART).nonzero()[:, 0]
     selected = forward_selection(
         candidates.equations, candidates.num_routed, RIDGE, group_N=expert_N, start_K=shared_K
     )
