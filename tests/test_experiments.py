@@ -32,6 +32,7 @@ SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
 FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny").glob("*.yaml"))
 INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
 INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
+CLOSED_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/closed_form").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
 MODELS = (*TINY, *PAPER)
@@ -380,9 +381,10 @@ LIKE = {
     "seer_moe": {"tiny_deepseek": "tiny_mixtral"},
     "tiny": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
+    "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
 }
 OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
-OF_A_REPORT += ["cd_moe", "seer_moe"]
+OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
 
@@ -827,6 +829,36 @@ def test_what_papers_of_hidden_units_print_has_its_jobs(model: str, composed: Co
         assert set(found["eval"]["metrics"]) <= set(found["eval"]["tasks"])
 
 
+@pytest.mark.parametrize("experiment", CLOSED_EXPERIMENTS)
+def test_every_job_of_closed_form_composes(experiment: str, composed: Compose) -> None:
+    table, tuned = f"+closed_form={experiment}", experiment in ("accuracy", "tuning")
+    for job in jobs(choices(composed("model=tiny_deepseek", table))):
+        found = checked(composed(*job, "model=tiny_deepseek", table))
+        assert found["calibration"]["seed"] == found["seed"]
+        assert found["choices"]["finetune"] == ("experts" if tuned else "none")
+
+
+def test_rows_of_closed_form_are_swept_and_differ(composed: Compose) -> None:
+    folder = ROOT / "experiments" / "closed_form" / "row"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    swept = {
+        value.partition("=")[2]
+        for table in CLOSED_EXPERIMENTS
+        for value in choices(composed("model=tiny_deepseek", f"+closed_form={table}")).get(
+            "+closed_form/row", ()
+        )
+    }
+    assert swept == set(names)
+    ours: dict[str, str] = {}
+    for name in names:
+        table = "accuracy" if name.startswith(("prune", "merge")) else "ablations"
+        row, model = f"+closed_form/row={name}", "model=tiny_deepseek"
+        found = checked(composed(row, model, f"+closed_form={table}"))
+        asked = json.dumps([found["method"], found["calibration"]])
+        assert asked not in ours, f"{name} and {ours.get(asked)} ask for the same"
+        ours[asked] = name
+
+
 # --------------------------------------------------------------------------- tables
 
 SWEEPS = [
@@ -835,6 +867,7 @@ SWEEPS = [
     *(("tiny", experiment, "tiny_mixtral") for experiment in FIELD_EXPERIMENTS),
     *(("inside", experiment, "tiny_mixtral") for experiment in INSIDE_TABLES),
     ("inside", "published", "deepseek_moe_16b"),
+    *(("closed_form", experiment, TINY[0]) for experiment in CLOSED_EXPERIMENTS),
 ]
 VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
 
@@ -863,6 +896,7 @@ def test_help_lists_the_tables() -> None:
     assert done.returncode == 0
     tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
     tables["inside"] = INSIDE_EXPERIMENTS
+    tables["closed_form"] = CLOSED_EXPERIMENTS
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments

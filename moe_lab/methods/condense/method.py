@@ -228,6 +228,12 @@ class Condense(Method):
                 f"condense.num_routed={num_routed}: layer {info.index} has {info.num_experts} "
                 "routed experts"
             )
+        most = condensed_width(info, info.num_experts)
+        if self.width is not None and self.width > most:
+            raise UserError(
+                f"condense.width={self.width}: layer {info.index} has {most} hidden units, those of "
+                "its shared experts among them"
+            )
         if num_routed == 0 and not info.shared:
             raise UserError(
                 f"condense.num_routed=0 (CD-MoE-S) needs shared experts, and layer {info.index} "

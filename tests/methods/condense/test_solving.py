@@ -147,6 +147,10 @@ def test_many_units_are_screened_one_expert_at_a_time(monkeypatch: pytest.Monkey
     [
         ({"experts": "neurons"}, r"condense\.refit=down_proj, or condense=closed_form"),
         ({"width": 30}, r"condense\.experts=neurons"),
+        (
+            {"width": 999, "experts": "neurons", "refit": "down_proj"},
+            r"condense\.width=999: layer 1 has 152 hidden units",
+        ),
         ({"propagate": "block"}, r"condense\.refit=none: condense\.refit=down_proj"),
         ({"own_documents": 3}, r"condense\.refit=none fits nothing: condense\.refit=down_proj"),
         ({"own_documents": -1, "refit": "down_proj"}, "at least 0"),
