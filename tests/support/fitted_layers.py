@@ -22,7 +22,7 @@ from moe_lab.profile.profile import Profile
 
 
 class Subject(NamedTuple):
-    """A model in float64, its documents as batches of one, and what a method may look at."""
+    """A model in float64, unless told, its documents as batches of one, and what is profiled."""
 
     model: Any
     batches: list[dict[str, Tensor]]
@@ -30,10 +30,14 @@ class Subject(NamedTuple):
 
 
 def subject_of(
-    family: str, documents: int = 12, remembered: dict[str, Any] | None = None, **changes: Any
+    family: str,
+    documents: int = 12,
+    remembered: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **changes: Any,
 ) -> Subject:
     """Documents of different lengths with padding; remembered: where answers are kept."""
-    model = tiny_model(family, **changes).double()
+    model = tiny_model(family, **changes).to(dtype)
     model.set_experts_implementation("eager")  # the default one knows no float64
     rows = [
         {name: tensor[row : row + 1] for name, tensor in tiny_batch(seed=seed).items()}

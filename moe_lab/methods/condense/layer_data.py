@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_lab.models.predictions import exact
 from moe_lab.models.stream import LayerStream, States, swapped
 from moe_lab.profile.documents import held_out
 
@@ -129,10 +130,10 @@ class Walk:
         self.behind.move_to(index)
         for batch, valid in enumerate(stream.valid):
             output, rest_TD, x_TD = stream.replay_open(index, batch, self.behind[batch])
-            leaving_TD = output[valid]
-            if self.propagate == "residual" and self.behind is not self.intact:
-                leaving_TD = stream.replay(index, batch, self.intact[batch])[valid]
-            data.add(x_TD, leaving_TD - rest_TD, self._weight(leaving_TD))
+            if self.propagate == "residual":
+                output = stream.replay(index, batch, self.intact[batch])
+            leaving_TD = exact(output[valid])
+            data.add(x_TD, leaving_TD - exact(rest_TD), self._weight(leaving_TD))
         return data
 
     def _weight(self, leaving_TD: Tensor) -> Tensor:

@@ -231,8 +231,8 @@ class Condense(Method):
         most = condensed_width(info, info.num_experts)
         if self.width is not None and self.width > most:
             raise UserError(
-                f"condense.width={self.width}: layer {info.index} has {most} hidden units, those of "
-                "its shared experts among them"
+                f"condense.width={self.width}: layer {info.index} has {most} hidden units, the "
+                "shared experts' among them"
             )
         if num_routed == 0 and not info.shared:
             raise UserError(

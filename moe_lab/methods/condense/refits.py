@@ -51,7 +51,8 @@ class Refits:
         self._identity = {
             "experts": method.experts if by_name else list(method.experts),
             "options": [method.num_routed, method.width, method.gates, method.seed],
-            "refit": [method.refit, method.token_weight, method.ridge, self.own],
+            "refit": [method.refit, method.token_weight, method.ridge],
+            "own text": [method.own_documents, self.own],
         }
 
     def candidates(self) -> CondensedSets:

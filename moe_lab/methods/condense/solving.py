@@ -37,6 +37,7 @@ from moe_lab.models.dense_units import (
 )
 from moe_lab.models.experts import expert_forward, expert_parameters
 from moe_lab.models.layers import MoELayer
+from moe_lab.models.predictions import exact
 from moe_lab.profile.profile import Tensors
 from moe_lab.types import LayerInfo
 
@@ -152,7 +153,7 @@ class Solver:
                 for expert in edit.experts:
                     output = expert_forward(layer.experts, parameters[expert], chunk.x_TD)
                     parts.append(output * factors.routed)
-                z_NP = torch.stack(parts, dim=-1).flatten(0, 1)
+                z_NP = exact(torch.stack(parts, dim=-1).flatten(0, 1))
                 weight_N = chunk.weight_T.repeat_interleave(chunk.target_TD.shape[1])
                 yield TokenRows(z_NP, chunk.target_TD.flatten()[:, None], weight_N)
 
@@ -175,7 +176,7 @@ def _rows(
     data: LayerData, hidden: Callable[[Tensor], Tensor], held: bool | None
 ) -> Iterator[TokenRows]:
     for chunk in data.chunks(held):
-        yield TokenRows(hidden(chunk.x_TD), chunk.target_TD, chunk.weight_T)
+        yield TokenRows(exact(hidden(chunk.x_TD)), chunk.target_TD, chunk.weight_T)
 
 
 def _equations(

@@ -96,6 +96,22 @@ def test_layers_are_chosen_on_own_text_too() -> None:
     assert {place >= 12 for place in fit} == {place >= 12 for place in choose} == {True, False}
 
 
+def test_more_own_text_is_another_answer() -> None:
+    subject = subject_of("qwen2_moe", remembered={})
+    options: dict[str, Any] = CLOSED | {"propagate": "none"}
+    some, more = (plan_of(subject, **options, own_documents=n) for n in (6, 12))
+    assert not torch.equal(some.tensors[columns_name(LAYER)], more.tensors[columns_name(LAYER)])
+
+
+def test_a_model_in_bfloat16_is_summed_up_in_float32() -> None:
+    options: dict[str, Any] = CLOSED | {"layers": [1, LAYER], "experts": [0, 1, 2]}
+    exact = plan_of(subject_of("qwen2_moe", documents=30), **options)
+    rough = plan_of(subject_of("qwen2_moe", documents=30, dtype=torch.bfloat16), **options)
+    for one, other in zip(exact.edited(), rough.edited(), strict=True):
+        assert other.errors == pytest.approx(one.errors, rel=0.05)
+    assert {tensor.dtype for tensor in rough.tensors.values()} == {torch.float32, torch.int32}
+
+
 def test_nothing_is_fitted_twice_and_a_stopped_plan_goes_on() -> None:
     memory: dict[str, Any] = {}
     subject = subject_of("qwen2_moe", remembered=memory)
