@@ -2,7 +2,7 @@
 
     python experiments/closed_form/rounding.py <run folder> [<run folder> ...]
 
-The shipped models are stored in bfloat16, and so are the new columns that a closed form finds: KL to
+The shipped models are stored in bfloat16, and so are the columns that a closed form finds: KL to
 the intact model in nats per token on the embedded held-out text, with the plan carried out on the
 intact model in float32, and with the saved checkpoint, computed in float32, too.
 """

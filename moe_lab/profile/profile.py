@@ -48,11 +48,11 @@ class Profile:
 
     open_stream(num_samples, documents, added): the model's decoder layers over the first so many
     samples of the calibration set (None: all of it), or over the documents at these places of it;
-    added: documents, as token ids, that stand behind its last one.
-    open_model(num_samples): the intact model, whole, and those
-    samples as batches (input_ids, attention_mask [B, L]). remember(identity, work, code): what
-    `work` (plain JSON values) gave for the same identity, model, data and code before; code: the
-    functions, classes or objects that decide its answer, with all that their modules import.
+    added: documents, as token ids, that stand behind its last one. open_model(num_samples): the
+    intact model, whole, and those samples as batches (input_ids, attention_mask [B, L]).
+    remember(identity, work, code): what `work` (plain JSON values) gave for the same identity,
+    model, data and code before; code: the functions, classes or objects that decide its answer,
+    with all that their modules import.
     remember_tensors: the same where `work` gives tensors by name, on the CPU. num_documents: how
     many samples the calibration set has.
     """
