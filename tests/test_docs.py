@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from families import tiny_model
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,6 +37,8 @@ from safetensors.torch import load_file, save_file
 import moe_lab
 from moe_lab import files
 from moe_lab.export.__main__ import _arguments as arguments_of_export
+from moe_lab.methods.condense.base import UnitCandidates, choice_named, chooses_units
+from moe_lab.methods.least_squares import NormalEquations, TokenRows
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan, known_kinds, read_edit
 from moe_lab.report.figures import FIGURES, better
@@ -292,6 +295,17 @@ def test_a_condensing_choice(home: Path, job: Job, monkeypatch: pytest.MonkeyPat
     assert plan.layer_order == (2,)  # of the layers 1, 2, 3
     (edit,) = plan.edited()
     assert edit.gates == pytest.approx([1 / 3, 1 / 3])
+    chosen = choice_named("experts", "research.loudest")(candidates_of_units())
+    assert chooses_units("research.loudest") and chosen.tolist() == [2, 0]
+
+
+def candidates_of_units() -> UnitCandidates:
+    """Three hidden units, that add 4, 1 and 9 over two tokens, of which two may stay."""
+    equations = NormalEquations(3, 1)
+    z_TN = torch.tensor([[2.0, 0.0, 3.0], [0.0, 1.0, 0.0]])
+    equations.add(TokenRows(z_TN, torch.ones(2, 1), torch.ones(2)))
+    units_N2 = torch.tensor([[-1, 0], [0, 0], [1, 0]])
+    return UnitCandidates(units_N2, equations, torch.ones(3, 1), width=2, num_routed=1)
 
 
 def test_a_recipe(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
