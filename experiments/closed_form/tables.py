@@ -86,7 +86,8 @@ def draw_condensing(table: str) -> Path:
     """KL against the number of condensed layers, one panel for each model and width."""
     files = sorted((HERE / table).glob("*.csv"))
     frames = {path.stem: pd.read_csv(path) for path in files}
-    widths = sorted({w for frame in frames.values() for w in frame["condense/num_routed"]})
+    numbers = pd.concat(frames).groupby("condense/num_routed")["condense/num_layers"].nunique()
+    widths = sorted(numbers[numbers > 1].index)  # a line has two points at least
     figure, axes = plt.subplots(
         len(widths), len(frames), figsize=(4.4 * len(frames), 3.4 * len(widths)), squeeze=False,
         layout="constrained",
@@ -139,7 +140,9 @@ def draw_rows(table: str) -> Path:
         rows = frame.sort_values(columns[-1], ascending=False)
         differing = [c for c in ROWS[table].split(",") if c in rows and rows[c].nunique(False) > 1]
         words = rows[differing].astype(object).where(rows[differing].notna(), "")
-        words = words.replace({True: "refit", False: ""}).astype(str)
+        for name in [one for one in differing if rows[one].dtype == bool]:
+            words[name] = rows[name].map({True: name.partition("/")[2], False: ""})
+        words = words.astype(str)
         for number, column in enumerate(columns):
             name = column.partition("(")[2].rstrip(")")
             axis.plot(
