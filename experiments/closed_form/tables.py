@@ -14,16 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tiny"))
+from plot import COLOURS, MARKERS, by_magnitude, plt  # noqa: E402  # a script beside this folder
+
 MODELS = ("tiny_deepseek", "tiny_qwen2_moe", "tiny_mixtral")
 CHOICES = "condense/experts,condense/layers,condense/fit_steps"
 ROWS = {
@@ -40,7 +37,6 @@ ROWS = {
 }
 BY_RATIO = ("pruning", "merging")
 TUNED = ("accuracy", "tuning")
-COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^"
 
 
 def write_tables(reports: Path, table: str) -> list[Path]:
@@ -112,19 +108,12 @@ def draw_condensing(table: str) -> Path:
 
 def _readable(axis: Axes, x: str) -> None:
     axis.set_yscale("log")
-    _sparse(axis.yaxis)
+    by_magnitude(axis.yaxis)
     axis.tick_params(labelsize=7)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(x, fontsize=8)
     axis.set_ylabel("KL to the intact model (nats per token)", fontsize=8)
     axis.grid(color="0.9", which="both")
-
-
-def _sparse(axis: Axis) -> None:
-    """1, 2 and 5 of each power of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_locator(NullLocator())
 
 
 def draw_rows(table: str) -> Path:
@@ -152,7 +141,7 @@ def draw_rows(table: str) -> Path:
         names = [" ".join(word for word in row if word) for row in words.to_numpy()]
         axis.set_yticks(range(len(rows)), names, fontsize=7)
         axis.set_xscale("log")
-        _sparse(axis.xaxis)
+        by_magnitude(axis.xaxis)
         axis.tick_params(axis="x", labelsize=7)
         axis.set_xlabel("KL to the intact model (nats per token)", fontsize=8)
         axis.set_title(model, fontsize=9)

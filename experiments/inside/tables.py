@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tiny"))
-from plot import FIGURES, columns, panel, plt  # noqa: E402  # a script beside this folder
+from plot import FIGURES, by_magnitude, columns, panel, plt  # noqa: E402  # a script beside this folder
 
 TABLES = ("criteria", "units", "deep", "recovery")
 MODELS = ("tiny_mixtral", "tiny_deepseek", "tiny_qwen2_moe")
@@ -62,7 +60,8 @@ def draw(table: str) -> Path:
             axis.set_title(model, fontsize=10)
             axis.tick_params(axis="y", labelsize=7)
             if name.endswith("kl"):
-                _by_magnitude(axis)
+                axis.set_xscale("log")
+                by_magnitude(axis.xaxis)
         for axis in row[1:]:
             axis.set_yticklabels([])
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -71,13 +70,6 @@ def draw(table: str) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
-
-
-def _by_magnitude(axis: Axes) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).resolve().parent
 FIGURES = {
@@ -85,6 +87,13 @@ def panel(axis: Axes, frame: pd.DataFrame, name: str) -> None:
     axis.set_yticks(range(len(frame)), _labels(frame), fontsize=8)
     axis.set_xlabel(text, fontsize=9)
     axis.grid(axis="x", color="0.9")
+
+
+def by_magnitude(axis: Axis) -> None:
+    """1, 2 and 5 of each power of ten, as plain numbers, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _removed(column: str) -> str:

@@ -99,7 +99,7 @@ class _Chosen:
         return max(self.square - self.explained, 0.0) / (self.square or 1.0)
 
     def keep(self, l_MN: Tensor, q_MD: Tensor) -> None:
-        """TokenRows of l and q of units that are now chosen."""
+        """Rows of l and q of units that are now chosen."""
         rows = slice(self.number, self.number + len(l_MN))
         self.l_RN[rows], self.q_RD[rows] = l_MN, q_MD
         self.number += len(l_MN)

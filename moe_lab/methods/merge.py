@@ -36,11 +36,10 @@ from moe_lab.models.layers import check_kept, check_own_rows
 from moe_lab.models.merging import permutation_name
 from moe_lab.models.refitting import refit_name
 from moe_lab.option import Option
-from moe_lab.profile.all_experts import AllExperts, ExpertSample, answers
+from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.profile.propagate import MEASURED, propagated
-from moe_lab.progress import progress
 from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
 
 ORDERS = ("all", "cosine", "first", "last", "random")
@@ -309,26 +308,24 @@ class Merge(Refitting):
         self, profile: Profile, groups: Mapping[int, Groups]
     ) -> dict[str, Tensor]:
         """Those that the grouping finds for the merged experts, as the plan's tensors."""
-        grouping, found = self._grouping, dict[str, Tensor]()
+        grouping = self._grouping
+        questions = {
+            index: {
+                "question": f"down projections/{grouping.name}",
+                "of": one.groups,
+                "shares": one.weights,
+            }
+            for index, one in groups.items()
+        }
 
-        @functools.cache
-        def sample() -> ExpertSample:
-            return ExpertSample(profile.open_stream(self.num_samples))
+        def ask(experts: AllExperts) -> dict[str, Tensor]:
+            index = experts.info.index
+            return {refit_name(index): grouping.down_projections(experts, groups[index]).cpu()}
 
-        def work(index: int) -> dict[str, Tensor]:
-            with sample().open(index) as experts:
-                made_EDI = grouping.down_projections(experts, groups[index])
-                return {refit_name(index): made_EDI.cpu()}
-
-        for index in progress(sorted(groups), "down projections"):
-            question = {
-                "question": f"down projections/{grouping.name}", "layer": index,
-                "of": groups[index].groups, "shares": groups[index].weights,
-                "num_samples": self.num_samples,
-            }  # fmt: skip
-            asked = functools.partial(work, index)
-            found |= profile.remember_tensors(question, asked, [grouping, ExpertSample])
-        return found
+        found = answers(
+            profile, self.num_samples, questions, ask, [grouping], profile.remember_tensors
+        )
+        return {name: made for layer in found.values() for name, made in layer.items()}
 
     def _propagated(
         self, profile: Profile, numbers: Mapping[int, int], tensors: dict[str, Tensor]

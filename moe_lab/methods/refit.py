@@ -144,8 +144,7 @@ class RefitWalk:
         self.stream, self.targets, self.token_weight = stream, targets, token_weight
         stream.cache.announce({"two hidden states, and what is missing": 4 * stream.state_bytes()})
         self.wanted, self.given = States(stream, "wanted"), States(stream, "given")
-        documents = [one for b in range(stream.num_batches) for one in stream.documents(b)]
-        self.held = held_out(documents)
+        self.held = held_out(stream.positions)
 
     def refit(self, chain: Chain, tensors: dict[str, Tensor]) -> list[Edit]:
         """The edit that refits a layer after its other edits, none where nothing gets better."""

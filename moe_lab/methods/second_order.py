@@ -46,7 +46,7 @@ def hessian(gram_NN: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     and as much larger as rounding makes needed (`ridge.cholesky`). G of zeros gives H = I: nothing
     is known but the columns.
     """
-    h_NN = gram_NN.double().clone()
+    h_NN = gram_NN.to(torch.float64, copy=True)
     factor_NN, found = cholesky(h_NN, Ridge(ridge))
     h_NN.diagonal().add_(found.added(h_NN.diagonal()))
     return h_NN, factor_NN

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_lab.models.condensing import dense_terms
+from moe_lab.models.condensing import dense_terms, part_widths
 from moe_lab.models.editing import DenseMLP
 from moe_lab.models.layers import MoELayer
 from moe_lab.types import LayerInfo, UserError
@@ -42,11 +42,10 @@ def all_units(info: LayerInfo, experts: Sequence[int] | None = None) -> Tensor:
     None: of all experts. The shared ones come first, in the order of `condensing.condensed`.
     """
     chosen = range(info.num_experts) if experts is None else experts
-    parts = [(SHARED_PART, info.shared_width)] if info.shared else []
-    parts += [(expert, info.expert_width) for expert in chosen]
+    parts = [*([SHARED_PART] if info.shared else []), *chosen]
     return torch.cat([
         torch.stack([torch.full((width,), part), torch.arange(width)], dim=1)
-        for part, width in parts
+        for part, width in zip(parts, part_widths(info, chosen), strict=True)
     ])  # fmt: skip
 
 

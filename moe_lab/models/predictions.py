@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 
-def exact(logits: Tensor) -> Tensor:
-    """The same in float32 or better, in which distributions are computed."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def exact(values: Tensor) -> Tensor:
+    """Logits or states in float32 or better, in which distributions and errors are computed."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def next_token_logits(model: Any, inputs: Mapping[str, Tensor], chosen_BL: Tensor) -> Tensor:

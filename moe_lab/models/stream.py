@@ -9,7 +9,7 @@ by layer from disk, and cached states go to disk where they outgrow the memory g
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -75,6 +75,12 @@ class LayerStream:
         """Where the documents of a batch, in its order, stand in the calibration set, [B]."""
         first = sum(len(valid) for valid in self.valid[:batch])
         return self.positions[first : first + len(self.valid[batch])]
+
+    def are_of(self, documents: Collection[int], batch: int) -> Tensor:
+        """Whether each valid token of a batch [tokens] is of one of these documents."""
+        valid = self.valid[batch]
+        of_batch = [place in documents for place in self.documents(batch)]
+        return torch.tensor(of_batch, device=valid.device)[:, None].expand(valid.shape)[valid]
 
     def state_bytes(self) -> int:
         """Size of one hidden state of every token of the calibration set, padding included."""

@@ -307,12 +307,14 @@ def answers(
     questions: Mapping[int, Mapping[str, Any]],
     ask: Callable[[AllExperts], Answer],
     code: Sequence[object],
+    remember: Callable[..., Answer] | None = None,
 ) -> dict[int, Answer]:
     """What `ask` (plain JSON values) says of each layer of `questions`, by layer index.
 
     questions: by layer index, what an answer is known by beside the layer and the sample, the first
     `num_samples` documents of the calibration set (None: all). Answers that are remembered cost
     nothing, and where all are, no model is opened. code: what `ask` depends on beside this module.
+    remember: `profile.remember_tensors` where `ask` gives tensors by name; None: `remember`.
     """
 
     @functools.cache
@@ -325,7 +327,7 @@ def answers(
                 return ask(experts)
 
         known_by = {**questions[index], "layer": index, "num_samples": num_samples}
-        return profile.remember(known_by, work, [Error, *code])
+        return (remember or profile.remember)(known_by, work, [Error, *code])
 
     return {index: answer(index) for index in progress(sorted(questions), "sets of experts")}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer
+from moe_lab.models.predictions import exact
 from moe_lab.models.refitting import (
     Handed,
     handing,
@@ -82,12 +83,10 @@ class EditedLayer:
         valid = self.stream.valid[batch]
         leaving, handed = _passed(self.layer, given, batch)
         wanted_TD = wanted[batch][valid].to(leaving.device)
-        lacking_TD = _exact(wanted_TD) - _exact(leaving[valid])
+        lacking_TD = exact(wanted_TD) - exact(leaving[valid])
         if not bool(lacking_TD.isfinite().all()):
             index = self.layer.info.index
             raise NotFinite(f"layer {index}: the state that leaves it is not finite", index)
-        documents = torch.tensor(self.stream.documents(batch), device=valid.device)
-        is_held = torch.isin(documents, torch.tensor(sorted(held), device=valid.device))
         flat = valid.reshape(-1)
         self._put(batch, "x", handed.x_TD[flat])
         self._put(batch, "place", handed.place_TK[flat])
@@ -96,7 +95,7 @@ class EditedLayer:
             self._put(batch, "gate", handed.gate_T[flat])
         self._put(batch, "lacking", lacking_TD)
         self._put(batch, "weighs", weights_of_states(wanted_TD, kind))
-        self._put(batch, "held", is_held[:, None].expand(valid.shape)[valid])
+        self._put(batch, "held", self.stream.are_of(held, batch))
 
     def _put(self, batch: int, name: str, tensor: Tensor) -> None:
         self.stream.cache["edited layer", name, batch] = tensor
@@ -184,10 +183,6 @@ def _hidden_of(layer: MoELayer, part: Part, handed: Handed) -> tuple[Tensor, Ten
     return token_S, z_SI[:, : part.width]
 
 
-def _exact(state: Tensor) -> Tensor:
-    return state.to(torch.promote_types(state.dtype, torch.float32))
-
-
 def _passed(layer: MoELayer, given: States, batch: int) -> tuple[Tensor, Handed]:
     """What leaves the decoder layer for one batch [B, L, D], and what its parts were handed."""
     info = layer.info
@@ -216,12 +211,12 @@ def _factors(layer: MoELayer, given: States, parts: Sequence[Part]) -> tuple[flo
             down = _down(layer, shared=bool(place))
             whole = down.clone()
             down.zero_()
-            lost = _exact(leaving) - _exact(_passed(layer, given, 0)[0])
+            lost = exact(leaving) - exact(_passed(layer, given, 0)[0])
             down.copy_(whole)
             expected_TD = _added(layer, some, handed)
             lost_TD = lost.reshape(expected_TD.shape)
             flat = valid.reshape(-1)
-            size = float(_exact(leaving)[valid].norm())
+            size = float(exact(leaving)[valid].norm())
             found[place] = _multiple(layer, lost_TD[flat], expected_TD[flat], size)
     return found[0], found[1]
 
@@ -237,7 +232,7 @@ def _down(layer: MoELayer, shared: bool) -> Tensor:
 
 def _added(layer: MoELayer, parts: Sequence[Part], handed: Handed) -> Tensor:
     """What these parts add to each token [T, D], before any factor."""
-    added_TD = _exact(torch.zeros_like(handed.x_TD))
+    added_TD = exact(torch.zeros_like(handed.x_TD))
     for part in parts:
         token_S, z_SI = _hidden_of(layer, part, handed)
         if part.expert is None:
@@ -255,8 +250,8 @@ def _multiple(layer: MoELayer, lost_TD: Tensor, expected_TD: Tensor, size: float
         return 1.0
     factor = float((lost_TD.double() * expected_TD.double()).sum()) / square
     rest = float((lost_TD.double() - factor * expected_TD.double()).norm())
-    exact = torch.finfo(layer.experts.down_proj.dtype).eps
-    if rest > 1e3 * exact * float(lost_TD.double().norm()) + 30 * exact * size:
+    step = torch.finfo(layer.experts.down_proj.dtype).eps
+    if rest > 1e3 * step * float(lost_TD.double().norm()) + 30 * step * size:
         name = type(layer.decoder).__name__
         why = f"{name} does more with what its hidden units add than multiply and add it"
         raise no_sum(layer.info.index, layer.info.family, why)

@@ -18,9 +18,12 @@ from moe_lab.lookup import named
 from moe_lab.methods.condense.expert_search import OpenLayer
 from moe_lab.methods.condense.layer_search import CondensedSets
 from moe_lab.methods.least_squares import NormalEquations
+from moe_lab.methods.ridge import Ridge
 from moe_lab.models.experts import Experts
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.types import Choice, UserError
+
+CHOICE_RIDGE = Ridge(1e-2, "mean")  # while units are chosen, whichever columns they get then
 
 
 def choice_named(kind: str, name: str) -> Callable[..., Any]:
@@ -95,7 +98,7 @@ class UnitCandidates:
     """One MoE layer of whose hidden units some are to be chosen: what `experts/` may look at then.
 
     units_N2: the candidates (expert or -1 for the shared ones, unit); equations: of all of them
-    together, on documents that judge nothing; columns_ND: theirs with the constant gates. width:
+    together, on all documents; columns_ND: theirs with the constant gates. width:
     how many are to be chosen; num_routed: as many routed experts have so many, with the shared.
     A function marked `of_units` gives their places among the candidates [width].
     """

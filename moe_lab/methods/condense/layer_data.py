@@ -6,7 +6,8 @@ Letters: t tokens of one batch, valid ones only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from moe_lab.models.predictions import exact
 from moe_lab.models.stream import LayerStream, States, swapped
 from moe_lab.profile.documents import held_out
+from moe_lab.profile.grams import weights_of_states
 
 PROPAGATIONS = ("none", "block", "residual")
 TOKENS_OF_A_CHUNK = 1024
@@ -58,21 +60,15 @@ class LayerData:
     def __init__(self, stream: LayerStream, own: OwnText | None = None):
         self.stream = stream
         held = held_out(stream.positions)
-        self._held = self._of_documents(lambda place: place in held)
-        self._own = self._of_documents(lambda place: own is not None and place >= own.first)
+        first = math.inf if own is None else own.first
+        written_by_it = {place for place in stream.positions if place >= first}
+        batches = range(stream.num_batches)
+        self._held = [stream.are_of(held, batch) for batch in batches]
+        self._own = [stream.are_of(written_by_it, batch) for batch in batches]
         written = sum(int(one.sum()) for one in self._own)
         given = sum(len(one) for one in self._own) - written
         self._factor = own.weight * given / written if own and written else 1.0
         self._weights: list[Tensor] = []
-
-    def _of_documents(self, says: Callable[[int], bool]) -> list[Tensor]:
-        """What is said of each token's document, by batch [t]."""
-        found = []
-        for batch, valid in enumerate(self.stream.valid):
-            places = self.stream.documents(batch)
-            of_batch = torch.tensor([says(place) for place in places], device=valid.device)
-            found.append(of_batch[:, None].expand(valid.shape)[valid])
-        return found
 
     def add(self, x_TD: Tensor, target_TD: Tensor, weight_T: Tensor) -> None:
         """The valid tokens of the next batch."""
@@ -118,36 +114,25 @@ class Walk:
     def __init__(
         self, stream: LayerStream, propagate: str, token_weight: str, own: OwnText | None = None
     ):
-        self.stream, self.propagate, self.token_weight = stream, propagate, token_weight
-        self.own = own
-        self.intact = States(stream, "intact")
-        self.behind = States(stream, "behind") if propagate != "none" else self.intact
+        self.stream, self.token_weight, self.own = stream, token_weight, own
+        self.behind = States(stream, "behind")
+        # Those that should leave a layer, where they are not what it makes of those that it gets.
+        self.intact = States(stream, "intact") if propagate == "residual" else None
 
     def data(self, index: int) -> LayerData:
         """What layer `index` is fitted to; its weights must be in memory."""
         stream, data = self.stream, LayerData(self.stream, self.own)
-        self.intact.move_to(index)
         self.behind.move_to(index)
+        if self.intact:
+            self.intact.pass_through(index, functools.partial(stream.replay, index))
         for batch, valid in enumerate(stream.valid):
             output, rest_TD, x_TD = stream.replay_open(index, batch, self.behind[batch])
-            if self.propagate == "residual":
-                output = stream.replay(index, batch, self.intact[batch])
-            leaving_TD = exact(output[valid])
-            data.add(x_TD, leaving_TD - exact(rest_TD), self._weight(leaving_TD))
+            leaving_TD = exact((self.intact[batch] if self.intact else output)[valid])
+            weight_T = weights_of_states(leaving_TD, self.token_weight)
+            data.add(x_TD, leaving_TD - exact(rest_TD), weight_T)
         return data
-
-    def _weight(self, leaving_TD: Tensor) -> Tensor:
-        if self.token_weight == "none":
-            return leaving_TD.new_ones(len(leaving_TD))
-        square_T = leaving_TD.square().mean(dim=1)
-        return torch.where(square_T > 0, 1 / square_T, 0.0)
 
     def condense(self, index: int, block: nn.Module | None) -> None:
         """Go behind layer `index`, which becomes `block` (None: nothing changes)."""
-        replay = functools.partial(self.stream.replay, index)
-        if self.behind is not self.intact:
-            self.intact.pass_through(index, replay)
-            with self.stream.layer(index), swapped(self.stream, index, block):
-                self.behind.pass_through(index, replay)
-        else:
-            self.intact.pass_through(index, replay)
+        with self.stream.layer(index), swapped(self.stream, index, block):
+            self.behind.pass_through(index, functools.partial(self.stream.replay, index))

@@ -12,8 +12,9 @@ says `layer_data.Walk`. Ours; the paper refits nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -30,6 +31,7 @@ from moe_lab.methods.condense.layer_data import LayerData
 from moe_lab.methods.condense.layer_fit import DenseWeights, fit_layer
 from moe_lab.methods.least_squares import Fit, NormalEquations, TokenRows, fitted, solved
 from moe_lab.methods.ridge import RIDGES, SCALES, Ridge
+from moe_lab.models.condensing import part_widths
 from moe_lab.models.dense_units import (
     SHARED_PART,
     UnitWeights,
@@ -76,21 +78,36 @@ class Solver:
         weights = UnitWeights(layer)
         units_N2 = self._units(weights, data)
         prior_ND = self._columns(weights, units_N2)
-        hidden, equations = weights.hidden(units_N2), _equations(weights, units_N2, data)
-        fit = fitted(equations, lambda: _rows(data, hidden, True), prior_ND, self._ridges())
+        hidden = weights.hidden(units_N2)
+        fit = self._fit(functools.partial(_rows, data, hidden), prior_ND)
         found = {
             "units": units_N2.to("cpu", torch.int32),
             "down_proj": fit.columns_ND.T.float().cpu(),
         } | _told(fit)
-        return found | (self._stepped(weights, units_N2, data, fit, steps) if steps else {})
+        if steps:
+            found |= self._stepped(weights, units_N2, prior_ND, data, fit, steps)
+        return found
+
+    def _fit(self, rows: Callable[[bool], Iterator[TokenRows]], prior_ND: Tensor) -> Fit:
+        """The columns for these rows, given of the held-out documents (True), or of the others."""
+        equations = NormalEquations(len(prior_ND), prior_ND.shape[1], prior_ND.device)
+        for one in rows(False):
+            equations.add(one)
+        ridges = RIDGES if self.method.ridge is None else [Ridge(self.method.ridge, "mean")]
+        return fitted(equations, lambda: rows(True), prior_ND, ridges)
 
     def _stepped(
-        self, weights: UnitWeights, units_N2: Tensor, data: LayerData, fit: Fit, steps: int
+        self,
+        weights: UnitWeights,
+        units_N2: Tensor,
+        prior_ND: Tensor,
+        data: LayerData,
+        fit: Fit,
+        steps: int,
     ) -> Tensors:
         """What gradient steps on all three projections make of the closed form."""
         rows = weights.rows(units_N2)
-        alone = _equations(weights, units_N2, data)
-        unseen_ND = solved(alone, self._columns(weights, units_N2), fit.ridge)
+        unseen_ND = solved(_equations(weights, units_N2, data, held=False), prior_ND, fit.ridge)
         made = fit_layer(
             DenseWeights(*rows, fit.columns_ND), weights.layer.experts.act_fn, data.chunks, steps,
             self.method.seed, DenseWeights(*rows, unseen_ND),
@@ -110,9 +127,6 @@ class Solver:
             "steps": torch.tensor(made.steps),
             "errors": torch.tensor(errors, dtype=torch.float64),
         }
-
-    def _ridges(self) -> Sequence[Ridge]:
-        return RIDGES if self.method.ridge is None else [Ridge(self.method.ridge, "mean")]
 
     def _units(self, weights: UnitWeights, data: LayerData) -> Tensor:
         """The hidden units that stay [W, 2]; where they are chosen, on all documents."""
@@ -159,17 +173,13 @@ class Solver:
 
         shared = [] if layer.shared is None else [edit.shared_gate]
         prior_P1 = torch.tensor([*shared, *edit.gates], dtype=torch.float64)[:, None]
-        equations = NormalEquations(len(prior_P1), 1, layer.experts.down_proj.device)
-        for one in rows(held=False):
-            equations.add(one)
-        prior_P1 = prior_P1.to(equations.gram_NN)
-        fit = fitted(equations, lambda: rows(held=True), prior_P1, self._ridges())
+        fit = self._fit(rows, prior_P1.to(layer.experts.down_proj.device))
         return {"gates": fit.columns_ND[:, 0].double().cpu()} | _told(fit)
 
 
 def condensed_width(info: LayerInfo, num_routed: int) -> int:
     """How wide the layer is with its shared experts and so many routed ones."""
-    return info.shared_width * info.shared + num_routed * info.expert_width
+    return sum(part_widths(info, range(num_routed)))
 
 
 def _rows(
@@ -180,9 +190,9 @@ def _rows(
 
 
 def _equations(
-    weights: UnitWeights, units_N2: Tensor, data: LayerData, held: bool | None = False
+    weights: UnitWeights, units_N2: Tensor, data: LayerData, held: bool | None
 ) -> NormalEquations:
-    """On the documents that judge nothing, or (None) on all."""
+    """On the documents that judge nothing (False), or on all (None)."""
     device = weights.layer.experts.down_proj.device
     equations = NormalEquations(len(units_N2), weights.layer.info.hidden_size, device)
     for rows in _rows(data, weights.hidden(units_N2), held):

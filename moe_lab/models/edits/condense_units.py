@@ -24,7 +24,7 @@ class CondenseUnits(Edit):
     fitted=all: also "gate_proj" and "up_proj" [W, D], which began as the units' own. experts,
     units: the routed experts that have units in it, and how many; shared_units: those of the
     shared experts. ridge: how strongly the fit was held at the constant gates' columns
-    (`least_squares.Ridge`), in words. errors: relative squared errors of what the layer adds: on
+    (`ridge.Ridge`), in words. errors: relative squared errors of what the layer adds: on
     the held-out documents with the constant gates, on the same with the fit, and of the final fit
     on all; behind gradient steps, whose number is `steps`, also on the held-out documents with
     these.

@@ -34,8 +34,8 @@ class Plan:
     tensors: what edits need beside their text, by name: "layers.<index>.constants" [R, D] of a
     layer whose R removed experts are replaced by constants, in ascending order of the experts;
     "layers.<index>.permutation" [E, I] of one whose merged experts' hidden units were matched by
-    what they compute (`merging.merge_experts`); those of narrower experts (`edits/narrow.py`) and
-    of refits (`edits/refit.py`).
+    what they compute (`merging.merge_experts`); those of narrower experts (`edits/narrow.py`), of
+    refits (`edits/refit.py`) and of condensed units (`edits/condense_units.py`).
     """
 
     edits: tuple[Edit, ...]

@@ -23,7 +23,7 @@ class RefitExperts(Edit):
     They are the plan's tensors "layers.<index>.refit.down_proj" [E, D, I], of the experts that
     earlier edits of the layer left, zeros behind the units of one that has fewer than I, and, where
     shared, "layers.<index>.refit.shared_down_proj" [D, Is] of the shared experts. ridges: strength
-    and scale (`least_squares.Ridge`), one where all units were refitted together, else one for each
+    and scale (`ridge.Ridge`), one where all units were refitted together, else one for each
     expert, and the shared ones last. error: how much of the squared error that the earlier edits
     left is still there on all calibration documents; held_error: on those that chose the ridge,
     fitted on the others.

@@ -63,7 +63,7 @@ def test_nothing_is_missing_behind_layers_that_are_not_condensed(subject: Subjec
 @torch.no_grad()
 def test_memory_is_given_back(subject: Subject) -> None:
     walk = Walk(subject.profile.open_stream(), "none", "output")
-    walk.intact.move_to(1)
+    walk.behind.move_to(1)
     before = walk.stream.cache.held
     data = walk.data(1)
     assert walk.stream.cache.held > before

@@ -18,7 +18,6 @@ from fitted_layers import (
     seen_at,
     subject_of,
 )
-from torch import Tensor
 
 from moe_lab.methods.condense import solving
 from moe_lab.methods.condense.base import shared_gate
@@ -129,13 +128,13 @@ def test_many_units_are_screened_one_expert_at_a_time(monkeypatch: pytest.Monkey
     options = CLOSED | {"experts": "neurons", "propagate": "none", "width": 20}
     whole = plan_of(subject, **options).edited()[0].errors[-1]
     sizes: list[int] = []
-    found = solving._equations
+    made = solving.NormalEquations
 
-    def watched(weights: Any, units_N2: Tensor, data: Any, **held: Any) -> Any:
-        sizes.append(len(units_N2))
-        return found(weights, units_N2, data, **held)
+    def watched(num_units: int, *more: Any) -> Any:
+        sizes.append(num_units)
+        return made(num_units, *more)
 
-    monkeypatch.setattr(solving, "_equations", watched)
+    monkeypatch.setattr(solving, "NormalEquations", watched)
     monkeypatch.setattr(solving, "CANDIDATES", 25)
     screened = plan_of(subject, **options).edited()[0].errors[-1]
     assert sizes == [40, 20]  # twice the width, and those chosen

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.methods.condense.base import UnitCandidates, of_units
+from moe_lab.methods.condense.base import CHOICE_RIDGE, UnitCandidates, of_units
 from moe_lab.methods.forward_selection import forward_selection
-from moe_lab.methods.ridge import Ridge
 from moe_lab.models.dense_units import SHARED_PART
-
-RIDGE = Ridge(1e-2, "mean")
 
 
 @of_units
@@ -22,6 +19,10 @@ def choose(candidates: UnitCandidates) -> Tensor:
     expert_N = candidates.units_N2[:, 0]
     shared_K = (expert_N == SHARED_PART).nonzero()[:, 0]
     selected = forward_selection(
-        candidates.equations, candidates.num_routed, RIDGE, group_N=expert_N, start_K=shared_K
+        candidates.equations,
+        candidates.num_routed,
+        CHOICE_RIDGE,
+        group_N=expert_N,
+        start_K=shared_K,
     )
     return torch.cat([shared_K, selected.units_K.cpu()])

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_lab.methods.condense.base import UnitCandidates, of_units
+from moe_lab.methods.condense.base import CHOICE_RIDGE, UnitCandidates, of_units
 from moe_lab.methods.forward_selection import forward_selection
-from moe_lab.methods.ridge import Ridge
-
-RIDGE = Ridge(1e-2, "mean")
 
 
 @of_units
@@ -18,4 +15,4 @@ def choose(candidates: UnitCandidates) -> Tensor:
     Forward selection by orthogonal least squares (Chen, Billings and Luo 1989): what a unit adds to
     those chosen before is what of its activations they cannot say. Ours for condensed layers.
     """
-    return forward_selection(candidates.equations, candidates.width, RIDGE).units_K
+    return forward_selection(candidates.equations, candidates.width, CHOICE_RIDGE).units_K
