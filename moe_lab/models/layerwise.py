@@ -97,7 +97,8 @@ class LayerwiseModel:
             _load_into(self.model, slices, self.dtype, self.device)
 
     def _empty(self, index: int) -> None:
-        decoder, buffers = self.layers[index], self._buffers[index]
+        decoder = self.layers[index]
+        buffers = dict(_non_persistent(decoder))  # of what stands there now: it may be edited
         decoder.to("meta")
         _set_buffers(decoder, buffers)
         self._filled.discard(index)
@@ -115,7 +116,6 @@ class LayerwiseModel:
                 for name, buffer in computed.items():
                     module._buffers[name] = torch.empty_like(buffer, device=self.device)
                 self.model._init_weights(module)
-        self._buffers = [dict(_non_persistent(layer)) for layer in self.layers]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
