@@ -238,6 +238,7 @@ def _open() -> None:
     import torch.distributed as dist
     from accelerate import PartialState
 
+    _meet()
     cards = torch.cuda.is_available() and not _on_cpu()
     if not dist.is_initialized():
         if cards:
@@ -249,6 +250,15 @@ def _open() -> None:
         )  # fmt: skip
     PartialState(cpu=not cards)
     _state.open = True
+
+
+def _meet() -> None:
+    """Wait for all to come here: joining a group cannot be broken off."""
+    _store().add(_key("here"), 1)
+    while _store().add(_key("here"), 0) < number():
+        stopping.check()
+        _look()
+        time.sleep(0.005)
 
 
 def _on_cpu() -> bool:
