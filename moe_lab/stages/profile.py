@@ -165,9 +165,10 @@ def _whole(model: Model, collection: Collection, batches: Batches, journal: Jour
         with stopping.hold():
             collect.collect_batch(collection, model, batch, group)
             done.counted = dict.fromkeys(collection.layers, number + 1)
+        if number + 1 == len(batches):
+            collection.check_finite()  # before a save says that all is done
         if journal:
             journal.offer(done, collection)
-    collection.check_finite()
     if journal:
         for index in collection.layers:
             journal.keep(collection.take(index), len(batches))
@@ -189,17 +190,17 @@ def _layer_by_layer(
         with stream.layer(index, then=_next(done, index, last)):
             for batch in batches:
                 with stopping.hold():
-                    _through_layer(
-                        stream, collection, index, batch, groups[batch], batch >= counted
-                    )
+                    counts = index in stream.moe and batch >= counted
+                    _through_layer(stream, collection, index, batch, groups[batch], counts)
                     done.at[batch] = index + 1
                     if index in stream.moe:
                         done.counted[index] = max(counted, batch + 1)
+                if batch == batches[-1]:
+                    collection.check_finite(index)  # before a save says that it is done
+                    if journal:
+                        journal.keep(collection.take(index), done.counted.get(index, 0))
                 if journal:
                     journal.offer(done, collection, stream)
-        collection.check_finite(index)
-        if journal and counted < number:
-            journal.keep(collection.take(index), number)
     if journal:
         journal.close(done)
 
