@@ -151,9 +151,7 @@ def gather(value: Value) -> list[Value]:
     content = _bytes_in(told, longest)
     _exchanged(lambda d: d.all_gather(parts, content, async_op=True))
     sizes = [int(length) for length in lengths]
-    found: list[Value] = [
-        _value_of(part, size) for part, size in zip(parts, sizes, strict=True)
-    ]
+    found: list[Value] = [_value_of(part, size) for part, size in zip(parts, sizes, strict=True)]
     found[index()] = value
     return found
 
@@ -169,7 +167,9 @@ def total(tensor: Tensor) -> Tensor:
 def failed(error: BaseException, message: str, code: int, signal: int | None = None) -> Failure:
     """Tell the others that this process cannot go on; what ended the job: the first to tell."""
     told = "".join(traceback.format_exception(error)) if code == 1 else ""
-    mine = error.failure if isinstance(error, Ended) else Failure(index(), message, code, told, signal)
+    mine = (
+        error.failure if isinstance(error, Ended) else Failure(index(), message, code, told, signal)
+    )
     if number() == 1:
         return mine
     key, content = _key("failed"), json.dumps(asdict(mine))

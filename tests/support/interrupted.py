@@ -71,7 +71,7 @@ def _work(work: Callable[[], object], lines: Lines) -> None:
     try:
         sys.settrace(lines.trace)
         work()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - a fork never goes on in the caller's place
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
