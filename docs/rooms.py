@@ -24,6 +24,7 @@ GROUND = {
     "provenance": "where a result came from: commit, versions, machine",
     "progress": "progress bars, and times in words",
     "stopping": "signals that stop a run",
+    "processes": "several processes that share one run",
     "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -77,7 +78,7 @@ LIBRARIES = {
     "transformers.modeling_utils": ("models.fitting", "models.layerwise", "models.uneven"),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
-    "accelerate": ("finetune", "profile.collect"),
+    "accelerate": ("finetune", "profile.collect", "processes"),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),
     "rich.markup": (),

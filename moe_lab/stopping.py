@@ -1,8 +1,9 @@
 """Signals that stop a run: what they raise, what holds them back for a moment, how it ends.
 
 Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which Slurm sends before a job's time is up:
-`#SBATCH --signal=B:USR1@120`) raise `Stopped`, and a second one ends the process at once. Where
-Python swallows what a signal raises, the next `check` raises it again.
+`#SBATCH --signal=B:USR1@120`) raise `Stopped`, and a second one ends the process at once: not where
+a launcher has started several, which passes on a signal that they have already. Where Python
+swallows what a signal raises, the next `check` raises it again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from types import FrameType
 
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # an exit code: 128 + its number
 SIGNALS = tuple(signal.Signals[name] for name in SIGNAL_NAMES if hasattr(signal, name))
+PASSED_ON = 10.0  # seconds in which a launcher hands on what its processes have heard themselves
 TOLD = "{}: stopping, what is finished is kept; a second signal stops at once\n"
 
 
@@ -32,6 +35,7 @@ class Stopped(KeyboardInterrupt):
 @dataclass
 class _State:
     asked: int | None = None
+    since: float = 0.0
     held: int = 0
 
 
@@ -54,11 +58,30 @@ def install() -> None:
 
 def _arrived(number: int, frame: FrameType | None) -> None:
     if _state.asked is not None:
+        if time.monotonic() < _state.since + PASSED_ON and "RANK" in os.environ:
+            return
         end_children()
         os._exit(128 + number)
-    _state.asked = number
-    os.write(2, TOLD.format(signal.Signals(number).name).encode())
+    ask(number)
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, TOLD.format(signal.Signals(number).name).encode())
     check()
+
+
+def ask(number: int) -> None:
+    """Have this process stop as by the signal of this number, at the next `check`."""
+    _state.asked, _state.since = number, time.monotonic()
+
+
+def number() -> int | None:
+    """The number of the signal that has come, also where it is held back; None: none has."""
+    return _state.asked
+
+
+def ignore() -> None:
+    """Take no further signal: the process is at its end."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
 
 
 def asked() -> bool:

@@ -9,9 +9,11 @@ By hand: accelerate's own loading and offloading do not know these conversions (
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original
+from moe_lab.models.free_memory import free_memory
 from moe_lab.models.layers import decoders_path, module_list, moe_layers
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model, no_bars
@@ -31,6 +34,11 @@ from moe_lab.models.stored import held_by, model_names
 from moe_lab.models.uneven import load_tensors
 from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
+
+logger = logging.getLogger(__name__)
+# Of a layer's size: what has to be free for it to be read ahead. While it is read, tensors of
+# experts lie in memory one by one, and joined.
+AHEAD = 2.5
 
 
 class LayerwiseModel:
@@ -57,36 +65,72 @@ class LayerwiseModel:
         self._make_buffers()
         self._filled: set[int] = set()
         self._kept = 0
+        self._ahead: tuple[int, Future[None]] | None = None
+        self._told = False
         names = [n for n, p in self.model.named_parameters() if p.is_meta]
         if missing := [name for name in names if not numbered.match(name)]:
             raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights; UserError where the checkpoint lacks some."""
+    def layer(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights; UserError where the checkpoint lacks some.
+
+        then: the layer that is asked for next. It is read while this one is used, where memory has
+        room for both; what goes wrong with it is raised when it is asked for.
+        """
         decoder = self.layers[index]
         if index in self._filled:
             yield decoder
             return
-        self._fill(index)
+        self._take(index)
         self._filled.add(index)
         try:
             if missing := [n for n, p in decoder.named_parameters() if p.is_meta]:
                 raise UserError(f"the checkpoint lacks tensors of layer {index}: {missing[:3]}")
+            self._read_ahead(then)
             yield decoder
         finally:
-            size = sum(p.numel() * p.element_size() for p in decoder.parameters())
+            if self._ahead is not None:
+                wait([self._ahead[1]])  # it works on the same modules
+            size = _bytes_of(decoder)
             if self._kept + size <= self.keep_bytes:
                 self._kept += size
             else:
                 self._empty(index)
 
+    def _take(self, index: int) -> None:
+        """Fill a layer, unless that was begun already."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            ahead[1].result()
+            return
+        if ahead is not None:  # another one was asked for
+            wait([ahead[1]])
+            self._empty(ahead[0])
+        self._fill(index)
+
+    def _read_ahead(self, index: int | None) -> None:
+        if index is None or index in self._filled:
+            return
+        needed, free = int(AHEAD * _bytes_of(self.layers[index])), free_memory(self.device)
+        if needed > free:
+            self._tell_no_room(needed, free)
+            return
+        with_one = ThreadPoolExecutor(1, "read ahead")
+        self._ahead = index, with_one.submit(torch.no_grad()(self._fill), index)
+        with_one.shutdown(wait=False)
+
+    def _tell_no_room(self, needed: int, free: int) -> None:
+        if not self._told:
+            logger.info(
+                "decoder layers are read one after the other: reading one ahead would take "
+                "%.2f GiB of memory, of which %.2f GiB are free", needed / 2**30, free / 2**30,
+            )  # fmt: skip
+        self._told = True
+
     def layer_bytes(self) -> int:
         """Memory of the largest decoder layer."""
-        sizes = (
-            sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in self.layers
-        )
-        return max(sizes)
+        return max(_bytes_of(layer) for layer in self.layers)
 
     def _fill(self, part: int | None) -> None:
         """Load the tensors of one decoder layer, or with None all others."""
@@ -125,6 +169,10 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise UserError(f"{type(model).__name__} has no MoE layers")
     path = decoders_path(first.info.name)
     return path, module_list(model, path)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _non_persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
