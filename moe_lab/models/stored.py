@@ -47,7 +47,7 @@ FLOATING = {
 class Stored:
     """A tensor in a checkpoint's file; dtype: None where it is none of floating point.
 
-    kind: its dtype, as safetensors call it.
+    kind: its dtype, as safetensors call it; offset: of its first byte in the file.
     """
 
     file: Path
@@ -56,6 +56,7 @@ class Stored:
     num_bytes: int
     kind: str
     shape: tuple[int, ...]
+    offset: int = 0
 
     def load(self) -> Tensor:
         """The tensor."""
@@ -127,13 +128,14 @@ def _is_needless(one: Stored, taken: Collection[str]) -> bool:
 def stored_in(file: Path) -> list[Stored]:
     """The tensors of a safetensors file, by its header."""
     with file.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
     header.pop("__metadata__", None)
     found = []
     for key, one in header.items():
         (begin, end), kind = one["data_offsets"], one["dtype"]
-        size = end - begin
-        found.append(Stored(file, key, FLOATING.get(kind), size, kind, tuple(one["shape"])))
+        size, dtype, offset = end - begin, FLOATING.get(kind), 8 + length + begin
+        found.append(Stored(file, key, dtype, size, kind, tuple(one["shape"]), offset))
     return found
 
 
