@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, modeling_utils
+from transformers import AutoConfig
 
 from moe_lab.files import PACKAGE
 from moe_lab.models.checkpoint import Checkpoint, meta_model
@@ -36,6 +36,7 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.shards import Entry, ShardWriter, plan_shards
+from moe_lab.models.stored import in_files
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.models.streamed import Saving, write_edited
 from moe_lab.models.weight_files import weight_files
@@ -102,7 +103,7 @@ def make(asked: argparse.Namespace, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         number = int(name.split(".")[2]) if ".layers." in name else -1
         pieces.setdefault(number, {})[name] = tensor
-    files = {n: modeling_utils.revert_weight_conversion(model, one) for n, one in pieces.items()}
+    files = {number: in_files(model, piece) for number, piece in pieces.items()}
     planned = {n: [Entry.of(*item) for item in one.items()] for n, one in files.items()}
     shards = plan_shards(planned.values(), limit=SHARD)
     drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()

@@ -222,7 +222,7 @@ class ShardWriter:
 
     def _put(self, shard: Shard, values: Tensor, offset: int, name: str) -> None:
         """Write bytes at their place in a file, and read them back."""
-        file, view = self._file(shard), memoryview(values.numpy())
+        file, view = self._file(shard), memoryview(values.numpy().data)
         while view:
             written = os.pwrite(file.fileno(), view, offset + len(values) - len(view))
             view = view[written:]
@@ -281,7 +281,7 @@ class ShardWriter:
 
 def _read_into(file: FileIO, offset: int, target: Tensor) -> None:
     """Fill a tensor of bytes with those of a file; NotWritten where the file ends before."""
-    view = memoryview(target.numpy())
+    view = memoryview(target.numpy().data)
     while view:
         number = os.preadv(file.fileno(), [view], offset + len(target) - len(view))
         if not number:
@@ -291,10 +291,10 @@ def _read_into(file: FileIO, offset: int, target: Tensor) -> None:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same bytes, which is seen fastest eight at a time."""
-    arrays = [tensor.numpy() for tensor in (one, other)]
-    if len(one) % 8 == 0:
-        arrays = [array.view(np.int64) for array in arrays]
-    return np.array_equal(*arrays)
+    first, second = one.numpy(), other.numpy()
+    if len(first) % 8 == 0:
+        first, second = first.view(np.int64), second.view(np.int64)
+    return np.array_equal(first, second)
 
 
 def digest_of(shards: Sequence[Shard], made_of: str) -> str:

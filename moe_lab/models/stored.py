@@ -13,12 +13,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -97,6 +98,14 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         whole = name_in_model(key, uneven)
         renamed[key] = name if whole == key else whole
     return renamed
+
+
+def in_files(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors, or some of them, as transformers writes them, by their names on disk."""
+    # Looked up when it is called: `hook.py` has put another one there, which knows our own form.
+    revert: Any = vars(modeling_utils)["revert_weight_conversion"]
+    written: dict[str, Tensor] = revert(model, dict(tensors))
+    return written
 
 
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:

@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moe_lab.integrity import PARTIAL, flush
 from moe_lab.models.checkpoint import Checkpoint, meta_model
@@ -46,7 +47,7 @@ from moe_lab.models.shards import (
     digest_of,
     plan_shards,
 )
-from moe_lab.models.stored import Stored, in_stored_dtypes, round_to_stored
+from moe_lab.models.stored import Stored, in_files, in_stored_dtypes, round_to_stored
 from moe_lab.models.superset import SUPERSETS
 from moe_lab.models.verbatim import Moved, Spans, spans_of
 from moe_lab.models.weight_files import weight_files
@@ -128,8 +129,7 @@ class _Outcome:
         """Tensors of the model as they stand in files, by their names there."""
         left_out = self.model._keys_to_ignore_on_save or ()
         told = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        written: dict[str, Tensor] = modeling_utils.revert_weight_conversion(self.model, told)
-        return written
+        return in_files(self.model, told)
 
 
 class _Writing:
@@ -214,7 +214,7 @@ class _Writing:
     def _rest_in_files(self) -> dict[str, Tensor]:
         model = self.outcome.model
         tensors = {name: tensor.detach() for name, tensor in self.outcome.piece(REST).items()}
-        untied = modeling_utils.remove_tied_weights_from_state_dict(tensors, model)
+        untied = remove_tied_weights_from_state_dict(tensors, model)
         return self.outcome.in_files(untied)
 
     def _planned(self) -> list[Shard]:
@@ -254,8 +254,8 @@ class _Writing:
                  for item in one.items()]  # fmt: skip
         same = {key for key, spans in every if list(spans) == [self._place_of(key)]}
         for key, entry in rest.items():
-            one = self.stored.get(key)
-            if one and (one.kind, one.shape) == (KINDS[entry.dtype], entry.shape):
+            there = self.stored.get(key)
+            if there is not None and (there.kind, there.shape) == (KINDS[entry.dtype], entry.shape):
                 same.add(key)
         files = weight_files(self.checkpoint.path)
         return [f for f in files if len(files) > 1 and {one.key for one in by_file[f]} <= same]
