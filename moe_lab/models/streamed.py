@@ -10,7 +10,6 @@ behind the last finished file.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -48,6 +47,7 @@ from moe_lab.models.shards import (
     plan_shards,
 )
 from moe_lab.models.stored import Stored, in_files, in_stored_dtypes, round_to_stored
+from moe_lab.models.stream import check_state
 from moe_lab.models.superset import SUPERSETS
 from moe_lab.models.verbatim import Moved, Spans, spans_of
 from moe_lab.models.weight_files import weight_files
@@ -146,7 +146,7 @@ class _Writing:
         self.layers = {layer.info.index: layer for layer in moe_layers(self.source.model)}
         self.chains = {chain.index: chain for chain in plan.chains() if chain.changes}
         self._set_dtypes()
-        self.rest = self._rest()
+        self._fill_rest()
         self.head = untie_head(self.outcome.model, how.lm_head, self.outcome.form)
         self.entries = {REST: self._entries(self._rest_in_files())}
         for old, new in self.outcome.numbers.items():
@@ -162,7 +162,8 @@ class _Writing:
         journal.of(digest_of(shards, self._made_of()))
         replay = _Replay(self.source, self.outcome.numbers, self._compared(), journal)
         with ShardWriter(folder, shards, journal.done) as writer:
-            writer.copy_whole()
+            if ways := writer.share_whole():
+                logger.info("%d files of the source are the result's as they are: %s", *ways)
             if writer.lacks(self.entries[REST]):
                 writer.write(self._rest_in_files())
             for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
@@ -199,8 +200,8 @@ class _Writing:
                 stored = self.files.dtype(self.outcome.old_name(name))
                 tensor.data = tensor.data.to(stored or self.default)
 
-    def _rest(self) -> dict[str, Tensor]:
-        """What is no decoder layer, as it is stored; put into the result's model, too."""
+    def _fill_rest(self) -> None:
+        """Put what is no decoder layer into the result's model, as it is stored."""
         tensors = {
             name: tensor
             for name, tensor in self.source.model.state_dict(keep_vars=True).items()
@@ -209,7 +210,6 @@ class _Writing:
         stored = in_stored_dtypes(tensors, self.files, self.default)
         self.outcome.model.load_state_dict(stored, strict=False, assign=True)
         self.outcome.model.tie_weights()
-        return stored
 
     def _rest_in_files(self) -> dict[str, Tensor]:
         model = self.outcome.model
@@ -257,8 +257,9 @@ class _Writing:
             there = self.stored.get(key)
             if there is not None and (there.kind, there.shape) == (KINDS[entry.dtype], entry.shape):
                 same.add(key)
-        files = weight_files(self.checkpoint.path)
-        return [f for f in files if len(files) > 1 and {one.key for one in by_file[f]} <= same]
+        if len(weight_files(self.checkpoint.path)) == 1:
+            return []
+        return [file for file, inside in by_file.items() if {one.key for one in inside} <= same]
 
     def _place_of(self, key: str) -> Span | None:
         """Where a tensor of this name is in the source."""
@@ -266,12 +267,11 @@ class _Writing:
         return Span(one.file, one.offset, one.num_bytes) if one else None
 
     def _made_of(self) -> str:
-        """The source and the plan, in words that tell them from all others in the same place."""
-        digest = hashlib.sha256(self.plan.to_text().encode())
-        for name, tensor in sorted(self.plan.tensors.items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return f"{self.checkpoint.path} {self.source.dtype} {digest.hexdigest()}"
+        """The source and the plan, in words that tell them from others written to the same place.
+
+        What is in the plan's tensors is not looked at: they come with its text.
+        """
+        return f"{self.checkpoint.path} {self.source.dtype} {self.plan.to_text()}"
 
     def _compared(self) -> list[int]:
         """The decoder layers through which the few tokens go, by their old numbers.
@@ -363,7 +363,7 @@ class _Writing:
 
 
 def _moe_layer_at(model: PreTrainedModel, path: str) -> MoELayer | None:
-    found = (layer for layer in moe_layers(model) if layer.info.name.startswith(f"{path}."))
+    found = (layer for layer in moe_layers(model) if f"{layer.info.name}.".startswith(f"{path}."))
     return next(found, None)
 
 
@@ -453,9 +453,13 @@ class _Replay:
         return self.few is not None and index in self.checked and index >= self.next_layer
 
     def through(self, index: int) -> None:
-        """Through a decoder layer, which is open, if the tokens go there."""
+        """Through a decoder layer, which is open, if the tokens go there.
+
+        NotFinite where what comes out of it is not finite.
+        """
         if self.few is not None and self.awaits(index):
             self.few.through(index)
+            check_state(self.few.hidden, index)
             self.next_layer = index + 1
 
     def logits(self) -> Tensor | None:
