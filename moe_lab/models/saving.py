@@ -11,9 +11,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from moe_lab.models.edited_model import Saving
 from moe_lab.models.forms import Form
 from moe_lab.models.layerwise import WholeModel
-from moe_lab.models.streamed import Saving, write_model
+from moe_lab.models.streamed import write_model
 from moe_lab.types import LmHeadName, MtpName
 
 
@@ -30,7 +31,7 @@ def save_checkpoint(
     """Write an edited model as a checkpoint, in the form that is returned.
 
     Parameters are written in the dtype of the checkpoint at `source`, whose tokenizer comes along.
-    For the others see `streamed.Saving`. The model is not changed except for its config, the
+    For the others see `edited_model.Saving`. The model is not changed except for its config, the
     rounding of its tensors, and the experts and dense layers that are filled up. What was written
     is read back and compared (`shards.py`, `reading_back.py`), and its config with its folder
     (`promises.py`).

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moe_lab.models.quantised import conversions
 from moe_lab.models.uneven import name_in_model, uneven_tensors
@@ -106,6 +107,12 @@ def in_files(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str,
     revert: Any = vars(modeling_utils)["revert_weight_conversion"]
     written: dict[str, Tensor] = revert(model, dict(tensors))
     return written
+
+
+def without_tied(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by name, each once, where several of its names are one tensor."""
+    once: dict[str, Tensor] = remove_tied_weights_from_state_dict(dict(tensors), model)
+    return once
 
 
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
