@@ -24,6 +24,7 @@ GROUND = {
     "provenance": "where a result came from: commit, versions, machine",
     "progress": "progress bars, and times in words",
     "stopping": "signals that stop a run",
+    "locks": "one process at a time, on one machine or many",
     "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -78,6 +79,7 @@ LIBRARIES = {
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("finetune", "profile.collect"),
+    "filelock": ("locks",),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),
     "rich.markup": (),

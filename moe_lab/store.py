@@ -24,10 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from moe_lab.files import MODEL_CARD
 from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal
+from moe_lab.locks import locked
 from moe_lab.provenance import commit, versions
 from moe_lab.types import UserError
 
@@ -83,7 +82,7 @@ class Store:
         key = key_of(identity)
         folder = self.root / kind / key
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock"), f"{kind}/{key}"):
+        with locked(folder.with_suffix(".lock"), f"{kind}/{key}"):
             if artifact := self.find(kind, identity):  # another job may have made it meanwhile
                 return artifact
             if wrong := damage_of(folder):
@@ -261,21 +260,6 @@ def _mark_done(
     }
     write_whole(folder / DONE, json.dumps(record | {SUM: _sum_of(record)}, indent=2) + "\n")
     flush(folder.parent)
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel frees it when its holder dies."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("waiting for another job that is making %s (%s)", what, path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
