@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from moe_lab import stopping
+from moe_lab import locks, stopping
 from moe_lab.console import terminal
 from moe_lab.files import CURVE, LOCK, LOG, MODEL_CARD, PLAN, PLOTS, REPORT, USAGE
 from moe_lab.progress import duration
@@ -62,17 +60,16 @@ def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], Non
         return 0
     # A restarted job goes on with its tracker's run; the same folder asked for more begins another.
     report["run_id"] = (same and before.get("run_id")) or uuid.uuid4().hex[:16]
-    lock = FileLock(job.folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.error("%s is being written by another run: choose another run_dir", job.folder)
-        return 2
-    try:
-        return _tracked(job, tracker, work, report)
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    with locks.taken(job.folder / LOCK, patient=True) as lock:
+        if lock is None:
+            by = locks.holder_of(job.folder / LOCK)
+            who = f"another run ({by})" if by else "another run"
+            logger.error("%s is being written by %s: choose another run_dir", job.folder, who)
+            return 2
+        try:
+            return _tracked(job, tracker, work, report)
+        finally:
+            lock.remove()
 
 
 def _report_before(folder: Path) -> Report:
