@@ -239,7 +239,7 @@ def _open() -> None:
     from accelerate import PartialState
 
     _meet()
-    cards = torch.cuda.is_available() and not _on_cpu()
+    cards = torch.cuda.is_available() and not on_cpu()
     if not dist.is_initialized():
         if cards:
             torch.cuda.set_device(of_machine() % torch.cuda.device_count())
@@ -261,7 +261,8 @@ def _meet() -> None:
         time.sleep(0.005)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether accelerate's launcher was told to leave the GPUs alone (--cpu)."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
