@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
 Value = TypeVar("Value")
 
@@ -60,7 +61,7 @@ class Ended(Exception):
 
 @dataclass
 class _State:
-    store: dist.Store | None = None
+    store: Store | None = None
     job: int = 0  # how many jobs of a sweep are over
     alone: int = 0
     open: bool = False
@@ -115,6 +116,25 @@ def share(values: Sequence[Value]) -> list[Value]:
     return list(values[index() :: number()])
 
 
+def join(part: Sequence[Value]) -> list[Value]:
+    """The whole sequence, of which each process gives what it made of its `share`."""
+    parts = gather(list(part))
+    found: list[Any] = [None] * sum(map(len, parts))
+    for place, one in enumerate(parts):
+        found[place :: len(parts)] = one
+    return found
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """What is inside the main process does before the others, which find what it has fetched."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
 def wait() -> None:
     """Go on when all have come here."""
     gather(None)
@@ -151,9 +171,7 @@ def gather(value: Value) -> list[Value]:
     content = _bytes_in(told, longest)
     _exchanged(lambda d: d.all_gather(parts, content, async_op=True))
     sizes = [int(length) for length in lengths]
-    found: list[Value] = [
-        _value_of(part, size) for part, size in zip(parts, sizes, strict=True)
-    ]
+    found: list[Value] = [_value_of(part, size) for part, size in zip(parts, sizes, strict=True)]
     found[index()] = value
     return found
 
@@ -169,7 +187,9 @@ def total(tensor: Tensor) -> Tensor:
 def failed(error: BaseException, message: str, code: int, signal: int | None = None) -> Failure:
     """Tell the others that this process cannot go on; what ended the job: the first to tell."""
     told = "".join(traceback.format_exception(error)) if code == 1 else ""
-    mine = error.failure if isinstance(error, Ended) else Failure(index(), message, code, told, signal)
+    mine = (
+        error.failure if isinstance(error, Ended) else Failure(index(), message, code, told, signal)
+    )
     if number() == 1:
         return mine
     key, content = _key("failed"), json.dumps(asdict(mine))
@@ -237,6 +257,7 @@ def _open() -> None:
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
+    from torch.distributed.distributed_c10d import PrefixStore
 
     _meet()
     cards = torch.cuda.is_available() and not on_cpu()
@@ -245,7 +266,7 @@ def _open() -> None:
             torch.cuda.set_device(of_machine() % torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cards else "gloo",
-            store=dist.PrefixStore(f"group{_state.job}", _store()),
+            store=PrefixStore(f"group{_state.job}", _store()),
             rank=index(), world_size=number(), timeout=FOREVER,
         )  # fmt: skip
     PartialState(cpu=not cards)
@@ -266,10 +287,10 @@ def on_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """The key-value store of the launcher, or of the main process."""
     if _state.store is None:
-        from torch.distributed import rendezvous
+        from torch.distributed.rendezvous import rendezvous
 
         found = next(rendezvous("env://", index(), number(), timeout=timedelta(minutes=10)))
         _state.store = found[0]

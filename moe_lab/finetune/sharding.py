@@ -35,6 +35,7 @@ def shard(
     for layer in decoders:
         divided = fully_shard(layer.to(device), mesh=mesh, reshard_after_forward=True)
         divided.set_gradient_divide_factor(1.0)  # a step's losses are sums already
+        divided.set_force_sum_reduction_for_comms(True)  # gloo has no other
         divided.set_reduce_scatter_unused_params(True)
     inside = {parameter for layer in decoders for parameter in layer.parameters()}
     _move_rest(model, inside, device)
@@ -42,7 +43,7 @@ def shard(
     return {name: there[names[parameter]] for name, parameter in trainable.items()}
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Model) -> nn.ModuleList:
     """The decoder layers of a model, found from its first MoE layer, or as the longest list."""
     if layers := moe_layers(model):
         return module_list(model, decoders_path(layers[0].info.name))
@@ -53,7 +54,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def _move_rest(model: nn.Module, inside: set[nn.Parameter], device: torch.device) -> None:
     """Move all parameters and buffers that are in no decoder layer."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if parameter not in inside:
                 parameter.data = parameter.data.to(device)
         for name, buffer in module.named_buffers(recurse=False):

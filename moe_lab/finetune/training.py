@@ -127,19 +127,20 @@ class Training:
 
     def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         # Decay pulls towards 0: right for weights, wrong for vectors of factors around 1.
-        matrices = [p for p in self.trainable.values() if p.dim() > 1]
-        vectors = [p for p in self.trainable.values() if p.dim() <= 1]
         groups = [
-            {"params": matrices, "weight_decay": phase.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        groups = [
-            group | {"params": [p for p in group["params"] if sharding.is_divided(p) is divided]}
-            for group in groups
+            {"params": parameters, "weight_decay": phase.weight_decay if matrices else 0.0}
+            for matrices in (True, False)
             for divided in (True, False)  # no operation takes both kinds
+            if (parameters := self._trained(matrices, divided))
         ]
-        groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=phase.learning_rate)
+
+    def _trained(self, matrices: bool, divided: bool) -> list[nn.Parameter]:
+        return [
+            parameter
+            for parameter in self.trainable.values()
+            if (parameter.dim() > 1) is matrices and sharding.is_divided(parameter) is divided
+        ]
 
     def _step(self, name: str, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """One update at a step counted from the phase's start; what it was like."""
@@ -249,12 +250,13 @@ class Training:
         starts = range(0, len(mine.samples), batch_size)
         for start in starts:
             yield mine.take(range(len(mine.samples))[start : start + batch_size]), True
-        most = -(-(-(-len(rows.samples) // processes.number())) // batch_size)
+        largest = math.ceil(len(rows.samples) / processes.number())
+        most = math.ceil(largest / batch_size)
         for _ in range(most - len(starts) if self.divided else 0):
             yield rows.take([0]), False
 
     def _mean_losses(self, part: Tokens, whole: Tokens, counts: bool = True) -> dict[str, Tensor]:
-        """What `part` adds to the means of the losses over `whole`; nothing if it does not count."""
+        """What `part` adds to the means of the losses over `whole`; if it counts, else nothing."""
         batch = part.labelled() | (self.teacher.of(part) if self.teacher else {})
         batch = {key: value.to(self.device) for key, value in batch.items()}
         self.tuning.counts = counts
@@ -287,9 +289,9 @@ class Training:
             for key, value in self._mean_losses(part, ordered, counts).items():
                 sums[key] += value
         means = {key: processes.total(value).item() for key, value in sums.items()}
-        for key, value in means.items():
-            self._check(value, f"the validation's {key}", name, tokens, "validation")
-        return {f"validation_{key}": value for key, value in means.items()}
+        for key, mean in means.items():
+            self._check(mean, f"the validation's {key}", name, tokens, "validation")
+        return {f"validation_{key}": mean for key, mean in means.items()}
 
     def _log(self, row: dict[str, Any]) -> None:
         self.curve.append(json.dumps(row) + "\n")

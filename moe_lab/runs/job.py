@@ -185,9 +185,7 @@ def _tell(failure: processes.Failure) -> None:
         logger.error("%s", failure.message)
         return
     where = f" in process {failure.process}" if failure.process else ""
-    logger.error(
-        "the job failed%s: %s\n%s", where, failure.message, failure.traceback.rstrip()
-    )
+    logger.error("the job failed%s: %s\n%s", where, failure.message, failure.traceback.rstrip())
 
 
 def _mistake(error: BaseException | None) -> UserError | None:
