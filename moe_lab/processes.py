@@ -16,7 +16,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -341,10 +341,12 @@ def _look() -> None:
 def _last_words() -> Failure:
     """What a process said that broke an exchange off; one that was killed says nothing."""
     until = time.monotonic() + LAST_WORDS
-    while time.monotonic() < until:
-        if found := failure():
-            return found
-        time.sleep(0.05)
+    with suppress(RuntimeError):  # the store lies in the main process, perhaps
+        while time.monotonic() < until:
+            stopping.check()
+            if found := failure():
+                return found
+            time.sleep(0.05)
     others = "the other process" if number() == 2 else "one of the other processes"
     return Failure(
         index(),
