@@ -16,8 +16,8 @@ from moe_lab import launching, processes, stopping
 if __name__ == "__main__":
     launching.start_missing()
     stopping.install()  # before what takes long to import
-    if not processes.speaks():  # the main process says it
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the process's end
+    if not processes.speaks():
+        processes.hush()
 
 try:
     import hydra
@@ -77,7 +77,6 @@ def run_all() -> int:
     except Exception as error:
         message = refusals.refusal(error)
         if message is None:
-            sys.stderr = sys.__stderr__
             raise
         print(message, file=sys.stderr)
         return refusals.USER_MISTAKE

@@ -1,8 +1,8 @@
 """Decoder layers divided among the processes of a training: PyTorch's FSDP2, a layer at a time.
 
 Each process holds a part of every parameter of a decoder layer, of its gradient and of the
-optimizer's state; a layer is put together while it computes. Embedding, head, norms and routers, which
-are also asked outside of a forward, are whole in each, and so is what of them trains.
+optimizer's state; a layer is put together while it computes. Embedding, head, norms and routers,
+which are also asked outside of a forward, are whole in each, and so is what of them trains.
 """
 
 from __future__ import annotations

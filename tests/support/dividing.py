@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from annealing import recipe_of as seer
 from dropping import recipe_of as dropping
