@@ -1,0 +1,467 @@
+"""A plan carried out on a checkpoint's files, one decoder layer in memory at a time.
+
+What the result is, tensor by tensor, is found on a model without weights. Then each decoder layer
+is read, edited, brought into the result's form and written; files of which nothing changes are
+shared with the source. On the way a few tokens go through the edited layers: the written checkpoint
+is read back layer by layer, and has to give the same logits. An attempt that was broken off goes on
+behind the last finished file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from moe_lab.integrity import PARTIAL, flush
+from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.condensing import edited_blocks
+from moe_lab.models.edits.plan import Plan, apply_chain, restructure_model
+from moe_lab.models.forms import Form, choose_form, padding_limit
+from moe_lab.models.head import untie_head
+from moe_lab.models.in_form import fill_up_layer, in_form, native_block
+from moe_lab.models.layers import MoELayer, decoder_path, moe_layers
+from moe_lab.models.layerwise import LayerwiseModel, bytes_of
+from moe_lab.models.narrowing import fit_implementation
+from moe_lab.models.native_dense import dense_names
+from moe_lab.models.reading_back import FewTokens, check_logits, compare_by_layer
+from moe_lab.models.saving import Saved, finish_checkpoint, write_configs
+from moe_lab.models.shards import (
+    KINDS,
+    Entry,
+    Shard,
+    ShardWriter,
+    Span,
+    digest_of,
+    plan_shards,
+)
+from moe_lab.models.stored import Stored, in_files, in_stored_dtypes, round_to_stored
+from moe_lab.models.stream import check_state
+from moe_lab.models.superset import SUPERSETS
+from moe_lab.models.verbatim import Moved, Spans, spans_of
+from moe_lab.models.weight_files import weight_files
+from moe_lab.progress import progress
+from moe_lab.types import LmHeadName, MtpName, UserError
+
+logger = logging.getLogger(__name__)
+
+REST = -1  # in the place of a decoder layer's number: all that is in none
+CHECKED_BYTES = 2**30  # of so many bytes decoder layers are compared by what they compute
+JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a checkpoint is written; see `saving.save_checkpoint`."""
+
+    padding: float | None = None
+    convert: str | None = None
+    mtp: MtpName = "prune"
+    lm_head: LmHeadName = "auto"
+
+
+def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) -> Form:
+    """Write the checkpoint that a plan makes of another one into `folder`; its form.
+
+    Memory: what is no decoder layer, and a decoder layer before and behind its edits. Beside the
+    folder lies what a further attempt goes on from, until all is written and read back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(folder.parent / JOURNAL)
+    form = _Writing(checkpoint, plan, how).write(folder, journal)
+    journal.path.unlink(missing_ok=True)
+    return form
+
+
+class _Outcome:
+    """What a plan leaves of a checkpoint, in the form in which it is saved, without weights.
+
+    model: it; form: which one; numbers: the new number of each decoder layer that stays; path:
+    where the decoder layers are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
+        edits = plan.edited()
+        model = meta_model(checkpoint.config)
+        first = moe_layers(model)[0].info
+        self.path = decoder_path(first.name).rpartition(".")[0]
+        removed = {edit.index for edit in edits if edit.removes_decoder}
+        kept = [index for index in range(first.num_decoders) if index not in removed]
+        self.numbers = {old: new for new, old in enumerate(kept)}
+        self._old = dict(enumerate(kept))
+        restructure_model(model, edits)
+        self.form = choose_form(
+            model, padding_limit(model.config, how.padding), convert=how.convert
+        )
+        self.has_edited_blocks = bool(edited_blocks(model))
+        self.model = in_form(model, self.form)
+
+    def old_name(self, name: str) -> str:
+        """The name that a tensor of the result had in the source."""
+        index = self.index_of(name)
+        if index == REST:
+            return name
+        return f"{self.path}.{self._old[index]}.{name.removeprefix(f'{self.path}.{index}.')}"
+
+    def index_of(self, name: str) -> int:
+        """The number of the decoder layer that a tensor of the model is of; else REST."""
+        inside = name.removeprefix(f"{self.path}.") if name.startswith(f"{self.path}.") else ""
+        number = inside.split(".")[0]
+        return int(number) if number.isdigit() else REST
+
+    def piece(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a decoder layer, by its new number, or with REST all others."""
+        tensors = self.model.state_dict(keep_vars=True).items()
+        return {name: tensor for name, tensor in tensors if self.index_of(name) == index}
+
+    def in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model as they stand in files, by their names there."""
+        left_out = self.model._keys_to_ignore_on_save or ()
+        told = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        return in_files(self.model, told)
+
+
+class _Writing:
+    """One checkpoint that is being written."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
+        self.checkpoint, self.plan, self.how = checkpoint, plan, how
+        self.outcome = _Outcome(checkpoint, plan, how)
+        self.source = LayerwiseModel(checkpoint)
+        self.before = meta_model(checkpoint.config)
+        self.files = checkpoint.held_by(self.before)
+        self.stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
+        self.default = getattr(checkpoint.config, "dtype", None) or self.source.dtype
+        self.layers = {layer.info.index: layer for layer in moe_layers(self.source.model)}
+        self.chains = {chain.index: chain for chain in plan.chains() if chain.changes}
+        self._set_dtypes()
+        self._fill_rest()
+        self.head = untie_head(self.outcome.model, how.lm_head, self.outcome.form)
+        self.entries = {REST: self._entries(self._rest_in_files())}
+        for old, new in self.outcome.numbers.items():
+            self.entries[old] = self._entries(self.outcome.in_files(self.outcome.piece(new)))
+        self.spans = {old: self._spans(old) for old in self.outcome.numbers}
+
+    def write(self, folder: Path, journal: _Journal) -> Form:
+        """Everything, from the first layer that is not there yet."""
+        form = self.outcome.form
+        if not form.plain:
+            logger.info("saving: %s", form.reason)
+        shards = self._planned()
+        journal.of(digest_of(shards, self._made_of()))
+        replay = _Replay(self.source, self.outcome.numbers, self._compared(), journal)
+        with ShardWriter(folder, shards, journal.done) as writer:
+            if ways := writer.share_whole():
+                logger.info("%d files of the source are the result's as they are: %s", *ways)
+            if writer.lacks(self.entries[REST]):
+                writer.write(self._rest_in_files())
+            for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
+                self._through(old, writer, replay)
+                journal.note(writer.done, replay)
+            writer.finish()
+        expected = replay.logits()
+        if expected is not None:
+            check_logits(expected, self.source.dtype)
+        return self._finished(folder, expected, replay.checked)
+
+    def _through(self, old: int, writer: ShardWriter, replay: _Replay) -> None:
+        """Write what is left to write of a decoder layer, and take the few tokens through it."""
+        entries, copied = self.entries[old], self.spans[old]
+        if writer.lacks(entries):
+            for spans in copied.values():
+                writer.copy(spans)
+        if not (writer.lacks(entries) or replay.awaits(old)):
+            return
+        names = {self.outcome.old_name(name) for name in copied}
+        with self.source.layer(old, without=() if replay.awaits(old) else names):
+            self._edit(old)
+            replay.through(old)
+            if writer.lacks(entries):
+                left = {n: t for n, t in self._tensors(old).items() if n not in copied}
+                writer.write(self.outcome.in_files(left))
+
+    # ------------------------------------------------------------------ what it will be
+
+    def _set_dtypes(self) -> None:
+        """Give the result's tensors, which have no values yet, the dtypes of the files."""
+        for name, tensor in self.outcome.model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                stored = self.files.dtype(self.outcome.old_name(name))
+                tensor.data = tensor.data.to(stored or self.default)
+
+    def _fill_rest(self) -> None:
+        """Put what is no decoder layer into the result's model, as it is stored."""
+        tensors = {
+            name: tensor
+            for name, tensor in self.source.model.state_dict(keep_vars=True).items()
+            if self.outcome.index_of(name) == REST
+        }
+        stored = in_stored_dtypes(tensors, self.files, self.default)
+        self.outcome.model.load_state_dict(stored, strict=False, assign=True)
+        self.outcome.model.tie_weights()
+
+    def _rest_in_files(self) -> dict[str, Tensor]:
+        model = self.outcome.model
+        tensors = {name: tensor.detach() for name, tensor in self.outcome.piece(REST).items()}
+        untied = remove_tied_weights_from_state_dict(tensors, model)
+        return self.outcome.in_files(untied)
+
+    def _planned(self) -> list[Shard]:
+        held = {key: one.file for key, one in self.stored.items()}
+        return plan_shards(self.entries.values(), self._whole_files(), held)
+
+    def _entries(self, tensors: Mapping[str, Tensor]) -> list[Entry]:
+        return [Entry.of(name, tensor) for name, tensor in tensors.items()]
+
+    def _spans(self, old: int) -> dict[str, Spans]:
+        """Of a decoder layer: the bytes of the source that are the result's, by tensors' names.
+
+        Names are those of the result's model.
+        """
+        new, chain = self.outcome.numbers[old], self.chains.get(old)
+        moved = Moved(old, new, chain, self.layers.get(old))
+        found: dict[str, Spans] = {}
+        for name, tensor in self.outcome.piece(new).items():
+            entries = self._entries(self.outcome.in_files({name: tensor}))
+            there = set(entries) <= set(self.entries[old])  # else they are made of several tensors
+            spans = spans_of(moved, self.outcome.old_name(name), entries, self.files)
+            if there and spans is not None:
+                found[name] = spans
+        return found
+
+    def _whole_files(self) -> list[Path]:
+        """The files of the source of which every tensor is in the result as it is there.
+
+        Only where it has several files.
+        """
+        by_file: dict[Path, list[Stored]] = {}
+        for parts in (*self.files.by_name.values(), *self.files.others.values()):
+            for one in parts:
+                by_file.setdefault(one.file, []).append(one)
+        rest = {entry.name: entry for entry in self.entries[REST]}
+        every = [item for spans in self.spans.values() for one in spans.values()
+                 for item in one.items()]  # fmt: skip
+        same = {key for key, spans in every if list(spans) == [self._place_of(key)]}
+        for key, entry in rest.items():
+            there = self.stored.get(key)
+            if there is not None and (there.kind, there.shape) == (KINDS[entry.dtype], entry.shape):
+                same.add(key)
+        if len(weight_files(self.checkpoint.path)) == 1:
+            return []
+        return [file for file, inside in by_file.items() if {one.key for one in inside} <= same]
+
+    def _place_of(self, key: str) -> Span | None:
+        """Where a tensor of this name is in the source."""
+        one = self.stored.get(key)
+        return Span(one.file, one.offset, one.num_bytes) if one else None
+
+    def _made_of(self) -> str:
+        """The source and the plan, in words that tell them from others written to the same place.
+
+        What is in the plan's tensors is not looked at: they come with its text.
+        """
+        return f"{self.checkpoint.path} {self.source.dtype} {self.plan.to_text()}"
+
+    def _compared(self) -> list[int]:
+        """The decoder layers through which the few tokens go, by their old numbers.
+
+        The first of each kind of edits, the last that is edited, then others: as many as a bound
+        in bytes allows.
+        """
+        staying = [old for old in self.outcome.numbers if old in self.chains]
+        kinds = {tuple(e.kind for e in self.chains[old].edits): old for old in reversed(staying)}
+        order = [*sorted(kinds.values()), *staying[-1:], *self.outcome.numbers]
+        left, found = CHECKED_BYTES, list[int]()
+        for old in dict.fromkeys(order):
+            left -= bytes_of(self.source.layers[old])
+            if left >= 0 or old in kinds.values():
+                found.append(old)
+        return sorted(found)
+
+    # ------------------------------------------------------------------ one layer
+
+    def _edit(self, old: int) -> None:
+        """Carry out the plan's edits of a decoder layer, which is open; round as files will."""
+        if old in self.chains:
+            apply_chain(self.source.model, self.layers[old], self.chains[old], self.plan)
+            fit_implementation(self.source.model)
+        there = {name: tensor for name, tensor in self._part(old).items() if not tensor.is_meta}
+        round_to_stored(self.source.model, there, self.files, self.default, self.source.dtype)
+
+    def _part(self, old: int) -> dict[str, Tensor]:
+        prefix = f"{self.outcome.path}.{old}."
+        state = self.source.layers[old].state_dict(keep_vars=True)
+        return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+    @torch.no_grad()
+    def _tensors(self, old: int) -> dict[str, Tensor]:
+        """The tensors of an edited decoder layer in the result's form, by their names there."""
+        self._in_form(old)
+        new = self.outcome.numbers[old]
+        there = {name: tensor for name, tensor in self._part(old).items() if not tensor.is_meta}
+        stored = in_stored_dtypes(there, self.files, self.default)
+        before, behind = (f"{self.outcome.path}.{number}." for number in (old, new))
+        found = {f"{behind}{name.removeprefix(before)}": t for name, t in stored.items()}
+        for name, planned in self.outcome.piece(new).items():
+            if name not in found and self._is_empty(name):
+                found[name] = torch.zeros(planned.shape, dtype=planned.dtype)
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def _in_form(self, old: int) -> None:
+        """What `in_form` does to a whole model, to one decoder layer with its weights."""
+        form, model, result = self.outcome.form, self.source.model, self.outcome.model
+        if not form.stock:
+            return
+        path = f"{self.outcome.path}.{old}"
+        if layer := _moe_layer_at(model, path):
+            fill_up_layer(layer, form)
+        if not self.outcome.has_edited_blocks:
+            return
+        decoder = model.get_submodule(path)
+        inside = dense_names(decoder) | set(edited_blocks(decoder))
+        for name in inside:
+            built = result.get_submodule(f"{self.outcome.path}.{self.outcome.numbers[old]}.{name}")
+            target = native_block(model, f"{path}.{name}", _without_weights(built))
+            parent, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), child, target)
+
+    def _is_empty(self, name: str) -> bool:
+        """Whether a tensor is zeros that another family's form has, and the model had not."""
+        superset = SUPERSETS.get(self.checkpoint.config.model_type)
+        converted = self.outcome.form.config.model_type != self.checkpoint.config.model_type
+        return bool(converted and superset and any(part in name for part in superset.empty))
+
+    # ------------------------------------------------------------------ the end
+
+    def _finished(self, folder: Path, expected: Tensor | None, compared: Sequence[int]) -> Form:
+        model = self.outcome.model
+        saved = Saved(model, self.before, self.files, self.checkpoint.path, folder)
+
+        def read_back() -> None:
+            if expected is None:
+                logger.warning(
+                    "what was written is compared tensor by tensor, and not by logits: this family "
+                    "cannot go layer by layer"
+                )
+            else:
+                numbers = [self.outcome.numbers[old] for old in compared]
+                compare_by_layer(folder, expected, self.source.dtype, numbers)
+
+        write_configs(model, folder)
+        return finish_checkpoint(saved, self.outcome.form, self.how.mtp, self.head, read_back)
+
+
+def _moe_layer_at(model: PreTrainedModel, path: str) -> MoELayer | None:
+    found = (layer for layer in moe_layers(model) if f"{layer.info.name}.".startswith(f"{path}."))
+    return next(found, None)
+
+
+def _without_weights(block: nn.Module) -> nn.Module:
+    """A copy of a block of a model without weights, to be filled."""
+    return copy.deepcopy(block)
+
+
+class _Journal:
+    """What is done of a checkpoint that is being written, in a file that is there whole or not.
+
+    done: the names of finished files; next_layer: the decoder layer that the few tokens come to,
+    and hidden, what it gets of them: None where nothing was noted. They are those of an attempt at
+    the very same files.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.digest = path, ""
+        self.done: list[str] = []
+        self.next_layer = 0
+        self.hidden: Tensor | None = None
+
+    def of(self, digest: str) -> None:
+        """Read what was noted of these files by an earlier attempt, if there is something."""
+        self.digest = digest
+        try:
+            with safe_open(self.path, "pt") as file:
+                noted = json.loads(file.metadata()["written"])
+                hidden = file.get_tensor("hidden")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return
+        if noted["digest"] == digest:
+            self.done, self.next_layer = noted["done"], noted["next_layer"]
+            self.hidden = hidden if hidden.numel() else None
+            logger.info("compressing goes on: %d files are written", len(self.done))
+
+    def note(self, done: Iterable[str], replay: _Replay) -> None:
+        """Note what is done by now."""
+        noted = {"digest": self.digest, "done": sorted(done), "next_layer": replay.next_layer}
+        hidden = replay.hidden if replay.resumable else torch.empty(0)
+        partial = self.path.with_name(self.path.name + PARTIAL)
+        save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})
+        flush(partial)
+        os.replace(partial, self.path)
+
+
+class _Replay:
+    """The few tokens on their way through the edited layers, from where an attempt broke off.
+
+    checked: through which ones, all where layers hand on more than the hidden state.
+    """
+
+    def __init__(
+        self,
+        source: LayerwiseModel,
+        numbers: Mapping[int, int],
+        compared: Sequence[int],
+        journal: _Journal,
+    ):
+        self.few: FewTokens | None = None
+        self.next_layer = 0
+        try:
+            self.few = FewTokens(source)
+        except UserError as error:
+            logger.info("%s", error)
+        if self.few and self.few.hands_on and 0 not in numbers:
+            self.few = None  # what the first layer hands on would be missing
+        self.checked = list(numbers if self.few and self.few.hands_on else compared)
+        if self.few is None:
+            self.next_layer = len(source.layers)
+        elif self.resumable and journal.hidden is not None:
+            self.next_layer, self.few.hidden = journal.next_layer, journal.hidden
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the hidden state is all that the next layer gets."""
+        return self.few is not None and not self.few.hands_on
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the next layer gets."""
+        assert self.few is not None
+        return self.few.hidden
+
+    def awaits(self, index: int) -> bool:
+        """Whether the tokens go through a decoder layer, and are not behind it."""
+        return self.few is not None and index in self.checked and index >= self.next_layer
+
+    def through(self, index: int) -> None:
+        """Through a decoder layer, which is open, if the tokens go there.
+
+        NotFinite where what comes out of it is not finite.
+        """
+        if self.few is not None and self.awaits(index):
+            self.few.through(index)
+            check_state(self.few.hidden, index)
+            self.next_layer = index + 1
+
+    def logits(self) -> Tensor | None:
+        """The edited model's logits, behind all layers; None where they cannot be had."""
+        return self.few.logits() if self.few is not None else None
