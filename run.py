@@ -22,7 +22,7 @@ try:
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
-    from moe_lab.runs import option_help, options, refusals, sweep
+    from moe_lab.runs import option_help, options, refusals, sweep, worker
 except stopping.Stopped as stop:
     sys.exit(stopping.exit_code(stop))
 
@@ -31,8 +31,13 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
-def main(config: DictConfig) -> None:
-    """One job: the pipeline, then its report, whatever happened."""
+def main(config: DictConfig) -> tuple[float, ...] | None:
+    """One job: the pipeline, then its report, whatever happened; what a sweeper optimises of it."""
+    with worker.queued_again():
+        return _job(config)
+
+
+def _job(config: DictConfig) -> tuple[float, ...] | None:
     # Imported here, so that --help and a misspelt option answer at once; held, because what a
     # signal leaves half imported fails in many ways.
     with stopping.hold():
@@ -56,7 +61,9 @@ def main(config: DictConfig) -> None:
         parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
         pipeline.pipeline(description.config, parts, report, description.folder, tracker.log_curve)
 
-    exit_codes.append(job.run(description, tracker, work))
+    code = job.run(description, tracker, work)
+    exit_codes.append(code)
+    return worker.objectives(description.config, description.folder, code)
 
 
 if __name__ == "__main__":
@@ -64,7 +71,13 @@ if __name__ == "__main__":
     os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
     try:
         refusals.check_words(sys.argv)
-        main()
+        try:
+            main()
+        except Exception as error:
+            if not (sweep.Sweep.started and sweep.Sweep.started.tell_of_lost(error)):
+                raise
+            exit_codes.append(1)
+        stopping.check()
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
     except KeyboardInterrupt as stop:
