@@ -33,8 +33,10 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
 def main(config: DictConfig) -> tuple[float, ...] | None:
     """One job: the pipeline, then its report, whatever happened; what a sweeper optimises of it."""
-    with worker.queued_again():
-        return _job(config)
+    objectives = None
+    with worker.stopped_alone():
+        objectives = _job(config)
+    return objectives
 
 
 def _job(config: DictConfig) -> tuple[float, ...] | None:

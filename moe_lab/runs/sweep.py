@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab import stopping
-from moe_lab.files import PAGE, REPORT, SWEEP
+from moe_lab.files import HYDRA, PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
 from moe_lab.runs import worker
 from moe_lab.runs.options import EARLY, check_early, check_whole
@@ -98,8 +99,12 @@ class Sweep(Callback):
 
     def on_job_start(self, config: DictConfig, **_: object) -> None:
         """In a process that a launcher started: take the signals as run.py does."""
-        if self.elsewhere:
-            worker.enter()
+        if not self.elsewhere:
+            return
+        worker.enter()
+        folder = Path(config.hydra.runtime.output_dir)
+        if stopping.asked() and not (folder / REPORT).is_file():
+            shutil.rmtree(folder / HYDRA)  # it does not begin: else it counts as starting
 
     def tell_of_lost(self, error: Exception) -> bool:
         """Where a launcher's jobs ended the sweep: say why, and wait for the others.

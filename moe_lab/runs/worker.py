@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from moe_lab.files import LOCK
 from moe_lab.types import UserError
 
 LOOK = 0.5  # seconds between two looks at which jobs run
-_resubmit: dict[int, Callable[[int, None], object]] = {}  # by the signal that asks for it
+
+
+@dataclass
+class _State:
+    entered: bool = False
+    resubmit: dict[int, Callable[[int, None], object]] = field(default_factory=dict)  # by signal
+
+
+_state = _State()
 
 
 def enter() -> None:
@@ -32,20 +41,26 @@ def enter() -> None:
         for one in stopping.WARNINGS:
             before = signal.getsignal(one)
             if callable(before):
-                _resubmit[one] = before
+                _state.resubmit[one] = before
     stopping.install()
+    _state.entered = True
 
 
 @contextmanager
-def queued_again() -> Iterator[None]:
-    """Where submitit's warning stops the job within, submitit queues it again and ends."""
+def stopped_alone() -> Iterator[None]:
+    """In a launcher's process, where the job within is stopped, others save what they have, too.
+
+    submitit's warning queues the job again, and the process ends. Otherwise the launcher is told
+    nothing (joblib would kill the others at once): the job's report says what happened.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        for number, resubmit in _resubmit.items():
+        for number, resubmit in _state.resubmit.items():
             if stopping.came(number):
                 resubmit(number, None)
-        raise
+        if not _state.entered:
+            raise
 
 
 def stop_jobs(folder: Path) -> None:
