@@ -31,15 +31,14 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
-def main(config: DictConfig) -> tuple[float, ...] | None:
+def main(config: DictConfig) -> worker.Objectives | None:
     """One job: the pipeline, then its report, whatever happened; what a sweeper optimises of it."""
-    objectives = None
-    with worker.stopped_alone():
-        objectives = _job(config)
-    return objectives
+    with worker.stopped_alone() as given:
+        given.objectives = _job(config)
+    return given.objectives
 
 
-def _job(config: DictConfig) -> tuple[float, ...] | None:
+def _job(config: DictConfig) -> worker.Objectives | None:
     # Imported here, so that --help and a misspelt option answer at once; held, because what a
     # signal leaves half imported fails in many ways.
     with stopping.hold():

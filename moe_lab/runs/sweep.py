@@ -28,7 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab import stopping
-from moe_lab.files import HYDRA, PAGE, REPORT, SWEEP
+from moe_lab.files import CHECKOUT, HYDRA, PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
 from moe_lab.runs import worker
 from moe_lab.runs.options import EARLY, check_early, check_whole
@@ -82,15 +82,17 @@ class Sweep(Callback):
         self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
         (self.folder / SWEEP).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         if self.elsewhere:
-            self._tell_of_launcher()
+            self._prepare_launcher()
 
     @property
     def elsewhere(self) -> bool:
         """Whether a launcher runs the jobs in processes of their own."""
         return not str(self.config.hydra.launcher._target_).endswith("BasicLauncher")
 
-    def _tell_of_launcher(self) -> None:
-        """What can be seen of jobs that print elsewhere; and stopping this stops them, too."""
+    def _prepare_launcher(self) -> None:
+        """Its processes import what this one does, and stop with it; say how to look at them."""
+        paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         chosen = self.config.hydra.runtime.choices["hydra/launcher"]
         look = shlex.join(["python", "-m", "moe_lab.runs", str(self.folder)])
         print(f"jobs run by hydra/launcher={chosen}; to look at them: {look}", flush=True)

@@ -21,6 +21,7 @@ from moe_lab import stopping
 from moe_lab.files import LOCK
 from moe_lab.types import UserError
 
+Objectives = tuple[float | str, ...]
 LOOK = 0.5  # seconds between two looks at which jobs run
 
 
@@ -31,6 +32,13 @@ class _State:
 
 
 _state = _State()
+
+
+@dataclass
+class Given:
+    """What a job gives to its sweeper; None where it gives nothing, or was stopped."""
+
+    objectives: Objectives | None = None
 
 
 def enter() -> None:
@@ -47,14 +55,15 @@ def enter() -> None:
 
 
 @contextmanager
-def stopped_alone() -> Iterator[None]:
+def stopped_alone() -> Iterator[Given]:
     """In a launcher's process, where the job within is stopped, others save what they have, too.
 
     submitit's warning queues the job again, and the process ends. Otherwise the launcher is told
     nothing (joblib would kill the others at once): the job's report says what happened.
     """
+    given = Given()
     try:
-        yield
+        yield given
     except KeyboardInterrupt:
         for number, resubmit in _state.resubmit.items():
             if stopping.came(number):
@@ -104,10 +113,11 @@ def wait_for_others(folder: Path) -> None:
         time.sleep(LOOK)
 
 
-def objectives(config: Mapping[str, Any], folder: Path, code: int) -> tuple[float, ...] | None:
+def objectives(config: Mapping[str, Any], folder: Path, code: int) -> Objectives | None:
     """What a sweeper optimises: the figures of a job's report that the config names; None for none.
 
-    NaN each where the job failed. UserError for a key that its report has not, or has no number at.
+    Where the job failed, text: a sweeper cannot take it for a number, and counts a failed trial,
+    where NaN would end its study. UserError for a key that the report has not, or no number at.
     """
     from moe_lab.report.report import read_report
 
@@ -115,7 +125,7 @@ def objectives(config: Mapping[str, Any], folder: Path, code: int) -> tuple[floa
     if not keys:
         return None
     if code:
-        return (float("nan"),) * len(keys)
+        return (f"the job failed, see {folder}",) * len(keys)
     report = read_report(folder)
     return tuple(_figure(report, key) for key in keys)
 
