@@ -103,7 +103,7 @@ def start(*overrides: str, folder: Path) -> list[subprocess.Popen[str]]:
 
 def ends(started: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Each one's exit code, and what it printed."""
-    told = [one.communicate(timeout=120)[0] for one in started]
+    told = [one.communicate(timeout=300)[0] for one in started]
     return list(zip((one.returncode for one in started), told, strict=True))
 
 
@@ -139,27 +139,21 @@ def test_a_users_mistake_in_all_is_told_once(
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["overrides"]
 
 
-def test_a_mistake_ends_both_with_its_code(two: Callable[..., Any], small: list[str]) -> None:
-    (code, told), (other, silence) = ends(two(*small, "run_dir=run", "model.path=nowhere"))
-    assert (code, other, silence) == (2, 2, "")
-    assert told.count("nowhere") == 1 and "Traceback" not in told
-
-
-@pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other(
-    killed: int, two: Callable[..., Any], small: list[str], tmp_path: Path
+    two: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
     """By itself: torchrun would end it too."""
     many = "method=none finetune=seer finetune.phases.lm.data.num_samples=3000".split()
     started = two(*small, *many, "eval=none", "measure=none", "run_dir=run")
-    until = time.monotonic() + 100
+    until = time.monotonic() + 300
     while not (tmp_path / "outputs" / "store" / "finetune").exists():
         assert time.monotonic() < until and started[0].poll() is None
         time.sleep(0.1)
-    started[killed].send_signal(signal.SIGKILL)
-    code, told = ends(started)[1 - killed]
-    assert code == 1
-    assert killed == 0 or "has ended without a word" in told
+    started[1].send_signal(signal.SIGKILL)
+    code, told = ends(started)[0]
+    assert code == 1 and "has ended without a word" in told
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["status"] == "failed" and "without a word" in report["error"]
 
 
 FULL = [
@@ -172,6 +166,7 @@ FULL = [
     "finetune.phases.lm.validation.num_samples=5",
     "finetune.phases.lm.batch_size=8",
     "eval=tiny",
+    "eval.tasks=[tiny_prose,tiny_perplexity_code]",
     "eval.num_items=3",
     "eval.held_out.num_samples=5",
     "condense.padding=1",
@@ -181,7 +176,7 @@ FULL = [
     "measure.repeats=1",
     "compute.batch_size=3",
 ]
-NOT_COMPARED = ("seconds/", "cached/", "_speedup", "_per_second", "peak_", "memory_ratio")
+NOT_COMPARED = ("seconds", "cached/", "_speedup", "_per_second", "peak_", "memory_ratio")
 
 
 def test_accelerate_takes_a_whole_run_through_two_processes(
@@ -202,7 +197,7 @@ def test_accelerate_takes_a_whole_run_through_two_processes(
     assert told.count("evaluate: tiny_prose") == 3, "one of two processes speaks"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     compared = [key for key in alone.report if not any(part in key for part in NOT_COMPARED)]
-    assert alone.report.keys() == report.keys() and len(compared) > 90
+    assert alone.report.keys() == report.keys() and len(compared) > 70
     for key in compared:
         one, other = alone.report[key], report[key]
         if isinstance(one, float):
