@@ -141,7 +141,7 @@ class Compute(Plugin):
 
 def _of_this_process(device: str, asked: str, num_cards: int) -> str:
     """The device of one of several processes: each has a card of its own, or all are on the CPU."""
-    if device == "cpu" or processes.on_cpu():
+    if device == "cpu" or processes.launched_on_cpu():
         return "cpu"
     if asked not in ("auto", "cuda"):
         raise UserError(

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch._C._distributed_c10d import Store
 
-Value = TypeVar("Value")
+Shared = TypeVar("Shared")
 
 FOREVER = timedelta(days=365)  # the main process may work alone for long
 LOOK_EVERY = 0.2  # seconds between looks at whether another process has failed
 LAST_WORDS = 5.0  # seconds in which a process that breaks off says why
 GOODBYE = 5.0  # seconds in which the others leave before the main process does
-PATIENCE = 600.0  # seconds that a failed process gives the main one to end the job
+GIVEN_UP = 600.0  # seconds that a failed process gives the main one to end the job
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def alone() -> Iterator[None]:
         _state.alone -= 1
 
 
-def share(values: Sequence[Value]) -> list[Value]:
+def share(values: Sequence[Shared]) -> list[Shared]:
     """This process's part of a sequence: every number()-th, from its own index on."""
     return list(values[index() :: number()])
 
 
-def join(part: Sequence[Value]) -> list[Value]:
+def join(part: Sequence[Shared]) -> list[Shared]:
     """The whole sequence, of which each process gives what it made of its `share`."""
     parts = gather(list(part))
     found: list[Any] = [None] * sum(map(len, parts))
@@ -150,7 +150,7 @@ def wait() -> None:
     gather(None)
 
 
-def broadcast(value: Value) -> Value:
+def broadcast(value: Shared) -> Shared:
     """The main process's value, in each. It is pickled: tensors lie in host memory."""
     if number() == 1:
         return value
@@ -165,7 +165,7 @@ def broadcast(value: Value) -> Value:
     return value if is_main() else _value_of(content, int(length))
 
 
-def gather(value: Value) -> list[Value]:
+def gather(value: Shared) -> list[Shared]:
     """One value of each process, in their order, in each. They are pickled, as by `broadcast`."""
     if number() == 1:
         return [value]
@@ -181,7 +181,7 @@ def gather(value: Value) -> list[Value]:
     content = _bytes_in(told, longest)
     _exchanged(lambda d: d.all_gather(parts, content, async_op=True))
     sizes = [int(length) for length in lengths]
-    found: list[Value] = [_value_of(part, size) for part, size in zip(parts, sizes, strict=True)]
+    found: list[Shared] = [_value_of(part, size) for part, size in zip(parts, sizes, strict=True)]
     found[index()] = value
     return found
 
@@ -225,7 +225,7 @@ def end_job(code: int) -> int:
     with suppress(RuntimeError):
         if is_main():
             _store().set(_key("over"), str(code))
-        elif _comes(_key("over"), PATIENCE if code else None):
+        elif _comes(_key("over"), GIVEN_UP if code else None):
             code = int(_store().get(_key("over")))
     close()
     _state.job += 1
@@ -240,7 +240,7 @@ def leave() -> None:
         if is_main():
             _store().set("left", "1")
             _comes(f"heard by {number() - 1}", GOODBYE)  # it may keep the store
-        elif _comes("left", PATIENCE):
+        elif _comes("left", GIVEN_UP):
             _store().set(f"heard by {_store().add('heard', 1)}", "1")
     stopping.ignore()  # the launcher ends those that are left when the first has ended
 
@@ -274,7 +274,7 @@ def _open() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
 
     _meet()
-    cards = torch.cuda.is_available() and not on_cpu()
+    cards = torch.cuda.is_available() and not launched_on_cpu()
     if not dist.is_initialized():
         if cards:
             torch.cuda.set_device(of_machine() % torch.cuda.device_count())
@@ -296,7 +296,7 @@ def _meet() -> None:
         time.sleep(0.005)
 
 
-def on_cpu() -> bool:
+def launched_on_cpu() -> bool:
     """Whether accelerate's launcher was told to leave the GPUs alone (--cpu)."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 

@@ -93,7 +93,7 @@ def ask(number: int) -> None:
     _state.asked, _state.since = number, time.monotonic()
 
 
-def number() -> int | None:
+def number_asked() -> int | None:
     """The number of the signal that has come, also where it is held back; None: none has."""
     return _state.asked
 

@@ -31,7 +31,7 @@ def shard(
     processes.open_group()
     names = {parameter: name for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(device.type, (processes.number(),))
-    decoders, left = decoder_layers(model), _undivided(model)
+    decoders, left = decoders_of(model), _undivided(model)
     for layer in decoders:
         divided = fully_shard(
             layer.to(device), mesh=mesh, reshard_after_forward=True,
@@ -53,7 +53,7 @@ def _undivided(model: Model) -> set[nn.Parameter]:
     return {*routers, *small}
 
 
-def decoder_layers(model: Model) -> nn.ModuleList:
+def decoders_of(model: Model) -> nn.ModuleList:
     """The decoder layers of a model, found from its first MoE layer, or as the longest list."""
     if layers := moe_layers(model):
         return module_list(model, decoders_path(layers[0].info.name))

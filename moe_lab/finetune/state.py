@@ -20,7 +20,7 @@ from moe_lab import processes
 from moe_lab.finetune.sharding import whole
 from moe_lab.integrity import PARTIAL, SUM, flush
 
-NAMES = {
+STORED_AS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -56,7 +56,11 @@ def _head(tensors: Mapping[str, Tensor], told: str) -> bytes:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
-        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": STORED_AS[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -71,7 +75,7 @@ def _write_all(tensors: Mapping[str, Tensor], file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class State(Mapping[str, Tensor]):
+class SavedState(Mapping[str, Tensor]):
     """What `write_state` wrote, each tensor read when it is asked for."""
 
     def __init__(self, path: Path):
@@ -94,10 +98,10 @@ class State(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> SavedState:
     """What `write_state` wrote; ValueError where the file is torn, or is not what was written."""
     try:
-        state = State(path)
+        state = SavedState(path)
         told = sum_of(state)
     except SafetensorError as error:
         raise ValueError(str(error)) from error

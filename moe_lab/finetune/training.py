@@ -23,7 +23,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.files import CURVE, TRAINABLE
 from moe_lab.finetune import sharding
 from moe_lab.finetune.recipe import Phase, Recipe, sources
-from moe_lab.finetune.state import State, read_state, write_state
+from moe_lab.finetune.state import SavedState, read_state, write_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.finite import number_word
@@ -355,7 +355,7 @@ class Training:
             whole = processes.is_main() and path.is_file() and bool(read_state(path))
         except ValueError as error:
             logger.warning("%s cannot be read (%s): fine-tuning starts over", path, error)
-        return State(path) if processes.broadcast(whole) else {}
+        return SavedState(path) if processes.broadcast(whole) else {}
 
     def _restore(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trainable.items():
@@ -378,7 +378,7 @@ def _like(parameter: nn.Parameter, saved: Tensor, key: str) -> Tensor:
 
 def _all_stop() -> bool:
     """Whether a signal has come to one of the processes: then all stop, behind the same step."""
-    asked = [number for number in processes.gather(stopping.number()) if number is not None]
+    asked = [number for number in processes.gather(stopping.number_asked()) if number is not None]
     if asked and not stopping.asked():
         stopping.ask(asked[0])
     return bool(asked)
