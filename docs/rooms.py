@@ -77,7 +77,12 @@ LIBRARIES = {
     "transformers.integrations": ("models.adapters", "models.condensing", "models.observing"),
     "transformers.core_model_loading": ("models.stored", "models.uneven"),
     "transformers.conversion_mapping": ("models.quantised",),
-    "transformers.modeling_utils": ("models.fitting", "models.layerwise", "models.uneven"),
+    "transformers.modeling_utils": (
+        "models.fitting",
+        "models.layerwise",
+        "models.stored",
+        "models.uneven",
+    ),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("profile.collect", "processes", "launching"),

@@ -32,13 +32,14 @@ from transformers import AutoConfig
 
 from moe_lab.files import PACKAGE
 from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.shards import Entry, ShardWriter, plan_shards
 from moe_lab.models.stored import in_files
 from moe_lab.models.stream import LayerStream, States
-from moe_lab.models.streamed import Saving, write_edited
+from moe_lab.models.streamed import write_edited
 from moe_lab.models.weight_files import weight_files
 from moe_lab.progress import duration
 

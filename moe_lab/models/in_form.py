@@ -18,8 +18,6 @@ from moe_lab.models.routers import with_twins
 from moe_lab.models.superset import as_superset
 from moe_lab.models.widths import fill_up, is_uneven
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
 
 def in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     """The model with the config, the experts and the dense layers that its form has.
@@ -63,7 +61,9 @@ def native_block(model: PreTrainedModel, name: str, target: nn.Module) -> nn.Mod
     target.to_empty(device=reference.device).to(reference.dtype)
     for parameter in target.parameters():
         parameter.zero_()
-    for projection in PROJECTIONS if type(source) is not NoMLP else ():
+    if type(source) is NoMLP:
+        return target
+    for projection in ("gate_proj", "up_proj", "down_proj"):
         weight = getattr(source, projection).weight
         rows, columns = weight.shape
         getattr(target, projection).weight[:rows, :columns] = weight

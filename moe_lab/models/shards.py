@@ -25,17 +25,17 @@ from torch import Tensor
 
 from moe_lab.integrity import flush
 from moe_lab.models.stored import INDEX
+from moe_lab.models.weight_files import SINGLE
 
-SHARD_BYTES = 2 * 2**30
-SINGLE = "model.safetensors"
+FILE_BYTES = 2 * 2**30
 # As safetensors call them, in the order in which a file has them.
-KINDS = {
+DTYPE_NAMES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
     torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 FICLONE = 0x40049409  # Linux: let a file share another one's blocks until one of them is written
-CHUNK = 2**24  # bytes that are copied or read back at a time
+STRETCH = 2**24  # bytes that are copied or read back at a time
 
 
 class NotWritten(RuntimeError):
@@ -93,8 +93,10 @@ class Shard:
         for one in self.entries:
             end = offset + one.num_bytes
             values[one.name] = {
-                "dtype": KINDS[one.dtype], "shape": list(one.shape), "data_offsets": [offset, end],
-            }  # fmt: skip
+                "dtype": DTYPE_NAMES[one.dtype],
+                "shape": list(one.shape),
+                "data_offsets": [offset, end],
+            }
             offset = end
         text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -105,7 +107,7 @@ def plan_shards(
     pieces: Iterable[Sequence[Entry]],
     whole: Sequence[Path] = (),
     held: Mapping[str, Path] | None = None,
-    limit: int = SHARD_BYTES,
+    limit: int = FILE_BYTES,
 ) -> list[Shard]:
     """The files of a checkpoint: pieces in their order, as many in a file as `limit` bytes take.
 
@@ -150,7 +152,7 @@ def _split(entries: Sequence[Entry], limit: int) -> Iterable[list[Entry]]:
 
 def _ordered(entries: Iterable[Entry]) -> list[Entry]:
     """As safetensors orders them: so that each begins at a multiple of its items' size."""
-    order = list(KINDS)
+    order = list(DTYPE_NAMES)
     return sorted(entries, key=lambda one: (order.index(one.dtype), one.name))
 
 
@@ -164,7 +166,7 @@ class ShardWriter:
         self.folder, self.shards = folder, list(shards)
         self.done = {one.name for one in shards if one.name in done and self._is_whole(one)}
         self._open: dict[str, FileIO] = {}
-        self._read, self._back = (torch.empty(CHUNK, dtype=torch.uint8) for _ in range(2))
+        self._read, self._back = (torch.empty(STRETCH, dtype=torch.uint8) for _ in range(2))
         self._missing = {one.name: {entry.name for entry in one.entries} for one in shards}
         self._place: dict[str, tuple[Shard, Entry, int]] = {}
         for shard in shards:
@@ -200,8 +202,8 @@ class ShardWriter:
                 raise NotWritten(f"{name} is {Entry.of(name, tensor)}, and was planned as {entry}")
             if self._is_open(shard):
                 values = tensor.contiguous().reshape(-1).view(torch.uint8)
-                for start in range(0, len(values), CHUNK):
-                    self._put(shard, values[start : start + CHUNK], offset + start, name)
+                for start in range(0, len(values), STRETCH):
+                    self._put(shard, values[start : start + STRETCH], offset + start, name)
                 self._done_with(shard, name)
 
     def copy(self, spans: Mapping[str, Sequence[Span]]) -> None:
@@ -218,8 +220,8 @@ class ShardWriter:
 
     def _copy(self, shard: Shard, span: Span, offset: int, name: str) -> None:
         with span.file.open("rb", buffering=0) as source:
-            for start in range(0, span.num_bytes, CHUNK):
-                part = self._read[: min(CHUNK, span.num_bytes - start)]
+            for start in range(0, span.num_bytes, STRETCH):
+                part = self._read[: min(STRETCH, span.num_bytes - start)]
                 _read_into(source, span.offset + start, part)
                 self._put(shard, part, offset + start, name)
 
@@ -300,7 +302,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return np.array_equal(first, second)
 
 
-def digest_of(shards: Sequence[Shard], made_of: str) -> str:
+def layout_digest(shards: Sequence[Shard], made_of: str) -> str:
     """12 hex of what the files will be: names, order, dtypes, shapes, and what they are made of."""
     plain = [made_of, *((one.name, one.header().hex(), str(one.source or "")) for one in shards)]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]

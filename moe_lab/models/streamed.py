@@ -10,65 +10,54 @@ behind the last finished file.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from moe_lab.integrity import PARTIAL, flush
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.condensing import edited_blocks
-from moe_lab.models.edits.plan import Plan, apply_chain, restructure_model
-from moe_lab.models.forms import Form, choose_form, padding_limit
+from moe_lab.models.edited_model import REST, EditedModel, Saving, meta_twin
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.plan import Plan, apply_chain
+from moe_lab.models.finishing import Saved, finish_checkpoint, write_configs
+from moe_lab.models.forms import Form
 from moe_lab.models.head import untie_head
-from moe_lab.models.in_form import fill_up_layer, in_form, native_block
-from moe_lab.models.layers import MoELayer, decoder_path, moe_layers
-from moe_lab.models.layerwise import LayerwiseModel, bytes_of
+from moe_lab.models.in_form import fill_up_layer, native_block
+from moe_lab.models.layers import MoELayer, moe_layers
+from moe_lab.models.layerwise import LayerSource, LayerwiseModel, bytes_of
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.native_dense import dense_names
-from moe_lab.models.reading_back import FewTokens, check_logits, compare_by_layer
-from moe_lab.models.saving import Saved, finish_checkpoint, write_configs
+from moe_lab.models.reading_back import check_logits, compare_by_layer
+from moe_lab.models.routers import with_twins
 from moe_lab.models.shards import (
-    KINDS,
+    DTYPE_NAMES,
     Entry,
     Shard,
     ShardWriter,
     Span,
-    digest_of,
+    layout_digest,
     plan_shards,
 )
-from moe_lab.models.stored import Stored, in_files, in_stored_dtypes, round_to_stored
-from moe_lab.models.stream import check_state
+from moe_lab.models.stored import (
+    Stored,
+    in_stored_dtypes,
+    round_to_stored,
+    without_tied,
+)
 from moe_lab.models.superset import SUPERSETS
 from moe_lab.models.verbatim import Moved, Spans, spans_of
 from moe_lab.models.weight_files import weight_files
+from moe_lab.models.write_journal import Replay, WriteJournal
 from moe_lab.progress import progress
-from moe_lab.types import LmHeadName, MtpName, UserError
 
 logger = logging.getLogger(__name__)
 
-REST = -1  # in the place of a decoder layer's number: all that is in none
 CHECKED_BYTES = 2**30  # of so many bytes decoder layers are compared by what they compute
 JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
-
-
-@dataclass(frozen=True)
-class Saving:
-    """How a checkpoint is written; see `saving.save_checkpoint`."""
-
-    padding: float | None = None
-    convert: str | None = None
-    mtp: MtpName = "prune"
-    lm_head: LmHeadName = "auto"
 
 
 def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) -> Form:
@@ -78,68 +67,46 @@ def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) 
     folder lies what a further attempt goes on from, until all is written and read back.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(folder.parent / JOURNAL)
-    form = _Writing(checkpoint, plan, how).write(folder, journal)
-    journal.path.unlink(missing_ok=True)
+    journal = WriteJournal(folder.parent / JOURNAL)
+    source = LayerwiseModel(checkpoint)
+    form = _Writing(source, checkpoint, plan, how).write(folder, journal)
+    journal.remove()
     return form
 
 
-class _Outcome:
-    """What a plan leaves of a checkpoint, in the form in which it is saved, without weights.
+def write_model(source: LayerSource, folder: Path, origin: Path, how: Saving) -> Form:
+    """Write a model whose decoder layers can be had one by one as a checkpoint; its form.
 
-    model: it; form: which one; numbers: the new number of each decoder layer that stays; path:
-    where the decoder layers are.
+    origin: the checkpoint that it came from, whose tokenizer and dtypes it gets. Each decoder layer
+    is opened once, in order. The model is not changed but for its config, and the rounding and the
+    form of its layers.
     """
-
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
-        edits = plan.edited()
-        model = meta_model(checkpoint.config)
-        first = moe_layers(model)[0].info
-        self.path = decoder_path(first.name).rpartition(".")[0]
-        removed = {edit.index for edit in edits if edit.removes_decoder}
-        kept = [index for index in range(first.num_decoders) if index not in removed]
-        self.numbers = {old: new for new, old in enumerate(kept)}
-        self._old = dict(enumerate(kept))
-        restructure_model(model, edits)
-        self.form = choose_form(
-            model, padding_limit(model.config, how.padding), convert=how.convert
-        )
-        self.has_edited_blocks = bool(edited_blocks(model))
-        self.model = in_form(model, self.form)
-
-    def old_name(self, name: str) -> str:
-        """The name that a tensor of the result had in the source."""
-        index = self.index_of(name)
-        if index == REST:
-            return name
-        return f"{self.path}.{self._old[index]}.{name.removeprefix(f'{self.path}.{index}.')}"
-
-    def index_of(self, name: str) -> int:
-        """The number of the decoder layer that a tensor of the model is of; else REST."""
-        inside = name.removeprefix(f"{self.path}.") if name.startswith(f"{self.path}.") else ""
-        number = inside.split(".")[0]
-        return int(number) if number.isdigit() else REST
-
-    def piece(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a decoder layer, by its new number, or with REST all others."""
-        tensors = self.model.state_dict(keep_vars=True).items()
-        return {name: tensor for name, tensor in tensors if self.index_of(name) == index}
-
-    def in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the model as they stand in files, by their names there."""
-        left_out = self.model._keys_to_ignore_on_save or ()
-        told = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        return in_files(self.model, told)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(source.model.config, "distinct_experts"):  # its copies may be edited by now
+        del source.model.config.distinct_experts
+    writing = _Writing(source, Checkpoint(origin), Plan(()), how, meta_twin(source.model))
+    return writing.write(folder, WriteJournal(None))
 
 
 class _Writing:
-    """One checkpoint that is being written."""
+    """One checkpoint that is being written.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
-        self.checkpoint, self.plan, self.how = checkpoint, plan, how
-        self.outcome = _Outcome(checkpoint, plan, how)
-        self.source = LayerwiseModel(checkpoint)
+    checkpoint: what the source is, or what it was made from. changed: the source's model without
+    weights, where it is another one than the checkpoint's; then nothing is known to be as it was.
+    """
+
+    def __init__(
+        self,
+        source: LayerSource,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        how: Saving,
+        changed: PreTrainedModel | None = None,
+    ):
+        self.source, self.checkpoint, self.plan, self.how = source, checkpoint, plan, how
         self.before = meta_model(checkpoint.config)
+        self.family = source.model.config.model_type
+        self.outcome = EditedModel(changed or meta_model(checkpoint.config), plan.edited(), how)
         self.files = checkpoint.held_by(self.before)
         self.stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
         self.default = getattr(checkpoint.config, "dtype", None) or self.source.dtype
@@ -151,16 +118,16 @@ class _Writing:
         self.entries = {REST: self._entries(self._rest_in_files())}
         for old, new in self.outcome.numbers.items():
             self.entries[old] = self._entries(self.outcome.in_files(self.outcome.piece(new)))
-        self.spans = {old: self._spans(old) for old in self.outcome.numbers}
+        self.spans = {old: {} if changed else self._spans(old) for old in self.outcome.numbers}
 
-    def write(self, folder: Path, journal: _Journal) -> Form:
+    def write(self, folder: Path, journal: WriteJournal) -> Form:
         """Everything, from the first layer that is not there yet."""
         form = self.outcome.form
         if not form.plain:
             logger.info("saving: %s", form.reason)
         shards = self._planned()
-        journal.of(digest_of(shards, self._made_of()))
-        replay = _Replay(self.source, self.outcome.numbers, self._compared(), journal)
+        journal.of(layout_digest(shards, self._made_of()))
+        replay = Replay(self.source, self.outcome.numbers, self._compared(), journal)
         with ShardWriter(folder, shards, journal.done) as writer:
             if ways := writer.share_whole():
                 logger.info("%d files of the source are the result's as they are: %s", *ways)
@@ -175,7 +142,7 @@ class _Writing:
             check_logits(expected, self.source.dtype)
         return self._finished(folder, expected, replay.checked)
 
-    def _through(self, old: int, writer: ShardWriter, replay: _Replay) -> None:
+    def _through(self, old: int, writer: ShardWriter, replay: Replay) -> None:
         """Write what is left to write of a decoder layer, and take the few tokens through it."""
         entries, copied = self.entries[old], self.spans[old]
         if writer.lacks(entries):
@@ -204,7 +171,7 @@ class _Writing:
         """Put what is no decoder layer into the result's model, as it is stored."""
         tensors = {
             name: tensor
-            for name, tensor in self.source.model.state_dict(keep_vars=True).items()
+            for name, tensor in tensors_in_files(self.source.model)
             if self.outcome.index_of(name) == REST
         }
         stored = in_stored_dtypes(tensors, self.files, self.default)
@@ -214,8 +181,7 @@ class _Writing:
     def _rest_in_files(self) -> dict[str, Tensor]:
         model = self.outcome.model
         tensors = {name: tensor.detach() for name, tensor in self.outcome.piece(REST).items()}
-        untied = remove_tied_weights_from_state_dict(tensors, model)
-        return self.outcome.in_files(untied)
+        return self.outcome.in_files(without_tied(model, tensors))
 
     def _planned(self) -> list[Shard]:
         held = {key: one.file for key, one in self.stored.items()}
@@ -255,7 +221,10 @@ class _Writing:
         same = {key for key, spans in every if list(spans) == [self._place_of(key)]}
         for key, entry in rest.items():
             there = self.stored.get(key)
-            if there is not None and (there.kind, there.shape) == (KINDS[entry.dtype], entry.shape):
+            if there is not None and (there.kind, there.shape) == (
+                DTYPE_NAMES[entry.dtype],
+                entry.shape,
+            ):
                 same.add(key)
         if len(weight_files(self.checkpoint.path)) == 1:
             return []
@@ -301,8 +270,9 @@ class _Writing:
 
     def _part(self, old: int) -> dict[str, Tensor]:
         prefix = f"{self.outcome.path}.{old}."
-        state = self.source.layers[old].state_dict(keep_vars=True)
-        return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+        return {
+            f"{prefix}{key}": tensor for key, tensor in tensors_in_files(self.source.layers[old])
+        }
 
     @torch.no_grad()
     def _tensors(self, old: int) -> dict[str, Tensor]:
@@ -325,6 +295,8 @@ class _Writing:
             return
         path = f"{self.outcome.path}.{old}"
         if layer := _moe_layer_at(model, path):
+            if form.num_experts:
+                prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
             fill_up_layer(layer, form)
         if not self.outcome.has_edited_blocks:
             return
@@ -338,8 +310,8 @@ class _Writing:
 
     def _is_empty(self, name: str) -> bool:
         """Whether a tensor is zeros that another family's form has, and the model had not."""
-        superset = SUPERSETS.get(self.checkpoint.config.model_type)
-        converted = self.outcome.form.config.model_type != self.checkpoint.config.model_type
+        superset = SUPERSETS.get(self.family)
+        converted = self.outcome.form.config.model_type != self.family
         return bool(converted and superset and any(part in name for part in superset.empty))
 
     # ------------------------------------------------------------------ the end
@@ -372,96 +344,13 @@ def _without_weights(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block)
 
 
-class _Journal:
-    """What is done of a checkpoint that is being written, in a file that is there whole or not.
+def tensors_in_files(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint has of a module: its parameters, and its buffers that are not computed.
 
-    done: the names of finished files; next_layer: the decoder layer that the few tokens come to,
-    and hidden, what it gets of them: None where nothing was noted. They are those of an attempt at
-    the very same files.
+    Not by `state_dict`, which divided modules answer with their parts.
     """
-
-    def __init__(self, path: Path):
-        self.path, self.digest = path, ""
-        self.done: list[str] = []
-        self.next_layer = 0
-        self.hidden: Tensor | None = None
-
-    def of(self, digest: str) -> None:
-        """Read what was noted of these files by an earlier attempt, if there is something."""
-        self.digest = digest
-        try:
-            with safe_open(self.path, "pt") as file:
-                noted = json.loads(file.metadata()["written"])
-                hidden = file.get_tensor("hidden")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return
-        if noted["digest"] == digest:
-            self.done, self.next_layer = noted["done"], noted["next_layer"]
-            self.hidden = hidden if hidden.numel() else None
-            logger.info("compressing goes on: %d files are written", len(self.done))
-
-    def note(self, done: Iterable[str], replay: _Replay) -> None:
-        """Note what is done by now."""
-        noted = {"digest": self.digest, "done": sorted(done), "next_layer": replay.next_layer}
-        hidden = replay.hidden if replay.resumable else torch.empty(0)
-        partial = self.path.with_name(self.path.name + PARTIAL)
-        save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})
-        flush(partial)
-        os.replace(partial, self.path)
-
-
-class _Replay:
-    """The few tokens on their way through the edited layers, from where an attempt broke off.
-
-    checked: through which ones, all where layers hand on more than the hidden state.
-    """
-
-    def __init__(
-        self,
-        source: LayerwiseModel,
-        numbers: Mapping[int, int],
-        compared: Sequence[int],
-        journal: _Journal,
-    ):
-        self.few: FewTokens | None = None
-        self.next_layer = 0
-        try:
-            self.few = FewTokens(source)
-        except UserError as error:
-            logger.info("%s", error)
-        if self.few and self.few.hands_on and 0 not in numbers:
-            self.few = None  # what the first layer hands on would be missing
-        self.checked = list(numbers if self.few and self.few.hands_on else compared)
-        if self.few is None:
-            self.next_layer = len(source.layers)
-        elif self.resumable and journal.hidden is not None:
-            self.next_layer, self.few.hidden = journal.next_layer, journal.hidden
-
-    @property
-    def resumable(self) -> bool:
-        """Whether the hidden state is all that the next layer gets."""
-        return self.few is not None and not self.few.hands_on
-
-    @property
-    def hidden(self) -> Tensor:
-        """What the next layer gets."""
-        assert self.few is not None
-        return self.few.hidden
-
-    def awaits(self, index: int) -> bool:
-        """Whether the tokens go through a decoder layer, and are not behind it."""
-        return self.few is not None and index in self.checked and index >= self.next_layer
-
-    def through(self, index: int) -> None:
-        """Through a decoder layer, which is open, if the tokens go there.
-
-        NotFinite where what comes out of it is not finite.
-        """
-        if self.few is not None and self.awaits(index):
-            self.few.through(index)
-            check_state(self.few.hidden, index)
-            self.next_layer = index + 1
-
-    def logits(self) -> Tensor | None:
-        """The edited model's logits, behind all layers; None where they cannot be had."""
-        return self.few.logits() if self.few is not None else None
+    for path, part in module.named_modules():
+        before = f"{path}." if path else ""
+        for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is not None and key not in part._non_persistent_buffers_set:
+                yield f"{before}{key}", tensor

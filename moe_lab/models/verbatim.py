@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moe_lab.models.edits.chain import Chain
 from moe_lab.models.layers import MoELayer
-from moe_lab.models.shards import KINDS, Entry, Span
+from moe_lab.models.shards import DTYPE_NAMES, Entry, Span
 from moe_lab.models.stored import Held, Stored
 
 Spans = Mapping[str, Sequence[Span]]  # by a tensor's name in the result's files
@@ -84,7 +84,7 @@ def _spans(
             return None
         parts[place] = str(kept[number])
     one = stored.get(".".join(parts))
-    if one is None or one.kind != KINDS[entry.dtype]:
+    if one is None or one.kind != DTYPE_NAMES[entry.dtype]:
         return None
     if one.shape == entry.shape and (kept is None or place is not None):
         return [Span(one.file, one.offset, one.num_bytes)]

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.mtp_saving import foresee_mtp
-from moe_lab.models.streamed import Saving, write_edited
+from moe_lab.models.streamed import write_edited
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact

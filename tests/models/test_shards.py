@@ -16,7 +16,7 @@ from moe_lab.models.shards import (
     NotWritten,
     ShardWriter,
     Span,
-    digest_of,
+    layout_digest,
     plan_shards,
     share_file,
 )
@@ -142,9 +142,9 @@ def test_finished_files_stay_and_others_begin_anew(tmp_path: Path) -> None:
 
 def test_another_plan_has_another_digest() -> None:
     one, other = (plan_shards([entries(drawn(number))]) for number in (0, 1))
-    assert digest_of(one, "a plan") == digest_of(plan_shards([entries(drawn(0))]), "a plan")
-    assert digest_of(one, "a plan") != digest_of(other, "a plan")
-    assert digest_of(one, "a plan") != digest_of(one, "another")
+    assert layout_digest(one, "a plan") == layout_digest(plan_shards([entries(drawn(0))]), "a plan")
+    assert layout_digest(one, "a plan") != layout_digest(other, "a plan")
+    assert layout_digest(one, "a plan") != layout_digest(one, "another")
 
 
 @pytest.mark.parametrize("way", ["cheapest", "copy"])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import moe_lab.models.streamed as streamed
 from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.edits.prune import PruneExperts
@@ -26,7 +27,7 @@ from moe_lab.models.layers import moe_layers
 from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.shards import ShardWriter, plan_shards
-from moe_lab.models.streamed import JOURNAL, Saving, write_edited
+from moe_lab.models.streamed import JOURNAL, write_edited
 from moe_lab.models.weight_files import weight_files
 
 KEPT = (0, 1, 4, 5)
@@ -165,7 +166,7 @@ def test_experts_that_stay_are_copied_without_being_read(
         streamed, "compare_by_layer", lambda *given: (read_back.append(given[3]), opened.clear())
     )
     copied: dict[int, int] = {}
-    monkeypatch.setattr(streamed._Journal, "note", lambda *_: copied.update(opened))
+    monkeypatch.setattr(streamed.WriteJournal, "note", lambda *_: copied.update(opened))
     write_edited(source, plan, tmp_path / "new", Saving())
     assert copied == {0: 2, 1: 0, 2: 0, 3: 0}, (
         "the first of its kind is compared by what it computes"
