@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_lab import stopping
+from moe_lab import launching, processes, stopping
 
 if __name__ == "__main__":
+    launching.start_missing()
     stopping.install()  # before what takes long to import
+    if not processes.speaks():
+        processes.hush()
 
 try:
     import hydra
@@ -22,7 +25,7 @@ try:
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
-    from moe_lab.runs import option_help, options, refusals, sweep
+    from moe_lab.runs import option_help, options, refusals, sweep, worker
 except stopping.Stopped as stop:
     sys.exit(stopping.exit_code(stop))
 
@@ -31,8 +34,14 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
-def main(config: DictConfig) -> None:
-    """One job: the pipeline, then its report, whatever happened."""
+def main(config: DictConfig) -> worker.Objectives | None:
+    """One job: the pipeline, then its report, whatever happened; what a sweeper optimises of it."""
+    with worker.stopped_alone() as given:
+        given.objectives = _job(config)
+    return given.objectives
+
+
+def _job(config: DictConfig) -> worker.Objectives | None:
     # Imported here, so that --help and a misspelt option answer at once; held, because what a
     # signal leaves half imported fails in many ways.
     with stopping.hold():
@@ -54,27 +63,47 @@ def main(config: DictConfig) -> None:
         stopping.check()
 
         parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
-        pipeline.pipeline(description.config, parts, report, description.folder, tracker.log_curve)
+        with job.workplace(description.folder) as folder:
+            pipeline.pipeline(description.config, parts, report, folder, tracker.log_curve)
 
-    exit_codes.append(job.run(description, tracker, work))
+    code = job.run(description, tracker, work)
+    exit_codes.append(code)
+    return worker.objectives(description.config, description.folder, code)
 
 
-if __name__ == "__main__":
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
-    os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
+def run_all() -> int:
+    """The job, or all of a sweep, and how it ended: the exit code."""
     try:
         refusals.check_words(sys.argv)
-        main()
+        try:
+            main()
+        except Exception as error:
+            if not (sweep.Sweep.started and sweep.Sweep.started.tell_of_lost(error)):
+                raise
+            exit_codes.append(1)
+        stopping.check()
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
     except KeyboardInterrupt as stop:
         print(f"stopped by {stopping.name_of(stop)}; finished stages are kept", file=sys.stderr)
         print(sweep.how_to_go_on(), file=sys.stderr)
-        sys.exit(stopping.exit_code(stop))
+        return stopping.exit_code(stop)
     except Exception as error:
         message = refusals.refusal(error)
         if message is None:
             raise
         print(message, file=sys.stderr)
-        sys.exit(refusals.USER_MISTAKE)
-    sys.exit(max(exit_codes, default=0))
+        return refusals.USER_MISTAKE
+    return max(exit_codes, default=0)
+
+
+if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
+    os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
+    if not processes.speaks():
+        sys.argv.append("hydra.output_subdir=null")
+    try:
+        code = run_all()
+    finally:
+        processes.leave()
+    sys.exit(code)

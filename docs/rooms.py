@@ -25,6 +25,8 @@ GROUND = {
     "progress": "progress bars, and times in words",
     "stopping": "signals that stop a run",
     "processes": "several processes that share one run",
+    "launching": "starting the processes that a launcher leaves out",
+    "locks": "one process at a time, on one machine or many",
     "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -83,7 +85,8 @@ LIBRARIES = {
     ),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
-    "accelerate": ("finetune", "profile.collect", "processes"),
+    "accelerate": ("profile.collect", "processes", "launching"),
+    "filelock": ("locks",),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),
     "rich.markup": (),
@@ -111,7 +114,15 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "llama_cpp",
         "llama_process",
     ),
-    "finetune": ("recipe", "tuning", "training", "state", "teacher", "gate_entropy"),
+    "finetune": (
+        "recipe",
+        "tuning",
+        "training",
+        "state",
+        "sharding",
+        "teacher",
+        "gate_entropy",
+    ),
     "methods": (
         "base",
         "layer_choice",

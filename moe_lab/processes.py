@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
-Value = TypeVar("Value")
+Shared = TypeVar("Shared")
 
 FOREVER = timedelta(days=365)  # the main process may work alone for long
 LOOK_EVERY = 0.2  # seconds between looks at whether another process has failed
 LAST_WORDS = 5.0  # seconds in which a process that breaks off says why
-PATIENCE = 600.0  # seconds that a failed process gives the main one to end the job
+GOODBYE = 5.0  # seconds in which the others leave before the main process does
+GIVEN_UP = 600.0  # seconds that a failed process gives the main one to end the job
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Ended(Exception):
 
 @dataclass
 class _State:
-    store: dist.Store | None = None
+    store: Store | None = None
     job: int = 0  # how many jobs of a sweep are over
     alone: int = 0
     open: bool = False
@@ -95,6 +98,14 @@ def speaks() -> bool:
     return started_together() == 1 or int(os.environ["RANK"]) == 0
 
 
+def hush() -> None:
+    """Print nothing from now on, whoever prints: the main process says it."""
+    sys.stdout.flush()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+
+
 def of_machine() -> int:
     """Which of the processes on its machine this is, counted from 0: the number of its card."""
     return int(os.environ.get("LOCAL_RANK", "0"))
@@ -110,9 +121,28 @@ def alone() -> Iterator[None]:
         _state.alone -= 1
 
 
-def share(values: Sequence[Value]) -> list[Value]:
+def share(values: Sequence[Shared]) -> list[Shared]:
     """This process's part of a sequence: every number()-th, from its own index on."""
     return list(values[index() :: number()])
+
+
+def join(part: Sequence[Shared]) -> list[Shared]:
+    """The whole sequence, of which each process gives what it made of its `share`."""
+    parts = gather(list(part))
+    found: list[Any] = [None] * sum(map(len, parts))
+    for place, one in enumerate(parts):
+        found[place :: len(parts)] = one
+    return found
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """What is inside the main process does before the others, which find what it has fetched."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
 
 
 def wait() -> None:
@@ -120,7 +150,7 @@ def wait() -> None:
     gather(None)
 
 
-def broadcast(value: Value) -> Value:
+def broadcast(value: Shared) -> Shared:
     """The main process's value, in each. It is pickled: tensors lie in host memory."""
     if number() == 1:
         return value
@@ -135,7 +165,7 @@ def broadcast(value: Value) -> Value:
     return value if is_main() else _value_of(content, int(length))
 
 
-def gather(value: Value) -> list[Value]:
+def gather(value: Shared) -> list[Shared]:
     """One value of each process, in their order, in each. They are pickled, as by `broadcast`."""
     if number() == 1:
         return [value]
@@ -151,7 +181,7 @@ def gather(value: Value) -> list[Value]:
     content = _bytes_in(told, longest)
     _exchanged(lambda d: d.all_gather(parts, content, async_op=True))
     sizes = [int(length) for length in lengths]
-    found: list[Value] = [_value_of(part, size) for part, size in zip(parts, sizes, strict=True)]
+    found: list[Shared] = [_value_of(part, size) for part, size in zip(parts, sizes, strict=True)]
     found[index()] = value
     return found
 
@@ -173,7 +203,9 @@ def failed(error: BaseException, message: str, code: int, signal: int | None = N
     if number() == 1:
         return mine
     key, content = _key("failed"), json.dumps(asdict(mine))
-    first = _store().compare_set(key, "", content).decode()
+    first = ""
+    with suppress(RuntimeError):  # whoever keeps the store may be gone
+        first = _store().compare_set(key, "", content).decode()
     close()  # those that wait for this process in an exchange hear that it has gone
     return Failure(**json.loads(first or content))
 
@@ -190,10 +222,11 @@ def end_job(code: int) -> int:
     """Leave a job together, with the main process's exit code: the next one begins anew."""
     if number() == 1:
         return code
-    if is_main():
-        _store().set(_key("over"), str(code))
-    elif _comes(_key("over"), PATIENCE if code else None):
-        code = int(_store().get(_key("over")))
+    with suppress(RuntimeError):
+        if is_main():
+            _store().set(_key("over"), str(code))
+        elif _comes(_key("over"), GIVEN_UP if code else None):
+            code = int(_store().get(_key("over")))
     close()
     _state.job += 1
     return code
@@ -203,12 +236,13 @@ def leave() -> None:
     """Before a process ends: not before the main one has said what there is to say."""
     if number() == 1:
         return
-    if is_main():
-        stopping.ignore()  # the launcher ends those that are left when the first has ended
-        _store().set("left", "1")
-    else:
-        _comes("left", PATIENCE)
-        stopping.ignore()
+    with suppress(RuntimeError):
+        if is_main():
+            _store().set("left", "1")
+            _comes(f"heard by {number() - 1}", GOODBYE)  # it may keep the store
+        elif _comes("left", GIVEN_UP):
+            _store().set(f"heard by {_store().add('heard', 1)}", "1")
+    stopping.ignore()  # the launcher ends those that are left when the first has ended
 
 
 def close() -> None:
@@ -237,15 +271,16 @@ def _open() -> None:
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
+    from torch.distributed.distributed_c10d import PrefixStore
 
     _meet()
-    cards = torch.cuda.is_available() and not _on_cpu()
+    cards = torch.cuda.is_available() and not launched_on_cpu()
     if not dist.is_initialized():
         if cards:
             torch.cuda.set_device(of_machine() % torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cards else "gloo",
-            store=dist.PrefixStore(f"group{_state.job}", _store()),
+            store=PrefixStore(f"group{_state.job}", _store()),
             rank=index(), world_size=number(), timeout=FOREVER,
         )  # fmt: skip
     PartialState(cpu=not cards)
@@ -261,14 +296,15 @@ def _meet() -> None:
         time.sleep(0.005)
 
 
-def _on_cpu() -> bool:
+def launched_on_cpu() -> bool:
+    """Whether accelerate's launcher was told to leave the GPUs alone (--cpu)."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """The key-value store of the launcher, or of the main process."""
     if _state.store is None:
-        from torch.distributed import rendezvous
+        from torch.distributed.rendezvous import rendezvous
 
         found = next(rendezvous("env://", index(), number(), timeout=timedelta(minutes=10)))
         _state.store = found[0]
@@ -319,10 +355,12 @@ def _look() -> None:
 def _last_words() -> Failure:
     """What a process said that broke an exchange off; one that was killed says nothing."""
     until = time.monotonic() + LAST_WORDS
-    while time.monotonic() < until:
-        if found := failure():
-            return found
-        time.sleep(0.05)
+    with suppress(RuntimeError):  # the store lies in the main process, perhaps
+        while time.monotonic() < until:
+            stopping.check()
+            if found := failure():
+                return found
+            time.sleep(0.05)
     others = "the other process" if number() == 2 else "one of the other processes"
     return Failure(
         index(),
