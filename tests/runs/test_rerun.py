@@ -110,6 +110,9 @@ def test_folders_are_told_as_hydra_reads_them(place: Path, name: str) -> None:
         "method._target_=os.system", "+x={_target_:os.system}", "hydra.launcher._target_=a.b",
         "hydra.searchpath=[file:///else]", "+hydra.callbacks.a._target_=os.system",
         "hydra.job.env_set.LD_PRELOAD=/x.so", "++hydra.job_logging.handlers.a=b",
+        "hydra.launcher.setup=[evil.sh]", "+hydra.launcher.additional_parameters.prolog=/evil",
+        "hydra.launcher.ray.init.address=else:1", "hydra.launcher.submitit_folder=/else",
+        "hydra.launcher={partition:a}",
     ],
 )  # fmt: skip
 def test_words_that_could_name_code_are_not_passed_on(
