@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_waiting_for_what_still_runs(
     monkeypatch.setattr(worker, "LOOK", 0.05)
     (tmp_path / "plots").mkdir()
     process = job_in(tmp_path / "3")
-    process.terminate()
+    threading.Timer(0.5, process.terminate).start()
     worker.wait_for_others(tmp_path)
     process.communicate(timeout=30)
     assert capsys.readouterr().out == "waiting for jobs that still run: 1\n"
@@ -120,7 +121,13 @@ def test_waiting_for_what_still_runs(
 
 
 def test_what_a_sweeper_optimises(tmp_path: Path) -> None:
-    figures = {"compressed/kl": 0.5, "compressed/bytes": 7, "compressed/stock": True, "model": "a"}
+    figures = {
+        "status": "ok",
+        "compressed/kl": 0.5,
+        "compressed/bytes": 7,
+        "compressed/stock": True,
+        "model": "a",
+    }
     write_report(tmp_path, figures)
     asked = {"objectives": ["compressed/bytes", "compressed/kl"]}
     assert worker.objectives(asked, tmp_path, 0) == (7.0, 0.5)
