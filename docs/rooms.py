@@ -25,6 +25,7 @@ GROUND = {
     "progress": "progress bars, and times in words",
     "stopping": "signals that stop a run",
     "locks": "one process at a time, on one machine or many",
+    "processes": "several processes that share one run",
     "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -75,10 +76,15 @@ LIBRARIES = {
     "transformers.integrations": ("models.adapters", "models.condensing", "models.observing"),
     "transformers.core_model_loading": ("models.stored", "models.uneven"),
     "transformers.conversion_mapping": ("models.quantised",),
-    "transformers.modeling_utils": ("models.fitting", "models.layerwise", "models.uneven"),
+    "transformers.modeling_utils": (
+        "models.fitting",
+        "models.layerwise",
+        "models.stored",
+        "models.uneven",
+    ),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
-    "accelerate": ("finetune", "profile.collect"),
+    "accelerate": ("finetune", "profile.collect", "processes"),
     "filelock": ("locks",),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),

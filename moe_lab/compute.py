@@ -18,6 +18,9 @@ class Compute(Plugin):
 
     device: Annotated[str, Option("auto, cpu, cuda or cuda:<number>")] = "auto"
     batch_size: Annotated[int, Option("samples in a forward", least=1)] = 16
+    batch_tokens: Annotated[
+        int, Option("tokens in a forward at most, padding counted, or one longer sample", least=1)
+    ] = 16384
     threads: Annotated[
         int | None, Option("of the CPU, null for torch's choice", least=1, most=4096)
     ] = None
@@ -25,6 +28,22 @@ class Compute(Plugin):
         float,
         Option("memory in GiB for what a search needs again; the rest goes to disk", least=0),
     ] = 4.0
+    device_cache_gib: Annotated[
+        float | None,
+        Option(
+            "of a GPU's memory, in GiB, for hidden states, before the machine's is taken; null: a "
+            "quarter of what is free",
+            least=0,
+        ),
+    ] = None
+    journal_seconds: Annotated[
+        float,
+        Option(
+            "seconds of profiling after which is noted how far it is, so that a killed one goes on "
+            "there; longer where noting takes long, 0: after every batch",
+            least=0,
+        ),
+    ] = 60.0
     profile: Annotated[
         str,
         Option(
@@ -64,6 +83,16 @@ class Compute(Plugin):
         if self.layerwise != "auto":
             return bool(self.layerwise)
         return weights > self.memory() / 2
+
+    def device_cache(self) -> int:
+        """Bytes of a GPU's memory for hidden states; 0 where the device is the machine itself."""
+        import torch
+
+        if not self.device.startswith("cuda"):
+            return 0
+        if self.device_cache_gib is None:
+            return torch.cuda.mem_get_info(self.device)[0] // 4
+        return int(self.device_cache_gib * 2**30)
 
     def memory(self) -> int:
         """Memory of the device in bytes."""

@@ -28,6 +28,7 @@ OURS = __name__.partition(".")[0]
 WITHOUT_RESULTS = {
     "moe_lab.progress": "progress bars, and times in words: for people",
     "moe_lab.stopping": "when a run stops, not what it computes",
+    "moe_lab.processes": "which of several processes works, not what it computes",
     "moe_lab.files": "the names of files, not what is in them",
     "moe_lab.integrity": "whether files are what was written, not what that is",
     "moe_lab.provenance": "where a result came from",

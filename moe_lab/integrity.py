@@ -26,11 +26,17 @@ def seal(folder: Path, without: Collection[str] = ()) -> dict[str, dict[str, Any
     """
     files = [file for file in _files(folder) if file.name not in without]
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        seals = list(pool.map(_seal, files))
+        seals = list(pool.map(seal_of, files))
     for place in {file.parent for file in files} | {folder}:
         flush(place)
     names = (file.relative_to(folder).as_posix() for file in files)
     return dict(zip(names, seals, strict=True))
+
+
+def seal_of(file: Path) -> dict[str, Any]:
+    """Flush one file to disk; its bytes and sha256."""
+    flush(file)
+    return {"bytes": file.stat().st_size, SUM: sha256_of(file)}
 
 
 def damage(folder: Path, seals: Seals, quick: bool = True) -> str | None:
@@ -64,11 +70,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _seal(file: Path) -> dict[str, Any]:
-    flush(file)
-    return {"bytes": file.stat().st_size, SUM: sha256_of(file)}
 
 
 def _files(folder: Path) -> Iterator[Path]:

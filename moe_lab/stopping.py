@@ -2,8 +2,9 @@
 
 Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 (one of which Slurm sends before a job's time is up:
 `#SBATCH --signal=B:USR1@120`, submitit USR2) raise `Stopped`, and a second one ends the process at
-once, unless it is a mere warning: USR1 or USR2. Where Python swallows what a signal raises, the
-next `check` raises it again.
+once: not a mere warning (USR1, USR2), nor where a launcher has started several, which passes on a
+signal that they have already. Where Python swallows what a signal raises, the next `check` raises
+it again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from types import FrameType
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(signal.Signals[name] for name in SIGNAL_NAMES if hasattr(signal, name))
 WARNINGS = tuple(one for one in SIGNALS if one.name.startswith("SIGUSR"))
+PASSED_ON = 10.0  # seconds in which a launcher hands on what its processes have heard themselves
 TOLD = "{}: stopping, what is finished is kept; a second signal stops at once\n"
 
 
@@ -39,6 +42,7 @@ class Stopped(KeyboardInterrupt):
 class _State:
     asked: int | None = None
     came: set[int] = field(default_factory=set)
+    since: float = 0.0
     held: int = 0
     installed: int | None = None  # in which process: one forked off takes none by itself
     instead: Callable[[int], object] | None = None
@@ -70,16 +74,34 @@ def installed() -> bool:
 def _arrived(number: int, frame: FrameType | None) -> None:
     _state.came.add(number)
     if _state.asked is not None:
-        if number in WARNINGS:
+        passed_on = time.monotonic() < _state.since + PASSED_ON and "RANK" in os.environ
+        if number in WARNINGS or passed_on:
             return
         end_children()
         os._exit(128 + number)
-    _state.asked = number
-    os.write(2, TOLD.format(signal.Signals(number).name).encode())
+    ask(number)
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, TOLD.format(signal.Signals(number).name).encode())
     if _state.instead:
         _state.instead(number)
     else:
         check()
+
+
+def ask(number: int) -> None:
+    """Have this process stop as by the signal of this number, at the next `check`."""
+    _state.asked, _state.since = number, time.monotonic()
+
+
+def number() -> int | None:
+    """The number of the signal that has come, also where it is held back; None: none has."""
+    return _state.asked
+
+
+def ignore() -> None:
+    """Take no further signal: the process is at its end."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
 
 
 def asked() -> bool:

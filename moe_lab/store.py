@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from moe_lab import processes
 from moe_lab.files import MODEL_CARD
 from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal
 from moe_lab.locks import locked
@@ -59,7 +60,13 @@ class Store:
         self.root = Path(root)
 
     def find(self, kind: str, identity: Mapping[str, Any]) -> Artifact | None:
-        """The result for `identity` where it is finished and undamaged, else None."""
+        """The result for `identity` where it is finished and undamaged, else None.
+
+        Several processes get the same answer, the main one's.
+        """
+        return processes.broadcast(self._find(kind, identity) if processes.is_main() else None)
+
+    def _find(self, kind: str, identity: Mapping[str, Any]) -> Artifact | None:
         key = key_of(identity)
         folder = self.root / kind / key
         try:
@@ -69,35 +76,35 @@ class Store:
             return None
         return None if seconds is None else Artifact(kind, key, folder, True, seconds)
 
-    def get(self, kind: str, identity: Mapping[str, Any], make: Callable[[Path], None]) -> Artifact:
+    def get(
+        self,
+        kind: str,
+        identity: Mapping[str, Any],
+        make: Callable[[Path], None],
+        together: bool = False,
+    ) -> Artifact:
         """The result for `identity`, made by `make(folder)` unless it is there.
 
         The folder outlives a killed or failed attempt, so `make` may resume from what lies in it.
         A damaged result is set aside (warned of), and made from nothing.
+        With several processes the main one makes it while the others wait; together: all of them
+        do, in the same folder, and the main one seals it. All get the same.
         Raises whatever `make` raises, TypeError for an identity that is not JSON, and UserError
         when the disk is full.
         """
         if artifact := self.find(kind, identity):
             return artifact
-        key = key_of(identity)
-        folder = self.root / kind / key
+        folder = self.root / kind / key_of(identity)
+        if not processes.is_main():
+            return _beside(folder, make, together)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_suffix(".lock"), f"{kind}/{key}"):
-            if artifact := self.find(kind, identity):  # another job may have made it meanwhile
-                return artifact
-            if wrong := damage_of(folder):
-                aside = set_aside(folder)
-                logger.warning(
-                    "%s/%s in the store is damaged: %s. It is made again; what was there lies in "
-                    "%s", kind, key, wrong, aside,
-                )  # fmt: skip
-            folder.mkdir(exist_ok=True)
-            started = time.perf_counter()
-            with _disk_full_explained(folder):
-                make(folder)
-                seconds = time.perf_counter() - started
-                _mark_done(folder, kind, key, identity, seconds)
-        return Artifact(kind, key, folder, cached=False, seconds=seconds)
+        with locked(folder.with_suffix(".lock"), f"{kind}/{folder.name}"):
+            artifact = self._find(kind, identity)  # another job may have made it meanwhile
+            if artifact is None:
+                artifact = _made(folder, kind, identity, make, together)
+            elif together:
+                processes.broadcast(False)
+        return processes.broadcast(artifact)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -222,6 +229,44 @@ def _plain(value: object, where: str) -> Any:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _made(
+    folder: Path,
+    kind: str,
+    identity: Mapping[str, Any],
+    make: Callable[[Path], None],
+    together: bool,
+) -> Artifact:
+    """A result made in the main process, which holds its lock."""
+    if wrong := damage_of(folder):
+        aside = set_aside(folder)
+        logger.warning(
+            "%s/%s in the store is damaged: %s. It is made again; what was there lies in "
+            "%s", kind, folder.name, wrong, aside,
+        )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    with _disk_full_explained(folder):
+        if together:
+            processes.broadcast(True)
+            make(folder)
+            processes.wait()
+        else:
+            with processes.alone():
+                make(folder)
+        seconds = time.perf_counter() - started
+        _mark_done(folder, kind, folder.name, identity, seconds)
+    return Artifact(kind, folder.name, folder, cached=False, seconds=seconds)
+
+
+def _beside(folder: Path, make: Callable[[Path], None], together: bool) -> Artifact:
+    """The same in another process, which holds no lock and waits for the main one."""
+    if together and processes.broadcast(False):
+        with _disk_full_explained(folder):
+            make(folder)
+            processes.wait()
+    return processes.broadcast(cast(Artifact, None))
 
 
 _undamaged: dict[Path, tuple[int, int]] = {}  # looked at in this process, by their records' files

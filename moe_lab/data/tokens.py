@@ -38,6 +38,21 @@ def chunks(values: Iterable[Chunked], size: int) -> Iterator[list[Chunked]]:
         yield chunk
 
 
+def _cut(
+    samples: Iterable[tuple[int, ...]], size: int, num_tokens: int | None
+) -> Iterator[list[tuple[int, ...]]]:
+    """Samples, short ones first, in lists of at most `size` and, padded, so many tokens."""
+    rows: list[tuple[int, ...]] = []
+    for sample in samples:
+        too_many = num_tokens is not None and (len(rows) + 1) * len(sample) > num_tokens
+        if rows and (len(rows) == size or too_many):
+            yield rows
+            rows = []
+        rows.append(sample)
+    if rows:
+        yield rows
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Samples as token ids. pad_id fills batches on the right, where the attention mask is 0.
@@ -71,11 +86,16 @@ class Tokens:
         pairs = zip(self.samples, prompts, strict=True)
         return sum(len(sample) - max(1, prompt) for sample, prompt in pairs)
 
-    def batches(self, batch_size: int, device: str = "cpu") -> list[dict[str, Tensor]]:
-        """input_ids and attention_mask [B, L], samples of similar length together."""
+    def batches(
+        self, batch_size: int, device: str = "cpu", num_tokens: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """input_ids and attention_mask [B, L], samples of similar length together.
+
+        num_tokens: the most of a batch, padding counted; a longer sample is a batch of its own.
+        """
         return [
             {key: value.to(device) for key, value in self.pad(rows).items()}
-            for rows in chunks(self.by_length().samples, batch_size)
+            for rows in _cut(self.by_length().samples, batch_size, num_tokens)
         ]
 
     def take(self, positions: Iterable[int]) -> Tokens:

@@ -9,12 +9,14 @@ By hand: accelerate's own loading and offloading do not know these conversions (
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,21 +25,59 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original
+from moe_lab.models.free_memory import free_memory
 from moe_lab.models.layers import decoders_path, module_list, moe_layers
 from moe_lab.models.narrowing import fit_implementation
-from moe_lab.models.opening import empty_model, no_bars
+from moe_lab.models.opening import empty_model, no_bars, text_config
 from moe_lab.models.quantised import conversions, quantizer_of
 from moe_lab.models.stored import held_by, model_names
 from moe_lab.models.uneven import load_tensors
 from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
+logger = logging.getLogger(__name__)
+# Of a layer's size: what has to be free for it to be read ahead. While it is read, tensors of
+# experts lie in memory one by one, and joined.
+AHEAD = 2.5
+
+
+class LayerSource(Protocol):
+    """A model whose decoder layers can be had one after another.
+
+    model: what is in no decoder layer has its weights; layers: the decoder layers; dtype: in which
+    it computes; layer: a decoder layer with its weights, while it is open; see `LayerwiseModel`.
+    """
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    dtype: torch.dtype
+
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> AbstractContextManager[nn.Module]: ...
+
+
+class WholeModel:
+    """A model in memory, whose decoder layers are always there."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        _, self.layers = decoder_layers(model)
+        self.dtype = model.get_input_embeddings().get_parameter("weight").dtype
+
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> AbstractContextManager[nn.Module]:
+        """Decoder layer `index`."""
+        return nullcontext(self.layers[index])
+
 
 class LayerwiseModel:
     """A model whose decoder layers have weights only inside `layer(index)`.
 
     model: the embedding, the final norm and the head are filled; the decoder layers are on the
-    meta device. keep_bytes: layers stay filled after their use as long as they take no more.
+    meta device. path: where the list of these is. keep_bytes: layers stay filled after their use as
+    long as they take no more.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", keep_bytes: int = 0):
@@ -45,59 +85,102 @@ class LayerwiseModel:
         self.keep_bytes = keep_bytes
         self.dtype = computing_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
-        path, self.layers = decoder_layers(self.model)
-        numbered = re.compile(rf"{re.escape(path)}\.(\d+)\.")
-        self._keys: dict[int | None, list[tuple[Path, str]]] = {}
+        self.path, self.layers = decoder_layers(self.model)
+        numbered = re.compile(rf"{re.escape(self.path)}\.(\d+)\.")
+        self._keys: dict[int | None, list[tuple[str, Path, str]]] = {}  # name, file, name in it
         for name, stored in held_by(self.model, weight_files(checkpoint.path)).by_name.items():
             match = numbered.match(name)  # a tower for images may have numbered layers, too
             part = int(match[1]) if match else None
-            self._keys.setdefault(part, []).extend((one.file, one.key) for one in stored)
+            self._keys.setdefault(part, []).extend((name, one.file, one.key) for one in stored)
         self._fill(None)
         self.model.tie_weights()
         self._make_buffers()
         self._filled: set[int] = set()
         self._kept = 0
+        self._ahead: tuple[int, Future[None]] | None = None
+        self._told = False
         names = [n for n, p in self.model.named_parameters() if p.is_meta]
         if missing := [name for name in names if not numbered.match(name)]:
             raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights; UserError where the checkpoint lacks some."""
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights; UserError where the checkpoint lacks some.
+
+        then: the layer that is asked for next. It is read while this one is used, where memory has
+        room for both; what goes wrong with it is raised when it is asked for. without: names of
+        tensors of the model that are not read.
+        """
         decoder = self.layers[index]
         if index in self._filled:
             yield decoder
             return
-        self._fill(index)
+        self._take(index, without)
         self._filled.add(index)
         try:
-            if missing := [n for n, p in decoder.named_parameters() if p.is_meta]:
+            left = {n.removeprefix(f"{self.path}.{index}.") for n in without}
+            missing = [n for n, p in decoder.named_parameters() if p.is_meta and n not in left]
+            if missing:
                 raise UserError(f"the checkpoint lacks tensors of layer {index}: {missing[:3]}")
+            self._read_ahead(then)
             yield decoder
         finally:
-            size = sum(p.numel() * p.element_size() for p in decoder.parameters())
+            if self._ahead is not None:
+                wait([self._ahead[1]])  # it works on the same modules
+            size = bytes_of(decoder)
             if self._kept + size <= self.keep_bytes:
                 self._kept += size
             else:
                 self._empty(index)
 
+    def _take(self, index: int, without: Collection[str]) -> None:
+        """Fill a layer, unless that was begun already."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            ahead[1].result()
+            return
+        if ahead is not None:  # another one was asked for
+            wait([ahead[1]])
+            self._empty(ahead[0])
+        self._fill(index, without)
+
+    def _read_ahead(self, index: int | None) -> None:
+        if index is None or index in self._filled:
+            return
+        needed, free = int(AHEAD * bytes_of(self.layers[index])), free_memory(self.device)
+        if needed > free:
+            self._tell_no_room(needed, free)
+            return
+        with_one = ThreadPoolExecutor(1, "read ahead")
+        self._ahead = index, with_one.submit(torch.no_grad()(self._fill), index)
+        with_one.shutdown(wait=False)
+
+    def _tell_no_room(self, needed: int, free: int) -> None:
+        if not self._told:
+            logger.info(
+                "decoder layers are read one after the other: reading one ahead would take "
+                "%.2f GiB of memory, of which %.2f GiB are free", needed / 2**30, free / 2**30,
+            )  # fmt: skip
+        self._told = True
+
     def layer_bytes(self) -> int:
         """Memory of the largest decoder layer."""
-        sizes = (
-            sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in self.layers
-        )
-        return max(sizes)
+        return max(bytes_of(layer) for layer in self.layers)
 
-    def _fill(self, part: int | None) -> None:
-        """Load the tensors of one decoder layer, or with None all others."""
+    def _fill(self, part: int | None, without: Collection[str] = ()) -> None:
+        """Load the tensors of one decoder layer, or with None all others, but for `without`."""
         with ExitStack() as stack:
-            wanted = self._keys.get(part, [])
+            keys = self._keys.get(part, [])
+            wanted = [(file, key) for name, file, key in keys if name not in without]
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file, _ in wanted}
             slices = {key: opened[file].get_slice(key) for file, key in wanted}
             _load_into(self.model, slices, self.dtype, self.device)
 
     def _empty(self, index: int) -> None:
-        decoder, buffers = self.layers[index], self._buffers[index]
+        decoder = self.layers[index]
+        buffers = dict(_non_persistent(decoder))  # of what stands there now: it may be edited
         decoder.to("meta")
         _set_buffers(decoder, buffers)
         self._filled.discard(index)
@@ -115,16 +198,28 @@ class LayerwiseModel:
                 for name, buffer in computed.items():
                     module._buffers[name] = torch.empty_like(buffer, device=self.device)
                 self.model._init_weights(module)
-        self._buffers = [dict(_non_persistent(layer)) for layer in self.layers]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers; UserError for a model without MoE layers."""
+    """Path and list of the decoder layers: those of which some are MoE layers.
+
+    Of a model without any, the first list of as many modules as its config has decoder layers.
+    UserError where there is none.
+    """
     first = next(iter(moe_layers(model)), None)
-    if first is None:
-        raise UserError(f"{type(model).__name__} has no MoE layers")
-    path = decoders_path(first.info.name)
-    return path, module_list(model, path)
+    if first is not None:
+        path = decoders_path(first.info.name)
+        return path, module_list(model, path)
+    number = text_config(model.config).num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return path, module
+    raise UserError(f"{type(model).__name__} has no list of {number} decoder layers")
+
+
+def bytes_of(module: nn.Module) -> int:
+    """What a module's parameters take, also where they are not there."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _non_persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

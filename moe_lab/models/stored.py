@@ -13,18 +13,20 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moe_lab.models.quantised import conversions
 from moe_lab.models.uneven import name_in_model, uneven_tensors
@@ -47,7 +49,7 @@ FLOATING = {
 class Stored:
     """A tensor in a checkpoint's file; dtype: None where it is none of floating point.
 
-    kind: its dtype, as safetensors call it.
+    kind: its dtype, as safetensors call it; offset: of its first byte in the file.
     """
 
     file: Path
@@ -56,6 +58,7 @@ class Stored:
     num_bytes: int
     kind: str
     shape: tuple[int, ...]
+    offset: int = 0
 
     def load(self) -> Tensor:
         """The tensor."""
@@ -98,6 +101,20 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
+def in_files(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors, or some of them, as transformers writes them, by their names on disk."""
+    # Looked up when it is called: `hook.py` has put another one there, which knows our own form.
+    revert: Any = vars(modeling_utils)["revert_weight_conversion"]
+    written: dict[str, Tensor] = revert(model, dict(tensors))
+    return written
+
+
+def without_tied(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by name, each once, where several of its names are one tensor."""
+    once: dict[str, Tensor] = remove_tied_weights_from_state_dict(dict(tensors), model)
+    return once
+
+
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
     """What these files hold of a model, which may be without weights: only headers are read.
 
@@ -127,47 +144,53 @@ def _is_needless(one: Stored, taken: Collection[str]) -> bool:
 def stored_in(file: Path) -> list[Stored]:
     """The tensors of a safetensors file, by its header."""
     with file.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
     header.pop("__metadata__", None)
     found = []
     for key, one in header.items():
         (begin, end), kind = one["data_offsets"], one["dtype"]
-        size = end - begin
-        found.append(Stored(file, key, FLOATING.get(kind), size, kind, tuple(one["shape"])))
+        size, dtype, offset = end - begin, FLOATING.get(kind), 8 + length + begin
+        found.append(Stored(file, key, dtype, size, kind, tuple(one["shape"]), offset))
     return found
 
 
 @torch.no_grad()
-def as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None) -> None:
-    """Give each tensor of a model the dtype that it has in the files it came from, in place.
+def in_stored_dtypes(
+    tensors: Mapping[str, Tensor], source: Held, default: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors of a model, by their names, in the dtypes that they have in the files of its source.
 
     Where loading has rounded one and nothing has changed it since, it is the file's, byte for byte.
-    default: for tensors that the files do not have; None leaves these.
+    default: for tensors that the files do not have.
     """
-    tensors, seen = model.state_dict(keep_vars=True), set[int]()
-    for name in sorted(tensors, key=lambda name: name not in source.by_name):
-        tensor, wanted = tensors[name], source.dtype(name) or default
-        if id(tensor) in seen or not tensor.is_floating_point() or wanted is None:
-            continue  # seen: tied to one that has its dtype by now
-        seen.add(id(tensor))
-        if tensor.dtype != wanted:
-            tensor.data = _unrounded(tensor, wanted, source.by_name.get(name, ()))
+    found = {}
+    for name, tensor in tensors.items():
+        wanted = source.dtype(name) or default
+        plain = not tensor.is_floating_point() or tensor.dtype == wanted
+        found[name] = tensor if plain else _unrounded(tensor, wanted, source.by_name.get(name, ()))
+    return found
 
 
 @torch.no_grad()
-def round_as_stored(
-    model: PreTrainedModel, source: Held, default: torch.dtype | None, computing: torch.dtype
+def round_to_stored(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    source: Held,
+    default: torch.dtype,
+    computing: torch.dtype,
 ) -> None:
-    """Give each tensor the values that `as_stored` leaves, in the dtype that it will be loaded in.
+    """Give tensors, by their names, the values that `in_stored_dtypes` leaves, in place.
 
-    computing: that of most; what trained in float32 goes back to it.
+    They are in the dtype that they will be loaded in. computing: that of most; what trained in
+    float32 goes back to it.
     """
     in_float32 = model._get_dtype_plan(computing)
     parameters = {id(parameter) for parameter in model.parameters()}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        stored = source.dtype(name) or default or tensor.dtype
+        stored = source.dtype(name) or default
         loaded = torch.float32 if any(part in name for part in in_float32) else computing
         loaded = loaded if id(tensor) in parameters else tensor.dtype
         if (stored, loaded) != (tensor.dtype, tensor.dtype):

@@ -9,6 +9,7 @@ by layer from disk, and cached states go to disk where they outgrow the memory g
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,13 +22,15 @@ from moe_lab.models.activations import Activations
 from moe_lab.models.editing import NoMLP, set_block
 from moe_lab.models.handed_on import Decoders, HandedOn, forwards
 from moe_lab.models.layers import MoELayer, Output, hidden_of, moe_layers
-from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
+from moe_lab.models.layerwise import LayerSource, decoder_layers
 from moe_lab.types import NotFinite, UserError
 
 GREEDY_SEARCH = (
     "layers cannot be chosen by a greedy search in this family; name them (condense.layers=[...]) "
     "or choose them by statistics (condense.layers=cosine)"
 )
+
+ARGUMENT_BYTES = 256 * 2**20  # of masks and positions that are kept for all layers
 
 
 class LayerStream:
@@ -43,21 +46,24 @@ class LayerStream:
 
     def __init__(
         self,
-        source: PreTrainedModel | LayerwiseModel,
+        source: PreTrainedModel | LayerSource,
         batches: Iterable[Mapping[str, Tensor]],
         cache: Activations | None = None,
         positions: Sequence[int] | None = None,
     ):
-        self.model = source.model if isinstance(source, LayerwiseModel) else source
-        self._opener = source.layer if isinstance(source, LayerwiseModel) else None
+        self.model = source if isinstance(source, PreTrainedModel) else source.model
+        self._opener = None if isinstance(source, PreTrainedModel) else source.layer
         self.cache = cache or Activations(limit=2**63)
         self.moe: dict[int, MoELayer] = {
             layer.info.index: layer for layer in moe_layers(self.model)
         }
         path, self.layers = decoder_layers(self.model)
         self._text_model = self.model.get_submodule(path.rpartition(".")[0])
-        self.arguments: list[list[dict[str, Any]]] = []
+        self._batches: list[Mapping[str, Tensor]] = []
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._arguments_left = ARGUMENT_BYTES
         self.handed: HandedOn | None = None
+        self._last: tuple[int, list[dict[str, Any]]] | None = None
         self._carried: dict[int, dict[str, Any]] = {}
         self.valid: list[Tensor] = []
         self.input_ids: list[Tensor] = []
@@ -93,9 +99,14 @@ class LayerStream:
         """How many batches the calibration set has."""
         return len(self.valid)
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module | None]:
-        """Keeps the weights of decoder layer `index` in memory while it is open."""
-        return self._opener(index) if self._opener else nullcontext()
+    def layer(
+        self, index: int, then: int | None = None
+    ) -> AbstractContextManager[nn.Module | None]:
+        """Keeps the weights of decoder layer `index` in memory while it is open.
+
+        then: the layer that is opened next, as far as is known; it may be read meanwhile.
+        """
+        return self._opener(index, then) if self._opener else nullcontext()
 
     def _catch(self, batch: Mapping[str, Tensor]) -> None:
         """Run the model with every decoder layer replaced by one that notes what it is given."""
@@ -104,13 +115,44 @@ class LayerStream:
             self.handed = HandedOn.found(decoders, batch)
         first, caught = self.handed.caught(decoders, batch)
         self.cache["input", len(self.valid)] = first
-        self.arguments.append(caught)
+        self._keep_arguments(len(self.valid), caught)
+        self._batches.append(batch)
         self.input_ids.append(batch["input_ids"])
         self.valid.append(batch["attention_mask"].bool())
 
+    def _keep_arguments(self, batch: int, caught: list[dict[str, Any]]) -> None:
+        size = sum({one.data_ptr(): one.nbytes for one in _tensors(caught)}.values())
+        if size <= self._arguments_left:
+            self._arguments_left -= size
+            self._arguments[batch] = caught
+
+    def _arguments_of(self, batch: int) -> list[dict[str, Any]]:
+        """What each decoder layer is given beside the hidden state: kept, or computed again.
+
+        Masks are as large as the square of a document's length where there are any; then those of
+        the last batch are all that memory holds beyond ARGUMENT_BYTES.
+        """
+        if batch in self._arguments:
+            return self._arguments[batch]
+        if self._last is None or self._last[0] != batch:
+            self._last = None  # not two at once
+            assert self.handed is not None
+            with _unwatched(self.layers):
+                decoders = Decoders(self.model, self.layers, self.layer)
+                self._last = batch, self.handed.caught(decoders, self._batches[batch])[1]
+        return self._last[1]
+
+    def carried(self, batch: int) -> dict[str, Any]:
+        """What the last layer that was replayed handed on beside the hidden state, by argument."""
+        return self._carried.get(batch, {})
+
+    def carry(self, batch: int, values: dict[str, Any]) -> None:
+        """Set what `carried` gives: what the next layer is handed beside the hidden state."""
+        self._carried[batch] = values
+
     def replay(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output [B, L, D] of decoder layer `index` (which is open) on `hidden`."""
-        arguments = self.arguments[batch][index]
+        arguments = self._arguments_of(batch)[index]
         assert self.handed is not None
         if self.handed.names and index:
             arguments = arguments | self._carried[batch]
@@ -281,6 +323,28 @@ def _final_norm(text_model: nn.Module) -> nn.Module:
     if len(norms) != 1:
         raise UserError(f"{type(text_model).__name__} has {len(norms)} final norms, expected one")
     return norms[0]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a structure of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+@contextmanager
+def _unwatched(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, no hook of these layers is called."""
+    kept = [(layer, layer._forward_pre_hooks, layer._forward_hooks) for layer in layers]
+    for layer, _, _ in kept:
+        layer._forward_pre_hooks, layer._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for layer, before, behind in kept:
+            layer._forward_pre_hooks, layer._forward_hooks = before, behind
 
 
 @contextmanager

@@ -48,12 +48,16 @@ class Collection:
         self.layers = {layer.info.index: layer for layer in layers}
         self.observation = observation
         self.group = 0
+        self.counts = True
         self.found: dict[tuple[int, int], LayerStatistics] = {}
 
     @contextmanager
-    def batch(self, valid: Tensor, group: int = 0) -> Iterator[None]:
-        """Around the computation of one batch of one group; valid: [B, L] bool."""
-        self.observation.valid, self.group = valid, group
+    def batch(self, valid: Tensor, group: int = 0, counts: bool = True) -> Iterator[None]:
+        """Around the computation of one batch of one group; valid: [B, L] bool.
+
+        counts: False where the batch is computed as ever, but nothing is added.
+        """
+        self.observation.valid, self.group, self.counts = valid, group, counts
         with suppress(AllRouted):
             yield
 
@@ -81,6 +85,11 @@ class Collection:
             if index in (None, one):
                 self.found[group, one].check_finite()
 
+    def take(self, index: int) -> dict[int, LayerStatistics]:
+        """The statistics of a layer by group, which are kept here no longer."""
+        keys = [key for key in sorted(self.found) if key[1] == index]
+        return {key[0]: self.found.pop(key) for key in keys}
+
     def of_group(self, group: int = 0) -> list[LayerStatistics]:
         """The statistics of one group, by layer."""
         return [self.found[key] for key in sorted(self.found) if key[0] == group]
@@ -97,10 +106,12 @@ def collecting(
     """
 
     def add(info: LayerInfo, routing: Routing) -> None:
-        collection.of(info.index).add(routing)
+        if collection.counts:
+            collection.of(info.index).add(routing)
 
     def add_routed(layer: MoELayer, *routed: Tensor) -> None:
-        collection.of(layer.info.index).add_routed(*routed)
+        if collection.counts:
+            collection.of(layer.info.index).add_routed(*routed)
 
     opened = observe_routers(model, add_routed) if only_routers else observe(model, add, neurons)
     with torch.inference_mode(), opened as observation:
@@ -131,11 +142,18 @@ def collect_by_group(
     """
     with collecting(model, only_routers, neurons) as collection:
         for group, batch in batches:
-            with collection.batch(batch["attention_mask"].bool(), group):
-                # Only the last position's logits: nobody reads them, and they would dominate.
-                model(**batch, use_cache=False, logits_to_keep=1)
+            collect_batch(collection, model, batch, group)
         collection.check_finite()
     return collection
+
+
+def collect_batch(
+    collection: Collection, model: Model, batch: dict[str, Tensor], group: int = 0
+) -> None:
+    """Add one batch, computed by the whole model."""
+    with collection.batch(batch["attention_mask"].bool(), group):
+        # Only the last position's logits: nobody reads them, and they would dominate.
+        model(**batch, use_cache=False, logits_to_keep=1)
 
 
 def added(parts: Iterable[Sequence[LayerStatistics]]) -> list[LayerStatistics]:

@@ -98,7 +98,7 @@ def _similarities(context: Context, asked: Diagnosing, identity: dict[str, Any])
         matrices: dict[str, Tensor] = {}
         sample, weights, compute = asked.sample, asked.how.weights, context.compute
         if weights or sample.samples:
-            batches = sample.batches(compute.batch_size, compute.device)
+            batches = sample.batches(compute.batch_size, compute.device, compute.batch_tokens)
             limit = int(compute.cache_gib * 2**30)
             cache = Activations(limit, context.store.root, compute.device)
             model = LayerwiseModel(asked.checkpoint, compute.device)

@@ -137,7 +137,9 @@ class IntactModel:
     def open_model(self, num_samples: int | None = None) -> tuple[Model, list[dict[str, Tensor]]]:
         """The model, whole, and the first samples of the calibration set (None: all)."""
         compute = self.context.compute
-        batches = self._sample(num_samples).batches(compute.batch_size, compute.device)
+        batches = self._sample(num_samples).batches(
+            compute.batch_size, compute.device, compute.batch_tokens
+        )
         return self.asked.checkpoint.load(compute.device), batches
 
     def open_stream(
@@ -158,7 +160,7 @@ class IntactModel:
         tokens = Tokens(tokens.samples + tuple(map(tuple, added)), tokens.pad_id)
         places = range(len(tokens.samples)) if documents is None else documents
         sample = tokens.take(places)
-        batches = sample.batches(compute.batch_size, compute.device)
+        batches = sample.batches(compute.batch_size, compute.device, compute.batch_tokens)
         positions = [places[place] for place in sample.positions_by_length()]
         return LayerStream(model, batches, cache, positions)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lab import processes, stopping
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import LAYERS, USAGE
+from moe_lab.integrity import flush
 from moe_lab.models.activations import Activations
-from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
 from moe_lab.models.stream import LayerStream
@@ -25,6 +29,7 @@ from moe_lab.profile.collect import Collection
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.progress import progress
 from moe_lab.stages.context import Context
+from moe_lab.stages.journal import Journal, Progress, statistics
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact, key_of
 from moe_lab.types import LayerInfo
@@ -32,7 +37,9 @@ from moe_lab.types import LayerInfo
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
 
+logger = logging.getLogger(__name__)
 Batches = Sequence[tuple[int, dict[str, Tensor]]]
+UNEVEN = 1.25  # of the mean: a process that has more than so much to do is told of
 
 
 @dataclass(frozen=True)
@@ -64,24 +71,56 @@ def profile(context: Context, asked: Profiling) -> Artifact:
     only_routers = compute.profile == "routers"
 
     def make(folder: Path) -> None:
+        if processes.broadcast(
+            processes.is_main() and _is_whole(folder)
+        ):  # a killed attempt lacked the seal alone
+            return
         parts = tokens.by_group()
-        batches = [
-            (number, batch)
-            for number, part in enumerate(parts.values())
-            for batch in part.batches(compute.batch_size, compute.device)
-        ]
-        root = store.root
-        collection = collect_profile(
-            checkpoint, batches, only_routers, compute, root, asked.neurons
+        batches = shared(
+            [
+                (number, batch)
+                for number, part in enumerate(parts.values())
+                for batch in part.batches(compute.batch_size, compute.device, compute.batch_tokens)
+            ]
         )
-        groups = [collection.of_group(number) for number in range(len(parts))]
-        collect.save_statistics(collect.added(groups), folder)
-        if tokens.groups:
-            collect.save_groups(dict(zip(parts, groups, strict=True)), folder)
+        journals = [folder / f"journal.{index}" for index in range(processes.number())]
+        for other in set(folder.glob("journal.*")) - set(journals):  # of more processes
+            shutil.rmtree(other, ignore_errors=True)
+        of = {"batches": _shapes(batches), "processes": len(journals)}
+        journal = Journal(journals[processes.index()], compute.journal_seconds, of)
+        collect_profile(
+            checkpoint, batches, only_routers, compute, journal.spilled, asked.neurons, journal
+        )
+        processes.wait()
+        if processes.is_main():
+            _finish(folder, journals, list(parts) if tokens.groups else [])
 
     collected = "routers" if only_routers else "neurons" if asked.neurons else None
     also = {"statistics": collected} if collected else {}
-    return replace(store.get("profile", identity | also, make), key=key)
+    return replace(store.get("profile", identity | also, make, together=True), key=key)
+
+
+def shared(batches: Batches) -> Batches:
+    """This process's part of the batches: each has about as many tokens."""
+    number = processes.number()
+    loads, parts = [0] * number, [list[int]() for _ in range(number)]
+    sizes = [batch["input_ids"].numel() for _, batch in batches]
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        least = loads.index(min(loads))
+        loads[least] += sizes[place]
+        parts[least].append(place)
+    if max(loads) > UNEVEN * sum(loads) / number and processes.is_main():
+        logger.info(
+            "%d processes share %d batches of %d tokens, of which one gets %d: smaller ones share "
+            "better (compute.batch_size, compute.batch_tokens)",
+            number, len(batches), sum(loads), max(loads),
+        )  # fmt: skip
+    return [batches[place] for place in sorted(parts[processes.index()])]
+
+
+def _shapes(batches: Batches) -> list[list[int]]:
+    """Of each batch: its group, and how many samples and tokens of each it has."""
+    return [[group, *batch["input_ids"].shape] for group, batch in batches]
 
 
 def collect_profile(
@@ -91,37 +130,120 @@ def collect_profile(
     compute: Compute,
     folder: Path,
     neurons: bool = False,
+    journal: Journal | None = None,
 ) -> Collection:
     """The statistics of all batches, each with its group's number before it.
 
     neurons: those of hidden units, too. folder: for hidden states that outgrow
-    compute.cache_gib, where it goes layer by layer.
+    compute.cache_gib, where it goes layer by layer. journal: goes on where a killed attempt was;
+    complete sums are in it, and not in what is returned.
     """
     dtype = computing_dtype(checkpoint)
     size = num_parameters(meta_model(checkpoint.config)) * dtype.itemsize
     if not compute.goes_layerwise(size):
         model = checkpoint.load(compute.device)
-        return collect.collect_by_group(model, progress(batches, "profile"), only_routers, neurons)
-    cache = Activations(int(compute.cache_gib * 2**30), folder, compute.device)
+        with collect.collecting(model, only_routers, neurons) as collection:
+            _whole(model, collection, batches, journal)
+        return collection
+    limit, on_device = int(compute.cache_gib * 2**30), compute.device_cache()
+    cache = Activations(limit, folder, compute.device, on_device)
     layerwise = LayerwiseModel(checkpoint, compute.device)
     stream = LayerStream(layerwise, (batch for _, batch in batches), cache)
-    return _layer_by_layer(stream, [group for group, _ in batches], only_routers, neurons)
+    with collect.collecting(stream.model, only_routers, neurons) as collection:
+        if batches:
+            _layer_by_layer(stream, collection, [group for group, _ in batches], journal)
+    return collection
+
+
+def _whole(model: Model, collection: Collection, batches: Batches, journal: Journal | None) -> None:
+    """Batch after batch through the whole model."""
+    done = journal.resume(collection, len(batches)) if journal else Progress()
+    first = max(done.counted.values(), default=0)
+    for number, (group, batch) in enumerate(progress(batches, "profile")):
+        if number < first:
+            continue
+        with stopping.hold():
+            collect.collect_batch(collection, model, batch, group)
+            done.counted = dict.fromkeys(collection.layers, number + 1)
+        if number + 1 == len(batches):
+            collection.check_finite()  # before a save says that all is done
+        if journal:
+            journal.offer(done, collection)
+    if journal:
+        for index in collection.layers:
+            journal.keep(collection.take(index), len(batches))
+        journal.close(done)
 
 
 def _layer_by_layer(
-    stream: LayerStream, groups: Sequence[int], only_routers: bool, neurons: bool
-) -> Collection:
+    stream: LayerStream, collection: Collection, groups: Sequence[int], journal: Journal | None
+) -> None:
     """Decoder layer after decoder layer over all batches; the cached states advance with it."""
     stream.cache.announce({"hidden states": stream.state_bytes()})
-    with collect.collecting(stream.model, only_routers, neurons) as collection:
-        for index in progress(range(max(stream.moe) + 1), "profile, layer by layer"):
-            with stream.layer(index):
-                for number, group in enumerate(groups):
-                    with collection.batch(stream.valid[number], group):
-                        hidden = stream.replay(index, number, stream.cache["input", number])
-                        stream.cache["input", number] = hidden
-            collection.check_finite(index)
-    return collection
+    number, last = len(groups), max(stream.moe)
+    done = journal.resume(collection, number, stream) if journal else Progress([0] * number)
+    for index in progress(range(last + 1), "profile, layer by layer"):
+        batches = [batch for batch, at in enumerate(done.at) if at == index]
+        if not batches:
+            continue
+        counted = done.counted.get(index, 0)
+        with stream.layer(index, then=_next(done, index, last)):
+            for batch in batches:
+                with stopping.hold():
+                    counts = index in stream.moe and batch >= counted
+                    _through_layer(stream, collection, index, batch, groups[batch], counts)
+                    done.at[batch] = index + 1
+                    if index in stream.moe:
+                        done.counted[index] = max(counted, batch + 1)
+                if batch == batches[-1]:
+                    collection.check_finite(index)  # before a save says that it is done
+                    if journal:
+                        journal.keep(collection.take(index), done.counted.get(index, 0))
+                if journal:
+                    journal.offer(done, collection, stream)
+    if journal:
+        journal.close(done)
+
+
+def _through_layer(
+    stream: LayerStream, collection: Collection, index: int, batch: int, group: int, counts: bool
+) -> None:
+    """One batch's hidden state through a layer, which is open; counts: into the statistics."""
+    with collection.batch(stream.valid[batch], group, counts):
+        hidden = stream.replay(index, batch, stream.cache["input", batch])
+        stream.cache["input", batch] = hidden
+
+
+def _next(done: Progress, index: int, last: int) -> int | None:
+    """The decoder layer that is needed behind this one; None behind the last."""
+    return min((max(at, index + 1) for at in done.at if max(at, index + 1) <= last), default=None)
+
+
+def _finish(folder: Path, journals: Sequence[Path], groups: Sequence[str]) -> None:
+    """Write the result out of the journals, which go: the list of layers, written last, ends it."""
+    parts = {name: statistics(journals, number) for number, name in enumerate(groups)}
+    if groups:
+        collect.save_groups(parts, folder)
+    collect.save_statistics(statistics(journals), folder)
+    for file in folder.rglob("*"):
+        flush(file)
+    for journal in folder.glob("journal.*"):
+        shutil.rmtree(journal)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `_finish` came to its end here; the store did not, or nobody would ask."""
+    if not (folder / LAYERS).is_file():
+        return False
+    try:
+        for layer in json.loads((folder / LAYERS).read_text()):
+            with safe_open(folder / f"layer_{layer['index']:03d}.safetensors", "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    for journal in folder.glob("journal.*"):
+        shutil.rmtree(journal, ignore_errors=True)
+    return True
 
 
 def write_usage(profiled: Artifact, folder: Path) -> None:

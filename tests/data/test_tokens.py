@@ -92,3 +92,12 @@ def test_fingerprints_know_the_groups(labelled: Path, tokenizer: Any) -> None:
         files(labelled, group_by=name).tokens(tokenizer).fingerprint for name in ("subject", "year")
     ]
     assert len({plain, *by}) == 3
+
+
+def test_batches_keep_to_a_number_of_tokens() -> None:
+    lengths = [3, 1, 40, 4, 4, 2, 9, 10]
+    tokens = Tokens(tuple(tuple(range(3, 3 + length)) for length in lengths), pad_id=0)
+    shapes = [tuple(batch["input_ids"].shape) for batch in tokens.batches(3, num_tokens=16)]
+    assert shapes == [(3, 3), (2, 4), (1, 9), (1, 10), (1, 40)]
+    assert [len(batch["input_ids"]) for batch in tokens.batches(3)] == [3, 3, 2]
+    assert tokens.batches(3, num_tokens=16)[-1]["attention_mask"].all(), "a long one is alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -120,3 +121,68 @@ def test_a_reference_in_its_original_layout_needs_no_conversion(tmp_path: Path) 
             on_disk |= {key: opened.get_tensor(key) for key in opened.offset_keys()}
     for layer in layers:
         assert torch.equal(layer.router.weight, on_disk[f"{layer.info.name}.gate.weight"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_a_layer_that_is_read_ahead_is_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    plain, ahead = (LayerwiseModel(Checkpoint(tmp_path)) for _ in range(2))
+    filled: list[tuple[int | None, bool]] = []
+    fill = LayerwiseModel._fill
+
+    def noted(self: LayerwiseModel, part: int | None) -> None:
+        filled.append((part, threading.current_thread() is threading.main_thread()))
+        fill(self, part)
+
+    monkeypatch.setattr(LayerwiseModel, "_fill", noted)
+    for index in range(4):
+        with plain.layer(index) as one, ahead.layer(index, index + 1 if index < 3 else None) as two:
+            values = zip(one.state_dict().items(), two.state_dict().items(), strict=True)
+            assert all(name == same and torch.equal(a, b) for (name, a), (same, b) in values)
+            assert not any(p.requires_grad for p in two.parameters())
+        in_memory = [place for place in range(4) if not is_empty(ahead.layers[place])]
+        assert in_memory == ([index + 1] if index < 3 else []), "this one and the next at most"
+    assert [part for part, _ in filled].count(0) == 2
+    assert sorted(part for part, is_main in filled if not is_main) == [1, 2, 3]
+
+
+def test_another_layer_than_was_read_ahead(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    model = LayerwiseModel(Checkpoint(tmp_path))
+    with model.layer(0, then=1):
+        pass
+    with model.layer(2):
+        assert is_empty(model.layers[1])
+    assert all(map(is_empty, model.layers))
+
+
+def test_nothing_is_read_ahead_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    model = LayerwiseModel(Checkpoint(tmp_path))
+    size = sum(p.nbytes for p in model.layers[1].parameters())
+    for free, is_ahead in ((int(2.5 * size) - 1, False), (int(2.5 * size), True)):
+        monkeypatch.setattr("moe_lab.models.layerwise.free_memory", lambda device, free=free: free)
+        with caplog.at_level("INFO"), model.layer(0, then=1):
+            pass
+        assert is_empty(model.layers[1]) != is_ahead
+    assert "decoder layers are read one after the other" in caplog.text
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = LayerwiseModel(Checkpoint(tmp_path))
+    with model.layer(1, then=2):
+        pass
+    with pytest.raises(UserError, match="lacks tensors of layer 2"), model.layer(2):
+        pass
+    with model.layer(0, then=1):
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError), model.layer(1):
+        pass

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import EACH_FAMILY, logits_of, tiny_batch, tiny_model
-from running import Outcome
+from running import EditedModel
 from stand_ins import GROUPS, KEPT, merged, replaced, slow_expert
 from torch import Tensor, nn
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         recipe.check_model(model.config, [info])
 
 
-def test_whole_jobs(job: Callable[..., Outcome]) -> None:
+def test_whole_jobs(job: Callable[..., EditedModel]) -> None:
     held_out = ["eval=perplexity", "eval.held_out.num_samples=4", "eval.held_out.max_length=24"]
     seer = ["finetune=seer", "finetune.top_k=1", "finetune.phases.lm.data.num_samples=8",
             "finetune.phases.lm.validation=null"]  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from edited_models import applied, condense, drop, edited, in_fresh_process, prune
 from families import tiny_model
 from real_models import REAL, shrunk, write_tiny
-from running import Outcome
+from running import EditedModel
 from transformers import AutoConfig
 
 from moe_lab.methods.condense.method import Condense
@@ -156,7 +156,7 @@ def test_nothing_is_left_out_in_silence() -> None:
 def test_a_run_says_so_before_it_begins_and_works_with_what_it_made(
     tmp_path: Path,
     tokenizer: Any,
-    job: Callable[..., Outcome],
+    job: Callable[..., EditedModel],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", logger="moe_lab.stages.checks")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Plan:
     layer_divergence: tuple[float, ...] = ()
     searched: tuple[Edit, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def edited(self) -> tuple[Edit, ...]:
         """The edits that change something."""
@@ -85,11 +85,8 @@ class Plan:
         Edits of kinds that are not known become `UnknownEdit`s, which cannot be carried out.
         """
         values = json.loads(path.read_text())
-        tensors = {}
-        if path.with_suffix(".safetensors").is_file():
-            from safetensors.torch import load_file
-
-            tensors = load_file(path.with_suffix(".safetensors"))
+        beside = path.with_suffix(".safetensors")
+        tensors = TensorsInFile(beside) if beside.is_file() else {}
         return cls(
             edits=tuple(read_edit(row) for row in values.pop("layers")),
             searched=tuple(read_edit(row) for row in values.pop("searched")),
@@ -98,6 +95,38 @@ class Plan:
             notes=values,
             tensors=tensors,
         )
+
+
+class TensorsInFile(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    Those of a plan may be as large as the model.
+    """
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self._names = sorted(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 @dataclass(frozen=True)
@@ -191,42 +220,54 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
     _carry_out(model, plan.edited(), lambda edit, at: edit.apply(at, plan.tensors))
 
 
+def apply_chain(model: PreTrainedModel, layer: MoELayer, chain: Chain, plan: Plan) -> None:
+    """Carry out a plan's edits of one layer, whose weights alone need to be there, in place.
+
+    A decoder layer that is to be removed stays, and keeps its number.
+    """
+    _carry_out_chain(model, layer, chain, lambda edit, at: edit.apply(at, plan.tensors))
+
+
 def restructure_model(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
     """Give a model, which needs no weights, the structure that the edits leave, in place."""
     edited = [edit for edit in edits if edit.changes]
     _carry_out(model, edited, lambda edit, at: edit.restructure(at, {}))
 
 
-def _carry_out(
-    model: PreTrainedModel,
-    edits: Iterable[Edit],
-    step: Callable[[Edit, MoELayer | nn.Module], nn.Module],
-) -> None:
-    import torch
+Step = Callable[[Edit, "MoELayer | nn.Module"], "nn.Module"]
 
+
+def _carry_out(model: PreTrainedModel, edits: Iterable[Edit], step: Step) -> None:
     from moe_lab.models.depth import drop_decoders
-    from moe_lab.models.editing import set_block
-    from moe_lab.models.layers import decoders_path, moe_layers, standing_at
+    from moe_lab.models.layers import decoders_path, moe_layers
     from moe_lab.models.narrowing import fit_implementation
 
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     removed: dict[int, str] = {}
     for chain in chains_of(edits):
-        index = chain.index
-        if index not in layers:
+        if chain.index not in layers:
             raise UserError(
-                f"the plan edits layer {index}, which is no MoE layer of this model; its MoE "
+                f"the plan edits layer {chain.index}, which is no MoE layer of this model; its MoE "
                 f"layers are {sorted(layers)}"
             )
-        name = layers[index].info.name
-        standing: Standing = layers[index]
-        for number, edit in enumerate(chain.edits):
-            if number:
-                standing = standing_at(model, name)
-            with torch.no_grad():
-                set_block(model, name, step(edit, standing))
-            if edit.removes_decoder:
-                removed[index] = name
+        _carry_out_chain(model, layers[chain.index], chain, step)
+        if chain.removes_decoder:
+            removed[chain.index] = layers[chain.index].info.name
     fit_implementation(model)
     if removed:
         drop_decoders(model, decoders_path(next(iter(removed.values()))), removed)
+
+
+def _carry_out_chain(model: PreTrainedModel, layer: MoELayer, chain: Chain, step: Step) -> None:
+    import torch
+
+    from moe_lab.models.editing import set_block
+    from moe_lab.models.layers import standing_at
+
+    name = layer.info.name
+    standing: Standing = layer
+    for number, edit in enumerate(chain.edits):
+        if number:
+            standing = standing_at(model, name)
+        with torch.no_grad():
+            set_block(model, name, step(edit, standing))

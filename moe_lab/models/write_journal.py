@@ -1,0 +1,126 @@
+"""How far a checkpoint that is being written has come: noted, and checked on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lab.integrity import PARTIAL, flush
+from moe_lab.models.layerwise import LayerSource
+from moe_lab.models.reading_back import FewTokens
+from moe_lab.models.stream import check_state
+from moe_lab.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class WriteJournal:
+    """What is done of a checkpoint that is being written, in a file that is there whole or not.
+
+    done: the names of finished files; next_layer: the decoder layer that the few tokens come to,
+    and hidden, what it gets of them: None where nothing was noted. They are those of an attempt at
+    the very same files. path: None, and nothing is noted.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path, self.digest = path, ""
+        self.done: list[str] = []
+        self.next_layer = 0
+        self.hidden: Tensor | None = None
+
+    def of(self, digest: str) -> None:
+        """Read what was noted of these files by an earlier attempt, if there is something."""
+        self.digest = digest
+        if self.path is None:
+            return
+        try:
+            with safe_open(self.path, "pt") as file:
+                noted = json.loads(file.metadata()["written"])
+                hidden = file.get_tensor("hidden")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return
+        if noted["digest"] == digest:
+            self.done, self.next_layer = noted["done"], noted["next_layer"]
+            self.hidden = hidden if hidden.numel() else None
+            logger.info("compressing goes on: %d files are written", len(self.done))
+
+    def note(self, done: Iterable[str], replay: Replay) -> None:
+        """Note what is done by now."""
+        if self.path is None:
+            return
+        noted = {"digest": self.digest, "done": sorted(done), "next_layer": replay.next_layer}
+        hidden = replay.hidden if replay.resumable else torch.empty(0)
+        partial = self.path.with_name(self.path.name + PARTIAL)
+        save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})
+        flush(partial)
+        os.replace(partial, self.path)
+
+    def remove(self) -> None:
+        """Forget all, when the checkpoint is whole."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+class Replay:
+    """The few tokens on their way through the edited layers, from where an attempt broke off.
+
+    checked: through which ones, all where layers hand on more than the hidden state.
+    """
+
+    def __init__(
+        self,
+        source: LayerSource,
+        numbers: Collection[int],
+        compared: Sequence[int],
+        journal: WriteJournal,
+    ):
+        self.few: FewTokens | None = None
+        self.next_layer = 0
+        try:
+            self.few = FewTokens(source)
+        except UserError as error:
+            logger.info("%s", error)
+        if self.few and self.few.hands_on and 0 not in numbers:
+            self.few = None  # what the first layer hands on would be missing
+        self.checked = list(numbers if self.few and self.few.hands_on else compared)
+        if self.few is None:
+            self.next_layer = len(source.layers)
+        elif self.resumable and journal.hidden is not None:
+            self.next_layer, self.few.hidden = journal.next_layer, journal.hidden
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the hidden state is all that the next layer gets."""
+        return self.few is not None and not self.few.hands_on
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the next layer gets."""
+        assert self.few is not None
+        return self.few.hidden
+
+    def awaits(self, index: int) -> bool:
+        """Whether the tokens go through a decoder layer, and are not behind it."""
+        return self.few is not None and index in self.checked and index >= self.next_layer
+
+    def through(self, index: int) -> None:
+        """Through a decoder layer, which is open, if the tokens go there.
+
+        NotFinite where what comes out of it is not finite.
+        """
+        if self.few is not None and self.awaits(index):
+            self.few.through(index)
+            check_state(self.few.hidden, index)
+            self.next_layer = index + 1
+
+    def logits(self) -> Tensor | None:
+        """The edited model's logits, behind all layers; None where they cannot be had."""
+        return self.few.logits() if self.few is not None else None
