@@ -36,9 +36,9 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
 def main(config: DictConfig) -> worker.Objectives | None:
     """One job: the pipeline, then its report, whatever happened; what a sweeper optimises of it."""
-    with worker.stopped_alone() as given:
-        given.objectives = _job(config)
-    return given.objectives
+    with worker.stopped_alone() as offered:
+        offered.objectives = _job(config)
+    return offered.objectives
 
 
 def _job(config: DictConfig) -> worker.Objectives | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from moe_lab.runs import options, refusals
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-OPTIONS = [(str(path.parent), path.stem) for path in FILES if path.parent.name]
+OPTIONS = [
+    (str(path.parent), path.stem) for path in FILES if path.parent.name and path.parts[0] != "hydra"
+]
+LAUNCHERS = [path.stem for path in FILES if path.parent == Path("hydra/launcher")]
 GROUPS = sorted({group for group, _ in OPTIONS})
 # Folders of conf/ of which each file names a file of code; "none" needs no code there.
 MIRRORED = {
@@ -75,6 +79,15 @@ def test_composes_and_instantiates(group: str, option: str, composed: Compose) -
     code = {"none": 0} if group in ("finetune", "eval", "measure", "diagnose") else {}
     expected = 0 if group in ("model", "condense") else code.get(option, 1)
     assert len(parts[group]) == expected
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_are_the_plugins_own_with_other_numbers(name: str, composed: Compose) -> None:
+    plugin = name.removeprefix("lab_")
+    ours, theirs = (composed(f"hydra/launcher={one}").hydra.launcher for one in (name, plugin))
+    assert plugin != name, "a plugin's own name would be both, and is warned of"
+    assert ours._target_ == theirs._target_ and ours != theirs
+    assert set(ours) == set(theirs)
 
 
 @pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "model"])

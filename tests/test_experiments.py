@@ -888,6 +888,41 @@ def test_the_table_at_a_sweep_s_end(
     assert all(VALUE.fullmatch(value) for value in asked_for["values"] or ())
 
 
+# --------------------------------------------------------------------------- studies
+
+
+def test_every_choice_of_the_study_composes(composed: Compose) -> None:
+    config = composed("+pareto=study")
+    directions = list(config.hydra.sweeper.direction)
+    assert len(config.objectives) == len(directions) == 2
+    params = config.hydra.sweeper.params
+    values = {
+        key: re.fullmatch(r"choice\((.*)\)", value)[1].split(",") for key, value in params.items()
+    }
+    every = {key: [f"{key}={value}" for value in some] for key, some in values.items()}
+    for job in jobs(every):
+        checked(composed("+pareto=study", *job))
+    number = math.prod(map(len, every.values()))
+    assert number == 2 * 4 * 2 * 6, "experiments/pareto/README.md counts them"
+
+
+def test_the_study_s_front_is_that_of_its_table() -> None:
+    folder = ROOT / "experiments" / "pareto"
+    table = (folder / "study" / "tiny_deepseek.md").read_text().split("\n\n")[0]
+    tried = {}
+    for line in table.splitlines()[2:]:
+        method, metric, ratio, _, kl, size = (one.strip(" *") for one in line[1:-1].split("|"))
+        told = ", ".join(one for one in (method, metric, ratio) if one != "none")
+        tried[told, kl] = float(size.split()[0])
+    best = {
+        size: min((float(kl), told) for (told, kl), other in tried.items() if other == size)
+        for size in tried.values()
+    }
+    readme = (folder / "README.md").read_text()
+    rows = re.findall(r"^\| ([\d.]+) MB \| (.*) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert {float(size): (float(kl), told) for size, told, kl in rows} == best
+
+
 # --------------------------------------------------------------------------- run.py
 
 
@@ -897,6 +932,7 @@ def test_help_lists_the_tables() -> None:
     tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
+    tables["pareto"] = ["study"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments

@@ -35,6 +35,7 @@ OF_NO_MODULE = {
     "test_config.py": "conf/",
     "test_docs.py": "docs/, README.md and the like",
     "test_experiments.py": "experiments/",
+    "test_launchers.py": "the launchers of docs/sweeps.md, in whole sweeps",
     "test_extending.py": "code from outside the package",
     "test_options_page.py": "docs/options.md and the help",
     "test_models_page.py": "docs/models.md",
@@ -129,7 +130,7 @@ def test_faces_are_short() -> None:
 
 def test_every_group_of_options_has_its_room() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups == HOMES.keys()
+    assert groups - {"hydra"} == HOMES.keys()
     for group, home in HOMES.items():
         path = ROOT / "moe_lab" / home.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{group} has no room {home}"

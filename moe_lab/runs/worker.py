@@ -35,7 +35,7 @@ _state = _State()
 
 
 @dataclass
-class Given:
+class Offered:
     """What a job gives to its sweeper; None where it gives nothing, or was stopped."""
 
     objectives: Objectives | None = None
@@ -55,13 +55,13 @@ def enter() -> None:
 
 
 @contextmanager
-def stopped_alone() -> Iterator[Given]:
+def stopped_alone() -> Iterator[Offered]:
     """In a launcher's process, where the job within is stopped, others save what they have, too.
 
     submitit's warning queues the job again, and the process ends. Otherwise the launcher is told
     nothing (joblib would kill the others at once): the job's report says what happened.
     """
-    given = Given()
+    given = Offered()
     try:
         yield given
     except KeyboardInterrupt:
@@ -108,7 +108,7 @@ def _locks(folder: Path) -> list[Path]:
 def wait_for_others(folder: Path) -> None:
     """Wait while jobs of a sweep run, as where a launcher gave up at the first that was lost."""
     if number := running(folder):
-        print(f"waiting for {number} jobs that still run", flush=True)
+        print(f"waiting for jobs that still run: {number}", flush=True)
     while running(folder):
         time.sleep(LOOK)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.errors import MissingConfigException
 
 from moe_lab.runs.refusals import check_words, refusal
 from moe_lab.types import UserError
@@ -54,6 +55,7 @@ def test_broken_yaml_in_one_line(tmp_path: Path) -> None:
         ("metric=null", "a group was given null"),
         ("a.b=1", "a is no option; there are model"),
         ("method=prunes", "Could not find 'method/prunes'"),
+        ("hydra/launcher=jobs", "Could not find 'hydra/launcher/jobs'"),
         ("hydra.job.chdir=perhaps", "not a valid bool"),
     ],
 )
@@ -61,6 +63,19 @@ def test_what_hydra_refuses(word: str, told: str, composed: Callable[..., Any]) 
     with pytest.raises(Exception) as caught:
         composed(word)
     assert told in str(refusal(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("message", "extra"),
+    [
+        ("In 'hydra/launcher/lab_joblib': Could not load 'hydra/launcher/joblib'.", "joblib"),
+        ("In 'hydra/config': Could not find 'hydra/launcher/submitit_slurm'\n\nbasic", "slurm"),
+        ("In 'hydra/launcher/lab_ray': Could not load 'hydra/launcher/ray'.", "ray"),
+    ],
+)
+def test_a_launcher_that_is_not_installed(message: str, extra: str) -> None:
+    told = refusal(MissingConfigException(message, None))
+    assert told and f"pip install 'moe_lab[{extra}]'" in told
 
 
 def test_a_reference_that_leads_nowhere_names_its_option(composed: Callable[..., Any]) -> None:

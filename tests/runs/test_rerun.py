@@ -11,7 +11,9 @@ import pytest
 from made_up_runs import REAP, Command, Process, start, tell, write_sweep
 from running import ROOT
 
+from moe_lab.runs import rerun
 from moe_lab.runs.quoting import override
+from moe_lab.types import UserError
 
 
 def fail(folder: Path, number: int, cwd: Path) -> None:
@@ -110,6 +112,9 @@ def test_folders_are_told_as_hydra_reads_them(place: Path, name: str) -> None:
         "method._target_=os.system", "+x={_target_:os.system}", "hydra.launcher._target_=a.b",
         "hydra.searchpath=[file:///else]", "+hydra.callbacks.a._target_=os.system",
         "hydra.job.env_set.LD_PRELOAD=/x.so", "++hydra.job_logging.handlers.a=b",
+        "hydra.launcher.setup=[evil.sh]", "+hydra.launcher.additional_parameters.prolog=/evil",
+        "hydra.launcher.ray.init.address=else:1", "hydra.launcher.submitit_folder=/else",
+        "hydra.launcher={partition:a}",
     ],
 )  # fmt: skip
 def test_words_that_could_name_code_are_not_passed_on(
@@ -122,6 +127,14 @@ def test_words_that_could_name_code_are_not_passed_on(
         code, _, complaints = command(place / folder, "--rerun")
         assert code == 2 and repr(word) in complaints and "give it yourself" in complaints
     assert process.asked == []
+
+
+def test_a_launcher_and_what_its_jobs_are_given_are_passed_on(place: Path) -> None:
+    words = ["hydra/launcher=lab_submitit_slurm", "hydra.launcher.n_jobs=4"]
+    words += ["hydra.launcher.partition=gpu", "hydra.launcher.ray.remote.num_gpus=1"]
+    rerun.check_recorded(words, place / "sweep.json", place)
+    with pytest.raises(UserError, match="can name code"):  # a line of its own in sbatch's script
+        rerun.check_recorded([f"{words[2]}\nevil.sh"], place / "sweep.json", place)
 
 
 @pytest.mark.parametrize("words", [["--config-dir", "mine"], ["--config-dir=mine"]])
