@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.free_memory import free_memory
-from moe_lab.models.layers import decoders_path, module_list, moe_layers
+from moe_lab.models.layers import decoders_path, module_list, moe_layers, num_parameters
 from moe_lab.models.narrowing import fit_implementation
-from moe_lab.models.opening import empty_model, no_bars
+from moe_lab.models.opening import empty_model, no_bars, text_config
 from moe_lab.models.quantised import conversions, quantizer_of
 from moe_lab.models.stored import held_by, model_names
 from moe_lab.models.uneven import load_tensors
@@ -173,6 +174,37 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _bytes_of(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, in parameters: its largest decoder layer, and all that is in none.
+
+    widest: of the matrices of a decoder layer that are no routed expert's, the longest side.
+    eager_heads: of attention, where it is computed as a matrix of positions by positions.
+    """
+
+    layer: int
+    outside: int
+    widest: int
+    eager_heads: int
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """The sizes of a model, which may be without weights."""
+    layers = decoder_layers(model)[1]
+    routed = {id(p) for one in moe_layers(model) for p in one.experts.parameters()}
+    parts = [list(layer.parameters()) for layer in layers]
+    plain = [p for part in parts for p in part if p.dim() > 1 and id(p) not in routed]
+    largest = [sum(p.numel() for p in part) for part in parts]
+    config = text_config(model.config)
+    is_eager = model.config._attn_implementation == "eager"
+    return Sizes(
+        layer=max(largest),
+        outside=num_parameters(model) - sum(largest),
+        widest=max((max(p.shape) for p in plain), default=0),
+        eager_heads=getattr(config, "num_attention_heads", 0) if is_eager else 0,
+    )
 
 
 def _non_persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
