@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_lab import stopping
+from moe_lab import launching, processes, stopping
 
 if __name__ == "__main__":
+    launching.start_missing()
     stopping.install()  # before what takes long to import
+    if not processes.speaks():  # the main process says it
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the process's end
 
 try:
     import hydra
@@ -54,14 +57,14 @@ def main(config: DictConfig) -> None:
         stopping.check()
 
         parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
-        pipeline.pipeline(description.config, parts, report, description.folder, tracker.log_curve)
+        with job.workplace(description.folder) as folder:
+            pipeline.pipeline(description.config, parts, report, folder, tracker.log_curve)
 
     exit_codes.append(job.run(description, tracker, work))
 
 
-if __name__ == "__main__":
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
-    os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
+def run_all() -> int:
+    """The job, or all of a sweep, and how it ended: the exit code."""
     try:
         refusals.check_words(sys.argv)
         main()
@@ -70,11 +73,24 @@ if __name__ == "__main__":
     except KeyboardInterrupt as stop:
         print(f"stopped by {stopping.name_of(stop)}; finished stages are kept", file=sys.stderr)
         print(sweep.how_to_go_on(), file=sys.stderr)
-        sys.exit(stopping.exit_code(stop))
+        return stopping.exit_code(stop)
     except Exception as error:
         message = refusals.refusal(error)
         if message is None:
+            sys.stderr = sys.__stderr__
             raise
         print(message, file=sys.stderr)
-        sys.exit(refusals.USER_MISTAKE)
-    sys.exit(max(exit_codes, default=0))
+        return refusals.USER_MISTAKE
+    return max(exit_codes, default=0)
+
+
+if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us, to be told without traceback
+    os.environ["MOE_LAB_ROOT"] = str(Path(__file__).resolve().parent)  # of experiments/
+    if not processes.speaks():
+        sys.argv.append("hydra.output_subdir=null")
+    try:
+        code = run_all()
+    finally:
+        processes.leave()
+    sys.exit(code)

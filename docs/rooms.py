@@ -25,6 +25,8 @@ GROUND = {
     "progress": "progress bars, and times in words",
     "stopping": "signals that stop a run",
     "processes": "several processes that share one run",
+    "launching": "starting the processes that a launcher leaves out",
+    "locks": "one process at a time, on one machine or many",
     "console": "the terminal, where nothing of a user's is markup",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
@@ -78,7 +80,8 @@ LIBRARIES = {
     "transformers.modeling_utils": ("models.fitting", "models.layerwise", "models.uneven"),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
-    "accelerate": ("finetune", "profile.collect", "processes"),
+    "accelerate": ("profile.collect", "processes", "launching"),
+    "filelock": ("locks",),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),
     "rich.markup": (),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from moe_lab import processes
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.provenance import processor
 from moe_lab.types import UserError
 
+SHARDINGS = ("none", "fsdp")
 PROFILES = ("all", "routers")
 
 
@@ -61,6 +63,15 @@ class Compute(Plugin):
         ),
     ] = "auto"
 
+    sharding: Annotated[
+        str,
+        Option(
+            "how several processes fine-tune: none, each with the whole model; fsdp, with a part "
+            "of each decoder layer, its gradients and the optimizer's state (PyTorch's FSDP2)",
+            among=SHARDINGS,
+        ),
+    ] = "none"
+
     def start(self) -> Compute:
         """The same with the device chosen and the number of threads set; UserError if not there."""
         import torch
@@ -76,6 +87,8 @@ class Compute(Plugin):
                 f"compute.device={self.device} is not available here; there is "
                 f"{', '.join(there)}, or auto"
             )
+        if processes.number() > 1:
+            device = _of_this_process(device, self.device, len(cards))
         return replace(self, device=device)
 
     def goes_layerwise(self, weights: int) -> bool:
@@ -121,4 +134,23 @@ class Compute(Plugin):
 
         memory = psutil.virtual_memory().total / 2**30
         told = f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
-        return f"{told}; {self.machine()}" if self.device.startswith("cuda") else told
+        told = f"{told}; {self.machine()}" if self.device.startswith("cuda") else told
+        several = processes.number() > 1
+        return f"{told}; {processes.number()} processes" if several else told
+
+
+def _of_this_process(device: str, asked: str, num_cards: int) -> str:
+    """The device of one of several processes: each has a card of its own, or all are on the CPU."""
+    if device == "cpu" or processes.on_cpu():
+        return "cpu"
+    if asked not in ("auto", "cuda"):
+        raise UserError(
+            f"compute.device={asked}: {processes.number()} processes were started, and each takes "
+            "a GPU of its own: compute.device=auto, or cpu for all of them"
+        )
+    if (card := processes.of_machine()) >= num_cards:
+        raise UserError(
+            f"more processes were started on this machine than its {num_cards} GPUs: start as many "
+            "as there are GPUs, or set compute.device=cpu"
+        )
+    return f"cuda:{card}"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
 Value = TypeVar("Value")
 
@@ -60,7 +61,7 @@ class Ended(Exception):
 
 @dataclass
 class _State:
-    store: dist.Store | None = None
+    store: Store | None = None
     job: int = 0  # how many jobs of a sweep are over
     alone: int = 0
     open: bool = False
@@ -113,6 +114,25 @@ def alone() -> Iterator[None]:
 def share(values: Sequence[Value]) -> list[Value]:
     """This process's part of a sequence: every number()-th, from its own index on."""
     return list(values[index() :: number()])
+
+
+def join(part: Sequence[Value]) -> list[Value]:
+    """The whole sequence, of which each process gives what it made of its `share`."""
+    parts = gather(list(part))
+    found: list[Any] = [None] * sum(map(len, parts))
+    for place, one in enumerate(parts):
+        found[place :: len(parts)] = one
+    return found
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """What is inside the main process does before the others, which find what it has fetched."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
 
 
 def wait() -> None:
@@ -237,15 +257,16 @@ def _open() -> None:
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
+    from torch.distributed.distributed_c10d import PrefixStore
 
     _meet()
-    cards = torch.cuda.is_available() and not _on_cpu()
+    cards = torch.cuda.is_available() and not on_cpu()
     if not dist.is_initialized():
         if cards:
             torch.cuda.set_device(of_machine() % torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cards else "gloo",
-            store=dist.PrefixStore(f"group{_state.job}", _store()),
+            store=PrefixStore(f"group{_state.job}", _store()),
             rank=index(), world_size=number(), timeout=FOREVER,
         )  # fmt: skip
     PartialState(cpu=not cards)
@@ -261,14 +282,15 @@ def _meet() -> None:
         time.sleep(0.005)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether accelerate's launcher was told to leave the GPUs alone (--cpu)."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """The key-value store of the launcher, or of the main process."""
     if _state.store is None:
-        from torch.distributed import rendezvous
+        from torch.distributed.rendezvous import rendezvous
 
         found = next(rendezvous("env://", index(), number(), timeout=timedelta(minutes=10)))
         _state.store = found[0]

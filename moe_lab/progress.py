@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from moe_lab import stopping
+from moe_lab import processes, stopping
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -20,7 +20,7 @@ def progress(values: Iterable[Value], what: str, total: int | None = None) -> It
     """Pass `values` on while showing how far they are."""
     if total is None and isinstance(values, Sized):
         total = len(values)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and processes.speaks():
         for value in tqdm(values, desc=what, total=total, dynamic_ncols=True, leave=False):
             stopping.check()
             yield value

@@ -24,11 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
-
 from moe_lab import processes
 from moe_lab.files import MODEL_CARD
 from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal
+from moe_lab.locks import locked
 from moe_lab.provenance import commit, versions
 from moe_lab.types import UserError
 
@@ -97,14 +96,14 @@ class Store:
             return artifact
         folder = self.root / kind / key_of(identity)
         if not processes.is_main():
-            return _beside(folder, make, together)
+            return _beside(make, together)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock"), f"{kind}/{folder.name}"):
+        with locked(folder.with_suffix(".lock"), f"{kind}/{folder.name}"):
             artifact = self._find(kind, identity)  # another job may have made it meanwhile
             if artifact is None:
                 artifact = _made(folder, kind, identity, make, together)
             elif together:
-                processes.broadcast(False)
+                processes.broadcast(None)
         return processes.broadcast(artifact)
 
 
@@ -250,7 +249,7 @@ def _made(
     started = time.perf_counter()
     with _disk_full_explained(folder):
         if together:
-            processes.broadcast(True)
+            processes.broadcast(folder)
             make(folder)
             processes.wait()
         else:
@@ -261,9 +260,10 @@ def _made(
     return Artifact(kind, folder.name, folder, cached=False, seconds=seconds)
 
 
-def _beside(folder: Path, make: Callable[[Path], None], together: bool) -> Artifact:
+def _beside(make: Callable[[Path], None], together: bool) -> Artifact:
     """The same in another process, which holds no lock and waits for the main one."""
-    if together and processes.broadcast(False):
+    folder: Path | None = processes.broadcast(None) if together else None
+    if folder is not None:
         with _disk_full_explained(folder):
             make(folder)
             processes.wait()
@@ -306,21 +306,6 @@ def _mark_done(
     }
     write_whole(folder / DONE, json.dumps(record | {SUM: _sum_of(record)}, indent=2) + "\n")
     flush(folder.parent)
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; the kernel frees it when its holder dies."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("waiting for another job that is making %s (%s)", what, path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

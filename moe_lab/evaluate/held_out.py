@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab import processes
 from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
@@ -17,6 +19,7 @@ from moe_lab.models.observing import observe_routers
 from moe_lab.models.predictions import divergence_terms, log_probabilities, next_token_logits
 from moe_lab.models.remapped import RemappedExperts, stand_in_rows
 from moe_lab.models.routers import at_top_k, scoring
+from moe_lab.profile.collect import added
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.progress import progress
 from moe_lab.types import NotFinite
@@ -54,8 +57,11 @@ def compare_held_out(
 
     dense_top_k: experts per token of the dense model, None for as many as it has now. documents:
     the numbers of the batches' rows, which a NotFinite names; None: they are in order.
+    Several processes take every so-manieth batch each, and find the same.
     """
-    divergence, loss, count, rows = 0.0, 0.0, 0, 0
+    divergence, loss, count = 0.0, 0.0, 0
+    sizes = (len(batch["input_ids"]) for batch in batches)
+    first_rows = list(itertools.accumulate(sizes, initial=0))
     routers = {
         layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
         for layer in moe_layers(model)
@@ -64,7 +70,9 @@ def compare_held_out(
     def add(layer: MoELayer, *routed: Tensor) -> None:
         routers[layer.info.index].add_routed(*routed)
 
-    for batch in progress(batches, "evaluate: held-out text"):
+    mine = processes.share(range(len(batches)))
+    for number in progress(mine, "evaluate: held-out text"):
+        batch = batches[number]
         valid = batch["attention_mask"][:, 1:].bool()
         target = batch["input_ids"][:, 1:][valid]
         with observe_routers(model, add, whole=True) as observation:
@@ -77,13 +85,17 @@ def compare_held_out(
         divergence += divergence_terms(p, q).sum(dtype=torch.float64).item()
         loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
         if not math.isfinite(divergence + loss):
-            row = rows + _first_row(valid, p, q)
-            number = row if documents is None else documents[row]
+            row = first_rows[number] + _first_row(valid, p, q)
+            place = row if documents is None else documents[row]
             raise NotFinite(
-                f"the predictions for document {number} of the held-out text are not finite: loss "
+                f"the predictions for document {place} of the held-out text are not finite: loss "
                 f"{number_word(loss)}, divergence from dense {number_word(divergence)}"
             )
-        count, rows = count + len(target), rows + len(valid)
+        count += len(target)
+    parts = processes.gather((divergence, loss, count))
+    divergence, loss, count = (sum(values) for values in zip(*parts, strict=True))
+    heard = [one for one in routers.values() if one.sums]  # none where there was no batch
+    routers = {one.info.index: one for one in added(processes.gather(heard))}
     figures = {"held_out/perplexity": perplexity(loss / count), "kl": divergence / count}
     routed = {
         "layers": list(routers),

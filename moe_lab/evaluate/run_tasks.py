@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_lab import processes
 from moe_lab.data.tokens import Tokenizer
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
@@ -22,7 +23,10 @@ from moe_lab.types import NotFinite
 def run_tasks(
     model: Model, tokenizer: Tokenizer, suite: Suite, folder: Path, batch_size: int
 ) -> dict[str, float]:
-    """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average."""
+    """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average.
+
+    The same in each of several processes, which share the requests (`WatchedLM`).
+    """
     others = others_of(suite.tasks)
     embedded = [name for name in suite.tasks if name not in others]
     local = not others or suite.mirror is not None
@@ -37,12 +41,14 @@ def run_tasks(
         wrapped = WatchedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
         if embedded:
-            write_items(folder, num_items=suite.num_items)
+            if processes.is_main():
+                write_items(folder, num_items=suite.num_items)
+            processes.wait()
             chosen = [config for config in configs(folder) if config["task"] in embedded]
             manager = TaskManager(include_defaults=False)
             results |= _evaluated(simple_evaluate, tasks=chosen, task_manager=manager, **common)
         if others:
-            with harness.data_from(others, suite.mirror):
+            with processes.main_first(), harness.data_from(others, suite.mirror):
                 chosen = harness.load_tasks(others)
             common |= {"limit": suite.limit, "task_manager": harness.manager_of(others)}
             results |= _evaluated(simple_evaluate, tasks=chosen, **common)
@@ -52,12 +58,13 @@ def run_tasks(
 def _evaluated(evaluate: Callable[..., Any], **options: Any) -> dict[str, dict[str, Any]]:
     """Its results by task; NotFinite where a score is a number that is none."""
     try:
-        results: dict[str, dict[str, Any]] = evaluate(**options)["results"]
+        found = evaluate(**options) or {"results": {}}  # lm-eval's for all but the first process
     except OverflowError as error:
         raise NotFinite(
             "a perplexity of the tasks is more than a number can be: the model's loss is far too "
             "large"
         ) from error
+    results: dict[str, dict[str, Any]] = processes.broadcast(found["results"])
     for task, metrics in results.items():
         for name, value in metrics.items():
             if isinstance(value, float) and "stderr" not in name:

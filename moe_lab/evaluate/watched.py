@@ -14,31 +14,39 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from moe_lab import processes
 from moe_lab.finite import number_word
 from moe_lab.types import NotFinite
 
 
 class WatchedLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """Refuses what is not finite: NotFinite names the task and its document."""
+    """Refuses what is not finite: NotFinite names the task and its document.
+
+    Several processes answer a share of the requests each, and have all answers; lm-eval's own way
+    pads their shares and has the figures in one process alone.
+    """
 
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         """The log-likelihoods of continuations."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, **options)
-        _check(requests, [one[0] for one in found])
-        return found
+        mine = processes.share(requests)
+        found: list[tuple[float, bool]] = super().loglikelihood(mine, **options)
+        _check(mine, [one[0] for one in found])
+        return processes.join(found)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **options: Any) -> list[float]:
         """The log-likelihoods of whole texts."""
-        found: list[float] = super().loglikelihood_rolling(requests, **options)
-        _check(requests, found)
-        return found
+        mine = processes.share(requests)
+        found: list[float] = super().loglikelihood_rolling(mine, **options)
+        _check(mine, found)
+        return processes.join(found)
 
     def generate_until(self, requests: Sequence[Any], **options: Any) -> list[str]:
         """Texts that continue prompts, each token from logits that are looked at."""
-        tasks = ", ".join(dict.fromkeys(str(one.task_name) for one in requests))
+        mine = processes.share(requests)
+        tasks = ", ".join(dict.fromkeys(str(one.task_name) for one in mine))
         with _finite_logits(self.model, tasks):
-            found: list[str] = super().generate_until(requests, **options)
-        return found
+            found: list[str] = super().generate_until(mine, **options)
+        return processes.join(found)
 
 
 def _check(requests: Sequence[Any], values: Sequence[float]) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from moe_lab import processes
 from moe_lab.finetune.recipe import Recipe, Trains, check_moe_left
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
 from moe_lab.models.checkpoint import Model, meta_model
@@ -152,7 +152,7 @@ class ExpertDroppingTuning(Tuning):
 
         What is computed again in the backward pass, and validation, are not heard.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.counts:
             self.valid_T = batch["attention_mask"].bool().reshape(-1)
         try:
             return {"loss": next_token_loss(self.model, batch)}
@@ -184,7 +184,7 @@ class ExpertDroppingTuning(Tuning):
         """The mean number of experts alive in a layer, and at a window's end who was dropped."""
         device = next(self.model.parameters()).device
         heard = torch.zeros_like(self.window_NE, device=device)
-        self.window_NE += reduce(heard if self.step_NE is None else self.step_NE, "sum").cpu()
+        self.window_NE += processes.total(heard if self.step_NE is None else self.step_NE).cpu()
         self.step_NE = None
         dropped = {}
         if self.recipe.ends_window(step, num_steps):

@@ -1,45 +1,124 @@
-"""The state of a training on disk, which proves itself: a restart from another one is none."""
+"""The state of a training on disk, which proves itself: a restart from another one is none.
+
+Tensors are written and read one at a time, so that no process holds them all: safetensors' own
+function to write takes all at once, and the file is in its format.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_lab import processes
+from moe_lab.finetune.sharding import whole
 from moe_lab.integrity import PARTIAL, SUM, flush
 
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+UNKNOWN = "0" * 64  # in the place of a sha256
 
-def write_state(tensors: dict[str, Tensor], path: Path) -> None:
-    """Put tensors into a file that is there in full or not at all, with a sum over all of them."""
-    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+def write_state(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put tensors into a file that is there in full or not at all, with a sum over all of them.
+
+    Every process has to call it: what is divided among them is put together, one tensor at a time,
+    in the main one, which writes.
+    """
+    if not processes.is_main():
+        for name in sorted(tensors):
+            whole(tensors[name])
+        return
     partial = path.with_name(f"{path.name}{PARTIAL}")
-    save_file(whole, partial, {SUM: sum_of(whole)})
+    with partial.open("wb") as file:
+        head = _head(tensors, UNKNOWN)
+        file.write(head)
+        told = _write_all(tensors, file)
+        file.seek(0)
+        file.write(_head(tensors, told))
     flush(partial)
     partial.replace(path)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def _head(tensors: Mapping[str, Tensor], told: str) -> bytes:
+    """What stands before the bytes: where each tensor's are, and the sum; as long for every sum."""
+    entries: dict[str, object] = {"__metadata__": {SUM: told}}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(tensors: Mapping[str, Tensor], file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = whole(tensors[name]).detach().contiguous().cpu()
+        _add(digest, name, tensor)
+        file.write(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+class State(Mapping[str, Tensor]):
+    """What `write_state` wrote, each tensor read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self.told = (file.metadata() or {}).get(SUM)
+            self.names = list(file.offset_keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_state(path: Path) -> State:
     """What `write_state` wrote; ValueError where the file is torn, or is not what was written."""
     try:
-        with safe_open(path, "pt") as file:
-            told = (file.metadata() or {}).get(SUM)
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+        state = State(path)
+        told = sum_of(state)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    if told != sum_of(tensors):
+    if state.told != told:
         raise ValueError("it has changed since it was written (another sha256)")
-    return tensors
+    return state
 
 
 def sum_of(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 over names, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(_bytes_of(tensor))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view

@@ -19,8 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_lab import processes
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import IGNORED, Tokens, chunks
+from moe_lab.integrity import PARTIAL
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import num_parameters
@@ -98,21 +100,24 @@ def write_teacher(
 ) -> None:
     """Put a model's distributions over the targets of all texts into a folder.
 
-    Row after row in the order of `distinct`, in files <number>.safetensors of about SHARD_BYTES:
+    Several processes read a part of the samples each. Row after row in the order of
+    `distinct_samples`, in files <number>.safetensors of about SHARD_BYTES:
     the ids [N, K] int32 of the likeliest tokens, and in float32 what `coarsened` gives for them;
     with top_k=None, or as many as there are, log-probabilities [N, V] alone. At temperature T they
     are those of softmax(logits / T), the others' included: from sparse ones of another temperature
     that could not be known.
     """
     text = distinct_samples(texts)
-    parts = [text.take(part) for part in chunks(range(len(text.samples)), compute.batch_size)]
+    numbers = _consecutive(range(len(text.samples)))
+    parts = [text.take(part) for part in chunks(numbers, compute.batch_size)]
     held: list[dict[str, Tensor]] = []
-    first_rows, size = [0], 0
+    counts: list[int] = []  # the rows of each file
+    size = 0
 
     def close() -> None:
         whole = {name: torch.cat([part[name] for part in held]) for name in held[0]}
-        save_file(whole, folder / f"{len(first_rows) - 1}.safetensors")
-        first_rows.append(first_rows[-1] + len(whole[LOG_PROBABILITIES]))
+        save_file(whole, folder / _of_process(processes.index(), len(counts)))
+        counts.append(len(whole[LOG_PROBABILITIES]))
 
     def named(sample: tuple[int, ...]) -> str:
         numbers = (one.samples.index(sample) for one in texts if sample in one.samples)
@@ -127,6 +132,29 @@ def write_teacher(
                 held, size = [], 0
     if held:
         close()
+    every = processes.gather(counts)
+    if processes.is_main():
+        _put_together(every, folder)
+
+
+def _consecutive(samples: range) -> range:
+    """The part of the samples that this process reads: the parts follow each other."""
+    number, index = processes.number(), processes.index()
+    return samples[len(samples) * index // number : len(samples) * (index + 1) // number]
+
+
+def _of_process(index: int, file: int) -> str:
+    return f"of_{index}_{file}.safetensors{PARTIAL}"
+
+
+def _put_together(counts: Sequence[Sequence[int]], folder: Path) -> None:
+    """Name the files of all processes, which have so many rows, as those of one."""
+    first_rows = [0]
+    for index, rows in enumerate(counts):
+        for file, count in enumerate(rows):
+            place = folder / f"{len(first_rows) - 1}.safetensors"
+            (folder / _of_process(index, file)).replace(place)
+            first_rows.append(first_rows[-1] + count)
     write_whole(folder / ROWS, json.dumps(first_rows) + "\n")
 
 

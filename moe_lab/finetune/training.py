@@ -10,21 +10,20 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from moe_lab import stopping
+from moe_lab import processes, stopping
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.files import CURVE, TRAINABLE
+from moe_lab.finetune import sharding
 from moe_lab.finetune.recipe import Phase, Recipe, sources
-from moe_lab.finetune.state import read_state, write_state
+from moe_lab.finetune.state import State, read_state, write_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.finite import number_word
@@ -45,6 +44,8 @@ class Training:
 
     Steps are counted through all phases. A step's gradient is that of the mean loss over all its
     targets, however they are spread over forwards and processes.
+    divided: whether the processes share the decoder layers (compute.sharding). Such a training
+    leaves its state and no model; one that goes on from it alone makes that.
     """
 
     def __init__(
@@ -61,17 +62,18 @@ class Training:
     ):
         self.teacher, self.log = teacher, log
         self.recipe, self.tokens, self.seed, self.folder = recipe, tokens, seed, folder
-        self.processes = PartialState(cpu=compute.device == "cpu")
-        alone = self.processes.num_processes == 1
-        self.device = torch.device(compute.device) if alone else self.processes.device
+        self.device = torch.device(compute.device)
+        self.divided = compute.sharding == "fsdp" and processes.number() > 1
         self.eval_batch_size = compute.batch_size
         whole: Any = model  # transformers' `to` has types that it does not take
-        self.model: Model = whole.to(self.device).requires_grad_(False)
+        self.model: Model = (whole if self.divided else whole.to(self.device)).requires_grad_(False)
         self.tuning = recipe.prepare(model, plan)
-        self.trainable = self.tuning.trainable
-        for parameter in self.trainable.values():
+        for parameter in self.tuning.trainable.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        if self.divided:
+            self.tuning.trainable = sharding.shard(model, self.tuning.trainable, self.device)
+        self.trainable = self.tuning.trainable
         # Experts computed in a sorted loop: eager's backward pass is quadratic in their number.
         model.set_experts_implementation(observing.OBSERVING)
         if recipe.gradient_checkpointing:
@@ -95,10 +97,11 @@ class Training:
             if self.done < first + num_steps:
                 self._run_phase(name, first, state)
             first += num_steps
-        self.tuning.finish()
-        self.model.requires_grad_(False)
+        if not self.divided:
+            self.tuning.finish()
+            self.model.requires_grad_(False)
 
-    def _run_phase(self, name: str, first: int, state: dict[str, Tensor]) -> None:
+    def _run_phase(self, name: str, first: int, state: Mapping[str, Tensor]) -> None:
         phase = self.recipe.phases[name]
         optimizer = self._optimizer(phase)
         if self.done > first:
@@ -107,7 +110,8 @@ class Training:
             self._log({"phase": name, "step": first} | self._validation(name))
         last = first + self.steps_of[name]
         for step in progress(range(self.done, last), f"finetune {name}", last - self.done):
-            with self._whole_step():
+            # A signal waits for the step's end, so that the state it leaves is one of a whole step.
+            with stopping.hold():
                 row = {"phase": name, "step": step + 1}
                 self.tuning.before_step(step, self.num_steps)
                 row |= self._step(name, step - first, optimizer)
@@ -116,28 +120,27 @@ class Training:
                     row |= self._validation(name)
                 self._log(row)
                 self.done = step + 1
-                if self.done % self.save_every == 0 or stopping.asked():
+                ends = self.divided and self.done == self.num_steps
+                if _all_stop() or ends or self.done % self.save_every == 0:
                     self._save(optimizer)
             stopping.check()
 
-    def _whole_step(self) -> contextlib.AbstractContextManager[object]:
-        """A signal waits for the step's end, so that the state it leaves is one of a whole step.
-
-        Not where there are other processes, which may be at another step when it comes to them.
-        """
-        alone = self.processes.num_processes == 1
-        return stopping.hold() if alone else contextlib.nullcontext()
-
     def _optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         # Decay pulls towards 0: right for weights, wrong for vectors of factors around 1.
-        matrices = [p for p in self.trainable.values() if p.dim() > 1]
-        vectors = [p for p in self.trainable.values() if p.dim() <= 1]
         groups = [
-            {"params": matrices, "weight_decay": phase.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": phase.weight_decay if matrices else 0.0}
+            for matrices in (True, False)
+            for divided in (True, False)  # no operation takes both kinds
+            if (parameters := self._trained(matrices, divided))
         ]
-        groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=phase.learning_rate)
+
+    def _trained(self, matrices: bool, divided: bool) -> list[nn.Parameter]:
+        return [
+            parameter
+            for parameter in self.trainable.values()
+            if (parameter.dim() > 1) is matrices and sharding.is_divided(parameter) is divided
+        ]
 
     def _step(self, name: str, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """One update at a step counted from the phase's start; what it was like."""
@@ -151,7 +154,7 @@ class Training:
         }
         for key, value in losses.items():
             self._check(value, f"the {key}", name, rows)
-        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.gradient_clip).item()
+        norm = self._clip()
         self._check(norm, "the norm of the gradient", name, rows)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -183,18 +186,29 @@ class Training:
             f"{rate}"
         )
 
+    def _clip(self) -> float:
+        parameters, most = self.trainable.values(), self.recipe.gradient_clip
+        if self.divided:
+            return sharding.clip(parameters, most)
+        return nn.utils.clip_grad_norm_(parameters, most).item()
+
     @torch.no_grad()
     def _first_document(self, name: str, rows: Tokens, source: str) -> str | None:
-        """The first of these samples whose own losses are not finite, in words."""
-        mine = self._my_share(rows)
+        """The first of these samples whose own losses are not finite, in words.
+
+        Of all processes: each looks at its share, and what it finds there first.
+        """
+        found = len(rows.samples)
+        for number, (one, counts) in enumerate(self._forwards(rows, 1)):
+            losses = self._mean_losses(one, one, counts).values()
+            if counts and not all(math.isfinite(loss) for loss in losses):
+                found = min(found, processes.index() + number * processes.number())
+        found = min(processes.gather(found))
+        if found == len(rows.samples):
+            return None
         samples = self.tokens[f"{name}/{source}"].samples
-        for position in range(len(mine.samples)):
-            one = mine.take([position])
-            losses = self._mean_losses(one, one).values()
-            if not all(math.isfinite(loss) for loss in losses):
-                number = samples.index(mine.samples[position])
-                return f"document {number} of finetune.phases.{name}.{source}"
-        return None
+        number = samples.index(rows.samples[found])
+        return f"document {number} of finetune.phases.{name}.{source}"
 
     def _rows(self, name: str, step: int) -> Tokens:
         """The samples of one step of a phase, over all processes."""
@@ -206,37 +220,53 @@ class Training:
 
     def _backward(self, rows: Tokens, batch_size: int) -> dict[str, Tensor]:
         """Add up the gradients of the mean losses over `rows`, and give those means."""
-        mine = self._my_share(rows)
         means: dict[str, Tensor] = {}
-        for start in range(0, len(mine.samples), batch_size):
-            positions = range(len(mine.samples))[start : start + batch_size]
-            parts = self._mean_losses(mine.take(positions), rows)
-            counts = {"loss": 1.0} | self.tuning.weights
-            total = sum(counts[key] * part for key, part in parts.items() if counts[key])
+        for part, counts in self._forwards(rows, batch_size):
+            losses = self._mean_losses(part, rows, counts)
+            weights = {"loss": 1.0} | self.tuning.weights
+            total = sum(weights[key] * loss for key, loss in losses.items() if weights[key])
             cast(Tensor, total).backward()  # some loss counts
-            for key, part in parts.items():
-                means[key] = means.get(key, 0.0) + part.detach()
-        if self.processes.num_processes == 1:
+            for key, loss in losses.items():
+                means[key] = means.get(key, 0.0) + loss.detach()
+        if processes.number() == 1:
             return means
         for parameter in self.trainable.values():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = reduce(gradient, "sum")
+            if not sharding.is_divided(parameter):
+                gradient = parameter.grad
+                parameter.grad = processes.total(
+                    torch.zeros_like(parameter) if gradient is None else gradient
+                )
         names = {"loss": 1.0} | self.tuning.weights  # also where this process had no row
         zero = torch.zeros((), device=self.device)
-        return {name: reduce(means.get(name, zero), "sum") for name in names}
+        return {name: processes.total(means.get(name, zero).clone()) for name in names}
 
-    def _mean_losses(self, part: Tokens, whole: Tokens) -> dict[str, Tensor]:
-        """What `part` adds to the means of the losses over `whole`."""
+    def _forwards(self, rows: Tokens, batch_size: int) -> Iterator[tuple[Tokens, bool]]:
+        """This process's samples of `rows`, forward by forward, and whether they count.
+
+        Where layers are divided, all processes go forward equally often, some of them perhaps with
+        a sample that is another's.
+        """
+        mine = rows.take(processes.share(range(len(rows.samples))))
+        starts = range(0, len(mine.samples), batch_size)
+        for start in starts:
+            yield mine.take(range(len(mine.samples))[start : start + batch_size]), True
+        largest = math.ceil(len(rows.samples) / processes.number())
+        most = math.ceil(largest / batch_size)
+        for _ in range(most - len(starts) if self.divided else 0):
+            yield rows.take([0]), False
+
+    def _mean_losses(self, part: Tokens, whole: Tokens, counts: bool = True) -> dict[str, Tensor]:
+        """What `part` adds to the means of the losses over `whole`; if it counts, else nothing."""
         batch = part.labelled() | (self.teacher.of(part) if self.teacher else {})
         batch = {key: value.to(self.device) for key, value in batch.items()}
+        self.tuning.counts = counts
         with self._computing():
             sums = self.tuning.losses(batch)
         number = dict.fromkeys(OVER_TARGETS, whole.num_targets)
-        return {key: value / number.get(key, whole.num_tokens) for key, value in sums.items()}
-
-    def _my_share(self, rows: Tokens) -> Tokens:
-        index, number = self.processes.process_index, self.processes.num_processes
-        return rows.take(range(index, len(rows.samples), number))
+        share = 1.0 if counts else 0.0
+        return {
+            key: share * value / number.get(key, whole.num_tokens) for key, value in sums.items()
+        }
 
     def _computing(self) -> contextlib.AbstractContextManager[object]:
         if self.recipe.dtype == "float32":
@@ -250,23 +280,22 @@ class Training:
         if tokens is None:
             return {}
         self.tuning.before_validation()
-        mine = self._my_share(tokens.by_length())
+        ordered = tokens.by_length()
         sums = {
             key: torch.zeros((), dtype=torch.float64, device=self.device)
             for key in ("loss", *self.tuning.weights)
         }
-        for start in range(0, len(mine.samples), self.eval_batch_size):
-            positions = range(len(mine.samples))[start : start + self.eval_batch_size]
-            for key, value in self._mean_losses(mine.take(positions), tokens).items():
+        for part, counts in self._forwards(ordered, self.eval_batch_size):
+            for key, value in self._mean_losses(part, ordered, counts).items():
                 sums[key] += value
-        means = {key: reduce(value, "sum").item() for key, value in sums.items()}
-        for key, value in means.items():
-            self._check(value, f"the validation's {key}", name, tokens, "validation")
-        return {f"validation_{key}": value for key, value in means.items()}
+        means = {key: processes.total(value).item() for key, value in sums.items()}
+        for key, mean in means.items():
+            self._check(mean, f"the validation's {key}", name, tokens, "validation")
+        return {f"validation_{key}": mean for key, mean in means.items()}
 
     def _log(self, row: dict[str, Any]) -> None:
         self.curve.append(json.dumps(row) + "\n")
-        if self.processes.is_main_process:
+        if processes.is_main():
             with (self.folder / CURVE).open("a") as file:
                 file.write(self.curve[-1])
             if self.log:
@@ -280,7 +309,7 @@ class Training:
             name: list(source.sources()) for name, source in sources(self.recipe.phases).items()
         }
         values = {"parameters": number, "share": number / total, "texts": texts, "tensors": shapes}
-        if self.processes.is_main_process:
+        if processes.is_main():
             logger.info(
                 "fine-tuning trains %s of %s parameters (%.2f %%)",
                 f"{number:,}", f"{total:,}", 100 * number / total,
@@ -288,8 +317,6 @@ class Training:
             (self.folder / TRAINABLE).write_text(json.dumps(values, indent=1) + "\n")
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.processes.is_main_process:
-            return
         curve = torch.frombuffer(bytearray("".join(self.curve).encode()), dtype=torch.uint8)
         counts = {"done": self.done, "num_tokens": self.num_tokens}
         tensors = {CURVE: curve} | {name: torch.tensor(count) for name, count in counts.items()}
@@ -300,39 +327,61 @@ class Training:
                 tensors[f"{name}/{key}"] = value
         write_state(tensors, self.folder / STATE)
 
-    def _resume(self) -> dict[str, Tensor]:
+    def _resume(self) -> Mapping[str, Tensor]:
         """The last saved state, with its weights, counts and curve restored.
 
         One that cannot be read whole is none: warned of, and training starts over.
         """
-        path = self.folder / STATE
-        state: dict[str, Tensor] = {}
-        try:
-            state = read_state(path) if path.is_file() else {}
-        except ValueError as error:
-            logger.warning("%s cannot be read (%s): fine-tuning starts over", path, error)
+        state = self._saved()
         for name in ("done", "num_tokens") if state else ():
             setattr(self, name, int(state[name]))
         if state:
             self.curve = state[CURVE].numpy().tobytes().decode().splitlines(keepends=True)
         for name, parameter in self.trainable.items() if state else ():
-            parameter.data.copy_(state[f"{name}/weight"])
+            sharding.put(parameter.data, state[f"{name}/weight"])
         if state:
             mark = len(TUNING)
-            kept = {key[mark:]: value for key, value in state.items() if key.startswith(TUNING)}
+            kept = {key[mark:]: state[key] for key in state if key.startswith(TUNING)}
             self.tuning.restore(kept)
-        if self.processes.is_main_process:
+        if processes.is_main():
             (self.folder / CURVE).write_text("".join(self.curve))
         return state
 
-    def _restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    def _saved(self) -> Mapping[str, Tensor]:
+        """What lies in the folder, if it is whole: the main process looks."""
+        path = self.folder / STATE
+        whole = False
+        try:
+            whole = processes.is_main() and path.is_file() and bool(read_state(path))
+        except ValueError as error:
+            logger.warning("%s cannot be read (%s): fine-tuning starts over", path, error)
+        return State(path) if processes.broadcast(whole) else {}
+
+    def _restore(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trainable.items():
             keys = [key.rpartition("/")[2] for key in state if key.startswith(f"{name}/")]
             optimizer.state[parameter] = {
-                key: state[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+                key: _like(parameter, state[f"{name}/{key}"], key)
                 for key in keys
                 if key != "weight"
             }
+
+
+def _like(parameter: nn.Parameter, saved: Tensor, key: str) -> Tensor:
+    """A part of the optimizer's state, where its parameter is, and divided as that."""
+    if key == "step":
+        return saved
+    value = torch.zeros_like(parameter, dtype=saved.dtype)
+    sharding.put(value, saved)
+    return value
+
+
+def _all_stop() -> bool:
+    """Whether a signal has come to one of the processes: then all stop, behind the same step."""
+    asked = [number for number in processes.gather(stopping.number()) if number is not None]
+    if asked and not stopping.asked():
+        stopping.ask(asked[0])
+    return bool(asked)
 
 
 def checkpoint_trained_layers(model: Model) -> None:

@@ -22,7 +22,8 @@ class Tuning:
     """A recipe at work on one model: what a training loop asks of it.
 
     trainable: names and parameters that train. weights: how much each loss counts; "loss" counts 1
-    where it is not named, and all others are.
+    where it is not named, and all others are. counts: whether the next forward is of this process's
+    text, or only keeps the others company.
     Steps are counted from 0 through all phases, and `num_steps` is their number.
     """
 
@@ -30,6 +31,7 @@ class Tuning:
         self.model = model
         self.trainable = dict(trainable)
         self.weights: dict[str, float] = {}
+        self.counts = True
 
     def before_step(self, step: int, num_steps: int) -> None:
         """Make the model ready for a step's forward passes."""

@@ -18,10 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from moe_lab.files import HYDRA
-from moe_lab.runs.status import KEY, RUNNING, Job, held, read_yaml
+from moe_lab.locks import LEASE, held, taken
+from moe_lab.runs.status import KEY, RUNNING, Job, read_yaml
 from moe_lab.store import DONE, key_of
 from moe_lab.types import UserError
 
@@ -33,6 +32,7 @@ UNNAMED = ("search", "similarity")
 UNUSED, CHECKPOINTS, SEARCH = CHOICES = ("unused", "checkpoints", "search")
 KINDS_WITH_WEIGHTS = ("convert", "compress", "finetune")
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}(\.damaged-\d+)?")  # with a word: set aside by the store
+LOCKS = (".lock", LEASE)  # of results, beside them
 RECENT = 600.0  # seconds in which a result nobody names may still be waiting for its job's report
 
 
@@ -111,11 +111,11 @@ def contents(root: Path) -> Contents:
             stem, suffix = os.path.splitext(entry.name)
             if KEY_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 results.append(_result(kind.name, Path(entry.path), size_of(entry)))
-            elif not KEY_FOLDER.fullmatch(stem) or suffix != ".lock" or entry.is_symlink():
+            elif not KEY_FOLDER.fullmatch(stem) or suffix not in LOCKS or entry.is_symlink():
                 others[f"{kind.name}/{entry.name}"] = size_of(entry)
             elif not os.path.lexists(os.path.join(kind.path, stem)):
-                orphans.append(Path(entry.path))
-    return Contents(root, tuple(results), tuple(orphans), others)
+                orphans.append(Path(entry.path).with_suffix(".lock"))
+    return Contents(root, tuple(results), tuple(dict.fromkeys(orphans)), others)
 
 
 def size_of(entry: os.DirEntry[str]) -> int:
@@ -230,35 +230,23 @@ def remove(result: Result) -> bool:
 
     artifact.json goes first: of a removal that is interrupted nothing remains that looks finished.
     """
-    lock = FileLock(result.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    try:
-        folder = result.folder
+    folder = result.folder
+    with taken(result.lock) as lock:
         changed = (folder / DONE).exists() != (result.seconds is not None) or folder.is_symlink()
-        if changed or not folder.is_dir():
+        if lock is None or changed or not folder.is_dir():
             return False
         (folder / DONE).unlink(missing_ok=True)
         shutil.rmtree(folder)
-        result.lock.unlink()  # while it is held: who waits for it looks for a new file
-    finally:
-        lock.release()
+        lock.remove()
     return True
 
 
 def remove_orphans(locks: Iterable[Path]) -> None:
     """Remove locks beside which there is no result, unless a job just begins one."""
     for path in locks:
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        if not path.with_suffix("").exists():
-            path.unlink()
-        lock.release()
+        with taken(path) as lock:
+            if lock and not path.with_suffix("").exists():
+                lock.remove()
 
 
 def _result(kind: str, folder: Path, size: int) -> Result:

@@ -6,15 +6,15 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from moe_lab import stopping
+from moe_lab import locks, processes, stopping
 from moe_lab.console import terminal
 from moe_lab.files import CURVE, LOCK, LOG, MODEL_CARD, PLAN, PLOTS, REPORT, USAGE
 from moe_lab.progress import duration
@@ -45,34 +45,70 @@ from moe_lab.track.tracker import Tracker, flat
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
+SIGNALLED = 128  # an exit code beyond it: so much more than a signal's number
 
 
 def run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], None]) -> int:
     """Do the work and report it; 0 if it went well, 2 for a user's mistake, 1 for a failure.
 
     While it runs, the job holds a lock in its folder: a report that says "running" beside a free
-    lock is that of a killed job.
+    lock is that of a killed job. Of several processes the main one does all this, and the others
+    the work alone; all give its exit code, and stop where a signal stopped it.
     """
     logging.captureWarnings(True)
+    code = 1
+    try:
+        code = _run(job, tracker, work) if processes.is_main() else _beside(work)
+    except KeyboardInterrupt as stop:
+        code = stopping.exit_code(stop)
+        processes.failed(stop, f"stopped by {stopping.name_of(stop)}", code, code - SIGNALLED)
+        raise
+    except Exception as error:
+        processes.failed(error, str(error), 1)
+        raise
+    finally:
+        code = processes.end_job(code)
+    if code > SIGNALLED:
+        raise stopping.Stopped(code - SIGNALLED)
+    return code
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """The folder of a run; for all but the main process one of their own, for nobody to read."""
+    if processes.is_main():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="moe_lab_") as own:
+        yield Path(own)
+
+
+def _beside(work: Callable[[dict[str, Any]], None]) -> int:
+    """A job in another process than the main one, which says whether there is anything to do."""
+    return _guarded(work, {}) if processes.broadcast(False) else 0
+
+
+def _run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], None]) -> int:
     before = _report_before(job.folder)
     report = report_head(job)
     same = before.get(REQUEST) == report[REQUEST]
     if job.config["resume"] and same and before["status"] == "ok":
         logger.info("%s: done before", job.place or job.folder)
+        processes.broadcast(False)
         return 0
     # A restarted job goes on with its tracker's run; the same folder asked for more begins another.
     report["run_id"] = (same and before.get("run_id")) or uuid.uuid4().hex[:16]
-    lock = FileLock(job.folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.error("%s is being written by another run: choose another run_dir", job.folder)
-        return 2
-    try:
-        return _tracked(job, tracker, work, report)
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    with locks.taken(job.folder / LOCK, patient=True) as lock:
+        if lock is None:
+            by = locks.holder_of(job.folder / LOCK)
+            who = f"another run ({by})" if by else "another run"
+            logger.error("%s is being written by %s: choose another run_dir", job.folder, who)
+            processes.broadcast(False)
+            return 2
+        try:
+            return _tracked(job, tracker, work, report)
+        finally:
+            lock.remove()
 
 
 def _report_before(folder: Path) -> Report:
@@ -103,6 +139,7 @@ def _tracked(
     report |= {"url": tracker.url} if tracker.url else {}
     code = 1
     try:
+        processes.broadcast(True)
         code = _guarded(work, report)
     except KeyboardInterrupt as stop:
         report["error"] = f"stopped by {stopping.name_of(stop)}"
@@ -127,16 +164,28 @@ def _tracked(
 def _guarded(work: Callable[[dict[str, Any]], None], report: dict[str, Any]) -> int:
     try:
         work(report)
+        processes.wait()
     except Exception as error:
         stopping.check()  # what a signal broke off may end in any way
         mistake = _mistake(error)
-        report["error"] = str(mistake or f"{type(error).__name__}: {error}")
-        if mistake:
-            logger.error("%s", mistake)
-            return 2
-        logger.exception("the job failed: %s", report["error"])
-        return 1
+        told = str(mistake or f"{type(error).__name__}: {error}")
+        failure = processes.failed(error, told, 2 if mistake else 1)
+        if failure.signal:
+            raise stopping.Stopped(failure.signal) from error
+        report["error"] = failure.message
+        if processes.is_main():
+            _tell(failure)
+        return failure.code
     return 0
+
+
+def _tell(failure: processes.Failure) -> None:
+    """Log what ended the job, with the traceback of what is no mistake of the user's."""
+    if failure.code == 2:
+        logger.error("%s", failure.message)
+        return
+    where = f" in process {failure.process}" if failure.process else ""
+    logger.error("the job failed%s: %s\n%s", where, failure.message, failure.traceback.rstrip())
 
 
 def _mistake(error: BaseException | None) -> UserError | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import Any
+
+from moe_lab import processes
 
 OUR_LOGGERS, PYTHON = ("moe_lab", "run", "__main__"), "py.warnings"
 already_shown: set[str] = (
@@ -12,7 +16,13 @@ already_shown: set[str] = (
 
 
 class RunLog(logging.FileHandler):
-    """run.log; where the disk is full that is said once, and not by a traceback for each line."""
+    """run.log, which one process writes.
+
+    Where the disk is full that is said once, and not by a traceback for each line.
+    """
+
+    def __init__(self, filename: str, **options: Any) -> None:
+        super().__init__(filename if processes.speaks() else os.devnull, **options)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -35,6 +45,8 @@ class Console(logging.Filter):
         self, record: logging.LogRecord
     ) -> bool | logging.LogRecord:
         """Whether, or as what, a record is shown."""
+        if not processes.speaks():
+            return False
         ours = record.name.partition(".")[0] in OUR_LOGGERS
         if record.levelno < logging.WARNING:
             return ours

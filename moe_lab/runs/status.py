@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from moe_lab.files import HYDRA, LOCK, LOG, REPORT, SWEEP
+from moe_lab.locks import held
 from moe_lab.report.report import OK, Report, job_order, read_report
 from moe_lab.types import UserError
 
@@ -180,17 +180,6 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {told}. Move the folder away") from error
-
-
-def held(lock: Path) -> bool:
-    """Whether a process holds a lock file; also where it may not be asked."""
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            return False
-    except (Timeout, PermissionError):  # another's runs, which one may read: better taken as busy
-        return True
 
 
 def settings_apart(jobs: Iterable[Job]) -> dict[Path, str]:

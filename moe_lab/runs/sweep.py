@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab import stopping
+from moe_lab import processes, stopping
 from moe_lab.files import PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
 from moe_lab.runs.options import EARLY, check_early, check_whole
@@ -50,6 +50,7 @@ class Sweep(Callback):
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         """Refuse what can be refused at once, before Hydra makes the run's folder."""
         with _told():
+            _agree(config)
             names = [str(name) for name in config if name != "hydra"]
             check_whole(names, config.hydra.runtime.choices)
             check_early({name: _plain(config[name]) for name in EARLY})
@@ -62,11 +63,14 @@ class Sweep(Callback):
         self.config = config
         of_jobs = jobs(config)
         with _told():
+            _agree(config)
             if of_jobs == []:
                 raise UserError(
                     "this sweep has no jobs: one of its options has no values (as seed=range(0,0))"
                 )
             self.folder = _made(config.hydra.sweep.dir)
+        if not processes.is_main():
+            return
         Sweep.started = self
         asked = {
             "argv": sys.argv[1:],
@@ -166,6 +170,25 @@ def _told() -> Iterator[None]:
             raise
         print(message, file=sys.stderr)
         raise SystemExit(USER_MISTAKE) from error
+
+
+def _agree(config: DictConfig) -> None:
+    """Have all processes work in one folder: times in its name are those of the main one's clock.
+
+    UserError for jobs that something else than Hydra's own loop hands out: each process would.
+    """
+    if processes.number() == 1:
+        return
+    for kind in ("launcher", "sweeper"):
+        target = str(config.hydra[kind]._target_)
+        if not target.rpartition(".")[2].startswith("Basic"):
+            raise UserError(
+                f"hydra/{kind}={config.hydra.runtime.choices[f'hydra/{kind}']} hands out jobs, and "
+                f"{processes.number()} processes were started that share each: start this sweep "
+                "once, without torchrun or accelerate, or leave the option out"
+            )
+    _ = (config.run_dir, config.hydra.sweep.dir, config.hydra.run.dir)  # now they are known
+    OmegaConf.set_cache(config, processes.broadcast(dict(OmegaConf.get_cache(config))))
 
 
 def _plain(value: Any) -> Any:

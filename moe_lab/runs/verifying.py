@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from moe_lab.locks import taken
 from moe_lab.progress import progress
 from moe_lab.runs.cleaning import Contents, Result
 from moe_lab.runs.listing import many, size
@@ -40,16 +39,9 @@ def set_all_aside(found: Iterable[Result]) -> Iterator[Path]:
     One that a job holds now is left: it sets aside by itself what it finds damaged.
     """
     for one in found:
-        lock = FileLock(one.lock)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        try:
-            if damage_of(one.folder, quick=False):  # not made again meanwhile
+        with taken(one.lock) as lock:
+            if lock and damage_of(one.folder, quick=False):  # not made again meanwhile
                 yield set_aside(one.folder)
-        finally:
-            lock.release()
 
 
 def _finished(store: Contents) -> list[Result]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lab import processes
 from moe_lab.compute import Compute
 from moe_lab.data.embedded import standard_library_fingerprint
 from moe_lab.data.tokens import Tokens
@@ -71,10 +72,11 @@ def evaluate(context: Context, asked: Evaluation) -> Artifact:
         if asked.held_out is not None:
             compared = _compared(asked, asked.held_out, model, compute)
             results |= compared.figures
-            write_whole(folder / ROUTING, json.dumps(compared.routed) + "\n")
+            if processes.is_main():
+                write_whole(folder / ROUTING, json.dumps(compared.routed) + "\n")
         write_results(folder, results)
 
-    return context.store.get("evaluate", asked.identity(), make)
+    return context.store.get("evaluate", asked.identity(), make, together=True)
 
 
 def _compared(asked: Evaluation, text: Tokens, model: Model, compute: Compute) -> HeldOut:
@@ -107,8 +109,9 @@ def asked_of(
 
 
 def write_results(folder: Path, results: Mapping[str, float]) -> None:
-    """Put scores where `results_of` reads them."""
-    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    """Put scores where `results_of` reads them: the main process does."""
+    if processes.is_main():
+        write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
 def results_of(artifact: Artifact) -> dict[str, float]:

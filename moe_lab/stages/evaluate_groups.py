@@ -77,7 +77,7 @@ def evaluate_groups(context: Context, asked: GroupEvaluation) -> Artifact:
             results["average"] = sum(averages) / len(averages)
         write_results(folder, results | {"groups": len(asked.groups)})
 
-    return context.store.get("evaluate", asked.identity(), make)
+    return context.store.get("evaluate", asked.identity(), make, together=True)
 
 
 def left_by(plan: Plan) -> dict[int, Left]:

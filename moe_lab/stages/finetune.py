@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lab import processes
+from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, CURVE, FORM, PLAN, TRAINABLE
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.training import STATE, Training
-from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.saving import save_checkpoint
@@ -67,23 +69,43 @@ def finetune(context: Context, asked: FineTuning) -> Artifact:
     recipe.check(plan)
 
     def make(folder: Path) -> None:
-        # Weights that do not train stay as they are stored, unless all is computed in float32.
-        dtype = "float32" if recipe.dtype == "float32" else "auto"
-        model = dataclasses.replace(asked.compressed, dtype=dtype).load(context.compute.device)
-        tokens = dict(asked.tokens)
-        teacher = Teacher(asked.taught.folder, tokens.values()) if asked.taught else None
-        Training(
-            model, plan, recipe, tokens, asked.seed, context.compute, folder, teacher, context.log
-        ).run()
+        model = _trained(context, asked, plan, folder)
+        if not processes.is_main():
+            return
         place, source = folder / CHECKPOINT, asked.compressed.path
         mtp, head = plan.notes.get("mtp", "prune"), plan.notes.get("lm_head", "auto")
-        form = save_checkpoint(
-            model.cpu(), place, source, twins=recipe.twins, mtp=mtp, lm_head=head
-        )
+        with processes.alone():
+            form = save_checkpoint(
+                model.cpu(), place, source, twins=recipe.twins, mtp=mtp, lm_head=head
+            )
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
-    return context.store.get("finetune", asked.identity(plan), make)
+    return context.store.get("finetune", asked.identity(plan), make, together=True)
+
+
+def _trained(context: Context, asked: FineTuning, plan: Plan, folder: Path) -> Model:
+    """The tuned model, in each process; where they share its layers, in the main one alone."""
+    recipe, compute, tokens = asked.recipe, context.compute, dict(asked.tokens)
+    # Weights that do not train stay as they are stored, unless all is computed in float32.
+    dtype = "float32" if recipe.dtype == "float32" else "auto"
+    teacher = Teacher(asked.taught.folder, tokens.values()) if asked.taught else None
+
+    def train(compute: Compute, loaded_to: str) -> Training:
+        model = dataclasses.replace(asked.compressed, dtype=dtype).load(loaded_to)
+        training = Training(
+            model, plan, recipe, tokens, asked.seed, compute, folder, teacher, context.log
+        )
+        training.run()
+        return training
+
+    divides = compute.sharding == "fsdp" and processes.number() > 1
+    done = train(compute, "cpu" if divides else compute.device)
+    if done.divided and processes.is_main():
+        del done
+        with processes.alone():  # from the state that all have left
+            done = train(dataclasses.replace(compute, device="cpu"), "cpu")
+    return done.model
 
 
 def told_of_training(folder: Path, dense: Checkpoint) -> dict[str, Any]:

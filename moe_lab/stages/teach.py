@@ -52,7 +52,7 @@ def teach(context: Context, asked: Teaching) -> Artifact:
             asked.dense, asked.texts, asked.top_k, asked.temperature, context.compute, folder
         )
 
-    return context.store.get("teacher", asked.identity(), make)
+    return context.store.get("teacher", asked.identity(), make, together=True)
 
 
 def check_teacher(store: Store, asked: Teaching) -> None:

@@ -13,8 +13,9 @@ from made_up_runs import Command, Stored, result, start, tell, write_sweep
 from running import ROOT
 
 from moe_lab import store as our_store
+from moe_lab.locks import held
 from moe_lab.runs import cleaning, listing
-from moe_lab.runs.status import find_jobs, held
+from moe_lab.runs.status import find_jobs
 from moe_lab.store import Store
 
 
