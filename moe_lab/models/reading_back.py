@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.checkpoint import Checkpoint, load, meta_model
+from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.opening import text_config
 from moe_lab.models.stored import dtype_name
-from moe_lab.models.stream import LayerStream, States
+from moe_lab.models.stream import LayerStream
 from moe_lab.types import NotFinite, UserError
 
 BATCH = (2, 8)  # sequences, tokens of each
@@ -39,17 +40,52 @@ class NotReadBack(RuntimeError):
 def few_logits(model: PreTrainedModel) -> Tensor:
     """The logits [B, L, V] of a few random tokens, always the same, in float64."""
     batch = {name: t.to(model.device) for name, t in _tokens(model.config).items()}
-    training, config = model.training, text_config(model.config)
+    training = model.training
+    with _no_router_loss(model):
+        try:
+            logits: Tensor = model.eval()(**batch, use_cache=False).logits
+        finally:
+            model.train(training)
+    return logits.double().cpu()
+
+
+@contextmanager
+def _no_router_loss(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model computes no loss that counts the experts it had before it was edited."""
+    config = text_config(model.config)
     asked = getattr(config, "output_router_logits", None)
-    if asked:  # their loss counts the experts of the model before it was edited
+    if asked:
         config.output_router_logits = False
     try:
-        logits: Tensor = model.eval()(**batch, use_cache=False).logits
+        yield
     finally:
-        model.train(training)
         if asked:
             config.output_router_logits = asked
-    return logits.double().cpu()
+
+
+class FewTokens:
+    """The tokens of `few_logits` on their way through a model, one decoder layer after another.
+
+    hidden: what the next layer gets of them, [B, L, D]; hands_on: whether that is not all that it
+    gets. UserError for a family that cannot go layer by layer.
+    """
+
+    def __init__(self, source: LayerwiseModel):
+        with _no_router_loss(source.model):
+            self._stream = LayerStream(source, [_tokens(source.model.config)])
+        self.hidden: Tensor = self._stream.cache["input", 0]
+        self.hands_on = bool(self._stream.handed and self._stream.handed.names)
+
+    @torch.no_grad()
+    def through(self, index: int) -> None:
+        """Through decoder layer `index`, whose weights are in memory."""
+        self.hidden = self._stream.replay(index, 0, self.hidden)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """The logits [B, L, V], behind the last layer, in float64."""
+        with _no_router_loss(self._stream.model):
+            return self._stream.logits(0, self.hidden).double().cpu()
 
 
 @torch.no_grad()
@@ -68,13 +104,38 @@ def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: t
         again = load(folder, dtype=dtype_name(dtype))
         _compare_tensors(folder, model, again)
         found = few_logits(again)
+    _compare_logits(folder, found, expected, dtype, model.config.model_type)
+
+
+def compare_by_layer(folder: Path, expected: Tensor, dtype: torch.dtype) -> None:
+    """Read a written checkpoint a decoder layer at a time, and compare `few_logits`.
+
+    One without any MoE layer is read whole. dtype: in which `expected` was computed. Raises
+    NotReadBack where they differ.
+    """
+    checkpoint = Checkpoint(folder, dtype_name(dtype))
+    if not moe_layers(meta_model(checkpoint.config)):
+        found = few_logits(checkpoint.load())
+    else:
+        again = LayerwiseModel(checkpoint)
+        few = FewTokens(again)
+        for index in range(len(again.layers)):
+            with again.layer(index):
+                few.through(index)
+        found = few.logits()
+    _compare_logits(folder, found, expected, dtype, checkpoint.config.model_type)
+
+
+def _compare_logits(
+    folder: Path, found: Tensor, expected: Tensor, dtype: torch.dtype, family: str
+) -> None:
     difference = (found - expected).abs().max()
     scale = expected.abs().max().clamp(min=1e-6)
     if not difference <= TOLERANCE[dtype] * scale:  # also where one is NaN
         raise NotReadBack(
             f"{folder} was read back, and computes something else than the model that it was "
             f"written from: logits differ by {difference:.2g}, the largest is {scale:.2g}. Please "
-            f"report this with the model's family, {model.config.model_type!r}"
+            f"report this with the model's family, {family!r}"
         )
 
 
@@ -98,15 +159,13 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 
 def _by_layer(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Tensor:
     again = LayerwiseModel(Checkpoint(folder, dtype_name(dtype)))
-    stream = LayerStream(again, [_tokens(model.config)])
-    states = States(stream)
-    for index in range(len(stream.layers)):
+    few = FewTokens(again)
+    for index in range(len(again.layers)):
         with again.layer(index) as decoder:
             path = next(name for name, module in again.model.named_modules() if module is decoder)
             _compare_tensors(folder, model.get_submodule(path), decoder)
-        states.move_to(index)
-    states.move_to(len(stream.layers))
-    return stream.logits(0, states[0]).double()
+            few.through(index)
+    return few.logits()
 
 
 def _compare_tensors(folder: Path, one: nn.Module, other: nn.Module) -> None:

@@ -8,47 +8,39 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from moe_lab.models.building import built_config
 from moe_lab.models.checkpoint import meta_model
-from moe_lab.models.condensing import edited_blocks
-from moe_lab.models.editing import NoMLP, prune_layer, set_block
 from moe_lab.models.engine_config import complete_config
 from moe_lab.models.fitting import inside_modules
 from moe_lab.models.folder import code_files, copy_beside, text_files
 from moe_lab.models.forms import Form, choose_form, padding_limit
 from moe_lab.models.head import untie_head
-from moe_lab.models.hidden_units import HiddenUnits
-from moe_lab.models.layers import MoELayer, moe_layers
+from moe_lab.models.in_form import in_form
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.mtp import find_mtp
 from moe_lab.models.mtp_saving import carry_mtp
-from moe_lab.models.narrowing import EAGER, fits_grouped, widen_shared
-from moe_lab.models.native_dense import dense_names
+from moe_lab.models.narrowing import EAGER, fits_grouped
 from moe_lab.models.opening import no_bars, text_config, text_values
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.promises import check_promises
 from moe_lab.models.reading_back import check_logits, check_saved, few_logits
-from moe_lab.models.routers import with_twins
 from moe_lab.models.stored import (
     Held,
     Stored,
     as_stored,
     carry_over,
+    dtype_name,
     held_by,
     round_as_stored,
 )
-from moe_lab.models.superset import as_superset
 from moe_lab.models.weight_files import weight_files
-from moe_lab.models.widths import fill_up, is_uneven
 from moe_lab.types import LmHeadName, MtpName
 
 logger = logging.getLogger(__name__)
@@ -80,8 +72,8 @@ def save_checkpoint(
     is read back and compared (`reading_back.py`), and its config with its folder (`promises.py`).
     """
     original = built_config(source)
-    before, weights = meta_model(original), weight_files(source)
-    files, mtp_layers = held_by(before, weights), find_mtp(original, weights)
+    before = meta_model(original)
+    files = held_by(before, weight_files(source))
     if hasattr(model.config, "distinct_experts"):  # of the source: its copies may be edited by now
         del model.config.distinct_experts
     form = choose_form(model, padding_limit(model.config, padding), twins, convert)
@@ -91,72 +83,62 @@ def save_checkpoint(
     round_as_stored(model, files, original.dtype, computing)
     expected = few_logits(model)
     check_logits(expected, computing)
-    model = _in_form(model, form)
+    model = in_form(model, form)
     as_stored(model, files, original.dtype)
     head = untie_head(model, lm_head, form)
     # A model that came from fused files would be written fused; engines want per-expert names.
     vars(model)["_weight_conversions"] = None
     with no_bars():
         model.save_pretrained(folder)
+    saved = Saved(model, before, files, source, folder)
+    return finish_checkpoint(
+        saved, form, mtp, head, lambda: check_saved(model, folder, expected, computing)
+    )
+
+
+class Saved(NamedTuple):
+    """A checkpoint whose weights and plain config are in `folder`.
+
+    model: what was written, which may be without weights; before: the model at `source`, without
+    weights; files: what the files there hold.
+    """
+
+    model: PreTrainedModel
+    before: PreTrainedModel
+    files: Held
+    source: Path
+    folder: Path
+
+
+def write_configs(model: PreTrainedModel, folder: Path) -> None:
+    """What transformers writes beside the weights of a model, which may be without them."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype_name(model.dtype)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def finish_checkpoint(
+    saved: Saved, form: Form, mtp: MtpName, head: str, read_back: Callable[[], None]
+) -> Form:
+    """Everything of a checkpoint that is not its model's weights; the form, with what is told.
+
+    read_back: compares the checkpoint with the model, before its MTP layers come to it.
+    """
+    model, before, files, source, folder = saved
+    mtp_layers = find_mtp(before.config, weight_files(source))
     _adapt_config(folder / "config.json", source / "config.json", model.config)
     if form.stock and not fits_grouped(model):
         _ask_for_eager(folder / "config.json")
     carry_over(_passing_by(files, before, model, mtp_layers.files), folder)
     copy_text_files(source, folder)
-    check_saved(model, folder, expected, computing)
-    told = carry_mtp(mtp_layers, original, model, source, folder, mtp, form.stock)
+    read_back()
+    told = carry_mtp(mtp_layers, built_config(source), model, source, folder, mtp, form.stock)
     check_promises(folder, source)
     for sentence in filter(None, (told, head)):
         logger.info(sentence)
     return replace(form, mtp=told, head=head)
-
-
-def _in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
-    """The model with the config, the experts and the dense layers that its form has."""
-    edited = edited_blocks(model)
-    if form.num_experts:
-        for layer in moe_layers(model):
-            prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
-    for layer in moe_layers(model) if form.stock else ():
-        _fill_up(layer, form)
-    if form.config.model_type != model.config.model_type:
-        model = as_superset(model)
-    model.config = form.config
-    if edited and form.stock:
-        _make_native(model, edited)
-    return model
-
-
-def _fill_up(layer: MoELayer, form: Form) -> None:
-    """Make the experts of a layer, and its shared ones, as wide as the form has them."""
-    if form.expert_width not in (None, HiddenUnits(layer.experts).width) or is_uneven(
-        layer.experts
-    ):
-        fill_up(layer.experts, form.expert_width or HiddenUnits(layer.experts).width)
-    if form.shared_width not in (None, layer.info.shared_width):
-        widen_shared(layer, form.shared_width)
-
-
-@torch.no_grad()
-def _make_native(model: PreTrainedModel, edited: dict[str, nn.Module]) -> None:
-    """Replace our dense MLPs by the family's, zero-padded to its one width for dense layers."""
-    built = meta_model(model.config)
-    reference = model.get_input_embeddings().get_parameter("weight")
-    for name in dense_names(model) | set(edited):
-        source, target = model.get_submodule(name), built.get_submodule(name)
-        target.to_empty(device=reference.device).to(reference.dtype)
-        for parameter in target.parameters():
-            parameter.zero_()
-        for projection in (
-            ("gate_proj", "up_proj", "down_proj") if type(source) is not NoMLP else ()
-        ):
-            weight = getattr(source, projection).weight
-            rows, columns = weight.shape
-            getattr(target, projection).weight[:rows, :columns] = weight
-            bias = getattr(getattr(source, projection), "bias", None)
-            if bias is not None:
-                getattr(target, projection).bias[:rows] = bias
-        set_block(model, name, target)
 
 
 def _adapt_config(path: Path, source: Path, config: Any) -> None:

@@ -155,6 +155,18 @@ def as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None)
 
 
 @torch.no_grad()
+def in_stored_dtypes(
+    tensors: Mapping[str, Tensor], source: Held, default: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors of a model, by their names, in the dtypes that `as_stored` gives them."""
+    found = {}
+    for name, tensor in tensors.items():
+        wanted = source.dtype(name) or default
+        plain = not tensor.is_floating_point() or tensor.dtype == wanted
+        found[name] = tensor if plain else _unrounded(tensor, wanted, source.by_name.get(name, ()))
+    return found
+
+
 def round_as_stored(
     model: PreTrainedModel, source: Held, default: torch.dtype | None, computing: torch.dtype
 ) -> None:
@@ -162,9 +174,21 @@ def round_as_stored(
 
     computing: that of most; what trained in float32 goes back to it.
     """
+    round_to_stored(model, model.state_dict(keep_vars=True), source, default, computing)
+
+
+@torch.no_grad()
+def round_to_stored(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    source: Held,
+    default: torch.dtype | None,
+    computing: torch.dtype,
+) -> None:
+    """The same for some tensors of a model, by their names, in place."""
     in_float32 = model._get_dtype_plan(computing)
     parameters = {id(parameter) for parameter in model.parameters()}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
         stored = source.dtype(name) or default or tensor.dtype

@@ -1,4 +1,4 @@
-"""Compress: carry out a plan and write the result as a checkpoint."""
+"""Compress: carry out a plan and write the result as a checkpoint, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, FORM, PLAN
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.edits.plan import Plan, apply_plan
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.mtp_saving import foresee_mtp
-from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.streamed import Saving, write_edited
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
@@ -36,13 +36,9 @@ def compress(context: Context, asked: Compression) -> Artifact:
     def make(folder: Path) -> None:
         mtp, head = plan.notes.get("mtp", "prune"), plan.notes.get("lm_head", "auto")
         foresee_mtp(asked.dense, plan.edited(), mtp)
-        model = asked.dense.load()
-        apply_plan(model, plan)
         padding, convert = (plan.notes.get(name) for name in ("padding", "convert"))
-        checkpoint, source = folder / CHECKPOINT, asked.dense.path
-        form = save_checkpoint(
-            model, checkpoint, source, padding, convert=convert, mtp=mtp, lm_head=head
-        )
+        how = Saving(padding, convert, mtp, head)
+        form = write_edited(asked.dense, plan, folder / CHECKPOINT, how)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
 
     identity = {

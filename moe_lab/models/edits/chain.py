@@ -38,6 +38,11 @@ class Chain:
         return any(edit.drops_layer for edit in self.edits)
 
     @property
+    def removes_decoder(self) -> bool:
+        """Whether the whole decoder layer goes."""
+        return any(edit.removes_decoder for edit in self.edits)
+
+    @property
     def experts_kept(self) -> tuple[int, ...] | None:
         """The experts of which something is left, in the order of their new numbers; None: all."""
         kept = None

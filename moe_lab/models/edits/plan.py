@@ -191,42 +191,54 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
     _carry_out(model, plan.edited(), lambda edit, at: edit.apply(at, plan.tensors))
 
 
+def apply_chain(model: PreTrainedModel, layer: MoELayer, chain: Chain, plan: Plan) -> None:
+    """Carry out a plan's edits of one layer, whose weights alone need to be there, in place.
+
+    A decoder layer that is to be removed stays, and keeps its number.
+    """
+    _carry_out_chain(model, layer, chain, lambda edit, at: edit.apply(at, plan.tensors))
+
+
 def restructure_model(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
     """Give a model, which needs no weights, the structure that the edits leave, in place."""
     edited = [edit for edit in edits if edit.changes]
     _carry_out(model, edited, lambda edit, at: edit.restructure(at, {}))
 
 
-def _carry_out(
-    model: PreTrainedModel,
-    edits: Iterable[Edit],
-    step: Callable[[Edit, MoELayer | nn.Module], nn.Module],
-) -> None:
-    import torch
+Step = Callable[[Edit, "MoELayer | nn.Module"], "nn.Module"]
 
+
+def _carry_out(model: PreTrainedModel, edits: Iterable[Edit], step: Step) -> None:
     from moe_lab.models.depth import drop_decoders
-    from moe_lab.models.editing import set_block
-    from moe_lab.models.layers import decoders_path, moe_layers, standing_at
+    from moe_lab.models.layers import decoders_path, moe_layers
     from moe_lab.models.narrowing import fit_implementation
 
     layers = {layer.info.index: layer for layer in moe_layers(model)}
     removed: dict[int, str] = {}
     for chain in chains_of(edits):
-        index = chain.index
-        if index not in layers:
+        if chain.index not in layers:
             raise UserError(
-                f"the plan edits layer {index}, which is no MoE layer of this model; its MoE "
+                f"the plan edits layer {chain.index}, which is no MoE layer of this model; its MoE "
                 f"layers are {sorted(layers)}"
             )
-        name = layers[index].info.name
-        standing: Standing = layers[index]
-        for number, edit in enumerate(chain.edits):
-            if number:
-                standing = standing_at(model, name)
-            with torch.no_grad():
-                set_block(model, name, step(edit, standing))
-            if edit.removes_decoder:
-                removed[index] = name
+        _carry_out_chain(model, layers[chain.index], chain, step)
+        if chain.removes_decoder:
+            removed[chain.index] = layers[chain.index].info.name
     fit_implementation(model)
     if removed:
         drop_decoders(model, decoders_path(next(iter(removed.values()))), removed)
+
+
+def _carry_out_chain(model: PreTrainedModel, layer: MoELayer, chain: Chain, step: Step) -> None:
+    import torch
+
+    from moe_lab.models.editing import set_block
+    from moe_lab.models.layers import standing_at
+
+    name = layer.info.name
+    standing: Standing = layer
+    for number, edit in enumerate(chain.edits):
+        if number:
+            standing = standing_at(model, name)
+        with torch.no_grad():
+            set_block(model, name, step(edit, standing))

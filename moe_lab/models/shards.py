@@ -1,0 +1,282 @@
+"""The weight files of a checkpoint that is written piece by piece: planned first, then filled.
+
+What lies where is known before any weight is: names, dtypes and shapes. So each file has its whole
+header from the start, and tensors are put in their places as they come. A file is what safetensors'
+own `save_file` would have written of its tensors, byte for byte. By hand: that function wants all
+tensors of a file at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from moe_lab.integrity import flush
+from moe_lab.models.stored import INDEX
+
+SHARD_BYTES = 2 * 2**30
+SINGLE = "model.safetensors"
+REST = -1  # the number of the piece that is no decoder layer
+# As safetensors call them, in the order in which a file has them.
+KINDS = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+FICLONE = 0x40049409  # Linux: let a file share another one's blocks until one of them is written
+COMPARED = 2**26  # bytes that are read back at a time
+
+
+class NotWritten(RuntimeError):
+    """A file that does not hold what was written into it: an error of the machine's, or ours."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, which need not be there yet."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Entry:
+        """What is known of a tensor, which may be without values."""
+        return cls(name, tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its name, its tensors in their order, and the pieces that they belong to.
+
+    source: the file of the source that it is, byte for byte, where it is one.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    pieces: frozenset[int]
+    source: Path | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(entry.num_bytes for entry in self.entries)
+
+    def header(self) -> bytes:
+        """What stands before the values."""
+        values: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for one in self.entries:
+            end = offset + one.num_bytes
+            values[one.name] = {
+                "dtype": KINDS[one.dtype], "shape": list(one.shape), "data_offsets": [offset, end],
+            }  # fmt: skip
+            offset = end
+        text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def plan_shards(
+    pieces: Mapping[int, Sequence[Entry]],
+    whole: Sequence[Path] = (),
+    held: Mapping[str, Path] | None = None,
+    limit: int = SHARD_BYTES,
+) -> list[Shard]:
+    """The files of a checkpoint: pieces in their order, as many in a file as `limit` bytes take.
+
+    A piece that is larger has several files of its own. whole: files of the source that come along
+    as they are; held: which file of the source a tensor lies in.
+    """
+    held = held or {}
+    taken = set(whole)
+    found: list[tuple[list[Entry], set[int], Path | None]] = []
+    for file in whole:
+        mine = [(n, e) for n, part in pieces.items() for e in part if held.get(e.name) == file]
+        found.append(([entry for _, entry in mine], {number for number, _ in mine}, file))
+    size = limit + 1
+    for number, part in pieces.items():
+        left = [entry for entry in part if held.get(entry.name) not in taken]
+        for some in _split(left, limit):
+            more = sum(entry.num_bytes for entry in some)
+            if size + more > limit or not found or found[-1][2]:
+                found.append(([], set(), None))
+                size = 0
+            found[-1][0].extend(some)
+            found[-1][1].add(number)
+            size += more
+    count = len(found)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return [
+        Shard(SINGLE if count == 1 else name, tuple(_ordered(entries)), frozenset(numbers), source)
+        for name, (entries, numbers, source) in zip(names, found, strict=True)
+    ]
+
+
+def _split(entries: Sequence[Entry], limit: int) -> Iterable[list[Entry]]:
+    """The tensors of one piece in parts of at most `limit` bytes, or of one tensor."""
+    part: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if part and size + entry.num_bytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += entry.num_bytes
+    if part:
+        yield part
+
+
+def _ordered(entries: Iterable[Entry]) -> list[Entry]:
+    """As safetensors orders them: so that each begins at a multiple of its items' size."""
+    order = list(KINDS)
+    return sorted(entries, key=lambda one: (order.index(one.dtype), one.name))
+
+
+class ShardWriter:
+    """Fills the planned files of a folder; what was finished by an earlier attempt stays.
+
+    done: the names of the files that are finished.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], done: Iterable[str] = ()):
+        self.folder, self.shards = folder, list(shards)
+        self.done = {one.name for one in shards if one.name in done and self._is_whole(one)}
+        self._open: dict[str, BinaryIO] = {}
+        self._missing = {one.name: {entry.name for entry in one.entries} for one in shards}
+        self._place: dict[str, tuple[Shard, Entry, int]] = {}
+        for shard in shards:
+            offset = len(shard.header())
+            for entry in shard.entries:
+                self._place[entry.name] = shard, entry, offset
+                offset += entry.num_bytes
+        self._clean()
+
+    def needs(self, piece: int) -> bool:
+        """Whether something of a piece is still to be written."""
+        return any(
+            piece in one.pieces and one.source is None and one.name not in self.done
+            for one in self.shards
+        )
+
+    def copy_whole(self) -> None:
+        """Bring along the files of the source that come as they are."""
+        for shard in self.shards:
+            if shard.source is not None and shard.name not in self.done:
+                share_file(shard.source, self.folder / shard.name)
+                self.done.add(shard.name)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in their places, and read each back; those of finished files are left out.
+
+        Files that have all of theirs are then finished. NotWritten where something else is there.
+        """
+        for name, tensor in tensors.items():
+            shard, entry, offset = self._place[name]
+            if Entry.of(name, tensor) != entry:
+                raise NotWritten(f"{name} is {Entry.of(name, tensor)}, and was planned as {entry}")
+            if shard.name not in self.done and shard.source is None:
+                self._put(shard, tensor, offset, name)
+                self._missing[shard.name].discard(name)
+                if not self._missing[shard.name]:
+                    self._finish(shard)
+
+    def _put(self, shard: Shard, tensor: Tensor, offset: int, name: str) -> None:
+        file = self._file(shard)
+        values = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.seek(offset)
+        file.write(values)
+        file.flush()
+        for start in range(0, len(values), COMPARED):
+            part = values[start : start + COMPARED]
+            if os.pread(file.fileno(), len(part), offset + start) != part:
+                raise NotWritten(f"{self.folder / shard.name}: {name} was not written as it is")
+
+    def _file(self, shard: Shard) -> BinaryIO:
+        if shard.name not in self._open:
+            file = (self.folder / shard.name).open("w+b", buffering=0)
+            self._open[shard.name] = file  # type: ignore[assignment]  # raw, as it is not buffered
+            file.write(shard.header())
+        return self._open[shard.name]
+
+    def _finish(self, shard: Shard) -> None:
+        self._open.pop(shard.name).close()
+        flush(self.folder / shard.name)
+        self.done.add(shard.name)
+
+    def close(self) -> None:
+        """Write the index where there are several files; NotWritten where tensors are missing."""
+        if missing := [name for shard, left in self._missing.items() if shard not in self.done
+                       for name in sorted(left)]:  # fmt: skip
+            raise NotWritten(f"{self.folder} lacks {len(missing)} tensors, such as {missing[0]}")
+        if len(self.shards) == 1:
+            return
+        places = {entry.name: shard.name for shard in self.shards for entry in shard.entries}
+        size = sum(shard.num_bytes for shard in self.shards)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _is_whole(self, shard: Shard) -> bool:
+        file = self.folder / shard.name
+        size = len(shard.header()) + shard.num_bytes
+        return file.is_file() and (shard.source is not None or file.stat().st_size == size)
+
+    def _clean(self) -> None:
+        """Remove what an attempt that was broken off left behind, and others would read."""
+        for file in [*self.folder.glob("*.safetensors"), self.folder / INDEX]:
+            if file.name not in self.done:
+                file.unlink(missing_ok=True)
+
+
+def digest_of(shards: Sequence[Shard]) -> str:
+    """12 hex of what the files will be: names, order, dtypes, shapes."""
+    plain = [(one.name, one.header().hex(), str(one.source or "")) for one in shards]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
+
+
+def share_file(source: Path, target: Path) -> str:
+    """Have the bytes of a file under another name, too, by the cheapest way; which one it was.
+
+    clone: the two share blocks until one of them is written; link: they are one file; copy.
+    """
+    real = source.resolve()
+    target.unlink(missing_ok=True)
+    if _clone(real, target):
+        return "clone"
+    try:
+        os.link(real, target)
+        return "link"
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    shutil.copyfile(real, target)
+    return "copy"
+
+
+def _clone(source: Path, target: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return False
+    try:
+        with source.open("rb") as one, target.open("wb") as other:
+            fcntl.ioctl(other.fileno(), FICLONE, one.fileno())
+            return True
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False

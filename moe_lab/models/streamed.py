@@ -1,0 +1,386 @@
+"""A plan carried out on a checkpoint's files, one decoder layer in memory at a time.
+
+What the result is, tensor by tensor, is found on a model without weights. Then each decoder layer
+is read, edited, brought into the result's form and written; files of which nothing changes are
+shared with the source. On the way a few tokens go through the edited layers: the written checkpoint
+is read back layer by layer, and has to give the same logits. An attempt that was broken off goes on
+behind the last finished file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, modeling_utils
+
+from moe_lab.integrity import PARTIAL, flush
+from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.condensing import edited_blocks
+from moe_lab.models.edits.plan import Plan, apply_chain, restructure_model
+from moe_lab.models.forms import Form, choose_form, padding_limit
+from moe_lab.models.head import untie_head
+from moe_lab.models.in_form import fill_up_layer, in_form, native_block
+from moe_lab.models.layers import MoELayer, decoder_path, moe_layers
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.narrowing import fit_implementation
+from moe_lab.models.native_dense import dense_names
+from moe_lab.models.reading_back import FewTokens, check_logits, compare_by_layer
+from moe_lab.models.saving import Saved, finish_checkpoint, write_configs
+from moe_lab.models.shards import REST, Entry, Shard, ShardWriter, digest_of, plan_shards
+from moe_lab.models.stored import in_stored_dtypes, round_to_stored
+from moe_lab.models.superset import SUPERSETS
+from moe_lab.models.weight_files import weight_files
+from moe_lab.progress import progress
+from moe_lab.types import LmHeadName, MtpName, UserError
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a checkpoint is written; see `saving.save_checkpoint`."""
+
+    padding: float | None = None
+    convert: str | None = None
+    mtp: MtpName = "prune"
+    lm_head: LmHeadName = "auto"
+
+
+def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) -> Form:
+    """Write the checkpoint that a plan makes of another one into `folder`; its form.
+
+    Memory: what is no decoder layer, and a decoder layer before and behind its edits. Beside the
+    folder lies what a further attempt goes on from, until all is written and read back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(folder.parent / JOURNAL)
+    form = _Writing(checkpoint, plan, how).write(folder, journal)
+    journal.path.unlink(missing_ok=True)
+    return form
+
+
+class _Outcome:
+    """What a plan leaves of a checkpoint, in the form in which it is saved, without weights.
+
+    model: it; form: which one; numbers: the new number of each decoder layer that stays; path:
+    where the decoder layers are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
+        edits = plan.edited()
+        model = meta_model(checkpoint.config)
+        first = moe_layers(model)[0].info
+        self.path = decoder_path(first.name).rpartition(".")[0]
+        removed = {edit.index for edit in edits if edit.removes_decoder}
+        kept = [index for index in range(first.num_decoders) if index not in removed]
+        self.numbers = {old: new for new, old in enumerate(kept)}
+        self._old = dict(enumerate(kept))
+        restructure_model(model, edits)
+        self.form = choose_form(
+            model, padding_limit(model.config, how.padding), convert=how.convert
+        )
+        self.has_edited_blocks = bool(edited_blocks(model))
+        self.model = in_form(model, self.form)
+
+    def old_name(self, name: str) -> str:
+        """The name that a tensor of the result had in the source."""
+        index = self.index_of(name)
+        if index == REST:
+            return name
+        return f"{self.path}.{self._old[index]}.{name.removeprefix(f'{self.path}.{index}.')}"
+
+    def index_of(self, name: str) -> int:
+        """The number of the decoder layer that a tensor of the model is of; else REST."""
+        inside = name.removeprefix(f"{self.path}.") if name.startswith(f"{self.path}.") else ""
+        number = inside.split(".")[0]
+        return int(number) if number.isdigit() else REST
+
+    def piece(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a decoder layer, by its new number, or with REST all others."""
+        tensors = self.model.state_dict(keep_vars=True).items()
+        return {name: tensor for name, tensor in tensors if self.index_of(name) == index}
+
+    def in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model as they stand in files, by their names there."""
+        left_out = self.model._keys_to_ignore_on_save or ()
+        told = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        written: dict[str, Tensor] = modeling_utils.revert_weight_conversion(self.model, told)
+        return written
+
+
+class _Writing:
+    """One checkpoint that is being written."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
+        self.checkpoint, self.plan, self.how = checkpoint, plan, how
+        self.outcome = _Outcome(checkpoint, plan, how)
+        self.source = LayerwiseModel(checkpoint)
+        self.before = meta_model(checkpoint.config)
+        self.files = checkpoint.held_by(self.before)
+        self.default = getattr(checkpoint.config, "dtype", None) or self.source.dtype
+        self.layers = {layer.info.index: layer for layer in moe_layers(self.source.model)}
+        self.chains = {chain.index: chain for chain in plan.chains() if chain.changes}
+        self._set_dtypes()
+        self.rest = self._rest()
+        self.head = untie_head(self.outcome.model, how.lm_head, self.outcome.form)
+
+    def write(self, folder: Path, journal: _Journal) -> Form:
+        """Everything, from the first layer that is not there yet."""
+        form = self.outcome.form
+        if not form.plain:
+            logger.info("saving: %s", form.reason)
+        shards = self._planned()
+        journal.of(digest_of(shards))
+        writer = ShardWriter(folder, shards, journal.done)
+        writer.copy_whole()
+        replay = _Replay(self.source, self.outcome.numbers, journal)
+        if writer.needs(REST):
+            writer.write(self._rest_in_files())
+        for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
+            if old < replay.next_layer and not writer.needs(old):
+                continue
+            with self.source.layer(old):
+                self._edit(old)
+                replay.through(old)
+                if writer.needs(old):
+                    writer.write(self.outcome.in_files(self._tensors(old)))
+            journal.note(writer.done, replay)
+        writer.close()
+        expected = replay.logits()
+        if expected is not None:
+            check_logits(expected, self.source.dtype)
+        return self._finished(folder, expected)
+
+    # ------------------------------------------------------------------ what it will be
+
+    def _set_dtypes(self) -> None:
+        """Give the result's tensors, which have no values yet, the dtypes of the files."""
+        for name, tensor in self.outcome.model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                stored = self.files.dtype(self.outcome.old_name(name))
+                tensor.data = tensor.data.to(stored or self.default)
+
+    def _rest(self) -> dict[str, Tensor]:
+        """What is no decoder layer, as it is stored; put into the result's model, too."""
+        tensors = {
+            name: tensor
+            for name, tensor in self.source.model.state_dict(keep_vars=True).items()
+            if self.outcome.index_of(name) == REST
+        }
+        stored = in_stored_dtypes(tensors, self.files, self.default)
+        self.outcome.model.load_state_dict(stored, strict=False, assign=True)
+        self.outcome.model.tie_weights()
+        return stored
+
+    def _rest_in_files(self) -> dict[str, Tensor]:
+        model = self.outcome.model
+        tensors = {name: tensor.detach() for name, tensor in self.outcome.piece(REST).items()}
+        untied = modeling_utils.remove_tied_weights_from_state_dict(tensors, model)
+        return self.outcome.in_files(untied)
+
+    def _planned(self) -> list[Shard]:
+        pieces = {REST: self._entries(self._rest_in_files())}
+        for old, new in self.outcome.numbers.items():
+            pieces[old] = self._entries(self.outcome.in_files(self.outcome.piece(new)))
+        return plan_shards(pieces, *self._unchanged(pieces))
+
+    def _entries(self, tensors: Mapping[str, Tensor]) -> list[Entry]:
+        return [Entry.of(name, tensor) for name, tensor in tensors.items()]
+
+    def _unchanged(self, pieces: Mapping[int, list[Entry]]) -> tuple[list[Path], dict[str, Path]]:
+        """The files of the source of which every tensor is in the result as it is there.
+
+        And in which of the source's files each tensor lies. Only where it has several files.
+        """
+        stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
+        files = weight_files(self.checkpoint.path)
+        if len(files) == 1:
+            return [], {}
+        same = set[str]()
+        for old, entries in pieces.items():
+            if old != REST and self.outcome.numbers[old] != old:
+                continue
+            inside = f"{self.layers[old].info.name}." if old in self.chains else None
+            names = {one.key: name for name, parts in self.files.by_name.items() for one in parts}
+            for entry in entries:
+                one = stored.get(entry.name)
+                if one is None or (inside and names[entry.name].startswith(inside)):
+                    continue
+                if (one.dtype or entry.dtype, one.shape) == (entry.dtype, entry.shape):
+                    same.add(entry.name)
+        held = {key: one.file for key, one in stored.items()}
+        every: dict[Path, set[str]] = {}
+        for parts in (*self.files.by_name.values(), *self.files.others.values()):
+            for one in parts:
+                every.setdefault(one.file, set()).add(one.key)
+        return [file for file in files if every.get(file) and every[file] <= same], held
+
+    # ------------------------------------------------------------------ one layer
+
+    def _edit(self, old: int) -> None:
+        """Carry out the plan's edits of a decoder layer, which is open; round as files will."""
+        if old in self.chains:
+            apply_chain(self.source.model, self.layers[old], self.chains[old], self.plan)
+            fit_implementation(self.source.model)
+        round_to_stored(
+            self.source.model, self._part(old), self.files, self.default, self.source.dtype
+        )
+
+    def _part(self, old: int) -> dict[str, Tensor]:
+        prefix = f"{self.outcome.path}.{old}."
+        state = self.source.layers[old].state_dict(keep_vars=True)
+        return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+    @torch.no_grad()
+    def _tensors(self, old: int) -> dict[str, Tensor]:
+        """The tensors of an edited decoder layer in the result's form, by their names there."""
+        self._in_form(old)
+        new = self.outcome.numbers[old]
+        stored = in_stored_dtypes(self._part(old), self.files, self.default)
+        before, behind = (f"{self.outcome.path}.{number}." for number in (old, new))
+        found = {f"{behind}{name.removeprefix(before)}": t for name, t in stored.items()}
+        for name, planned in self.outcome.piece(new).items():
+            if name not in found and self._is_empty(name):
+                found[name] = torch.zeros(planned.shape, dtype=planned.dtype)
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def _in_form(self, old: int) -> None:
+        """What `in_form` does to a whole model, to one decoder layer with its weights."""
+        form, model, result = self.outcome.form, self.source.model, self.outcome.model
+        if not form.stock:
+            return
+        path = f"{self.outcome.path}.{old}"
+        if layer := _moe_layer_at(model, path):
+            fill_up_layer(layer, form)
+        if not self.outcome.has_edited_blocks:
+            return
+        decoder = model.get_submodule(path)
+        inside = dense_names(decoder) | set(edited_blocks(decoder))
+        for name in inside:
+            built = result.get_submodule(f"{self.outcome.path}.{self.outcome.numbers[old]}.{name}")
+            target = native_block(model, f"{path}.{name}", _without_weights(built))
+            parent, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), child, target)
+
+    def _is_empty(self, name: str) -> bool:
+        """Whether a tensor is zeros that another family's form has, and the model had not."""
+        superset = SUPERSETS.get(self.checkpoint.config.model_type)
+        converted = self.outcome.form.config.model_type != self.checkpoint.config.model_type
+        return bool(converted and superset and any(part in name for part in superset.empty))
+
+    # ------------------------------------------------------------------ the end
+
+    def _finished(self, folder: Path, expected: Tensor | None) -> Form:
+        model = self.outcome.model
+        saved = Saved(model, self.before, self.files, self.checkpoint.path, folder)
+
+        def read_back() -> None:
+            if expected is None:
+                logger.warning(
+                    "what was written is compared tensor by tensor, and not by logits: this family "
+                    "cannot go layer by layer"
+                )
+            else:
+                compare_by_layer(folder, expected, self.source.dtype)
+
+        write_configs(model, folder)
+        return finish_checkpoint(saved, self.outcome.form, self.how.mtp, self.head, read_back)
+
+
+def _moe_layer_at(model: PreTrainedModel, path: str) -> MoELayer | None:
+    found = (layer for layer in moe_layers(model) if layer.info.name.startswith(f"{path}."))
+    return next(found, None)
+
+
+def _without_weights(block: nn.Module) -> nn.Module:
+    """A copy of a block of a model without weights, to be filled."""
+    return copy.deepcopy(block)
+
+
+class _Journal:
+    """What is done of a checkpoint that is being written, in a file that is there whole or not.
+
+    done: the names of finished files; next_layer: the decoder layer that the few tokens come to,
+    and hidden, what it gets of them: None where nothing was noted. They are those of an attempt at
+    the very same files.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.digest = path, ""
+        self.done: list[str] = []
+        self.next_layer = 0
+        self.hidden: Tensor | None = None
+
+    def of(self, digest: str) -> None:
+        """Read what was noted of these files by an earlier attempt, if there is something."""
+        self.digest = digest
+        try:
+            with safe_open(self.path, "pt") as file:
+                noted = json.loads(file.metadata()["written"])
+                hidden = file.get_tensor("hidden")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return
+        if noted["digest"] == digest:
+            self.done, self.next_layer = noted["done"], noted["next_layer"]
+            self.hidden = hidden if hidden.numel() else None
+            logger.info("compressing goes on: %d files are written", len(self.done))
+
+    def note(self, done: Iterable[str], replay: _Replay) -> None:
+        """Note what is done by now."""
+        noted = {"digest": self.digest, "done": sorted(done), "next_layer": replay.next_layer}
+        hidden = replay.hidden if replay.resumable else torch.empty(0)
+        partial = self.path.with_name(self.path.name + PARTIAL)
+        save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})
+        flush(partial)
+        os.replace(partial, self.path)
+
+
+class _Replay:
+    """The few tokens on their way through the edited layers, from where an attempt broke off."""
+
+    def __init__(self, source: LayerwiseModel, numbers: Mapping[int, int], journal: _Journal):
+        self.few: FewTokens | None = None
+        self.next_layer = 0
+        try:
+            self.few = FewTokens(source)
+        except UserError as error:
+            logger.info("%s", error)
+        if self.few and self.few.hands_on and 0 not in numbers:
+            self.few = None  # what the first layer hands on would be missing
+        if self.few is None:
+            self.next_layer = len(source.layers)
+        elif self.resumable and journal.hidden is not None:
+            self.next_layer, self.few.hidden = journal.next_layer, journal.hidden
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the hidden state is all that the next layer gets."""
+        return self.few is not None and not self.few.hands_on
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the next layer gets."""
+        assert self.few is not None
+        return self.few.hidden
+
+    def through(self, index: int) -> None:
+        """Through a decoder layer, which is open, unless the tokens are behind it already."""
+        if self.few is not None and index >= self.next_layer:
+            self.few.through(index)
+            self.next_layer = index + 1
+
+    def logits(self) -> Tensor | None:
+        """The edited model's logits, behind all layers; None where they cannot be had."""
+        return self.few.logits() if self.few is not None else None
