@@ -28,14 +28,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, modeling_utils
+from transformers import AutoConfig
 
 from moe_lab.files import PACKAGE
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.models.shards import REST, Entry, ShardWriter, plan_shards
+from moe_lab.models.shards import Entry, ShardWriter, plan_shards
+from moe_lab.models.stored import in_files
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.models.streamed import Saving, write_edited
 from moe_lab.models.weight_files import weight_files
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     if not (dense / "config.json").is_file():
         check_room(asked)
         seconds = timed(lambda: make(asked, dense))
-        print(f"made {size_of(dense) / GIB:.2f} GiB in {len(weight_files(dense))} files in {seconds}")
+        print(
+            f"made {size_of(dense) / GIB:.2f} GiB in {len(weight_files(dense))} files in {seconds}"
+        )
     print(f"{dense}: {size_of(dense) / GIB:.2f} GiB; {asked.threads} threads")
     if asked.run:
         whole_run(asked, dense)
@@ -98,15 +101,16 @@ def make(asked: argparse.Namespace, folder: Path) -> None:
     model = meta_model(config_of(asked.layers, asked.experts)).to(torch.bfloat16)
     pieces: dict[int, dict[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        number = int(name.split(".")[2]) if ".layers." in name else REST
+        number = int(name.split(".")[2]) if ".layers." in name else -1
         pieces.setdefault(number, {})[name] = tensor
-    files = {n: modeling_utils.revert_weight_conversion(model, one) for n, one in pieces.items()}
+    files = {number: in_files(model, piece) for number, piece in pieces.items()}
     planned = {n: [Entry.of(*item) for item in one.items()] for n, one in files.items()}
-    writer = ShardWriter(folder, plan_shards(planned, limit=SHARD))
+    shards = plan_shards(planned.values(), limit=SHARD)
     drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    for number in files:
-        writer.write({entry.name: values(entry, drawn) for entry in planned[number]})
-    writer.close()
+    with ShardWriter(folder, shards) as writer:
+        for piece in planned.values():
+            writer.write({entry.name: values(entry, drawn) for entry in piece})
+        writer.finish()
     for file in (PACKAGE / "checkpoints" / "tiny_deepseek").glob("*token*.json"):
         shutil.copy(file, folder)
     model.config.save_pretrained(folder)  # last: it is looked for
@@ -129,7 +133,9 @@ def check_room(asked: argparse.Namespace) -> None:
     size = 2 * sum(tensor.numel() for tensor in model.parameters())
     free = shutil.disk_usage(asked.folder).free
     if free < 2.7 * size:
-        sys.exit(f"{asked.folder}: {free / GIB:.0f} GiB are free, {2.7 * size / GIB:.0f} are needed")
+        sys.exit(
+            f"{asked.folder}: {free / GIB:.0f} GiB are free, {2.7 * size / GIB:.0f} are needed"
+        )
 
 
 def compress_alone(asked: argparse.Namespace, dense: Path) -> None:
@@ -187,8 +193,10 @@ def whole_run(asked: argparse.Namespace, dense: Path) -> None:
     writing = timed_run(["cp", "-r", "--reflink=never", str(made), str(copied)], copied)
     whole = reading + computing + writing
     print(f"the whole run {duration(ours)} ({stages}), {size_of(made) / GIB:.2f} GiB written")
-    print(f"reading once {duration(reading)}, a plain forward layer by layer {duration(computing)} "
-          f"(with its own reading), writing {duration(writing)}: {duration(whole)} in all")  # fmt: skip
+    print(
+        f"reading once {duration(reading)}, a plain forward layer by layer {duration(computing)} "
+        f"(with its own reading), writing {duration(writing)}: {duration(whole)} in all"
+    )
     print(f"{ours / whole:.2f} times; memory at its highest {peak / GIB:.2f} GiB")
     shutil.rmtree(copied)
 

@@ -17,8 +17,8 @@ from moe_lab.models.checkpoint import Checkpoint, resolve
 from moe_lab.models.edits.plan import Plan, apply_plan, check_plan
 from moe_lab.models.forms import Form, form_of
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stream import LayerStream
+from moe_lab.models.streamed import Saving, write_edited
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
@@ -94,7 +94,7 @@ def carried_out(family: Family, plan: Plan) -> Made:
     logits = logits_of(model, family.batches)
     family.num_made += 1
     folder = family.folder / f"made_{family.num_made}"
-    form = save_checkpoint(model, folder, family.checkpoint.path, plan.notes.get("padding"))
+    form = write_edited(family.checkpoint, plan, folder, Saving(plan.notes.get("padding")))
     return Made(plan, folder, form, logits)
 
 

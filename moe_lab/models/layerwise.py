@@ -12,7 +12,7 @@ import ctypes
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ class LayerwiseModel:
     """A model whose decoder layers have weights only inside `layer(index)`.
 
     model: the embedding, the final norm and the head are filled; the decoder layers are on the
-    meta device. keep_bytes: layers stay filled after their use as long as they take no more.
+    meta device. path: where the list of these is. keep_bytes: layers stay filled after their use as
+    long as they take no more.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", keep_bytes: int = 0):
@@ -54,13 +55,13 @@ class LayerwiseModel:
         self.keep_bytes = keep_bytes
         self.dtype = computing_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
-        path, self.layers = decoder_layers(self.model)
-        numbered = re.compile(rf"{re.escape(path)}\.(\d+)\.")
-        self._keys: dict[int | None, list[tuple[Path, str]]] = {}
+        self.path, self.layers = decoder_layers(self.model)
+        numbered = re.compile(rf"{re.escape(self.path)}\.(\d+)\.")
+        self._keys: dict[int | None, list[tuple[str, Path, str]]] = {}  # name, file, name in it
         for name, stored in held_by(self.model, weight_files(checkpoint.path)).by_name.items():
             match = numbered.match(name)  # a tower for images may have numbered layers, too
             part = int(match[1]) if match else None
-            self._keys.setdefault(part, []).extend((one.file, one.key) for one in stored)
+            self._keys.setdefault(part, []).extend((name, one.file, one.key) for one in stored)
         self._fill(None)
         self.model.tie_weights()
         self._make_buffers()
@@ -73,33 +74,38 @@ class LayerwiseModel:
             raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
 
     @contextmanager
-    def layer(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights; UserError where the checkpoint lacks some.
 
         then: the layer that is asked for next. It is read while this one is used, where memory has
-        room for both; what goes wrong with it is raised when it is asked for.
+        room for both; what goes wrong with it is raised when it is asked for. without: names of
+        tensors of the model that are not read.
         """
         decoder = self.layers[index]
         if index in self._filled:
             yield decoder
             return
-        self._take(index)
+        self._take(index, without)
         self._filled.add(index)
         try:
-            if missing := [n for n, p in decoder.named_parameters() if p.is_meta]:
+            left = {n.removeprefix(f"{self.path}.{index}.") for n in without}
+            missing = [n for n, p in decoder.named_parameters() if p.is_meta and n not in left]
+            if missing:
                 raise UserError(f"the checkpoint lacks tensors of layer {index}: {missing[:3]}")
             self._read_ahead(then)
             yield decoder
         finally:
             if self._ahead is not None:
                 wait([self._ahead[1]])  # it works on the same modules
-            size = _bytes_of(decoder)
+            size = bytes_of(decoder)
             if self._kept + size <= self.keep_bytes:
                 self._kept += size
             else:
                 self._empty(index)
 
-    def _take(self, index: int) -> None:
+    def _take(self, index: int, without: Collection[str]) -> None:
         """Fill a layer, unless that was begun already."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == index:
@@ -108,12 +114,12 @@ class LayerwiseModel:
         if ahead is not None:  # another one was asked for
             wait([ahead[1]])
             self._empty(ahead[0])
-        self._fill(index)
+        self._fill(index, without)
 
     def _read_ahead(self, index: int | None) -> None:
         if index is None or index in self._filled:
             return
-        needed, free = int(AHEAD * _bytes_of(self.layers[index])), free_memory(self.device)
+        needed, free = int(AHEAD * bytes_of(self.layers[index])), free_memory(self.device)
         if needed > free:
             self._tell_no_room(needed, free)
             return
@@ -131,12 +137,13 @@ class LayerwiseModel:
 
     def layer_bytes(self) -> int:
         """Memory of the largest decoder layer."""
-        return max(_bytes_of(layer) for layer in self.layers)
+        return max(bytes_of(layer) for layer in self.layers)
 
-    def _fill(self, part: int | None) -> None:
-        """Load the tensors of one decoder layer, or with None all others."""
+    def _fill(self, part: int | None, without: Collection[str] = ()) -> None:
+        """Load the tensors of one decoder layer, or with None all others, but for `without`."""
         with ExitStack() as stack:
-            wanted = self._keys.get(part, [])
+            keys = self._keys.get(part, [])
+            wanted = [(file, key) for name, file, key in keys if name not in without]
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file, _ in wanted}
             slices = {key: opened[file].get_slice(key) for file, key in wanted}
             _load_into(self.model, slices, self.dtype, self.device)
@@ -164,15 +171,24 @@ class LayerwiseModel:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers; UserError for a model without MoE layers."""
+    """Path and list of the decoder layers: those of which some are MoE layers.
+
+    Of a model without any, the first list of as many modules as its config has decoder layers.
+    UserError where there is none.
+    """
     first = next(iter(moe_layers(model)), None)
-    if first is None:
-        raise UserError(f"{type(model).__name__} has no MoE layers")
-    path = decoders_path(first.info.name)
-    return path, module_list(model, path)
+    if first is not None:
+        path = decoders_path(first.info.name)
+        return path, module_list(model, path)
+    number = text_config(model.config).num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return path, module
+    raise UserError(f"{type(model).__name__} has no list of {number} decoder layers")
 
 
-def _bytes_of(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
+    """What a module's parameters take, also where they are not there."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 

@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from moe_lab.models.checkpoint import meta_model
 from moe_lab.models.condensing import is_gated, width_of
@@ -74,7 +73,7 @@ def _list_dense(config: Any, dense: list[int]) -> bool:
     return True
 
 
-def dense_names(model: PreTrainedModel) -> set[str]:
+def dense_names(model: nn.Module) -> set[str]:
     """Paths of the dense MLPs that stand where other decoder layers have their MoE block."""
     tails = {"mlp", "feed_forward", "mixer", "block_sparse_moe"}
     return {n for n, m in model.named_modules() if n.split(".")[-1] in tails and is_gated_mlp(m)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import Checkpoint, load, meta_model
-from moe_lab.models.layers import moe_layers
+from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.opening import text_config
 from moe_lab.models.stored import dtype_name
@@ -107,23 +106,21 @@ def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: t
     _compare_logits(folder, found, expected, dtype, model.config.model_type)
 
 
-def compare_by_layer(folder: Path, expected: Tensor, dtype: torch.dtype) -> None:
-    """Read a written checkpoint a decoder layer at a time, and compare `few_logits`.
+def compare_by_layer(
+    folder: Path, expected: Tensor, dtype: torch.dtype, indices: Sequence[int]
+) -> None:
+    """Read decoder layers of a written checkpoint, one at a time, and compare `FewTokens.logits`.
 
-    One without any MoE layer is read whole. dtype: in which `expected` was computed. Raises
-    NotReadBack where they differ.
+    indices: the layers through which the tokens go. dtype: in which `expected` was computed.
+    Raises NotReadBack where they differ.
     """
     checkpoint = Checkpoint(folder, dtype_name(dtype))
-    if not moe_layers(meta_model(checkpoint.config)):
-        found = few_logits(checkpoint.load())
-    else:
-        again = LayerwiseModel(checkpoint)
-        few = FewTokens(again)
-        for index in range(len(again.layers)):
-            with again.layer(index):
-                few.through(index)
-        found = few.logits()
-    _compare_logits(folder, found, expected, dtype, checkpoint.config.model_type)
+    again = LayerwiseModel(checkpoint)
+    few = FewTokens(again)
+    for index in indices:
+        with again.layer(index):
+            few.through(index)
+    _compare_logits(folder, few.logits(), expected, dtype, checkpoint.config.model_type)
 
 
 def _compare_logits(

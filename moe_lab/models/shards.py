@@ -15,9 +15,11 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +28,6 @@ from moe_lab.models.stored import INDEX
 
 SHARD_BYTES = 2 * 2**30
 SINGLE = "model.safetensors"
-REST = -1  # the number of the piece that is no decoder layer
 # As safetensors call them, in the order in which a file has them.
 KINDS = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
@@ -34,7 +35,7 @@ KINDS = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 FICLONE = 0x40049409  # Linux: let a file share another one's blocks until one of them is written
-COMPARED = 2**26  # bytes that are read back at a time
+CHUNK = 2**24  # bytes that are copied or read back at a time
 
 
 class NotWritten(RuntimeError):
@@ -61,15 +62,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A stretch of a file."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One file: its name, its tensors in their order, and the pieces that they belong to.
+    """One file: its name, and its tensors in their order.
 
     source: the file of the source that it is, byte for byte, where it is one.
     """
 
     name: str
     entries: tuple[Entry, ...]
-    pieces: frozenset[int]
     source: Path | None = None
 
     @property
@@ -93,7 +102,7 @@ class Shard:
 
 
 def plan_shards(
-    pieces: Mapping[int, Sequence[Entry]],
+    pieces: Iterable[Sequence[Entry]],
     whole: Sequence[Path] = (),
     held: Mapping[str, Path] | None = None,
     limit: int = SHARD_BYTES,
@@ -103,28 +112,25 @@ def plan_shards(
     A piece that is larger has several files of its own. whole: files of the source that come along
     as they are; held: which file of the source a tensor lies in.
     """
-    held = held or {}
-    taken = set(whole)
-    found: list[tuple[list[Entry], set[int], Path | None]] = []
-    for file in whole:
-        mine = [(n, e) for n, part in pieces.items() for e in part if held.get(e.name) == file]
-        found.append(([entry for _, entry in mine], {number for number, _ in mine}, file))
+    held, pieces = held or {}, [list(piece) for piece in pieces]
+    every = [entry for piece in pieces for entry in piece]
+    found: list[tuple[list[Entry], Path | None]] = [
+        ([entry for entry in every if held.get(entry.name) == file], file) for file in whole
+    ]
     size = limit + 1
-    for number, part in pieces.items():
-        left = [entry for entry in part if held.get(entry.name) not in taken]
-        for some in _split(left, limit):
+    for piece in pieces:
+        for some in _split([one for one in piece if held.get(one.name) not in whole], limit):
             more = sum(entry.num_bytes for entry in some)
-            if size + more > limit or not found or found[-1][2]:
-                found.append(([], set(), None))
+            if size + more > limit:
+                found.append(([], None))
                 size = 0
             found[-1][0].extend(some)
-            found[-1][1].add(number)
             size += more
     count = len(found)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     return [
-        Shard(SINGLE if count == 1 else name, tuple(_ordered(entries)), frozenset(numbers), source)
-        for name, (entries, numbers, source) in zip(names, found, strict=True)
+        Shard(SINGLE if count == 1 else name, tuple(_ordered(entries)), source)
+        for name, (entries, source) in zip(names, found, strict=True)
     ]
 
 
@@ -151,13 +157,14 @@ def _ordered(entries: Iterable[Entry]) -> list[Entry]:
 class ShardWriter:
     """Fills the planned files of a folder; what was finished by an earlier attempt stays.
 
-    done: the names of the files that are finished.
+    To be used in a `with`, which closes its files. done: the names of those that are finished.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], done: Iterable[str] = ()):
         self.folder, self.shards = folder, list(shards)
         self.done = {one.name for one in shards if one.name in done and self._is_whole(one)}
-        self._open: dict[str, BinaryIO] = {}
+        self._open: dict[str, FileIO] = {}
+        self._read, self._back = (torch.empty(CHUNK, dtype=torch.uint8) for _ in range(2))
         self._missing = {one.name: {entry.name for entry in one.entries} for one in shards}
         self._place: dict[str, tuple[Shard, Entry, int]] = {}
         for shard in shards:
@@ -167,12 +174,10 @@ class ShardWriter:
                 offset += entry.num_bytes
         self._clean()
 
-    def needs(self, piece: int) -> bool:
-        """Whether something of a piece is still to be written."""
-        return any(
-            piece in one.pieces and one.source is None and one.name not in self.done
-            for one in self.shards
-        )
+    def lacks(self, entries: Iterable[Entry]) -> bool:
+        """Whether some of these tensors are still to be written."""
+        shards = ((entry.name, self._place[entry.name][0]) for entry in entries)
+        return any(self._is_open(one) and name in self._missing[one.name] for name, one in shards)
 
     def copy_whole(self) -> None:
         """Bring along the files of the source that come as they are."""
@@ -190,36 +195,67 @@ class ShardWriter:
             shard, entry, offset = self._place[name]
             if Entry.of(name, tensor) != entry:
                 raise NotWritten(f"{name} is {Entry.of(name, tensor)}, and was planned as {entry}")
-            if shard.name not in self.done and shard.source is None:
-                self._put(shard, tensor, offset, name)
-                self._missing[shard.name].discard(name)
-                if not self._missing[shard.name]:
-                    self._finish(shard)
+            if self._is_open(shard):
+                values = tensor.contiguous().reshape(-1).view(torch.uint8)
+                for start in range(0, len(values), CHUNK):
+                    self._put(shard, values[start : start + CHUNK], offset + start, name)
+                self._done_with(shard, name)
 
-    def _put(self, shard: Shard, tensor: Tensor, offset: int, name: str) -> None:
-        file = self._file(shard)
-        values = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        file.seek(offset)
-        file.write(values)
-        file.flush()
-        for start in range(0, len(values), COMPARED):
-            part = values[start : start + COMPARED]
-            if os.pread(file.fileno(), len(part), offset + start) != part:
-                raise NotWritten(f"{self.folder / shard.name}: {name} was not written as it is")
+    def copy(self, spans: Mapping[str, Sequence[Span]]) -> None:
+        """The same of tensors whose bytes lie in other files, one stretch behind the other."""
+        for name, some in spans.items():
+            shard, entry, offset = self._place[name]
+            if sum(span.num_bytes for span in some) != entry.num_bytes:
+                raise NotWritten(f"{name} has {entry.num_bytes} bytes, and was planned from {some}")
+            if self._is_open(shard):
+                for span in some:
+                    self._copy(shard, span, offset, name)
+                    offset += span.num_bytes
+                self._done_with(shard, name)
 
-    def _file(self, shard: Shard) -> BinaryIO:
+    def _copy(self, shard: Shard, span: Span, offset: int, name: str) -> None:
+        with span.file.open("rb", buffering=0) as source:
+            for start in range(0, span.num_bytes, CHUNK):
+                part = self._read[: min(CHUNK, span.num_bytes - start)]
+                _read_into(source, span.offset + start, part)
+                self._put(shard, part, offset + start, name)
+
+    def _put(self, shard: Shard, values: Tensor, offset: int, name: str) -> None:
+        """Write bytes at their place in a file, and read them back."""
+        file, view = self._file(shard), memoryview(values.numpy().data)
+        while view:
+            written = os.pwrite(file.fileno(), view, offset + len(values) - len(view))
+            view = view[written:]
+        back = self._back[: len(values)]
+        _read_into(file, offset, back)
+        if not _same(back, values):
+            raise NotWritten(f"{self.folder / shard.name}: {name} was not written as it is")
+
+    def _is_open(self, shard: Shard) -> bool:
+        return shard.name not in self.done and shard.source is None
+
+    def _file(self, shard: Shard) -> FileIO:
         if shard.name not in self._open:
-            file = (self.folder / shard.name).open("w+b", buffering=0)
-            self._open[shard.name] = file  # type: ignore[assignment]  # raw, as it is not buffered
-            file.write(shard.header())
+            self._open[shard.name] = FileIO(self.folder / shard.name, "w+")
+            self._open[shard.name].write(shard.header())
         return self._open[shard.name]
 
-    def _finish(self, shard: Shard) -> None:
-        self._open.pop(shard.name).close()
-        flush(self.folder / shard.name)
-        self.done.add(shard.name)
+    def _done_with(self, shard: Shard, name: str) -> None:
+        """One more tensor is there; the last one of a file finishes it."""
+        self._missing[shard.name].discard(name)
+        if not self._missing[shard.name]:
+            self._open.pop(shard.name).close()
+            flush(self.folder / shard.name)
+            self.done.add(shard.name)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def finish(self) -> None:
         """Write the index where there are several files; NotWritten where tensors are missing."""
         if missing := [name for shard, left in self._missing.items() if shard not in self.done
                        for name in sorted(left)]:  # fmt: skip
@@ -243,9 +279,27 @@ class ShardWriter:
                 file.unlink(missing_ok=True)
 
 
-def digest_of(shards: Sequence[Shard]) -> str:
-    """12 hex of what the files will be: names, order, dtypes, shapes."""
-    plain = [(one.name, one.header().hex(), str(one.source or "")) for one in shards]
+def _read_into(file: FileIO, offset: int, target: Tensor) -> None:
+    """Fill a tensor of bytes with those of a file; NotWritten where the file ends before."""
+    view = memoryview(target.numpy().data)
+    while view:
+        number = os.preadv(file.fileno(), [view], offset + len(target) - len(view))
+        if not number:
+            raise NotWritten(f"{file.name} ends before byte {offset + len(target)}")
+        view = view[number:]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same bytes, which is seen fastest eight at a time."""
+    first, second = one.numpy(), other.numpy()
+    if len(first) % 8 == 0:
+        first, second = first.view(np.int64), second.view(np.int64)
+    return np.array_equal(first, second)
+
+
+def digest_of(shards: Sequence[Shard], made_of: str) -> str:
+    """12 hex of what the files will be: names, order, dtypes, shapes, and what they are made of."""
+    plain = [made_of, *((one.name, one.header().hex(), str(one.source or "")) for one in shards)]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
 
 

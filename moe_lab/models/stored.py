@@ -13,12 +13,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -47,7 +48,7 @@ FLOATING = {
 class Stored:
     """A tensor in a checkpoint's file; dtype: None where it is none of floating point.
 
-    kind: its dtype, as safetensors call it.
+    kind: its dtype, as safetensors call it; offset: of its first byte in the file.
     """
 
     file: Path
@@ -56,6 +57,7 @@ class Stored:
     num_bytes: int
     kind: str
     shape: tuple[int, ...]
+    offset: int = 0
 
     def load(self) -> Tensor:
         """The tensor."""
@@ -98,6 +100,14 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
+def in_files(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors, or some of them, as transformers writes them, by their names on disk."""
+    # Looked up when it is called: `hook.py` has put another one there, which knows our own form.
+    revert: Any = vars(modeling_utils)["revert_weight_conversion"]
+    written: dict[str, Tensor] = revert(model, dict(tensors))
+    return written
+
+
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
     """What these files hold of a model, which may be without weights: only headers are read.
 
@@ -127,13 +137,14 @@ def _is_needless(one: Stored, taken: Collection[str]) -> bool:
 def stored_in(file: Path) -> list[Stored]:
     """The tensors of a safetensors file, by its header."""
     with file.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
     header.pop("__metadata__", None)
     found = []
     for key, one in header.items():
         (begin, end), kind = one["data_offsets"], one["dtype"]
-        size = end - begin
-        found.append(Stored(file, key, FLOATING.get(kind), size, kind, tuple(one["shape"])))
+        size, dtype, offset = end - begin, FLOATING.get(kind), 8 + length + begin
+        found.append(Stored(file, key, dtype, size, kind, tuple(one["shape"]), offset))
     return found
 
 

@@ -10,10 +10,11 @@ behind the last finished file.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moe_lab.integrity import PARTIAL, flush
 from moe_lab.models.checkpoint import Checkpoint, meta_model
@@ -31,20 +33,31 @@ from moe_lab.models.forms import Form, choose_form, padding_limit
 from moe_lab.models.head import untie_head
 from moe_lab.models.in_form import fill_up_layer, in_form, native_block
 from moe_lab.models.layers import MoELayer, decoder_path, moe_layers
-from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.layerwise import LayerwiseModel, bytes_of
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.native_dense import dense_names
 from moe_lab.models.reading_back import FewTokens, check_logits, compare_by_layer
 from moe_lab.models.saving import Saved, finish_checkpoint, write_configs
-from moe_lab.models.shards import REST, Entry, Shard, ShardWriter, digest_of, plan_shards
-from moe_lab.models.stored import in_stored_dtypes, round_to_stored
+from moe_lab.models.shards import (
+    KINDS,
+    Entry,
+    Shard,
+    ShardWriter,
+    Span,
+    digest_of,
+    plan_shards,
+)
+from moe_lab.models.stored import Stored, in_files, in_stored_dtypes, round_to_stored
 from moe_lab.models.superset import SUPERSETS
+from moe_lab.models.verbatim import Moved, Spans, spans_of
 from moe_lab.models.weight_files import weight_files
 from moe_lab.progress import progress
 from moe_lab.types import LmHeadName, MtpName, UserError
 
 logger = logging.getLogger(__name__)
 
+REST = -1  # in the place of a decoder layer's number: all that is in none
+CHECKED_BYTES = 2**30  # of so many bytes decoder layers are compared by what they compute
 JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
 
 
@@ -116,8 +129,7 @@ class _Outcome:
         """Tensors of the model as they stand in files, by their names there."""
         left_out = self.model._keys_to_ignore_on_save or ()
         told = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        written: dict[str, Tensor] = modeling_utils.revert_weight_conversion(self.model, told)
-        return written
+        return in_files(self.model, told)
 
 
 class _Writing:
@@ -129,12 +141,17 @@ class _Writing:
         self.source = LayerwiseModel(checkpoint)
         self.before = meta_model(checkpoint.config)
         self.files = checkpoint.held_by(self.before)
+        self.stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
         self.default = getattr(checkpoint.config, "dtype", None) or self.source.dtype
         self.layers = {layer.info.index: layer for layer in moe_layers(self.source.model)}
         self.chains = {chain.index: chain for chain in plan.chains() if chain.changes}
         self._set_dtypes()
         self.rest = self._rest()
         self.head = untie_head(self.outcome.model, how.lm_head, self.outcome.form)
+        self.entries = {REST: self._entries(self._rest_in_files())}
+        for old, new in self.outcome.numbers.items():
+            self.entries[old] = self._entries(self.outcome.in_files(self.outcome.piece(new)))
+        self.spans = {old: self._spans(old) for old in self.outcome.numbers}
 
     def write(self, folder: Path, journal: _Journal) -> Form:
         """Everything, from the first layer that is not there yet."""
@@ -142,26 +159,36 @@ class _Writing:
         if not form.plain:
             logger.info("saving: %s", form.reason)
         shards = self._planned()
-        journal.of(digest_of(shards))
-        writer = ShardWriter(folder, shards, journal.done)
-        writer.copy_whole()
-        replay = _Replay(self.source, self.outcome.numbers, journal)
-        if writer.needs(REST):
-            writer.write(self._rest_in_files())
-        for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
-            if old < replay.next_layer and not writer.needs(old):
-                continue
-            with self.source.layer(old):
-                self._edit(old)
-                replay.through(old)
-                if writer.needs(old):
-                    writer.write(self.outcome.in_files(self._tensors(old)))
-            journal.note(writer.done, replay)
-        writer.close()
+        journal.of(digest_of(shards, self._made_of()))
+        replay = _Replay(self.source, self.outcome.numbers, self._compared(), journal)
+        with ShardWriter(folder, shards, journal.done) as writer:
+            writer.copy_whole()
+            if writer.lacks(self.entries[REST]):
+                writer.write(self._rest_in_files())
+            for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
+                self._through(old, writer, replay)
+                journal.note(writer.done, replay)
+            writer.finish()
         expected = replay.logits()
         if expected is not None:
             check_logits(expected, self.source.dtype)
-        return self._finished(folder, expected)
+        return self._finished(folder, expected, replay.checked)
+
+    def _through(self, old: int, writer: ShardWriter, replay: _Replay) -> None:
+        """Write what is left to write of a decoder layer, and take the few tokens through it."""
+        entries, copied = self.entries[old], self.spans[old]
+        if writer.lacks(entries):
+            for spans in copied.values():
+                writer.copy(spans)
+        if not (writer.lacks(entries) or replay.awaits(old)):
+            return
+        names = {self.outcome.old_name(name) for name in copied}
+        with self.source.layer(old, without=() if replay.awaits(old) else names):
+            self._edit(old)
+            replay.through(old)
+            if writer.lacks(entries):
+                left = {n: t for n, t in self._tensors(old).items() if n not in copied}
+                writer.write(self.outcome.in_files(left))
 
     # ------------------------------------------------------------------ what it will be
 
@@ -187,45 +214,80 @@ class _Writing:
     def _rest_in_files(self) -> dict[str, Tensor]:
         model = self.outcome.model
         tensors = {name: tensor.detach() for name, tensor in self.outcome.piece(REST).items()}
-        untied = modeling_utils.remove_tied_weights_from_state_dict(tensors, model)
+        untied = remove_tied_weights_from_state_dict(tensors, model)
         return self.outcome.in_files(untied)
 
     def _planned(self) -> list[Shard]:
-        pieces = {REST: self._entries(self._rest_in_files())}
-        for old, new in self.outcome.numbers.items():
-            pieces[old] = self._entries(self.outcome.in_files(self.outcome.piece(new)))
-        return plan_shards(pieces, *self._unchanged(pieces))
+        held = {key: one.file for key, one in self.stored.items()}
+        return plan_shards(self.entries.values(), self._whole_files(), held)
 
     def _entries(self, tensors: Mapping[str, Tensor]) -> list[Entry]:
         return [Entry.of(name, tensor) for name, tensor in tensors.items()]
 
-    def _unchanged(self, pieces: Mapping[int, list[Entry]]) -> tuple[list[Path], dict[str, Path]]:
+    def _spans(self, old: int) -> dict[str, Spans]:
+        """Of a decoder layer: the bytes of the source that are the result's, by tensors' names.
+
+        Names are those of the result's model.
+        """
+        new, chain = self.outcome.numbers[old], self.chains.get(old)
+        moved = Moved(old, new, chain, self.layers.get(old))
+        found: dict[str, Spans] = {}
+        for name, tensor in self.outcome.piece(new).items():
+            entries = self._entries(self.outcome.in_files({name: tensor}))
+            there = set(entries) <= set(self.entries[old])  # else they are made of several tensors
+            spans = spans_of(moved, self.outcome.old_name(name), entries, self.files)
+            if there and spans is not None:
+                found[name] = spans
+        return found
+
+    def _whole_files(self) -> list[Path]:
         """The files of the source of which every tensor is in the result as it is there.
 
-        And in which of the source's files each tensor lies. Only where it has several files.
+        Only where it has several files.
         """
-        stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
-        files = weight_files(self.checkpoint.path)
-        if len(files) == 1:
-            return [], {}
-        same = set[str]()
-        for old, entries in pieces.items():
-            if old != REST and self.outcome.numbers[old] != old:
-                continue
-            inside = f"{self.layers[old].info.name}." if old in self.chains else None
-            names = {one.key: name for name, parts in self.files.by_name.items() for one in parts}
-            for entry in entries:
-                one = stored.get(entry.name)
-                if one is None or (inside and names[entry.name].startswith(inside)):
-                    continue
-                if (one.dtype or entry.dtype, one.shape) == (entry.dtype, entry.shape):
-                    same.add(entry.name)
-        held = {key: one.file for key, one in stored.items()}
-        every: dict[Path, set[str]] = {}
+        by_file: dict[Path, list[Stored]] = {}
         for parts in (*self.files.by_name.values(), *self.files.others.values()):
             for one in parts:
-                every.setdefault(one.file, set()).add(one.key)
-        return [file for file in files if every.get(file) and every[file] <= same], held
+                by_file.setdefault(one.file, []).append(one)
+        rest = {entry.name: entry for entry in self.entries[REST]}
+        every = [item for spans in self.spans.values() for one in spans.values()
+                 for item in one.items()]  # fmt: skip
+        same = {key for key, spans in every if list(spans) == [self._place_of(key)]}
+        for key, entry in rest.items():
+            there = self.stored.get(key)
+            if there is not None and (there.kind, there.shape) == (KINDS[entry.dtype], entry.shape):
+                same.add(key)
+        files = weight_files(self.checkpoint.path)
+        return [f for f in files if len(files) > 1 and {one.key for one in by_file[f]} <= same]
+
+    def _place_of(self, key: str) -> Span | None:
+        """Where a tensor of this name is in the source."""
+        one = self.stored.get(key)
+        return Span(one.file, one.offset, one.num_bytes) if one else None
+
+    def _made_of(self) -> str:
+        """The source and the plan, in words that tell them from all others in the same place."""
+        digest = hashlib.sha256(self.plan.to_text().encode())
+        for name, tensor in sorted(self.plan.tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return f"{self.checkpoint.path} {self.source.dtype} {digest.hexdigest()}"
+
+    def _compared(self) -> list[int]:
+        """The decoder layers through which the few tokens go, by their old numbers.
+
+        The first of each kind of edits, the last that is edited, then others: as many as a bound
+        in bytes allows.
+        """
+        staying = [old for old in self.outcome.numbers if old in self.chains]
+        kinds = {tuple(e.kind for e in self.chains[old].edits): old for old in reversed(staying)}
+        order = [*sorted(kinds.values()), *staying[-1:], *self.outcome.numbers]
+        left, found = CHECKED_BYTES, list[int]()
+        for old in dict.fromkeys(order):
+            left -= bytes_of(self.source.layers[old])
+            if left >= 0 or old in kinds.values():
+                found.append(old)
+        return sorted(found)
 
     # ------------------------------------------------------------------ one layer
 
@@ -234,9 +296,8 @@ class _Writing:
         if old in self.chains:
             apply_chain(self.source.model, self.layers[old], self.chains[old], self.plan)
             fit_implementation(self.source.model)
-        round_to_stored(
-            self.source.model, self._part(old), self.files, self.default, self.source.dtype
-        )
+        there = {name: tensor for name, tensor in self._part(old).items() if not tensor.is_meta}
+        round_to_stored(self.source.model, there, self.files, self.default, self.source.dtype)
 
     def _part(self, old: int) -> dict[str, Tensor]:
         prefix = f"{self.outcome.path}.{old}."
@@ -248,7 +309,8 @@ class _Writing:
         """The tensors of an edited decoder layer in the result's form, by their names there."""
         self._in_form(old)
         new = self.outcome.numbers[old]
-        stored = in_stored_dtypes(self._part(old), self.files, self.default)
+        there = {name: tensor for name, tensor in self._part(old).items() if not tensor.is_meta}
+        stored = in_stored_dtypes(there, self.files, self.default)
         before, behind = (f"{self.outcome.path}.{number}." for number in (old, new))
         found = {f"{behind}{name.removeprefix(before)}": t for name, t in stored.items()}
         for name, planned in self.outcome.piece(new).items():
@@ -282,7 +344,7 @@ class _Writing:
 
     # ------------------------------------------------------------------ the end
 
-    def _finished(self, folder: Path, expected: Tensor | None) -> Form:
+    def _finished(self, folder: Path, expected: Tensor | None, compared: Sequence[int]) -> Form:
         model = self.outcome.model
         saved = Saved(model, self.before, self.files, self.checkpoint.path, folder)
 
@@ -293,7 +355,8 @@ class _Writing:
                     "cannot go layer by layer"
                 )
             else:
-                compare_by_layer(folder, expected, self.source.dtype)
+                numbers = [self.outcome.numbers[old] for old in compared]
+                compare_by_layer(folder, expected, self.source.dtype, numbers)
 
         write_configs(model, folder)
         return finish_checkpoint(saved, self.outcome.form, self.how.mtp, self.head, read_back)
@@ -348,9 +411,18 @@ class _Journal:
 
 
 class _Replay:
-    """The few tokens on their way through the edited layers, from where an attempt broke off."""
+    """The few tokens on their way through the edited layers, from where an attempt broke off.
 
-    def __init__(self, source: LayerwiseModel, numbers: Mapping[int, int], journal: _Journal):
+    checked: through which ones, all where layers hand on more than the hidden state.
+    """
+
+    def __init__(
+        self,
+        source: LayerwiseModel,
+        numbers: Mapping[int, int],
+        compared: Sequence[int],
+        journal: _Journal,
+    ):
         self.few: FewTokens | None = None
         self.next_layer = 0
         try:
@@ -359,6 +431,7 @@ class _Replay:
             logger.info("%s", error)
         if self.few and self.few.hands_on and 0 not in numbers:
             self.few = None  # what the first layer hands on would be missing
+        self.checked = list(numbers if self.few and self.few.hands_on else compared)
         if self.few is None:
             self.next_layer = len(source.layers)
         elif self.resumable and journal.hidden is not None:
@@ -375,9 +448,13 @@ class _Replay:
         assert self.few is not None
         return self.few.hidden
 
+    def awaits(self, index: int) -> bool:
+        """Whether the tokens go through a decoder layer, and are not behind it."""
+        return self.few is not None and index in self.checked and index >= self.next_layer
+
     def through(self, index: int) -> None:
-        """Through a decoder layer, which is open, unless the tokens are behind it already."""
-        if self.few is not None and index >= self.next_layer:
+        """Through a decoder layer, which is open, if the tokens go there."""
+        if self.few is not None and self.awaits(index):
             self.few.through(index)
             self.next_layer = index + 1
 

@@ -58,10 +58,11 @@ class Edit:
 
     kind: its name in plan.json. changes: whether it changes anything. leaves_moe: whether an MoE
     layer is left. removes_decoder: whether the whole decoder layer goes, behind all edits of a
-    plan. drops_layer: whether the layer adds nothing any more. trains: what of the block
-    finetune=experts may train: nothing, its routed and shared experts, or all of it. gone: what
-    pictures call experts that are not kept; joined: what they call those whose fate is joined,
-    and their number.
+    plan. drops_layer: whether the layer adds nothing any more. keeps_experts_as_they_are: whether
+    the experts that stay keep all their weights, which a kind must say of itself, also where its
+    base says so. trains: what of the block finetune=experts may train: nothing, its routed and
+    shared experts, or all of it. gone: what pictures call experts that are not kept; joined: what
+    they call those whose fate is joined, and their number.
     """
 
     index: int
@@ -72,11 +73,14 @@ class Edit:
     leaves_moe: ClassVar[bool] = True
     removes_decoder: ClassVar[bool] = False
     drops_layer: ClassVar[bool] = False
+    keeps_experts_as_they_are: ClassVar[bool] = False
     trains: ClassVar[Literal["nothing", "experts", "all"]] = "nothing"
     gone: ClassVar[str] = "removed"
     joined: ClassVar[tuple[str, str] | None] = None
 
     def __init_subclass__(cls) -> None:
+        if "keeps_experts_as_they_are" not in vars(cls):
+            cls.keeps_experts_as_they_are = False
         if not isinstance(vars(cls).get("kind"), str):  # a base of several kinds
             return
         known = EDIT_KINDS.get(cls.kind, cls)

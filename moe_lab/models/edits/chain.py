@@ -43,6 +43,11 @@ class Chain:
         return any(edit.removes_decoder for edit in self.edits)
 
     @property
+    def keeps_experts_as_they_are(self) -> bool:
+        """Whether the experts that stay keep all their weights."""
+        return all(edit.keeps_experts_as_they_are for edit in self.edits)
+
+    @property
     def experts_kept(self) -> tuple[int, ...] | None:
         """The experts of which something is left, in the order of their new numbers; None: all."""
         kept = None

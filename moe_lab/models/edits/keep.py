@@ -15,3 +15,4 @@ class KeepLayer(Edit):
 
     kind = "keep"
     changes = False
+    keeps_experts_as_they_are = True

@@ -29,6 +29,7 @@ class PruneExperts(EditOfExperts):
     scores: tuple[float, ...] = ()
 
     kind = "prune"
+    keeps_experts_as_they_are = True
 
     @property
     def keeps_rows(self) -> bool:
