@@ -148,10 +148,10 @@ def profile(folder: Path, given: argparse.Namespace) -> None:
     compute = Compute("cpu", layerwise=True, cache_gib=given.cache_gib, journal_seconds=30.0)
     batches = tokens.batches(compute.batch_size, "cpu", compute.batch_tokens)
     shapes = [(0, *batch["input_ids"].shape[:2]) for batch in batches]
-    asked = profile_needs.asked_of(shapes, compute, given.neurons)
-    said = profile_needs.needs(meta_model(checkpoint.config), 2, asked)
+    asked = profile_needs.request_of(shapes, compute, given.neurons)
+    said = profile_needs.bounds_of(meta_model(checkpoint.config), 2, asked)
     whole_config = config_of(given.shape, 1.0, SHAPES[given.shape]["layers"])
-    whole = profile_needs.needs(meta_model(whole_config), 2, asked)
+    whole = profile_needs.bounds_of(meta_model(whole_config), 2, asked)
     peak = Peak()
     time.sleep(0.1)
     before, started = peak.bytes, time.perf_counter()

@@ -19,7 +19,7 @@ ROUTED = 8  # of each token and expert, in float64, while the router's sums are 
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightBytes:
     """Bytes of weights in the computing dtype: of the largest decoder layer, and outside of all.
 
     itemsize: of a number; widest: numbers of a token at most in a layer, beside its experts;
@@ -34,9 +34,10 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """batches: samples and tokens of each (of all groups, of one process); groups: how many.
+class ProfileRequest:
+    """What of a profile decides its needs.
 
+    batches: samples and tokens of each (of all groups, of one process); groups: how many;
     neurons: sums of hidden units, too; ahead: the next layer is read meanwhile. cache: bytes of
     hidden states in memory; journal: whether there is one.
     """
@@ -97,7 +98,7 @@ class Bounds:
         )
 
 
-def bounds(layers: Sequence[LayerInfo], weights: Weights, asked: Asked) -> Bounds:
+def bounds(layers: Sequence[LayerInfo], weights: WeightBytes, asked: ProfileRequest) -> Bounds:
     """What profiling these MoE layers takes at most."""
     hidden = max(layer.hidden_size for layer in layers)
     tokens = sum(rows * length for rows, length in asked.batches)
@@ -130,7 +131,7 @@ def sums_of(layer: LayerInfo, neurons: bool = False) -> int:
 
 
 def _forward(
-    layers: Sequence[LayerInfo], weights: Weights, asked: Asked, rows: int, length: int
+    layers: Sequence[LayerInfo], weights: WeightBytes, asked: ProfileRequest, rows: int, length: int
 ) -> int:
     """One batch through the layer that takes most: what is alive at once is not all of it."""
     tokens, size = rows * length, weights.itemsize
@@ -152,7 +153,7 @@ def _slots(layers: Sequence[LayerInfo], rows: int, length: int) -> int:
     return rows * length * max(layer.top_k for layer in layers)
 
 
-def _masks(weights: Weights, asked: Asked, rows: int, length: int) -> int:
+def _masks(weights: WeightBytes, asked: ProfileRequest, rows: int, length: int) -> int:
     """Masks of positions by positions: those that are kept, one beside them, and what makes it.
 
     Where documents have no padding beside them there is none, unless attention is such a matrix.

@@ -145,9 +145,9 @@ def collect_profile(
             _whole(model, collection, batches, journal)
         return collection
     if journal and batches:
-        asked = profile_needs.asked_of(_shapes(batches), compute, neurons)
-        needed = profile_needs.needs(empty, dtype.itemsize, asked)
-        profile_needs.check(needed, asked, compute, folder)
+        asked = profile_needs.request_of(_shapes(batches), compute, neurons)
+        needed = profile_needs.bounds_of(empty, dtype.itemsize, asked)
+        profile_needs.check_needs(needed, asked, compute, folder)
     limit, on_device = int(compute.cache_gib * 2**30), compute.device_cache()
     cache = Activations(limit, folder, compute.device, on_device)
     layerwise = LayerwiseModel(checkpoint, compute.device)

@@ -12,26 +12,26 @@ from moe_lab.models.checkpoint import Model
 from moe_lab.models.free_memory import free_memory
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import sizes_of
-from moe_lab.profile.bounds import Asked, Bounds, Weights, bounds
+from moe_lab.profile.bounds import Bounds, ProfileRequest, WeightBytes, bounds
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def needs(empty: Model, itemsize: int, asked: Asked) -> Bounds:
+def bounds_of(empty: Model, itemsize: int, asked: ProfileRequest) -> Bounds:
     """What is needed at most, of a model that may be without weights; itemsize: of its numbers."""
     sizes = sizes_of(empty)
-    weights = Weights(
+    weights = WeightBytes(
         sizes.layer * itemsize, sizes.outside * itemsize, itemsize, sizes.widest, sizes.eager_heads
     )
     return bounds([layer.info for layer in moe_layers(empty)], weights, asked)
 
 
-def asked_of(
+def request_of(
     batches: Sequence[tuple[int, int, int]], compute: Compute, neurons: bool = False
-) -> Asked:
+) -> ProfileRequest:
     """What a profile is to do; batches: of one process, each group, samples, tokens of these."""
-    return Asked(
+    return ProfileRequest(
         batches=[(rows, length) for _, rows, length in batches],
         groups=len({group for group, _, _ in batches}),
         neurons=neurons,
@@ -39,7 +39,7 @@ def asked_of(
     )
 
 
-def check(needed: Bounds, asked: Asked, compute: Compute, folder: Path) -> None:
+def check_needs(needed: Bounds, asked: ProfileRequest, compute: Compute, folder: Path) -> None:
     """Say what is needed at most; UserError where less than the least is there.
 
     folder: where is written.
@@ -64,7 +64,7 @@ def check(needed: Bounds, asked: Asked, compute: Compute, folder: Path) -> None:
         )
 
 
-def _way_out(needed: Bounds, asked: Asked, free: int) -> str:
+def _way_out(needed: Bounds, asked: ProfileRequest, free: int) -> str:
     if needed.weights > free:
         return (
             f"one decoder layer and the embedding take {_gib(needed.weights)}, and less than that "

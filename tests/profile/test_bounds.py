@@ -9,7 +9,7 @@ from counting import batches
 from families import tiny_model
 
 from moe_lab.models.layerwise import sizes_of
-from moe_lab.profile.bounds import Asked, Weights, bounds, sums_of
+from moe_lab.profile.bounds import ProfileRequest, WeightBytes, bounds, sums_of
 from moe_lab.profile.collect import collect_by_group
 from moe_lab.types import LayerInfo
 
@@ -41,9 +41,9 @@ def test_sizes_of_a_model_are_those_of_its_parts() -> None:
 
 
 def test_kimi_k2_of_100_documents_of_16k_tokens() -> None:
-    weights = Weights(int(31.9 * GIB), int(4.4 * GIB), itemsize=2, widest=18432)
+    weights = WeightBytes(int(31.9 * GIB), int(4.4 * GIB), itemsize=2, widest=18432)
     layers = [replace(KIMI, index=index) for index in range(1, 61)]
-    asked = Asked([(1, 16384)] * 100, neurons=True, cache=4 * GIB)
+    asked = ProfileRequest([(1, 16384)] * 100, neurons=True, cache=4 * GIB)
     found = bounds(layers, weights, asked)
     assert found.states == 4 * GIB, "of 21.9, the rest lies on disk"
     assert 10 * GIB < found.forward < 13 * GIB, "one document, eight experts for each token"
@@ -59,16 +59,16 @@ def test_kimi_k2_of_100_documents_of_16k_tokens() -> None:
 
 
 def test_groups_have_sums_of_their_own() -> None:
-    asked = Asked([(1, 64)])
-    weights = Weights(2**20, 2**20, 2, 1024)
+    asked = ProfileRequest([(1, 64)])
+    weights = WeightBytes(2**20, 2**20, 2, 1024)
     one, three = (bounds([KIMI], weights, replace(asked, groups=number)) for number in (1, 3))
     assert three.result == 4 * one.result, "each, and all together"
     assert three.sums > one.sums
 
 
 def test_attention_as_a_matrix_counts() -> None:
-    plain = Weights(2**20, 2**20, 2, 1024)
-    asked = Asked([(1, 16384)])
+    plain = WeightBytes(2**20, 2**20, 2, 1024)
+    asked = ProfileRequest([(1, 16384)])
     flash, eager = (
         bounds([KIMI], weights, asked).forward
         for weights in (plain, replace(plain, eager_heads=64))

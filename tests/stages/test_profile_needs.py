@@ -19,11 +19,11 @@ SHAPES = [(0, 4, 64), (1, 1, 256)]
 
 @pytest.fixture
 def needed() -> Bounds:
-    return profile_needs.needs(tiny_model("qwen2_moe"), 4, asked())
+    return profile_needs.bounds_of(tiny_model("qwen2_moe"), 4, asked())
 
 
-def asked(shapes: list[tuple[int, int, int]] = SHAPES) -> profile_needs.Asked:
-    return profile_needs.asked_of(shapes, COMPUTE)
+def asked(shapes: list[tuple[int, int, int]] = SHAPES) -> profile_needs.ProfileRequest:
+    return profile_needs.request_of(shapes, COMPUTE)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
@@ -38,7 +38,7 @@ def test_what_is_asked_is_counted() -> None:
 
 def test_it_is_said(needed: Bounds, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        profile_needs.check(needed, asked(), COMPUTE, tmp_path)
+        profile_needs.check_needs(needed, asked(), COMPUTE, tmp_path)
     (record,) = caplog.records
     assert record.levelname == "INFO" and needed.in_words() in record.message
 
@@ -48,7 +48,7 @@ def test_what_may_not_fit_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     free(monkeypatch, needed.memory - 1)
-    profile_needs.check(needed, asked(), COMPUTE, tmp_path)
+    profile_needs.check_needs(needed, asked(), COMPUTE, tmp_path)
     assert "compute.batch_tokens and calibration.max_length make it less" in caplog.text
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_fit_is_refused_with_the_way_out(
 ) -> None:  # fmt: skip
     free(monkeypatch, left(needed))
     with pytest.raises(UserError, match=way_out):
-        profile_needs.check(needed, asked(shapes), COMPUTE, tmp_path)
+        profile_needs.check_needs(needed, asked(shapes), COMPUTE, tmp_path)
 
 
 def test_a_result_that_the_disk_cannot_take_is_refused(
@@ -75,4 +75,4 @@ def test_a_result_that_the_disk_cannot_take_is_refused(
     usage = profile_needs.shutil.disk_usage(tmp_path)._replace(free=needed.result - 1)
     monkeypatch.setattr(profile_needs.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="store=<folder>"):
-        profile_needs.check(needed, asked(), COMPUTE, tmp_path)
+        profile_needs.check_needs(needed, asked(), COMPUTE, tmp_path)
