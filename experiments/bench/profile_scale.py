@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 SHARD_BYTES = 2**30
+VOCABULARY = 8192  # of the two layers' model: the embedding is known without measuring it
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_235b": {
         "model_type": "qwen3_moe", "layers": 94, "vocab_size": 151936, "hidden_size": 4096,
@@ -58,6 +59,8 @@ def config_of(shape: str, share: float, num_layers: int = 2) -> Any:
     values = {key: value for key, value in SHAPES[shape].items() if key != "layers"}
     count = "num_experts" if "num_experts" in values else "n_routed_experts"
     values[count] = max(values["num_experts_per_tok"], int(values[count] * share))
+    if num_layers == 2:
+        values["vocab_size"] = min(VOCABULARY, values["vocab_size"])
     return AutoConfig.for_model(
         values.pop("model_type"), **values, num_hidden_layers=num_layers, dtype="bfloat16",
         tie_word_embeddings=False, max_position_embeddings=32768, pad_token_id=0, bos_token_id=1,
