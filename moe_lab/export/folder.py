@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lab.models.own_config import write_config
-from moe_lab.models.saving import copy_text_files
+from moe_lab.models.finishing import copy_text_files
 from moe_lab.models.stored import INDEX, Stored, stored_in
 from moe_lab.models.weight_files import weight_files
 

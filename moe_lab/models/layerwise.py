@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -40,6 +40,37 @@ logger = logging.getLogger(__name__)
 # Of a layer's size: what has to be free for it to be read ahead. While it is read, tensors of
 # experts lie in memory one by one, and joined.
 AHEAD = 2.5
+
+
+class LayerSource(Protocol):
+    """A model whose decoder layers can be had one after another.
+
+    model: what is in no decoder layer has its weights; layers: the decoder layers; dtype: in which
+    it computes; layer: a decoder layer with its weights, while it is open; see `LayerwiseModel`.
+    """
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    dtype: torch.dtype
+
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> AbstractContextManager[nn.Module]: ...
+
+
+class WholeModel:
+    """A model in memory, whose decoder layers are always there."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        _, self.layers = decoder_layers(model)
+        self.dtype = model.get_input_embeddings().get_parameter("weight").dtype
+
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> AbstractContextManager[nn.Module]:
+        """Decoder layer `index`."""
+        return nullcontext(self.layers[index])
 
 
 class LayerwiseModel:

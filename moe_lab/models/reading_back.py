@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_lab.models.checkpoint import Checkpoint, load
-from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layerwise import LayerSource, LayerwiseModel
 from moe_lab.models.opening import text_config
 from moe_lab.models.stored import dtype_name
 from moe_lab.models.stream import LayerStream
-from moe_lab.types import NotFinite, UserError
+from moe_lab.types import NotFinite
 
 BATCH = (2, 8)  # sequences, tokens of each
 # The largest difference of a logit, as a share of the largest logit.
@@ -35,19 +34,6 @@ class NotReadBack(RuntimeError):
     """A checkpoint that does not hold the model it was written from: an error of moe_lab's."""
 
 
-@torch.no_grad()
-def few_logits(model: PreTrainedModel) -> Tensor:
-    """The logits [B, L, V] of a few random tokens, always the same, in float64."""
-    batch = {name: t.to(model.device) for name, t in _tokens(model.config).items()}
-    training = model.training
-    with _no_router_loss(model):
-        try:
-            logits: Tensor = model.eval()(**batch, use_cache=False).logits
-        finally:
-            model.train(training)
-    return logits.double().cpu()
-
-
 @contextmanager
 def _no_router_loss(model: PreTrainedModel) -> Iterator[None]:
     """While open, a model computes no loss that counts the experts it had before it was edited."""
@@ -63,13 +49,13 @@ def _no_router_loss(model: PreTrainedModel) -> Iterator[None]:
 
 
 class FewTokens:
-    """The tokens of `few_logits` on their way through a model, one decoder layer after another.
+    """A few random tokens, always the same, on their way through a model, layer after layer.
 
     hidden: what the next layer gets of them, [B, L, D]; hands_on: whether that is not all that it
     gets. UserError for a family that cannot go layer by layer.
     """
 
-    def __init__(self, source: LayerwiseModel):
+    def __init__(self, source: LayerSource):
         with _no_router_loss(source.model):
             self._stream = LayerStream(source, [_tokens(source.model.config)])
         self.hidden: Tensor = self._stream.cache["input", 0]
@@ -85,25 +71,6 @@ class FewTokens:
         """The logits [B, L, V], behind the last layer, in float64."""
         with _no_router_loss(self._stream.model):
             return self._stream.logits(0, self.hidden).double().cpu()
-
-
-@torch.no_grad()
-def check_saved(model: PreTrainedModel, folder: Path, expected: Tensor, dtype: torch.dtype) -> None:
-    """Compare every tensor with the model's bit for bit, and `few_logits` with the `expected`.
-
-    dtype: in which the latter were computed, and the checkpoint is read. It is read whole where
-    memory is left for that, else a decoder layer at a time. Raises NotReadBack where anything
-    differs.
-    """
-    found = None
-    if psutil.virtual_memory().available < 1.5 * _size(model):
-        with suppress(UserError):  # of a family that cannot go layer by layer
-            found = _by_layer(model, folder, dtype)
-    if found is None:
-        again = load(folder, dtype=dtype_name(dtype))
-        _compare_tensors(folder, model, again)
-        found = few_logits(again)
-    _compare_logits(folder, found, expected, dtype, model.config.model_type)
 
 
 def compare_by_layer(
@@ -152,36 +119,3 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
             yield key, value
         elif hasattr(value, "get_text_config"):
             yield from _fields(value)
-
-
-def _by_layer(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Tensor:
-    again = LayerwiseModel(Checkpoint(folder, dtype_name(dtype)))
-    few = FewTokens(again)
-    for index in range(len(again.layers)):
-        with again.layer(index) as decoder:
-            path = next(name for name, module in again.model.named_modules() if module is decoder)
-            _compare_tensors(folder, model.get_submodule(path), decoder)
-            few.through(index)
-    return few.logits()
-
-
-def _compare_tensors(folder: Path, one: nn.Module, other: nn.Module) -> None:
-    mine, theirs = one.state_dict(), other.state_dict()
-    wrong = sorted(mine.keys() ^ theirs.keys())
-    wrong += [
-        name
-        for name, tensor in mine.items()
-        if name in theirs and not torch.equal(tensor.cpu().to(theirs[name].dtype), theirs[name])
-    ]
-    if wrong:
-        tensor = mine.get(wrong[0])
-        if tensor is not None and not bool(tensor.isfinite().all()):  # NaN equals nothing
-            raise NotFinite(f"the edited model's {wrong[0]} is not finite")
-        raise NotReadBack(
-            f"{folder} was read back, and {len(wrong)} of its tensors are not those that were "
-            f"written, such as {wrong[0]}. Please report this"
-        )
-
-
-def _size(model: PreTrainedModel) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())

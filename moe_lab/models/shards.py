@@ -179,12 +179,15 @@ class ShardWriter:
         shards = ((entry.name, self._place[entry.name][0]) for entry in entries)
         return any(self._is_open(one) and name in self._missing[one.name] for name, one in shards)
 
-    def copy_whole(self) -> None:
-        """Bring along the files of the source that come as they are."""
-        for shard in self.shards:
+    def share_whole(self) -> tuple[int, str] | None:
+        """Bring along the files of the source that come as they are: how many, and by which way."""
+        ways = {""}
+        shards = [one for one in self.shards if one.source is not None]
+        for shard in shards:
             if shard.source is not None and shard.name not in self.done:
-                share_file(shard.source, self.folder / shard.name)
+                ways.add(share_file(shard.source, self.folder / shard.name))
                 self.done.add(shard.name)
+        return (len(shards), ", ".join(filter(None, sorted(ways))) or "before") if shards else None
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in their places, and read each back; those of finished files are left out.

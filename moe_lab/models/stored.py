@@ -149,27 +149,14 @@ def stored_in(file: Path) -> list[Stored]:
 
 
 @torch.no_grad()
-def as_stored(model: PreTrainedModel, source: Held, default: torch.dtype | None) -> None:
-    """Give each tensor of a model the dtype that it has in the files it came from, in place.
-
-    Where loading has rounded one and nothing has changed it since, it is the file's, byte for byte.
-    default: for tensors that the files do not have; None leaves these.
-    """
-    tensors, seen = model.state_dict(keep_vars=True), set[int]()
-    for name in sorted(tensors, key=lambda name: name not in source.by_name):
-        tensor, wanted = tensors[name], source.dtype(name) or default
-        if id(tensor) in seen or not tensor.is_floating_point() or wanted is None:
-            continue  # seen: tied to one that has its dtype by now
-        seen.add(id(tensor))
-        if tensor.dtype != wanted:
-            tensor.data = _unrounded(tensor, wanted, source.by_name.get(name, ()))
-
-
-@torch.no_grad()
 def in_stored_dtypes(
     tensors: Mapping[str, Tensor], source: Held, default: torch.dtype
 ) -> dict[str, Tensor]:
-    """Tensors of a model, by their names, in the dtypes that `as_stored` gives them."""
+    """Tensors of a model, by their names, in the dtypes that they have in the files of its source.
+
+    Where loading has rounded one and nothing has changed it since, it is the file's, byte for byte.
+    default: for tensors that the files do not have.
+    """
     found = {}
     for name, tensor in tensors.items():
         wanted = source.dtype(name) or default
@@ -178,31 +165,25 @@ def in_stored_dtypes(
     return found
 
 
-def round_as_stored(
-    model: PreTrainedModel, source: Held, default: torch.dtype | None, computing: torch.dtype
-) -> None:
-    """Give each tensor the values that `as_stored` leaves, in the dtype that it will be loaded in.
-
-    computing: that of most; what trained in float32 goes back to it.
-    """
-    round_to_stored(model, model.state_dict(keep_vars=True), source, default, computing)
-
-
 @torch.no_grad()
 def round_to_stored(
     model: PreTrainedModel,
     tensors: Mapping[str, Tensor],
     source: Held,
-    default: torch.dtype | None,
+    default: torch.dtype,
     computing: torch.dtype,
 ) -> None:
-    """The same for some tensors of a model, by their names, in place."""
+    """Give tensors, by their names, the values that `in_stored_dtypes` leaves, in place.
+
+    They are in the dtype that they will be loaded in. computing: that of most; what trained in
+    float32 goes back to it.
+    """
     in_float32 = model._get_dtype_plan(computing)
     parameters = {id(parameter) for parameter in model.parameters()}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        stored = source.dtype(name) or default or tensor.dtype
+        stored = source.dtype(name) or default
         loaded = torch.float32 if any(part in name for part in in_float32) else computing
         loaded = loaded if id(tensor) in parameters else tensor.dtype
         if (stored, loaded) != (tensor.dtype, tensor.dtype):

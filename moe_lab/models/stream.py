@@ -22,7 +22,7 @@ from moe_lab.models.activations import Activations
 from moe_lab.models.editing import NoMLP, set_block
 from moe_lab.models.handed_on import Decoders, HandedOn, forwards
 from moe_lab.models.layers import MoELayer, Output, hidden_of, moe_layers
-from moe_lab.models.layerwise import LayerwiseModel, decoder_layers
+from moe_lab.models.layerwise import LayerSource, decoder_layers
 from moe_lab.types import NotFinite, UserError
 
 GREEDY_SEARCH = (
@@ -46,13 +46,13 @@ class LayerStream:
 
     def __init__(
         self,
-        source: PreTrainedModel | LayerwiseModel,
+        source: PreTrainedModel | LayerSource,
         batches: Iterable[Mapping[str, Tensor]],
         cache: Activations | None = None,
         positions: Sequence[int] | None = None,
     ):
-        self.model = source.model if isinstance(source, LayerwiseModel) else source
-        self._opener = source.layer if isinstance(source, LayerwiseModel) else None
+        self.model = source if isinstance(source, PreTrainedModel) else source.model
+        self._opener = None if isinstance(source, PreTrainedModel) else source.layer
         self.cache = cache or Activations(limit=2**63)
         self.moe: dict[int, MoELayer] = {
             layer.info.index: layer for layer in moe_layers(self.model)

@@ -10,13 +10,13 @@ behind the last finished file.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,16 +28,19 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from moe_lab.integrity import PARTIAL, flush
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.condensing import edited_blocks
+from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import Plan, apply_chain, restructure_model
+from moe_lab.models.finishing import Saved, finish_checkpoint, write_configs
 from moe_lab.models.forms import Form, choose_form, padding_limit
 from moe_lab.models.head import untie_head
 from moe_lab.models.in_form import fill_up_layer, in_form, native_block
-from moe_lab.models.layers import MoELayer, decoder_path, moe_layers
-from moe_lab.models.layerwise import LayerwiseModel, bytes_of
+from moe_lab.models.layers import MoELayer, moe_layers
+from moe_lab.models.layerwise import LayerSource, LayerwiseModel, bytes_of, decoder_layers
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.native_dense import dense_names
 from moe_lab.models.reading_back import FewTokens, check_logits, compare_by_layer
-from moe_lab.models.saving import Saved, finish_checkpoint, write_configs
+from moe_lab.models.routers import with_twins
 from moe_lab.models.shards import (
     KINDS,
     Entry,
@@ -48,6 +51,7 @@ from moe_lab.models.shards import (
     plan_shards,
 )
 from moe_lab.models.stored import Stored, in_files, in_stored_dtypes, round_to_stored
+from moe_lab.models.stream import check_state
 from moe_lab.models.superset import SUPERSETS
 from moe_lab.models.verbatim import Moved, Spans, spans_of
 from moe_lab.models.weight_files import weight_files
@@ -63,12 +67,24 @@ JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
 
 @dataclass(frozen=True)
 class Saving:
-    """How a checkpoint is written; see `saving.save_checkpoint`."""
+    """How a checkpoint is written.
+
+    padding: zeros make narrow dense layers as wide as the family's config has all of them, if that
+    adds at most this share of the model's parameters; else the exact sizes are saved in our own
+    form. None: as at the source where it says so, else 0.01. convert: superset, and the model may
+    become one of another family that computes the same and says more (`superset.py`), where its own
+    cannot hold it. mtp: what becomes of the MTP layers of the source (`mtp.py`); the form says so.
+    lm_head: whether a head that is the embedding is written as a tensor of its own (`head.py`).
+    twins: layers with fewer experts than others are filled up with copies of their own, where that
+    changes nothing (as with one expert for each token) and adds at most this share; the config says
+    how many were there before (`distinct_experts`).
+    """
 
     padding: float | None = None
     convert: str | None = None
     mtp: MtpName = "prune"
     lm_head: LmHeadName = "auto"
+    twins: float = 0.0
 
 
 def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) -> Form:
@@ -79,31 +95,42 @@ def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     journal = _Journal(folder.parent / JOURNAL)
-    form = _Writing(checkpoint, plan, how).write(folder, journal)
-    journal.path.unlink(missing_ok=True)
+    source = LayerwiseModel(checkpoint)
+    form = _Writing(source, checkpoint, plan, how).write(folder, journal)
+    journal.remove()
     return form
 
 
+def write_model(source: LayerSource, folder: Path, origin: Path, how: Saving) -> Form:
+    """Write a model whose decoder layers can be had one by one as a checkpoint; its form.
+
+    origin: the checkpoint that it came from, whose tokenizer and dtypes it gets. Each decoder layer
+    is opened once, in order. The model is not changed but for its config, and the rounding and the
+    form of its layers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(source.model.config, "distinct_experts"):  # its copies may be edited by now
+        del source.model.config.distinct_experts
+    writing = _Writing(source, Checkpoint(origin), Plan(()), how, meta_twin(source.model))
+    return writing.write(folder, _Journal(None))
+
+
 class _Outcome:
-    """What a plan leaves of a checkpoint, in the form in which it is saved, without weights.
+    """What edits leave of a model, in the form in which it is saved, without weights.
 
     model: it; form: which one; numbers: the new number of each decoder layer that stays; path:
     where the decoder layers are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
-        edits = plan.edited()
-        model = meta_model(checkpoint.config)
-        first = moe_layers(model)[0].info
-        self.path = decoder_path(first.name).rpartition(".")[0]
+    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit], how: Saving):
+        self.path, decoders = decoder_layers(model)
         removed = {edit.index for edit in edits if edit.removes_decoder}
-        kept = [index for index in range(first.num_decoders) if index not in removed]
+        kept = [index for index in range(len(decoders)) if index not in removed]
         self.numbers = {old: new for new, old in enumerate(kept)}
         self._old = dict(enumerate(kept))
         restructure_model(model, edits)
-        self.form = choose_form(
-            model, padding_limit(model.config, how.padding), convert=how.convert
-        )
+        limit = padding_limit(model.config, how.padding)
+        self.form = choose_form(model, limit, how.twins, how.convert)
         self.has_edited_blocks = bool(edited_blocks(model))
         self.model = in_form(model, self.form)
 
@@ -133,25 +160,36 @@ class _Outcome:
 
 
 class _Writing:
-    """One checkpoint that is being written."""
+    """One checkpoint that is being written.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, how: Saving):
-        self.checkpoint, self.plan, self.how = checkpoint, plan, how
-        self.outcome = _Outcome(checkpoint, plan, how)
-        self.source = LayerwiseModel(checkpoint)
+    checkpoint: what the source is, or what it was made from. changed: the source's model without
+    weights, where it is another one than the checkpoint's; then nothing is known to be as it was.
+    """
+
+    def __init__(
+        self,
+        source: LayerSource,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        how: Saving,
+        changed: PreTrainedModel | None = None,
+    ):
+        self.source, self.checkpoint, self.plan, self.how = source, checkpoint, plan, how
         self.before = meta_model(checkpoint.config)
+        self.family = source.model.config.model_type
+        self.outcome = _Outcome(changed or meta_model(checkpoint.config), plan.edited(), how)
         self.files = checkpoint.held_by(self.before)
         self.stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
         self.default = getattr(checkpoint.config, "dtype", None) or self.source.dtype
         self.layers = {layer.info.index: layer for layer in moe_layers(self.source.model)}
         self.chains = {chain.index: chain for chain in plan.chains() if chain.changes}
         self._set_dtypes()
-        self.rest = self._rest()
+        self._fill_rest()
         self.head = untie_head(self.outcome.model, how.lm_head, self.outcome.form)
         self.entries = {REST: self._entries(self._rest_in_files())}
         for old, new in self.outcome.numbers.items():
             self.entries[old] = self._entries(self.outcome.in_files(self.outcome.piece(new)))
-        self.spans = {old: self._spans(old) for old in self.outcome.numbers}
+        self.spans = {old: {} if changed else self._spans(old) for old in self.outcome.numbers}
 
     def write(self, folder: Path, journal: _Journal) -> Form:
         """Everything, from the first layer that is not there yet."""
@@ -162,7 +200,8 @@ class _Writing:
         journal.of(digest_of(shards, self._made_of()))
         replay = _Replay(self.source, self.outcome.numbers, self._compared(), journal)
         with ShardWriter(folder, shards, journal.done) as writer:
-            writer.copy_whole()
+            if ways := writer.share_whole():
+                logger.info("%d files of the source are the result's as they are: %s", *ways)
             if writer.lacks(self.entries[REST]):
                 writer.write(self._rest_in_files())
             for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
@@ -199,17 +238,16 @@ class _Writing:
                 stored = self.files.dtype(self.outcome.old_name(name))
                 tensor.data = tensor.data.to(stored or self.default)
 
-    def _rest(self) -> dict[str, Tensor]:
-        """What is no decoder layer, as it is stored; put into the result's model, too."""
+    def _fill_rest(self) -> None:
+        """Put what is no decoder layer into the result's model, as it is stored."""
         tensors = {
             name: tensor
-            for name, tensor in self.source.model.state_dict(keep_vars=True).items()
+            for name, tensor in stored_tensors(self.source.model)
             if self.outcome.index_of(name) == REST
         }
         stored = in_stored_dtypes(tensors, self.files, self.default)
         self.outcome.model.load_state_dict(stored, strict=False, assign=True)
         self.outcome.model.tie_weights()
-        return stored
 
     def _rest_in_files(self) -> dict[str, Tensor]:
         model = self.outcome.model
@@ -257,8 +295,9 @@ class _Writing:
             there = self.stored.get(key)
             if there is not None and (there.kind, there.shape) == (KINDS[entry.dtype], entry.shape):
                 same.add(key)
-        files = weight_files(self.checkpoint.path)
-        return [f for f in files if len(files) > 1 and {one.key for one in by_file[f]} <= same]
+        if len(weight_files(self.checkpoint.path)) == 1:
+            return []
+        return [file for file, inside in by_file.items() if {one.key for one in inside} <= same]
 
     def _place_of(self, key: str) -> Span | None:
         """Where a tensor of this name is in the source."""
@@ -266,12 +305,11 @@ class _Writing:
         return Span(one.file, one.offset, one.num_bytes) if one else None
 
     def _made_of(self) -> str:
-        """The source and the plan, in words that tell them from all others in the same place."""
-        digest = hashlib.sha256(self.plan.to_text().encode())
-        for name, tensor in sorted(self.plan.tensors.items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return f"{self.checkpoint.path} {self.source.dtype} {digest.hexdigest()}"
+        """The source and the plan, in words that tell them from others written to the same place.
+
+        What is in the plan's tensors is not looked at: they come with its text.
+        """
+        return f"{self.checkpoint.path} {self.source.dtype} {self.plan.to_text()}"
 
     def _compared(self) -> list[int]:
         """The decoder layers through which the few tokens go, by their old numbers.
@@ -301,8 +339,7 @@ class _Writing:
 
     def _part(self, old: int) -> dict[str, Tensor]:
         prefix = f"{self.outcome.path}.{old}."
-        state = self.source.layers[old].state_dict(keep_vars=True)
-        return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+        return {f"{prefix}{key}": tensor for key, tensor in stored_tensors(self.source.layers[old])}
 
     @torch.no_grad()
     def _tensors(self, old: int) -> dict[str, Tensor]:
@@ -325,6 +362,8 @@ class _Writing:
             return
         path = f"{self.outcome.path}.{old}"
         if layer := _moe_layer_at(model, path):
+            if form.num_experts:
+                prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
             fill_up_layer(layer, form)
         if not self.outcome.has_edited_blocks:
             return
@@ -338,8 +377,8 @@ class _Writing:
 
     def _is_empty(self, name: str) -> bool:
         """Whether a tensor is zeros that another family's form has, and the model had not."""
-        superset = SUPERSETS.get(self.checkpoint.config.model_type)
-        converted = self.outcome.form.config.model_type != self.checkpoint.config.model_type
+        superset = SUPERSETS.get(self.family)
+        converted = self.outcome.form.config.model_type != self.family
         return bool(converted and superset and any(part in name for part in superset.empty))
 
     # ------------------------------------------------------------------ the end
@@ -363,7 +402,7 @@ class _Writing:
 
 
 def _moe_layer_at(model: PreTrainedModel, path: str) -> MoELayer | None:
-    found = (layer for layer in moe_layers(model) if layer.info.name.startswith(f"{path}."))
+    found = (layer for layer in moe_layers(model) if f"{layer.info.name}.".startswith(f"{path}."))
     return next(found, None)
 
 
@@ -372,15 +411,41 @@ def _without_weights(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block)
 
 
+def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, as it stands in memory, without weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(tensor): _on_meta(tensor) for tensor in tensors}
+    twin: PreTrainedModel = copy.deepcopy(model, memo)
+    return twin
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+
+
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint has of a module: its parameters, and its buffers that are not computed.
+
+    Not by `state_dict`, which divided modules answer with their parts.
+    """
+    for path, part in module.named_modules():
+        before = f"{path}." if path else ""
+        for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is not None and key not in part._non_persistent_buffers_set:
+                yield f"{before}{key}", tensor
+
+
 class _Journal:
     """What is done of a checkpoint that is being written, in a file that is there whole or not.
 
     done: the names of finished files; next_layer: the decoder layer that the few tokens come to,
     and hidden, what it gets of them: None where nothing was noted. They are those of an attempt at
-    the very same files.
+    the very same files. path: None, and nothing is noted.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path, self.digest = path, ""
         self.done: list[str] = []
         self.next_layer = 0
@@ -389,6 +454,8 @@ class _Journal:
     def of(self, digest: str) -> None:
         """Read what was noted of these files by an earlier attempt, if there is something."""
         self.digest = digest
+        if self.path is None:
+            return
         try:
             with safe_open(self.path, "pt") as file:
                 noted = json.loads(file.metadata()["written"])
@@ -402,12 +469,19 @@ class _Journal:
 
     def note(self, done: Iterable[str], replay: _Replay) -> None:
         """Note what is done by now."""
+        if self.path is None:
+            return
         noted = {"digest": self.digest, "done": sorted(done), "next_layer": replay.next_layer}
         hidden = replay.hidden if replay.resumable else torch.empty(0)
         partial = self.path.with_name(self.path.name + PARTIAL)
         save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})
         flush(partial)
         os.replace(partial, self.path)
+
+    def remove(self) -> None:
+        """Forget all, when the checkpoint is whole."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 class _Replay:
@@ -418,7 +492,7 @@ class _Replay:
 
     def __init__(
         self,
-        source: LayerwiseModel,
+        source: LayerSource,
         numbers: Mapping[int, int],
         compared: Sequence[int],
         journal: _Journal,
@@ -453,9 +527,13 @@ class _Replay:
         return self.few is not None and index in self.checked and index >= self.next_layer
 
     def through(self, index: int) -> None:
-        """Through a decoder layer, which is open, if the tokens go there."""
+        """Through a decoder layer, which is open, if the tokens go there.
+
+        NotFinite where what comes out of it is not finite.
+        """
         if self.few is not None and self.awaits(index):
             self.few.through(index)
+            check_state(self.few.hidden, index)
             self.next_layer = index + 1
 
     def logits(self) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Plan:
     layer_divergence: tuple[float, ...] = ()
     searched: tuple[Edit, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     def edited(self) -> tuple[Edit, ...]:
         """The edits that change something."""
@@ -85,11 +85,8 @@ class Plan:
         Edits of kinds that are not known become `UnknownEdit`s, which cannot be carried out.
         """
         values = json.loads(path.read_text())
-        tensors = {}
-        if path.with_suffix(".safetensors").is_file():
-            from safetensors.torch import load_file
-
-            tensors = load_file(path.with_suffix(".safetensors"))
+        beside = path.with_suffix(".safetensors")
+        tensors = TensorsInFile(beside) if beside.is_file() else {}
         return cls(
             edits=tuple(read_edit(row) for row in values.pop("layers")),
             searched=tuple(read_edit(row) for row in values.pop("searched")),
@@ -98,6 +95,38 @@ class Plan:
             notes=values,
             tensors=tensors,
         )
+
+
+class TensorsInFile(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    Those of a plan may be as large as the model.
+    """
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self._names = sorted(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 @dataclass(frozen=True)
