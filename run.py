@@ -16,8 +16,8 @@ from moe_lab import launching, processes, stopping
 if __name__ == "__main__":
     launching.start_missing()
     stopping.install()  # before what takes long to import
-    if not processes.speaks():  # the main process says it
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the process's end
+    if not processes.speaks():
+        processes.hush()
 
 try:
     import hydra
@@ -25,7 +25,7 @@ try:
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
-    from moe_lab.runs import option_help, options, refusals, sweep
+    from moe_lab.runs import option_help, options, refusals, sweep, worker
 except stopping.Stopped as stop:
     sys.exit(stopping.exit_code(stop))
 
@@ -34,8 +34,14 @@ OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, re
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
-def main(config: DictConfig) -> None:
-    """One job: the pipeline, then its report, whatever happened."""
+def main(config: DictConfig) -> worker.Objectives | None:
+    """One job: the pipeline, then its report, whatever happened; what a sweeper optimises of it."""
+    with worker.stopped_alone() as given:
+        given.objectives = _job(config)
+    return given.objectives
+
+
+def _job(config: DictConfig) -> worker.Objectives | None:
     # Imported here, so that --help and a misspelt option answer at once; held, because what a
     # signal leaves half imported fails in many ways.
     with stopping.hold():
@@ -60,14 +66,22 @@ def main(config: DictConfig) -> None:
         with job.workplace(description.folder) as folder:
             pipeline.pipeline(description.config, parts, report, folder, tracker.log_curve)
 
-    exit_codes.append(job.run(description, tracker, work))
+    code = job.run(description, tracker, work)
+    exit_codes.append(code)
+    return worker.objectives(description.config, description.folder, code)
 
 
 def run_all() -> int:
     """The job, or all of a sweep, and how it ended: the exit code."""
     try:
         refusals.check_words(sys.argv)
-        main()
+        try:
+            main()
+        except Exception as error:
+            if not (sweep.Sweep.started and sweep.Sweep.started.tell_of_lost(error)):
+                raise
+            exit_codes.append(1)
+        stopping.check()
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
     except KeyboardInterrupt as stop:
@@ -77,7 +91,6 @@ def run_all() -> int:
     except Exception as error:
         message = refusals.refusal(error)
         if message is None:
-            sys.stderr = sys.__stderr__
             raise
         print(message, file=sys.stderr)
         return refusals.USER_MISTAKE

@@ -109,7 +109,15 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "llama_cpp",
         "llama_process",
     ),
-    "finetune": ("recipe", "tuning", "training", "state", "teacher", "gate_entropy"),
+    "finetune": (
+        "recipe",
+        "tuning",
+        "training",
+        "state",
+        "sharding",
+        "teacher",
+        "gate_entropy",
+    ),
     "methods": (
         "base",
         "layer_choice",

@@ -5,7 +5,7 @@ not, or for one machine alone (NFS without its lock manager, some mounts of Lust
 that wants `<name>.lock` lays a claim into the folder `<name>.lease/`: a file whose name nobody else
 ever has, touched as long as its process lives. A process holds the lock if it sees no other living
 claim after it laid its own; of two that come at once, both withdraw and try again, so never both
-hold it. A claim whose process is gone, or that nobody has touched for `SILENCE` seconds, is removed.
+hold it. A claim whose process is gone, or that nobody has touched for `SILENCE` seconds, goes.
 
 By hand: filelock's own leases are not taken over on file systems that cannot exchange two names,
 which are the ones that also lack flock.

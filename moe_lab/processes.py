@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ Value = TypeVar("Value")
 FOREVER = timedelta(days=365)  # the main process may work alone for long
 LOOK_EVERY = 0.2  # seconds between looks at whether another process has failed
 LAST_WORDS = 5.0  # seconds in which a process that breaks off says why
+GOODBYE = 5.0  # seconds in which the others leave before the main process does
 PATIENCE = 600.0  # seconds that a failed process gives the main one to end the job
 
 
@@ -94,6 +96,14 @@ def is_main() -> bool:
 def speaks() -> bool:
     """Whether this process may print: asked of the launcher's order, whoever works alone."""
     return started_together() == 1 or int(os.environ["RANK"]) == 0
+
+
+def hush() -> None:
+    """Print nothing from now on, whoever prints: the main process says it."""
+    sys.stdout.flush()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
 
 
 def of_machine() -> int:
@@ -193,7 +203,9 @@ def failed(error: BaseException, message: str, code: int, signal: int | None = N
     if number() == 1:
         return mine
     key, content = _key("failed"), json.dumps(asdict(mine))
-    first = _store().compare_set(key, "", content).decode()
+    first = ""
+    with suppress(RuntimeError):  # whoever keeps the store may be gone
+        first = _store().compare_set(key, "", content).decode()
     close()  # those that wait for this process in an exchange hear that it has gone
     return Failure(**json.loads(first or content))
 
@@ -210,10 +222,11 @@ def end_job(code: int) -> int:
     """Leave a job together, with the main process's exit code: the next one begins anew."""
     if number() == 1:
         return code
-    if is_main():
-        _store().set(_key("over"), str(code))
-    elif _comes(_key("over"), PATIENCE if code else None):
-        code = int(_store().get(_key("over")))
+    with suppress(RuntimeError):
+        if is_main():
+            _store().set(_key("over"), str(code))
+        elif _comes(_key("over"), PATIENCE if code else None):
+            code = int(_store().get(_key("over")))
     close()
     _state.job += 1
     return code
@@ -223,12 +236,13 @@ def leave() -> None:
     """Before a process ends: not before the main one has said what there is to say."""
     if number() == 1:
         return
-    if is_main():
-        stopping.ignore()  # the launcher ends those that are left when the first has ended
-        _store().set("left", "1")
-    else:
-        _comes("left", PATIENCE)
-        stopping.ignore()
+    with suppress(RuntimeError):
+        if is_main():
+            _store().set("left", "1")
+            _comes(f"heard by {number() - 1}", GOODBYE)  # it may keep the store
+        elif _comes("left", PATIENCE):
+            _store().set(f"heard by {_store().add('heard', 1)}", "1")
+    stopping.ignore()  # the launcher ends those that are left when the first has ended
 
 
 def close() -> None:
@@ -341,10 +355,12 @@ def _look() -> None:
 def _last_words() -> Failure:
     """What a process said that broke an exchange off; one that was killed says nothing."""
     until = time.monotonic() + LAST_WORDS
-    while time.monotonic() < until:
-        if found := failure():
-            return found
-        time.sleep(0.05)
+    with suppress(RuntimeError):  # the store lies in the main process, perhaps
+        while time.monotonic() < until:
+            stopping.check()
+            if found := failure():
+                return found
+            time.sleep(0.05)
     others = "the other process" if number() == 2 else "one of the other processes"
     return Failure(
         index(),

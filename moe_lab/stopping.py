@@ -1,9 +1,10 @@
 """Signals that stop a run: what they raise, what holds them back for a moment, how it ends.
 
-Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which Slurm sends before a job's time is up:
-`#SBATCH --signal=B:USR1@120`) raise `Stopped`, and a second one ends the process at once: not where
-a launcher has started several, which passes on a signal that they have already. Where Python
-swallows what a signal raises, the next `check` raises it again.
+Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 (one of which Slurm sends before a job's time is up:
+`#SBATCH --signal=B:USR1@120`, submitit USR2) raise `Stopped`, and a second one ends the process at
+once, unless it is a mere warning (USR1 or USR2), or a launcher of several processes may have passed
+on what they had heard themselves. Where Python swallows what a signal raises, the next `check`
+raises it again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
-SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # an exit code: 128 + its number
+# An exit code is 128 + its number.
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(signal.Signals[name] for name in SIGNAL_NAMES if hasattr(signal, name))
+WARNINGS = tuple(one for one in SIGNALS if one.name.startswith("SIGUSR"))
 PASSED_ON = 10.0  # seconds in which a launcher hands on what its processes have heard themselves
 TOLD = "{}: stopping, what is finished is kept; a second signal stops at once\n"
 
@@ -31,12 +34,18 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
+        return Stopped, (self.number,)
+
 
 @dataclass
 class _State:
     asked: int | None = None
     since: float = 0.0
+    came: set[int] = field(default_factory=set)
     held: int = 0
+    installed: int | None = None  # in which process: one forked off takes none by itself
+    instead: Callable[[int], object] | None = None
 
 
 _state = _State()
@@ -48,6 +57,7 @@ def install() -> None:
     Whatever a stopped process has started ends with it, behind what libraries do at the end, such
     as W&B, which speaks to its service: what is registered first is called last.
     """
+    _state.installed = os.getpid()
     atexit.register(lambda: end_children() if asked() else None)
     for one in SIGNALS:
         if signal.getsignal(one) is not signal.SIG_IGN:
@@ -56,16 +66,26 @@ def install() -> None:
     sys.unraisablehook = lambda odd: None if isinstance(odd.exc_value, Stopped) else tell(odd)
 
 
+def installed() -> bool:
+    """Whether this process takes the signals."""
+    return _state.installed == os.getpid()
+
+
 def _arrived(number: int, frame: FrameType | None) -> None:
+    _state.came.add(number)
     if _state.asked is not None:
-        if time.monotonic() < _state.since + PASSED_ON and "RANK" in os.environ:
+        again = time.monotonic() < _state.since + PASSED_ON and "RANK" in os.environ
+        if number in WARNINGS or again:
             return
         end_children()
         os._exit(128 + number)
     ask(number)
     if os.environ.get("RANK", "0") == "0":
         os.write(2, TOLD.format(signal.Signals(number).name).encode())
-    check()
+    if _state.instead:
+        _state.instead(number)
+    else:
+        check()
 
 
 def ask(number: int) -> None:
@@ -87,6 +107,16 @@ def ignore() -> None:
 def asked() -> bool:
     """Whether a signal has come, also where it is held back."""
     return _state.asked is not None
+
+
+def came(number: int) -> bool:
+    """Whether this signal has come, be it the first or behind another."""
+    return number in _state.came
+
+
+def do_instead(call: Callable[[int], object]) -> None:
+    """From now on the first signal calls this with its number; only `check` raises `Stopped`."""
+    _state.instead = call
 
 
 def check() -> None:

@@ -151,7 +151,7 @@ def installed() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        stopping._state.asked, stopping._state.held = None, 0
+        stopping._state = stopping._State()
         for one, handler in before.items():
             signal.signal(one, handler)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -56,14 +57,43 @@ def test_a_second_signal_stops_at_once_and_children_end_too() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(child.pid, flush=True)
     with stopping.hold():
-        stop("SIGTERM"); print("held", flush=True); stop("SIGUSR1"); print("not reached")
+        stop("SIGHUP"); print("held", flush=True); stop("SIGTERM"); print("not reached")
 """
     started = time.monotonic()
     done = script(body)
-    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.returncode == 128 + signal.SIGTERM
     pid, held = done.stdout.split()
     assert held == "held" and time.monotonic() - started < 30
     assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == "zombie"
+
+
+def test_a_warning_behind_another_signal_is_kept_in_mind() -> None:
+    """As submitit's behind the SIGTERM of a preemption: what is being saved is saved."""
+    body = """
+    try:
+        stop("SIGTERM")
+    finally:
+        stop("SIGUSR2"); stop("SIGUSR1")
+        print(stopping.came(signal.SIGUSR2), stopping.came(signal.SIGHUP), flush=True)
+"""
+    done = script(body)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "True False\nended by SIGTERM\n"
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_is_called_instead_and_the_end_behind_it() -> None:
+    called = []
+    stopping.do_instead(called.append)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert called == [signal.SIGHUP]
+    with pytest.raises(stopping.Stopped, match="SIGHUP"):
+        stopping.check()
+
+
+def test_another_process_can_be_told_of_a_stop() -> None:
+    stop = pickle.loads(pickle.dumps(stopping.Stopped(signal.SIGTERM)))
+    assert isinstance(stop, stopping.Stopped) and stopping.exit_code(stop) == 143
 
 
 def test_children_end_behind_what_libraries_do_at_the_end() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from moe_lab import processes
 from moe_lab.finetune.gate_entropy import GateEntropy
 from moe_lab.finetune.recipe import Recipe, Trains, check_moe_left
 from moe_lab.finetune.tuning import Tuning, next_token_loss, trained
@@ -166,7 +167,9 @@ class SeerTuning(Tuning):
         self.entropy = GateEntropy(layers)
         self.first = self.top_k = layers[0].info.top_k
         self.last = self.first if recipe.top_k is None else min(self.first, recipe.top_k)
+        # Tokens that had a first, second, … expert: in all, and of this process's part of a step.
         self.tokens = torch.zeros(self.first, dtype=torch.float64)
+        self.step_tokens = torch.zeros_like(self.tokens)
 
     def before_step(self, step: int, num_steps: int) -> None:
         """Set the step's number of experts per token."""
@@ -179,14 +182,16 @@ class SeerTuning(Tuning):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The task's loss, and the mean over layers of the summed entropy of valid tokens."""
         valid = batch["attention_mask"].bool().reshape(-1)
-        if torch.is_grad_enabled():
-            self.tokens[: self.top_k] += valid.sum().item()
+        if torch.is_grad_enabled() and self.counts:
+            self.step_tokens[: self.top_k] += valid.sum().item()
         with self.entropy.of(valid, differentiable=self.recipe.entropy > 0):
             loss = next_token_loss(self.model, batch)
         return {"loss": loss, "entropy": self.entropy.mean()}
 
     def after_step(self, step: int, num_steps: int) -> dict[str, Any]:
         """How many experts a token got in this step, and which share of all tokens had a k-th."""
+        self.tokens += processes.total(self.step_tokens)
+        self.step_tokens.zero_()
         shares = (self.tokens / self.tokens[0].clamp(min=1)).tolist()
         used = {f"used_expert_{rank}": share for rank, share in enumerate(shares, start=1)}
         return {"top_k": self.recipe.k_at(step, num_steps, self.first)} | used

@@ -1,8 +1,8 @@
 """Decoder layers divided among the processes of a training: PyTorch's FSDP2, a layer at a time.
 
 Each process holds a part of every parameter of a decoder layer, of its gradient and of the
-optimizer's state; a layer is put together while it computes. Embedding, norms and head are whole in
-each, and so is what of them trains.
+optimizer's state; a layer is put together while it computes. Embedding, head, norms and routers,
+which are also asked outside of a forward, are whole in each, and so is what of them trains.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ def shard(
     processes.open_group()
     names = {parameter: name for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(device.type, (processes.number(),))
-    decoders = decoder_layers(model)
+    decoders, left = decoder_layers(model), _undivided(model)
     for layer in decoders:
-        divided = fully_shard(layer.to(device), mesh=mesh, reshard_after_forward=True)
+        divided = fully_shard(
+            layer.to(device), mesh=mesh, reshard_after_forward=True,
+            ignored_params={one for one in layer.parameters() if one in left},
+        )  # fmt: skip
         divided.set_gradient_divide_factor(1.0)  # a step's losses are sums already
         divided.set_force_sum_reduction_for_comms(True)  # gloo has no other
         divided.set_reduce_scatter_unused_params(True)
@@ -41,6 +44,13 @@ def shard(
     _move_rest(model, inside, device)
     there = dict(model.named_parameters())
     return {name: there[names[parameter]] for name, parameter in trainable.items()}
+
+
+def _undivided(model: Model) -> set[nn.Parameter]:
+    """What stays whole: routers, vectors, and what has fewer rows than there are processes."""
+    routers = [one for layer in moe_layers(model) for one in layer.router.parameters()]
+    small = [one for one in model.parameters() if one.dim() < 2 or len(one) < processes.number()]
+    return {*routers, *small}
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:

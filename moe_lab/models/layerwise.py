@@ -137,13 +137,12 @@ class LayerwiseModel:
                 self._empty(index)
 
     def _take(self, index: int, without: Collection[str]) -> None:
-        """Fill a layer, unless that was begun already."""
+        """Fill a layer, unless it was read ahead: where that went wrong it is read again."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == index:
-            ahead[1].result()
-            return
-        if ahead is not None:  # another one was asked for
-            wait([ahead[1]])
+        if ahead is not None:
+            failed = ahead[1].exception()
+            if ahead[0] == index and failed is None:
+                return
             self._empty(ahead[0])
         self._fill(index, without)
 

@@ -217,7 +217,8 @@ def _no_room(error: OSError) -> str | None:
 
 def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:
     """Log all of a job that was not logged while it ran; pictures are drawn before."""
-    drawn = _drawn(job.folder)
+    # Of a run that was stopped none: its time may be up soon, and it goes on.
+    drawn = [] if stopping.asked() else _drawn(job.folder)
     curve = job.folder / CURVE
     for line in curve.read_text().splitlines() if curve.is_file() else ():
         tracker.log_curve(json.loads(line))

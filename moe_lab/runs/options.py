@@ -33,7 +33,8 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS |= {type(None): "null", Sequence: "a list [a,b]", Mapping: "a mapping"}
 CONFIG_REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to one name, not made from other references
-EARLY = ("seed", "resume", "store", "run_dir", "model", "table")  # what check_early looks at
+# What check_early looks at.
+EARLY = ("seed", "resume", "store", "run_dir", "objectives", "model", "table")
 Node = Mapping[str, Any]
 
 
@@ -45,6 +46,9 @@ class TopOptions:
     resume: Annotated[bool, Option("leave out jobs whose folder holds a finished report")]
     store: Annotated[str, Option("folder of finished stages, shared by all runs")]
     run_dir: Annotated[str, Option("folder of a run's own files; a sweep's is hydra.sweep.dir")]
+    objectives: Annotated[
+        Sequence[str] | None, Option("keys of report.json whose figures a sweeper optimises")
+    ]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ USER_MISTAKE = 2  # the exit code
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 NO_NAME = "Config group override must be a string"  # Hydra, of metric=true or metric=null
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*?)'\n1\. ", re.DOTALL)
+NO_PLUGIN = re.compile(r"Could not (?:find|load) 'hydra/launcher/(joblib|ray|submitit)\w*'")
+EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit": "slurm"}  # of pyproject.toml, by plugin
 OTHER_FOLDER = "choose another run_dir=<folder> (of a sweep: hydra.sweep.dir=<folder>)"
 
 
@@ -64,6 +66,9 @@ def _of_the_disk(error: BaseException) -> str | None:
 def _of_a_config(error: BaseException) -> str | None:
     """Of what was composed, and of what it was composed from."""
     message = str(error).partition("\nConfig search path")[0]
+    if _from_hydra(error) and (missing := NO_PLUGIN.search(message)):
+        plugin = missing[1]
+        return f"{plugin} is not installed here: pip install 'moe_lab[{EXTRAS[plugin]}]'"
     if isinstance(error, yaml.YAMLError):
         return f"a yaml file is broken: {' '.join(message.split())}"
     if isinstance(error, UnicodeDecodeError) and (name := _loading(error)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,12 @@ from moe_lab.types import UserError
 SCRIPT = CHECKOUT / "run.py"
 SWEEP_FLAGS = ("-m", "--multirun")
 CONFIG_FLAG = "--config-dir"
+# What a launcher's jobs are given; all else of it could name a program, a place or a shell's line.
+RESOURCES = re.compile(
+    r"hydra\.launcher\.(n_jobs|timeout_min|signal_delay_s|max_num_timeout|array_parallelism|nodes"
+    r"|tasks_per_node|cpus_per_(task|gpu)|gpus_per_(node|task)|mem_(gb|per_gpu|per_cpu)|partition"
+    r"|qos|constraint|exclude|gres|account|stderr_to_stdout|ray\.remote\.num_[cg]pus)"
+)
 NAMES_CODE = ("hydra.callbacks", "hydra.searchpath", "hydra.job.env", "hydra.job_logging",
               "hydra.hydra_logging")  # fmt: skip
 OLD_SWEEP = "multirun.yaml"  # which Hydra leaves in the folder of every sweep
@@ -148,7 +155,10 @@ def _other_code(word: str) -> str | None:
         return None
     if word.startswith("-") or ("=" not in word and not word.startswith("~")):
         return "it is no override (key=value)"
-    if word.lstrip("+~").startswith(NAMES_CODE) or "_target_" in word:
+    key = word.lstrip("+~").partition("=")[0]
+    if key.startswith("hydra.launcher") and not RESOURCES.fullmatch(key):
+        return "it can name code"
+    if key.startswith(NAMES_CODE) or "_target_" in word or "\n" in word:
         return "it can name code"
     return None
 

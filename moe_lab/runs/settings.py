@@ -18,7 +18,8 @@ from moe_lab.runs.options import target_of
 from moe_lab.track.tracker import stable_hash
 from moe_lab.types import UserError
 
-NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume")  # of no result's making
+# Of no result's making.
+NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume", "objectives")
 SAID_OF_MODELS = ("licence", "architecture")  # what the model is, wherever its results come from
 
 

@@ -9,7 +9,9 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,8 +28,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab import processes, stopping
-from moe_lab.files import PAGE, REPORT, SWEEP
+from moe_lab.files import CHECKOUT, HYDRA, PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
+from moe_lab.runs import worker
 from moe_lab.runs.options import EARLY, check_early, check_whole
 from moe_lab.runs.refusals import USER_MISTAKE, refusal
 from moe_lab.types import UserError
@@ -82,6 +85,44 @@ class Sweep(Callback):
         }
         self._tell_of_earlier_jobs(len(asked["overrides"] or ()))
         (self.folder / SWEEP).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        if self.elsewhere:
+            self._prepare_launcher()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a launcher runs the jobs in processes of their own."""
+        return not str(self.config.hydra.launcher._target_).endswith("BasicLauncher")
+
+    def _prepare_launcher(self) -> None:
+        """Its processes import what this one does, and stop with it; say how to look at them."""
+        paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        chosen = self.config.hydra.runtime.choices["hydra/launcher"]
+        look = shlex.join(["python", "-m", "moe_lab.runs", str(self.folder)])
+        print(f"jobs run by hydra/launcher={chosen}; to look at them: {look}", flush=True)
+        if not str(self.config.hydra.launcher._target_).endswith("SlurmLauncher"):
+            stopping.do_instead(lambda _: worker.stop_jobs(self.folder))
+
+    def on_job_start(self, config: DictConfig, **_: object) -> None:
+        """In a process that a launcher started: take the signals as run.py does."""
+        if not self.elsewhere:
+            return
+        worker.enter()
+        folder = Path(config.hydra.runtime.output_dir)
+        if stopping.asked() and not (folder / REPORT).is_file():
+            shutil.rmtree(folder / HYDRA)  # it does not begin: else it counts as starting
+
+    def tell_of_lost(self, error: Exception) -> bool:
+        """Where a launcher's jobs ended the sweep: say why, and wait for the others.
+
+        False where it is no launcher's error.
+        """
+        if not self.elsewhere or refusal(error) is not None:
+            return False
+        told = traceback.format_exception_only(error)[-1].strip()
+        print(f"a job was lost: {told}", file=sys.stderr)
+        worker.wait_for_others(self.folder)
+        return True
 
     def _tell_of_earlier_jobs(self, number: int) -> None:
         """Where the folder has jobs beyond this sweep's: nobody's results are deleted here."""

@@ -132,9 +132,9 @@ def test_a_layer_that_is_read_ahead_is_the_same(
     filled: list[tuple[int | None, bool]] = []
     fill = LayerwiseModel._fill
 
-    def noted(self: LayerwiseModel, part: int | None) -> None:
+    def noted(self: LayerwiseModel, part: int | None, *without: list[str]) -> None:
         filled.append((part, threading.current_thread() is threading.main_thread()))
-        fill(self, part)
+        fill(self, part, *without)
 
     monkeypatch.setattr(LayerwiseModel, "_fill", noted)
     for index in range(4):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from families import tiny_batch, tiny_model
 
+from moe_lab import processes
 from moe_lab.compute import Compute
 from moe_lab.data.embedded import StandardLibrary, StandardQuestions
 from moe_lab.data.tokens import Tokens
@@ -100,5 +101,5 @@ def train_one(folder: Path) -> torch.Tensor:
     model = load(folder.parent / "compressed", dtype="float32")
     done = training(model, plan, folder, supervised=True)
     done.run()
-    if done.processes.is_main_process:
+    if processes.is_main():
         torch.save(model.model.layers[1].mlp.down_proj.weight, folder / "weight.pt")
