@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.free_memory import free_memory
-from moe_lab.models.layers import decoders_path, module_list, moe_layers
+from moe_lab.models.layers import decoders_path, module_list, moe_layers, num_parameters
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model, no_bars, text_config
 from moe_lab.models.quantised import conversions, quantizer_of
@@ -136,13 +137,12 @@ class LayerwiseModel:
                 self._empty(index)
 
     def _take(self, index: int, without: Collection[str]) -> None:
-        """Fill a layer, unless that was begun already."""
+        """Fill a layer, unless it was read ahead: where that went wrong it is read again."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == index:
-            ahead[1].result()
-            return
-        if ahead is not None:  # another one was asked for
-            wait([ahead[1]])
+        if ahead is not None:
+            failed = ahead[1].exception()
+            if ahead[0] == index and failed is None:
+                return
             self._empty(ahead[0])
         self._fill(index, without)
 
@@ -220,6 +220,37 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def bytes_of(module: nn.Module) -> int:
     """What a module's parameters take, also where they are not there."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, in parameters: its largest decoder layer, and all that is in none.
+
+    widest: of the matrices of a decoder layer that are no routed expert's, the longest side.
+    eager_heads: of attention, where it is computed as a matrix of positions by positions.
+    """
+
+    layer: int
+    outside: int
+    widest: int
+    eager_heads: int
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """The sizes of a model, which may be without weights."""
+    layers = decoder_layers(model)[1]
+    routed = {id(p) for one in moe_layers(model) for p in one.experts.parameters()}
+    parts = [list(layer.parameters()) for layer in layers]
+    plain = [p for part in parts for p in part if p.dim() > 1 and id(p) not in routed]
+    largest = [sum(p.numel() for p in part) for part in parts]
+    config = text_config(model.config)
+    is_eager = model.config._attn_implementation == "eager"
+    return Sizes(
+        layer=max(largest),
+        outside=num_parameters(model) - sum(largest),
+        widest=max((max(p.shape) for p in plain), default=0),
+        eager_heads=getattr(config, "num_attention_heads", 0) if is_eager else 0,
+    )
 
 
 def _non_persistent(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -97,8 +97,9 @@ class Journal:
                 self._kept.add(name)
             else:
                 collection.found[group, index] = _read_sums(self.folder / name)
-        for batch, index in _going(progress.at, stream) if stream else ():
-            self._read_state(stream, batch, index)
+        if stream:
+            for batch, index in _going(progress.at, stream):
+                self._read_state(stream, batch, index)
         if record:
             _tell(progress, num_batches)
         self._remove_all_but(self._seals)
@@ -128,10 +129,11 @@ class Journal:
         for (group, index), layer in collection.found.items():
             named.add(self._write_sums(group, layer, progress.counted[index]))
         at = list(progress.at)
-        for batch, index in _going(at, stream) if stream else ():
-            states = self._write_state(stream, batch, index)
-            named.update(states)
-            at[batch] = index if states else 0  # what is not there is replayed
+        if stream:
+            for batch, index in _going(at, stream):
+                states = self._write_state(stream, batch, index)
+                named.update(states)
+                at[batch] = index if states else 0  # what is not there is replayed
         self._write_record(named, at, progress)
         self._remove_all_but(named)
         self.saves += 1

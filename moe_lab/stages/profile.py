@@ -28,6 +28,7 @@ from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.progress import progress
+from moe_lab.stages import profile_needs
 from moe_lab.stages.context import Context
 from moe_lab.stages.journal import Journal, Progress, statistics
 from moe_lab.stages.stage import Stage
@@ -71,10 +72,8 @@ def profile(context: Context, asked: Profiling) -> Artifact:
     only_routers = compute.profile == "routers"
 
     def make(folder: Path) -> None:
-        if processes.broadcast(
-            processes.is_main() and _is_whole(folder)
-        ):  # a killed attempt lacked the seal alone
-            return
+        if processes.broadcast(processes.is_main() and _is_whole(folder)):
+            return  # a killed attempt lacked the seal alone
         parts = tokens.by_group()
         batches = shared(
             [
@@ -118,9 +117,9 @@ def shared(batches: Batches) -> Batches:
     return [batches[place] for place in sorted(parts[processes.index()])]
 
 
-def _shapes(batches: Batches) -> list[list[int]]:
+def _shapes(batches: Batches) -> list[tuple[int, int, int]]:
     """Of each batch: its group, and how many samples and tokens of each it has."""
-    return [[group, *batch["input_ids"].shape] for group, batch in batches]
+    return [(group, *batch["input_ids"].shape[:2]) for group, batch in batches]
 
 
 def collect_profile(
@@ -138,13 +137,17 @@ def collect_profile(
     compute.cache_gib, where it goes layer by layer. journal: goes on where a killed attempt was;
     complete sums are in it, and not in what is returned.
     """
-    dtype = computing_dtype(checkpoint)
-    size = num_parameters(meta_model(checkpoint.config)) * dtype.itemsize
+    empty, dtype = meta_model(checkpoint.config), computing_dtype(checkpoint)
+    size = num_parameters(empty) * dtype.itemsize
     if not compute.goes_layerwise(size):
         model = checkpoint.load(compute.device)
         with collect.collecting(model, only_routers, neurons) as collection:
             _whole(model, collection, batches, journal)
         return collection
+    if journal and batches:
+        asked = profile_needs.request_of(_shapes(batches), compute, neurons)
+        needed = profile_needs.bounds_of(empty, dtype.itemsize, asked)
+        profile_needs.check_needs(needed, asked, compute, folder)
     limit, on_device = int(compute.cache_gib * 2**30), compute.device_cache()
     cache = Activations(limit, folder, compute.device, on_device)
     layerwise = LayerwiseModel(checkpoint, compute.device)

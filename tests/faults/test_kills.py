@@ -13,6 +13,7 @@ from fault_subjects import Subject, Subjects
 from fuzzed import Tally
 
 from moe_lab.finetune.training import STATE
+from moe_lab.stages.journal import RECORD
 
 SEEDS = range(12)
 KILLS = 3  # of one run, until it is let go on to its end
@@ -88,6 +89,23 @@ def test_a_kill_in_fine_tuning(name: str, subjects: Subjects, tmp_path: Path, ta
     known = fault_jobs.stamps(tmp_path / "store")
     wrong = judge_end(subject, tmp_path, known, fault_jobs.run(tmp_path, subject.overrides()))
     tally.judge(not wrong, f"{name}: {wrong}")
+    tally.check()
+
+
+@pytest.mark.faults
+def test_a_kill_in_a_profile(subjects: Subjects, tmp_path: Path, tally: Tally) -> None:
+    """At each save of its journal, until it ends."""
+    subject = subjects["small"]
+    command = [*subject.overrides(), "compute.layerwise=true", "compute.journal_seconds=0"]
+    for number in range(1, 100):
+        kill = ("before", "after")[number % 2]
+        job = fault_jobs.run(tmp_path, command, Fault(RECORD, number=2, kill=kill))
+        if not job.killed:
+            break
+        assert list(tmp_path.glob(f"store/profile/*/journal.0/{RECORD}"))
+        tally.judge(True, "")
+    wrong = judge_end(subject, tmp_path, {}, job)
+    tally.judge(number > 2 and not wrong, wrong)
     tally.check()
 
 

@@ -132,9 +132,9 @@ def test_a_layer_that_is_read_ahead_is_the_same(
     filled: list[tuple[int | None, bool]] = []
     fill = LayerwiseModel._fill
 
-    def noted(self: LayerwiseModel, part: int | None) -> None:
+    def noted(self: LayerwiseModel, part: int | None, *without: list[str]) -> None:
         filled.append((part, threading.current_thread() is threading.main_thread()))
-        fill(self, part)
+        fill(self, part, *without)
 
     monkeypatch.setattr(LayerwiseModel, "_fill", noted)
     for index in range(4):
@@ -186,3 +186,21 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(tmp_path: Path) -
         (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError), model.layer(1):
         pass
+
+
+def test_what_only_went_wrong_ahead_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    model, fill = LayerwiseModel(Checkpoint(tmp_path)), LayerwiseModel._fill
+
+    def fails_ahead(self: LayerwiseModel, *arguments: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("dictionary changed size during iteration")
+        fill(self, *arguments)
+
+    monkeypatch.setattr(LayerwiseModel, "_fill", fails_ahead)
+    with model.layer(0, then=1):
+        pass
+    with model.layer(1) as layer:
+        assert not is_empty(layer)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from counting import samples
+from counting import assert_alike, samples
 from families import FAMILIES, tiny_model
-from interrupted import kills_before_the_end, num_lines
+from interrupted import end_together, kills_before_the_end, num_lines
 
 from moe_lab import stopping
 from moe_lab.compute import Compute
@@ -262,3 +262,32 @@ def test_numbers_that_are_none_are_refused_again(tmp_path: Path) -> None:
         with pytest.raises(NotFinite, match="layer 2"):
             work()
     assert collect.load_groups(work.folder()) == {}
+
+
+def test_two_processes_share_the_batches_and_go_on_together(
+    tmp_path: Path, batches_counted: Callable[[], int]
+) -> None:
+    work = Work(tmp_path, layerwise=True)
+    work("alone")
+    needed = batches_counted()
+    assert end_together(lambda: work("undisturbed"), FROM, [10**9] * 2) == [0, 0]
+    assert batches_counted() == needed, "each batch in one of them"
+    found = collect.load_statistics(work.folder("undisturbed"))
+    assert_alike(found, collect.load_statistics(work.folder("alone")), rtol=1e-12)
+    codes = end_together(work, FROM, [10**9, 4000])
+    assert codes[1] == -9 and codes[0] not in (0, -9), "the other one hears of it"
+    before = batches_counted()
+    assert end_together(work, FROM, [10**9] * 2) == [0, 0]
+    assert needed <= before + batches_counted() <= needed + 2
+    assert work.files() == work.files("undisturbed")
+
+
+def test_another_number_of_processes_begins_anew(
+    stopped: Work, batches_counted: Callable[[], int]
+) -> None:
+    assert end_together(stopped, FROM, [10**9] * 2) == [0, 0]
+    assert batches_counted() == 5 * 3
+    found, expected = map(
+        collect.load_statistics, (stopped.folder(), stopped.folder("undisturbed"))
+    )
+    assert_alike(found, expected, rtol=1e-12)

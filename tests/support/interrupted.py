@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -31,14 +32,40 @@ def ends(work: Callable[[], object], inside: str, most: int) -> bool:
 
     Those are lines that Python executes, so that every state between two of them can be had again.
     """
+    status = _status(_forked(work, Lines(inside, most)))
+    assert status in (0, -signal.SIGKILL), f"the fork ended with {status}"
+    return status == 0
+
+
+def end_together(work: Callable[[], object], inside: str, most: Sequence[int]) -> list[int]:
+    """Exit codes of forks that do the work as torchrun starts processes; most: lines of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forks = []
+    for rank, lines in enumerate(most):
+        environment = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(most)),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+        forks.append(_forked(work, Lines(inside, lines), environment))
+    return [_status(fork) for fork in forks]
+
+
+def _forked(
+    work: Callable[[], object], lines: Lines, environment: Mapping[str, str] | None = None
+) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
         child = os.fork()
     if not child:
-        _work(work, Lines(inside, most))
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), f"the fork ended with {status}"
-    return status == 0
+        os.environ.update(environment or {})
+        _work(work, lines)
+    return child
+
+
+def _status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kills_before_the_end(work: Callable[[], object], inside: str, seed: int, most: int) -> int:
