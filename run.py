@@ -45,7 +45,7 @@ def _job(config: DictConfig) -> worker.Objectives | None:
     # Imported here, so that --help and a misspelt option answer at once; held, because what a
     # signal leaves half imported fails in many ways.
     with stopping.hold():
-        from moe_lab.runs import job
+        from moe_lab.runs import job, rehearsal
 
         options.check_whole(list(map(str, config)), HydraConfig.get().runtime.choices)
         description = sweep.description_of(config)
@@ -66,6 +66,20 @@ def _job(config: DictConfig) -> worker.Objectives | None:
         with job.workplace(description.folder) as folder:
             pipeline.pipeline(description.config, parts, report, folder, tracker.log_curve)
 
+    def foresee() -> dict[str, Any]:
+        with stopping.hold():
+            options.check_request(description.config, raw, description.choices)
+            from moe_lab.stages import dry_run
+            from moe_lab.stages.parts import Parts
+        stopping.check()
+        parts = Parts.made(config, functools.partial(instantiate, _convert_="object"))
+        return dry_run.dry_run(description.config, parts).figures
+
+    if config.dry_run:
+        if processes.is_main():
+            with processes.alone():
+                exit_codes.append(rehearsal.rehearse(description, foresee))
+        return None
     code = job.run(description, tracker, work)
     exit_codes.append(code)
     return worker.objectives(description.config, description.folder, code)

@@ -44,6 +44,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("models", "data.source", "data.tokens", "compute", "store"),
     ),
     "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
+    "forecast": ("what a run will cost, from shapes and from costs once measured", ("models",)),
     "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
     "tables": ("many reports as one table", ("report",)),
     "diagnose": ("what experts do", ("profile", "models", "report.plots")),
@@ -51,7 +52,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stages": (
         "the pipeline, and each of its stages",
         ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
-         "finetune", "evaluate", "report", "diagnose"),
+         "finetune", "evaluate", "report", "diagnose", "forecast"),
     ),
     "families": (
         "what works for each model type of transformers",
@@ -93,7 +94,12 @@ LIBRARIES = {
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "gguf": ("export.gguf_converter", "serving.in_llama_cpp"),
     "hydra": ("run.py", "runs.sweep", "runs.quoting"),
-    "huggingface_hub": ("models.checkpoint", "evaluate.tasks.harness", "report.card"),
+    "huggingface_hub": (
+        "models.checkpoint",
+        "models.headers",
+        "evaluate.tasks.harness",
+        "report.card",
+    ),
     "jinja2": ("report",),
     "lm_eval": ("evaluate",),
     "matplotlib": ("report.plots", "diagnose.pictures"),

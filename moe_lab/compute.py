@@ -12,6 +12,7 @@ from moe_lab.types import UserError
 
 SHARDINGS = ("none", "fsdp")
 PROFILES = ("all", "routers")
+CARD_NAMES = ("cpu", "a100", "b200", "h100", "h200", "l4", "l40s", "mi300x", "rtx4090")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Compute(Plugin):
             among=SHARDINGS,
         ),
     ] = "none"
+    card: Annotated[
+        str | None,
+        Option(
+            "what a dry run's hours and memory are told for; null: the device that it would run on",
+            among=CARD_NAMES,
+        ),
+    ] = None
 
     def start(self) -> Compute:
         """The same with the device chosen and the number of threads set; UserError if not there."""

@@ -12,6 +12,7 @@ CHECKOUT = PACKAGE.parent  # where run.py, conf/ and experiments/ lie; not besid
 
 # In a run's folder.
 REPORT = "report.json"
+DRY_RUN = "dry_run.json"  # what a run would cost, in the place of a report
 LOG = "run.log"
 USAGE = "usage.csv"  # the experts' usage on the calibration set: layer, expert, tokens, usage
 PLOTS = "plots"  # pictures, each a PNG and a PDF

@@ -230,11 +230,16 @@ def resolve(
     return Checkpoint(folder, dtype, ignored=tuple(ignored))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def check_hub_name(name: str) -> None:
+    """Refuse what can be no model of the hub."""
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"model.path={name!r} is neither a folder here nor a hub id of the form owner/name"
         )
+
+
+def _download(name: str, revision: str | None) -> Path:
+    check_hub_name(name)
     from huggingface_hub import snapshot_download
 
     try:
@@ -253,13 +258,23 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _sha256(file: Path) -> str:
-    # A hub cache names its blobs by their sha256: then nothing needs to be read.
+def _blob_sum(file: Path) -> str | None:
+    """The sha256 of a file in a hub cache, which names its blobs so: nothing needs to be read."""
     blob = Path(os.path.realpath(file))
-    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name
+    named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+    return blob.name if named else None
+
+
+def _sha256(file: Path) -> str:
+    if known := _blob_sum(file):
+        return known
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def unread_bytes(folder: Path) -> int:
+    """How many bytes of weights a checkpoint's fingerprint has to read."""
+    return sum(file.stat().st_size for file in weight_files(folder) if not _blob_sum(file))
 
 
 def meta_model(config: Any) -> PreTrainedModel:

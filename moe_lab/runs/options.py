@@ -34,7 +34,7 @@ WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 WORDS |= {type(None): "null", Sequence: "a list [a,b]", Mapping: "a mapping"}
 CONFIG_REFERENCE = re.compile(r"\$\{[^${}:]+\}")  # to one name, not made from other references
 # What check_early looks at.
-EARLY = ("seed", "resume", "store", "run_dir", "objectives", "model", "table")
+EARLY = ("seed", "resume", "dry_run", "store", "run_dir", "objectives", "model", "table")
 Node = Mapping[str, Any]
 
 
@@ -44,6 +44,7 @@ class TopOptions:
 
     seed: Annotated[int, Option("of all random choices", least=0, most=2**32 - 1)]
     resume: Annotated[bool, Option("leave out jobs whose folder holds a finished report")]
+    dry_run: Annotated[bool, Option("tell what a run would cost, and make nothing")]
     store: Annotated[str, Option("folder of finished stages, shared by all runs")]
     run_dir: Annotated[str, Option("folder of a run's own files; a sweep's is hydra.sweep.dir")]
     objectives: Annotated[

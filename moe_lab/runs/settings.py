@@ -19,7 +19,7 @@ from moe_lab.track.tracker import stable_hash
 from moe_lab.types import UserError
 
 # Of no result's making.
-NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume", "objectives")
+NOT_ASKED = ("store", "run_dir", "compute", "track", "table", "resume", "objectives", "dry_run")
 SAID_OF_MODELS = ("licence", "architecture")  # what the model is, wherever its results come from
 
 

@@ -19,19 +19,22 @@ from typing import Any
 
 import yaml
 
-from moe_lab.files import HYDRA, LOCK, LOG, REPORT, SWEEP
+from moe_lab.files import DRY_RUN, HYDRA, LOCK, LOG, REPORT, SWEEP
 from moe_lab.locks import held
 from moe_lab.report.report import OK, Report, job_order, read_report
 from moe_lab.types import UserError
 
 FAILED, KILLED, RUNNING, NOT_STARTED = "failed", "killed", "running", "missing"
-STATUSES = OK, FAILED, KILLED, RUNNING, NOT_STARTED
+REHEARSED = "dry run"  # asked what it would cost, and never started
+STATUSES = OK, FAILED, KILLED, RUNNING, NOT_STARTED, REHEARSED
 STARTING = 60.0  # seconds from Hydra's first files to a job's first report, imports and all
 KEY = re.compile(r"\b[0-9a-f]{12}\b")  # as the store's keys and fingerprints are written
 INSIDE = re.compile(
     r"\.|(wandb|diagnosis|plans|checkpoint|reproduced)$|[0-9a-f]{12}$"
 )  # no jobs in these
-WHERE = re.compile(r"\+*(hydra\..+|run_dir|store|resume)=")  # overrides that are no settings
+WHERE = re.compile(
+    r"\+*(hydra\..+|run_dir|store|resume|dry_run)="
+)  # overrides that are no settings
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,8 @@ def _status(folder: Path, said: Report | None) -> str:
         return RUNNING  # whatever an earlier attempt reported
     if said is not None:
         return KILLED if said.get("status") == RUNNING else str(said.get("status"))
+    if (folder / DRY_RUN).is_file():
+        return REHEARSED
     start = _modified(folder / HYDRA / "config.yaml")
     if start is None:
         return KILLED if (folder / HYDRA).is_dir() else NOT_STARTED

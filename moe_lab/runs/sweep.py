@@ -74,7 +74,7 @@ class Sweep(Callback):
             self.folder = _made(config.hydra.sweep.dir)
         if not processes.is_main():
             return
-        Sweep.started = self
+        Sweep.started, self.num_jobs = self, len(of_jobs or ())
         asked = {
             "argv": sys.argv[1:],
             "cwd": os.getcwd(),
@@ -144,6 +144,8 @@ class Sweep(Callback):
         from moe_lab.report.report import OK
         from moe_lab.tables.outputs import write_outputs
 
+        if self.config.dry_run:
+            return self._end_of_dry_run()
         if not report_folders(self.folder):
             return 1
         written, shown = write_outputs(
@@ -164,6 +166,16 @@ class Sweep(Callback):
         names = sorted({path.relative_to(self.folder).parts[0] for path in written})
         print(f"sweep: {self.folder} ({', '.join(names)})")
         return int(not good)
+
+    def _end_of_dry_run(self) -> int:
+        """Say what all jobs would cost together; 2 where one is refused."""
+        from moe_lab.runs import rehearsal
+
+        folders = [self.folder / str(number) for number in range(self.num_jobs)]
+        folders = folders or sorted(self.folder.iterdir())  # of a sweeper that is not Hydra's own
+        told = [figures for folder in folders if (figures := rehearsal.read(folder))]
+        print(rehearsal.sweep_line(told))
+        return USER_MISTAKE if any(figures["refused"] for figures in told) else 0
 
     def how_to_go_on(self) -> str:
         """The command that does what is not done."""

@@ -5,19 +5,27 @@ A new stage is a file beside this one and a line of `STAGES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe_lab import stopping
+from moe_lab.compute import Compute
 from moe_lab.evaluate.top_k import other_top_k
+from moe_lab.forecast.costs import measured_costs
+from moe_lab.forecast.fitting import disk_shortage
+from moe_lab.forecast.stages import needs
 from moe_lab.lookup import named
 from moe_lab.models import checkpoint
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.damage import explained
 from moe_lab.models.head import check_head, sized_with_head
 from moe_lab.models.opening import num_positions, text_config
 from moe_lab.models.weight_files import size_in_bytes
-from moe_lab.stages import teach
+from moe_lab.stages import forecasting, teach
 from moe_lab.stages.checks import (
     announce_dequantising,
     announce_form,
@@ -29,12 +37,13 @@ from moe_lab.stages.checks import (
     compare_architecture,
 )
 from moe_lab.stages.context import Context
+from moe_lab.stages.looking import Looking, NotThere
 from moe_lab.stages.parts import Parts
 from moe_lab.stages.run import Run
 from moe_lab.stages.stage import Stage
 from moe_lab.stages.texts import tokenize
 from moe_lab.store import Store, check_undamaged, check_writable
-from moe_lab.types import NotFinite, UserError
+from moe_lab.types import LayerInfo, NotFinite, UserError
 
 # In this order: files beside this one, or modules elsewhere, with a `STAGE` each.
 STAGES = (
@@ -50,6 +59,7 @@ STAGES = (
     "measure",  # size, memory and speed of all variants, side by side
     "measure_vllm",  # what vLLM serves of each in a second
 )
+TRAINED_BYTES = 24  # of a parameter that trains, on disk: two states of a training, of 12 each
 
 
 def pipeline(
@@ -88,14 +98,42 @@ def prepare(
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Run:
     """Refuse whatever can be refused before anything expensive, and read the text."""
-    compute, method, asked = parts.compute.start(), parts.method, config["model"]
+    compute, asked = parts.compute.start(), config["model"]
     ignored = asked.get("ignore_tensors") or ()
     dense = checkpoint.resolve(asked["path"], asked["revision"], asked["dtype"], ignored)
     check_undamaged(dense.path)
-    compare_architecture(dense, asked)
     store = Store(Path(config["store"]))
-    check_writable(store.root, 4 * size_in_bytes(dense.path))
+    check_writable(store.root, 0)
     layers = dense.layers()
+    further = check_parts(config, parts, compute, dense, layers)
+    size = text_config(dense.config).vocab_size
+    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config), size)
+    figures["hardware"] = compute.hardware()
+    check_steps(parts.finetune, texts)
+    context = Context(store, compute, log)
+    run = Run(config, parts, context, folder, figures, texts, further)
+    check_disk(run, dense, layers)
+    figures["fingerprint/model"] = dense.fingerprint
+    figures["fingerprint/data"] = texts["calibration"].fingerprint
+    run.add_variant("dense", dense)
+    if teaching := teach.teaching_of(run):
+        teach.check_teacher(store, teaching)
+    return run
+
+
+def check_parts(
+    config: Mapping[str, Any],
+    parts: Parts,
+    compute: Compute,
+    dense: Checkpoint,
+    layers: Sequence[LayerInfo],
+) -> list[int]:
+    """Refuse, or announce, what the parts of a run ask of each other and of the model.
+
+    Gives the further numbers of experts per token at which all variants are evaluated.
+    """
+    method = parts.method
+    compare_architecture(dense, config["model"])
     announce_dequantising(dense, layers)
     check_head(dense.config, method.lm_head)
     method.check(sized_with_head(dense, layers, method.lm_head))
@@ -108,15 +146,58 @@ def prepare(
     announce_form(dense, method, layers)
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None
-    top_k = other_top_k(told, final, dense.config, layers)
-    size = text_config(dense.config).vocab_size
-    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config), size)
-    figures["hardware"] = compute.hardware()
-    check_steps(parts.finetune, texts)
-    figures["fingerprint/model"] = dense.fingerprint
-    figures["fingerprint/data"] = texts["calibration"].fingerprint
-    run = Run(config, parts, Context(store, compute, log), folder, figures, texts, top_k)
-    run.add_variant("dense", dense)
-    if teaching := teach.teaching_of(run):
-        teach.check_teacher(store, teaching)
-    return run
+    return other_top_k(told, final, dense.config, layers)
+
+
+def check_disk(run: Run, dense: Checkpoint, layers: Sequence[LayerInfo]) -> None:
+    """Refuse a run whose results the store's disk has no room for, as far as it has to make them.
+
+    A UserError tells how much each stage needs. Nothing is foreseen where there is room for the
+    most that any run takes.
+    """
+    root = run.context.store.root
+    trained = TRAINED_BYTES * layers[0].model_parameters if run.parts.finetune else 0
+    largest = max(layers[0].model_bytes, size_in_bytes(dense.path))
+    if 4 * largest + trained <= shutil.disk_usage(root).free:
+        return
+    compute, lengths = run.context.compute, forecasting.lengths_of(run.texts)
+    asked = forecasting.prospect_of(dense, layers, run.parts, compute, compute.memory(), lengths)
+    expected = list(needs(asked.work, measured_costs()))
+    if told := disk_shortage(expected, shutil.disk_usage(root).free):
+        known = cached_results(run, dense)
+        left = [need for need in expected if not known.get(need.stage)]
+        told = disk_shortage(left, shutil.disk_usage(root).free)
+    if told:
+        raise UserError(f"{told} under {root}. Free some space, or choose another disk: "
+                        "store=<folder>")  # fmt: skip
+
+
+def cached_results(run: Run, dense: Checkpoint) -> dict[str, bool]:
+    """Which results of a run the store has, as far as their keys are known before it makes any.
+
+    Each stage is asked as in a run, with a store that makes nothing; behind one that is not there
+    only the dense model's evaluation is known.
+    """
+    found: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        context = replace(run.context, store=Looking(run.context.store.root))
+        looking = replace(run, context=context, folder=Path(folder), report=dict(run.report),
+                          variants={}, results={})  # fmt: skip
+        looking.add_variant("dense", dense)
+        for name in STAGES:
+            if all(found.values()) or name == "evaluate":
+                _look(stage_named(name), looking, found)
+    return found
+
+
+def _look(stage: Stage[Any], looking: Run, found: dict[str, bool]) -> None:
+    """Note of each result of a stage whether it is there, and read it where it is."""
+    for name, inputs in stage.inputs(looking).items():
+        try:
+            result = stage.make(looking.context, inputs)
+        except NotThere:
+            found[name] = False
+            continue
+        found[name] = True
+        looking.add_result(name, result)
+        stage.read(looking, name, result)
