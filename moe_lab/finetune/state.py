@@ -24,7 +24,7 @@ STORED_AS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-UNKNOWN = "0" * 64  # in the place of a sha256
+NO_SUM_YET = "0" * 64  # in the place of a sha256
 
 
 def write_state(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -39,7 +39,7 @@ def write_state(tensors: Mapping[str, Tensor], path: Path) -> None:
         return
     partial = path.with_name(f"{path.name}{PARTIAL}")
     with partial.open("wb") as file:
-        head = _head(tensors, UNKNOWN)
+        head = _head(tensors, NO_SUM_YET)
         file.write(head)
         told = _write_all(tensors, file)
         file.seek(0)

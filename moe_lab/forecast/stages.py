@@ -13,8 +13,8 @@ from moe_lab.forecast.need import Need
 from moe_lab.forecast.shape import ModelShape
 from moe_lab.forecast.work import Text, Weights, Work
 
-DOUBLE = 8  # sums of a profile are float64
-VECTORS = 21  # of its sums, those with a number for each expert
+SUM_BYTES = 8  # sums of a profile are float64
+SUMS_BY_EXPERT = 21  # of its sums, those with a number for each expert
 NEURON_SUMS = 8  # with a number for each hidden unit of an expert
 BACKWARD = 2.0  # a backward pass costs two forwards
 TEACHER_SHARD = 2**28
@@ -332,9 +332,9 @@ def _profile_bytes(shape: ModelShape, neurons: bool) -> float:
     numbers = 0.0
     for one in shape.decoders:
         count = one.num_experts
-        numbers += count * (shape.hidden_size + 2 * count + one.top_k + VECTORS)
+        numbers += count * (shape.hidden_size + 2 * count + one.top_k + SUMS_BY_EXPERT)
         numbers += NEURON_SUMS * count * one.expert_width if neurons else 0
-    return numbers * DOUBLE
+    return numbers * SUM_BYTES
 
 
 def _share_behind(shape: ModelShape, text: Text, first: int) -> float:

@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moe_lab.console import terminal
 from moe_lab.files import DRY_RUN
+from moe_lab.progress import duration
 from moe_lab.runs.refusals import USER_MISTAKE
 from moe_lab.runs.settings import Description
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 Figures = Mapping[str, Any]
-TABLE_HEAD = ("stage", "memory", "disk", "reads", "operations", "hours", "stored")
-YES, NO, UNKNOWN = "yes", "no", "not known"
+TABLE_HEAD = ("stage", "memory", "disk", "reads", "flops", "time", "stored")
+YES, NO, UNKNOWN = "yes", "no", "unknown"
 
 
 def rehearse(job: Description, foresee: Callable[[], dict[str, Any]]) -> int:
@@ -68,12 +70,12 @@ def _cells(figures: Figures, prefix: str, besides: str = "") -> tuple[str, ...]:
         _gib(figures[f"{prefix}{one}_gib"]) for one in ("memory", "disk", "read")
     )
     flops, hours = figures[f"{prefix}flops"], figures[f"{prefix}hours"]
-    return memory, disk + besides, reads, _flops(flops), _hours(hours)
+    return memory, disk + besides, reads, _flops(flops), _time(hours)
 
 
 def remarks_of(figures: Figures) -> list[str]:
     """What stands below the table, a line each."""
-    told = [f"GiB, and hours on {figures['card']}; memory in all: of the largest stage, and "
+    told = [f"GiB, and time on {figures['card']}; memory in all: of the largest stage, and "
             f"{_gib(figures['process_gib'])} GiB of the process itself"]  # fmt: skip
     if "result/gib" in figures:
         about = "" if figures["result/exact"] else "about "
@@ -90,7 +92,7 @@ def line_of(figures: Figures) -> str:
     size = f", result {figures['result/gib']:.3g} GiB" if "result/gib" in figures else ""
     return (
         f"{_gib(figures['memory_gib'])} GiB of memory, {_gib(figures['disk_gib'])} of disk, "
-        f"{_flops(figures['flops'])} operations, {_hours(figures['hours'])} h on "
+        f"{_flops(figures['flops'])}FLOP, {_time(figures['hours'])} on "
         f"{figures['card']}{size}"
     )
 
@@ -114,7 +116,7 @@ def sweep_line(jobs: Iterable[Figures]) -> str:
     refused = sum(bool(one["refused"]) for one in jobs)
     told = (
         f"{len(jobs)} jobs in all: {_gib(memory)} GiB of memory for the largest, {_gib(disk)} of "
-        f"disk, {_flops(total['flops'])} operations, {_hours(total['hours'])} h one after the "
+        f"disk, {_flops(total['flops'])}FLOP, {_time(total['hours'])} one after the "
         f"other; {shared} of {shared + len(work)} results are shared"
     )
     return told + (f"; {refused} refused" if refused else "")
@@ -130,7 +132,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def _show(figures: Figures, file: Path) -> None:
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns hold it
     for place, name in enumerate(TABLE_HEAD):
         side: Literal["left", "right"] = "left" if place in (0, len(TABLE_HEAD) - 1) else "right"
         table.add_column(name, justify=side, no_wrap=True)
@@ -151,8 +153,10 @@ def _gib(size: float) -> str:
 
 
 def _flops(number: float) -> str:
-    return f"{number:.2g}" if number else "–"
+    """In units of 1e12."""
+    return f"{number / 1e12:,.3g} T" if number else "–"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+def _time(hours: float) -> str:
+    """In words; the shortest times are not worth a figure."""
+    return duration(hours * 3600) if hours * 3600 >= 1 else "< 1 s"

@@ -105,7 +105,7 @@ class Sweep(Callback):
 
     def on_job_start(self, config: DictConfig, **_: object) -> None:
         """In a process that a launcher started: take the signals as run.py does."""
-        if not self.elsewhere:
+        if "config" not in vars(self) or not self.elsewhere:  # a single run has no sweep
             return
         worker.enter()
         folder = Path(config.hydra.runtime.output_dir)

@@ -29,7 +29,7 @@ def figures(plan: str, cached: bool | None = False, **others: Any) -> dict[str, 
 def test_a_row_for_each_stage_and_one_for_all() -> None:
     rows = rehearsal.table_rows(figures("a", cached=None))
     assert [row[0] for row in rows] == ["profile", "compress", "in all"]
-    assert rows[0] == ("profile", "2.00", "3.00 (+0.50)", "1.00", "1e+12", "0.25", "not known")
+    assert rows[0] == ("profile", "2.00", "3.00 (+0.50)", "1.00", "1 T", "15 min 0 s", "unknown")
     assert rows[-1][1:3] == ("2.70", "6.50")
 
 
@@ -43,7 +43,7 @@ def test_what_stands_below() -> None:
 def test_a_sweep_counts_once_what_its_jobs_share() -> None:
     told = rehearsal.sweep_line([figures("a"), figures("b"), figures("b")])
     assert told == (
-        "3 jobs in all: 2.70 GiB of memory for the largest, 9.50 of disk, 3e+12 operations, 0.75 h "
+        "3 jobs in all: 2.70 GiB of memory for the largest, 9.50 of disk, 3 TFLOP, 45 min 0 s "
         "one after the other; 3 of 6 results are shared"
     )
     there = rehearsal.sweep_line([figures("a", cached=True), {"refused": "no", "model": "x"}])
@@ -53,7 +53,7 @@ def test_a_sweep_counts_once_what_its_jobs_share() -> None:
 
 def test_a_job_of_a_sweep_is_a_line() -> None:
     assert rehearsal.line_of(figures("a")) == (
-        "2.70 GiB of memory, 6.50 of disk, 2e+12 operations, 0.5 h on h100, result 7.5 GiB"
+        "2.70 GiB of memory, 6.50 of disk, 2 TFLOP, 30 min 0 s on h100, result 7.5 GiB"
     )
     assert rehearsal.line_of({"refused": "why", "model": "x"}) == "refused"
 
