@@ -155,6 +155,7 @@ def profile(folder: Path, given: argparse.Namespace) -> None:
     said = profile_needs.bounds_of(meta_model(checkpoint.config), 2, asked)
     whole_config = config_of(given.shape, 1.0, SHAPES[given.shape]["layers"])
     whole = profile_needs.bounds_of(meta_model(whole_config), 2, asked)
+    foreseen = foreseen_bytes(checkpoint, tokens, compute, given.neurons)
     peak = Peak()
     time.sleep(0.1)
     before, started = peak.bytes, time.perf_counter()
@@ -164,10 +165,28 @@ def profile(folder: Path, given: argparse.Namespace) -> None:
     size = sum(file.stat().st_size for file in made.folder.rglob("*"))
     told = {
         "before": before, "peak": peak.bytes - before, "said": said.memory,
-        "words": said.in_words(),
+        "words": said.in_words(), "foreseen": foreseen,
         "result": size, "result_said": said.result, "seconds": seconds, "whole": whole.in_words(),
     }  # fmt: skip
     print(json.dumps(told))
+
+
+def foreseen_bytes(checkpoint: Any, tokens: Any, compute: Any, neurons: bool) -> float:
+    """The anonymous memory of the profile that a dry run tells: an estimate, not a bound."""
+    from moe_lab.forecast.costs import measured_costs
+    from moe_lab.forecast.stages import need_of_profile
+    from moe_lab.forecast.work import ProfilingWork, Search, Text, Work
+    from moe_lab.stages.foreseen import dense_weights
+
+    lengths = tuple(map(len, tokens.samples))
+    text = Text(lengths, compute.batch_size, compute.batch_tokens)
+    cache = int(compute.cache_gib * 2**30)
+    work = Work(
+        dense_weights(checkpoint, checkpoint.layers()), None,
+        ProfilingWork(text, True, cache, neurons=neurons), Search(),
+    )  # fmt: skip
+    need = need_of_profile(work, measured_costs())
+    return need.memory - need.mapped
 
 
 def measure(given: argparse.Namespace) -> bool:
@@ -186,7 +205,8 @@ def measure(given: argparse.Namespace) -> bool:
         f"{'PASS' if good else 'FAIL'}: {given.shape}, {given.share:g} of the experts, two layers "
         f"of {weights / gib:.2f} GiB of weights, {given.documents} x {given.length} tokens: peak "
         f"{told['peak'] / gib:.2f} GiB beyond {told['before'] / gib:.2f}, said "
-        f"{told['said'] / gib:.2f} ({told['peak'] / told['said']:.0%}); result "
+        f"{told['said'] / gib:.2f} ({told['peak'] / told['said']:.0%}), by a dry run "
+        f"{told['foreseen'] / gib:.2f} ({told['foreseen'] / told['peak'] - 1:+.0%}); result "
         f"{told['result'] / gib:.3f} GiB, said {told['result_said'] / gib:.3f}; "
         f"{told['seconds']:.0f} s\n  said: {told['words']}\n"
         f"  the whole model, all {layers} layers: {told['whole']}; about "
