@@ -77,4 +77,5 @@ def memory_shortage(
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIBIBYTE:.3g} GiB"
+    small = size < 2**30 / 100
+    return f"{size / 2**20:.2f} MiB" if small else f"{size / 2**30:.3g} GiB"

@@ -542,7 +542,7 @@ def test_a_store_below_a_file(job: Job, tmp_path: Path) -> None:
 def test_too_little_space(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
-    assert_refused(job(), "needs about", "0.00 GiB free", "store=<folder>")
+    assert_refused(job(), "needs about", "0.00 MiB are free", "store=<folder>")
 
 
 @pytest.fixture
