@@ -84,7 +84,7 @@ def _compared(asked: Evaluation, text: Tokens, model: Model, compute: Compute) -
     same = variant.path == dense.path  # perhaps at another number of experts per token
     reference = model if same else dense.load(compute.device)
     top_k = dense.layers()[0].top_k if variant.top_k and same else None
-    batches = text.batches(compute.batch_size, compute.device)
+    batches = text.batches(compute.batch_size, compute.device, compute.batch_tokens)
     return compare_held_out(reference, model, batches, top_k, text.positions_by_length())
 
 
