@@ -199,12 +199,22 @@ class _Writing:
         moved = Moved(old, new, chain, self.layers.get(old))
         found: dict[str, Spans] = {}
         for name, tensor in self.outcome.piece(new).items():
-            entries = self._entries(self.outcome.in_files({name: tensor}))
-            there = set(entries) <= set(self.entries[old])  # else they are made of several tensors
-            spans = spans_of(moved, self.outcome.old_name(name), entries, self.files)
-            if there and spans is not None:
-                found[name] = spans
+            if entries := self._entries_of(old, name, tensor):
+                spans = spans_of(moved, self.outcome.old_name(name), entries, self.files)
+                if spans is not None:
+                    found[name] = spans
         return found
+
+    def _entries_of(self, old: int, name: str, tensor: Tensor) -> list[Entry]:
+        """What stands of one tensor of a decoder layer in the files; nothing known: none.
+
+        Some are written together with others, which transformers cannot do of one alone.
+        """
+        try:
+            entries = self._entries(self.outcome.in_files({name: tensor}))
+        except (RuntimeError, ValueError, LookupError):
+            return []
+        return entries if set(entries) <= set(self.entries[old]) else []
 
     def _whole_files(self) -> list[Path]:
         """The files of the source of which every tensor is in the result as it is there.

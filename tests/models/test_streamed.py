@@ -279,6 +279,23 @@ def test_layers_that_hand_on_more_are_all_compared(tmp_path: Path) -> None:
     assert load(tmp_path / "new").config.moe_lab
 
 
+def test_tensors_that_are_only_written_together(tmp_path: Path) -> None:
+    """Inkling's dense layers, whose two projections stand interleaved in the files."""
+    from moe_lab.families.tiny import tiny_model as model_of
+
+    model = model_of("inkling_mm_model")
+    model.save_pretrained(tmp_path / "source")
+    layer = moe_layers(model)[-1].info
+    plan = Plan((read_edit({"index": layer.index, "name": layer.name, "edit": "drop_layer"}),))
+    source = Checkpoint(tmp_path / "source")
+    write_edited(source, plan, tmp_path / "new", Saving())
+    edited = source.load()
+    apply_plan(edited, plan)
+    ours, theirs = load(tmp_path / "new").state_dict(), edited.state_dict()
+    untouched = [name for name in theirs if not name.startswith(f"{layer.name}.")]
+    assert all(torch.equal(ours[name], theirs[name]) for name in untouched)
+
+
 def test_a_kind_says_of_itself_that_experts_keep_their_weights() -> None:
     class Doubled(PruneExperts):
         pass
