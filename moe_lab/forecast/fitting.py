@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe_lab.forecast.cards import Card
 from moe_lab.forecast.costs import Costs
-from moe_lab.forecast.need import GIBIBYTE, Need
+from moe_lab.forecast.need import Need
 from moe_lab.forecast.remedies import remedy_of
 from moe_lab.forecast.work import Work
 
