@@ -49,7 +49,8 @@ def test_a_unit_whose_down_column_is_zero_may_go(family: str) -> None:
         units = HiddenUnits(layer.experts)
         units.keep(torch.tensor(kept).expand(len(layer.experts.down_proj), -1))
         assert HiddenUnits(layer.experts).width == units.width - 4
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    # DBRX carries the rounding of other sums through its router: 2e-4 of 5 on an Intel processor.
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=3e-4)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -60,7 +61,7 @@ def test_a_unit_of_zeros_computes_nothing_and_gets_no_gradient(family: str) -> N
     for layer in layers:
         width, number = layer.info.expert_width, len(layer.experts.down_proj)
         HiddenUnits(layer.experts).keep(first_units((width,) * number, width + 4))
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=3e-4)
     ids = torch.tensor([[3, 5, 7, 9, 11, 13]])
     for layer in layers:
         for parameter in unit_parameters(layer.experts).values():

@@ -163,7 +163,7 @@ def test_counts_equal_an_independent_router(kind: str, only_routers: bool) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_routers_pass_gives_what_the_full_pass_gives(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
-    if dtype == torch.float32 or family == "gpt_oss":  # a grouped product may round otherwise there
+    if family == "gpt_oss":  # the default product over transposed weights rounds otherwise
         model.set_experts_implementation("eager")
     full, alone = (
         collect_statistics(model, batches(3)),
