@@ -134,6 +134,11 @@ class ExpertTuning(DistillingTuning):
             if isinstance(gates, Gates):
                 gates.fold(block)
 
+    @property
+    def is_plain(self) -> bool:
+        """Without gates nothing is folded."""
+        return not any(name.endswith(".gates") for name in self.trainable)
+
 
 class Gates(nn.Module):
     """A learned factor, starting at 1, on each constant gate folded into a dense MLP.

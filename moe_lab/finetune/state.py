@@ -24,6 +24,7 @@ STORED_AS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+WEIGHT = "/weight"  # ends what a state calls a trained parameter; its optimizer's values beside it
 NO_SUM_YET = "0" * 64  # in the place of a sha256
 
 
@@ -90,6 +91,23 @@ class SavedState(Mapping[str, Tensor]):
         with safe_open(self.path, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class TrainedTensors(Mapping[str, Tensor]):
+    """What a saved state has of the trained parameters, by their names in the model."""
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        self.state = state
+        self.names = [n.removesuffix(WEIGHT) for n in state if n.endswith(WEIGHT)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[f"{name}{WEIGHT}"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

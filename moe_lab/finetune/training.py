@@ -23,7 +23,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.files import CURVE, TRAINABLE
 from moe_lab.finetune import sharding
 from moe_lab.finetune.recipe import Phase, Recipe, sources
-from moe_lab.finetune.state import SavedState, read_state, write_state
+from moe_lab.finetune.state import WEIGHT, SavedState, read_state, write_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.finite import number_word
@@ -322,7 +322,7 @@ class Training:
         tensors = {CURVE: curve} | {name: torch.tensor(count) for name, count in counts.items()}
         tensors |= {f"{TUNING}{name}": value for name, value in self.tuning.state().items()}
         for name, parameter in self.trainable.items():
-            tensors[f"{name}/weight"] = parameter.detach()
+            tensors[f"{name}{WEIGHT}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{name}/{key}"] = value
         write_state(tensors, self.folder / STATE)
@@ -338,7 +338,7 @@ class Training:
         if state:
             self.curve = state[CURVE].numpy().tobytes().decode().splitlines(keepends=True)
         for name, parameter in self.trainable.items() if state else ():
-            sharding.put(parameter.data, state[f"{name}/weight"])
+            sharding.put(parameter.data, state[f"{name}{WEIGHT}"])
         if state:
             mark = len(TUNING)
             kept = {key[mark:]: state[key] for key in state if key.startswith(TUNING)}

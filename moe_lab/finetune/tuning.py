@@ -57,6 +57,11 @@ class Tuning:
     def finish(self) -> None:
         """Leave a plain model behind, ready to be saved."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the result is the model as it was loaded, but for what `trainable` holds."""
+        return type(self).finish is Tuning.finish
+
 
 class DistillingTuning(Tuning):
     """Learns from the text and from the intact model, which share the loss.

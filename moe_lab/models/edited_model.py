@@ -97,6 +97,8 @@ def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): _on_meta(tensor) for tensor in tensors}
     twin: PreTrainedModel = copy.deepcopy(model, memo)
+    # A model that came from fused files would be written fused; engines want per-expert names.
+    vars(twin)["_weight_conversions"] = None
     return twin
 
 

@@ -12,7 +12,7 @@ import ctypes
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -198,6 +198,37 @@ class LayerwiseModel:
                 for name, buffer in computed.items():
                     module._buffers[name] = torch.empty_like(buffer, device=self.device)
                 self.model._init_weights(module)
+
+
+class OverlaidModel:
+    """A checkpoint opened one decoder layer at a time, of which some tensors are others.
+
+    tensors: those, by their names in the model; each is asked for when its layer is opened.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]):
+        self._inside, self._tensors = LayerwiseModel(checkpoint), tensors
+        self.model, self.layers = self._inside.model, self._inside.layers
+        self.dtype = self._inside.dtype
+        numbered = re.compile(rf"{re.escape(self._inside.path)}\.(\d+)\.")
+        self._of: dict[int | None, list[str]] = {}
+        for name in tensors:
+            match = numbered.match(name)
+            self._of.setdefault(int(match[1]) if match else None, []).append(name)
+        self._put(None)
+
+    @contextmanager
+    def layer(
+        self, index: int, then: int | None = None, without: Collection[str] = ()
+    ) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights."""
+        with self._inside.layer(index, without=without) as decoder:
+            self._put(index)
+            yield decoder
+
+    def _put(self, part: int | None) -> None:
+        for name in self._of.get(part, []):
+            self.model.get_parameter(name).data = self._tensors[name]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

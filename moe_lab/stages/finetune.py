@@ -17,12 +17,15 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import CHECKPOINT, CURVE, FORM, PLAN, TRAINABLE
 from moe_lab.finetune.recipe import Recipe
+from moe_lab.finetune.state import TrainedTensors, read_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.training import STATE, Training
-from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
+from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
-from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.layerwise import LayerSource, OverlaidModel, WholeModel
+from moe_lab.models.streamed import write_model
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
@@ -69,30 +72,29 @@ def finetune(context: Context, asked: FineTuning) -> Artifact:
     recipe.check(plan)
 
     def make(folder: Path) -> None:
-        model = _trained(context, asked, plan, folder)
-        if not processes.is_main():
+        trained = _trained(context, asked, plan, folder)
+        if trained is None:
             return
-        place, source = folder / CHECKPOINT, asked.compressed.path
         mtp, head = plan.notes.get("mtp", "prune"), plan.notes.get("lm_head", "auto")
+        how = Saving(None, None, mtp, head, recipe.twins)
         with processes.alone():
-            form = save_checkpoint(
-                model.cpu(), place, source, twins=recipe.twins, mtp=mtp, lm_head=head
-            )
+            form = write_model(trained, folder / CHECKPOINT, asked.compressed.path, how)
         (folder / FORM).write_text(json.dumps(form.to_json()) + "\n")
         (folder / STATE).unlink(missing_ok=True)
 
     return context.store.get("finetune", asked.identity(plan), make, together=True)
 
 
-def _trained(context: Context, asked: FineTuning, plan: Plan, folder: Path) -> Model:
-    """The tuned model, in each process; where they share its layers, in the main one alone."""
+def _trained(context: Context, asked: FineTuning, plan: Plan, folder: Path) -> LayerSource | None:
+    """The tuned model, in the main process alone."""
     recipe, compute, tokens = asked.recipe, context.compute, dict(asked.tokens)
     # Weights that do not train stay as they are stored, unless all is computed in float32.
     dtype = "float32" if recipe.dtype == "float32" else "auto"
+    compressed = dataclasses.replace(asked.compressed, dtype=dtype)
     teacher = Teacher(asked.taught.folder, tokens.values()) if asked.taught else None
 
     def train(compute: Compute, loaded_to: str) -> Training:
-        model = dataclasses.replace(asked.compressed, dtype=dtype).load(loaded_to)
+        model = compressed.load(loaded_to)
         training = Training(
             model, plan, recipe, tokens, asked.seed, compute, folder, teacher, context.log
         )
@@ -101,11 +103,15 @@ def _trained(context: Context, asked: FineTuning, plan: Plan, folder: Path) -> M
 
     divides = compute.sharding == "fsdp" and processes.number() > 1
     done = train(compute, "cpu" if divides else compute.device)
-    if done.divided and processes.is_main():
+    if not processes.is_main():
+        return None
+    if done.divided and done.tuning.is_plain:  # nobody needs to hold it whole
+        return OverlaidModel(compressed, TrainedTensors(read_state(folder / STATE)))
+    if done.divided:
         del done
         with processes.alone():  # from the state that all have left
             done = train(dataclasses.replace(compute, device="cpu"), "cpu")
-    return done.model
+    return WholeModel(done.model.cpu())
 
 
 def told_of_training(folder: Path, dense: Checkpoint) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from edited_models import condense, prune
 from families import tiny_model
+from safetensors.torch import save_file
 
-from moe_lab.models.checkpoint import meta_model
+from moe_lab.models.checkpoint import Checkpoint, load, meta_model
 from moe_lab.models.edited_model import REST, EditedModel, Saving, meta_twin
 from moe_lab.models.edits.plan import read_edit
 from moe_lab.models.layers import moe_layers
+from moe_lab.models.layerwise import LayerwiseModel
 
 KEPT = [0, 1, 4, 5]
 
@@ -63,3 +67,15 @@ def test_a_twin_without_weights_is_as_the_model_stands() -> None:
     assert all(tensor.is_meta for tensor in theirs.values())
     assert not any(tensor.is_meta for tensor in ours.values())
     assert twin.config is not model.config
+
+
+def test_what_came_from_fused_files_is_written_expert_by_expert(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    source = LayerwiseModel(Checkpoint(tmp_path))
+    with source.layer(2):
+        pass
+    for read in (load(tmp_path), source.model):
+        found = EditedModel(meta_twin(read), [], Saving())
+        assert "model.layers.2.mlp.experts.3.up_proj.weight" in found.in_files(found.piece(2))

@@ -18,7 +18,7 @@ from moe_lab.models.checkpoint import Checkpoint, load, resolve
 from moe_lab.models.edits.condense import CondenseLayer
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
-from moe_lab.models.layerwise import LayerwiseModel, routers_only
+from moe_lab.models.layerwise import LayerwiseModel, OverlaidModel, routers_only
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
@@ -204,3 +204,27 @@ def test_what_only_went_wrong_ahead_is_read_again(
         pass
     with model.layer(1) as layer:
         assert not is_empty(layer)
+
+
+def test_a_checkpoint_with_other_tensors_in_it(tmp_path: Path) -> None:
+    """As a training leaves some: of a layer, and of what is in none; read when needed."""
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    asked: list[str] = []
+    names = ["model.layers.1.mlp.gate.weight", "model.norm.weight"]
+    others = {name: model.get_parameter(name).detach() * 2 for name in names}
+
+    class Asked(dict):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            asked.append(name)
+            return super().__getitem__(name)
+
+    overlaid = OverlaidModel(Checkpoint(tmp_path), Asked(others))
+    assert asked == ["model.norm.weight"]
+    assert torch.equal(overlaid.model.model.norm.weight, others["model.norm.weight"])
+    for index, decoder in enumerate(model.model.layers):
+        with overlaid.layer(index) as read:
+            same = torch.equal(read.mlp.gate.weight, decoder.mlp.gate.weight)
+            assert same == (index != 1)
+            assert torch.equal(read.mlp.experts.down_proj, decoder.mlp.experts.down_proj)
+    assert sorted(asked) == names
