@@ -253,7 +253,8 @@ def _download(name: str, revision: str | None) -> Path:
         raise
     except Exception as error:  # the hub's client raises many kinds; each means: not to be had
         raise UserError(
-            f"{name} is not a folder here, and the hub did not give it: {error}. Give a local "
+            f"{name} is not a folder here, and the hub did not give it: {str(error).rstrip('.')}. "
+            "Give a local "
             "folder with model.path=<folder>, or check the name, the network and HF_TOKEN"
         ) from error
 

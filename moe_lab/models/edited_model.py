@@ -56,6 +56,8 @@ class EditedModel:
     """
 
     def __init__(self, model: PreTrainedModel, edits: Sequence[Edit], how: Saving):
+        for part in (model.config, model.config.get_text_config(decoder=True)):
+            vars(part).pop("quantization_config", None)  # what is written is dequantised
         self.path, decoders = decoder_layers(model)
         removed = {edit.index for edit in edits if edit.removes_decoder}
         kept = [index for index in range(len(decoders)) if index not in removed]

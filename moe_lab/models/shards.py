@@ -188,6 +188,7 @@ class ShardWriter:
         for shard in shards:
             if shard.source is not None and shard.name not in self.done:
                 ways.add(share_file(shard.source, self.folder / shard.name))
+                flush(self.folder / shard.name)
                 self.done.add(shard.name)
         return (len(shards), ", ".join(filter(None, sorted(ways))) or "before") if shards else None
 
@@ -275,7 +276,9 @@ class ShardWriter:
     def _is_whole(self, shard: Shard) -> bool:
         file = self.folder / shard.name
         size = len(shard.header()) + shard.num_bytes
-        return file.is_file() and (shard.source is not None or file.stat().st_size == size)
+        if shard.source is not None:
+            size = shard.source.stat().st_size
+        return file.is_file() and file.stat().st_size == size
 
     def _clean(self) -> None:
         """Remove what an attempt that was broken off left behind, and others would read."""

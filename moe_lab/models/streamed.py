@@ -46,6 +46,7 @@ from moe_lab.models.stored import (
     Stored,
     in_stored_dtypes,
     round_to_stored,
+    stored_in,
     without_tied,
 )
 from moe_lab.models.superset import SUPERSETS
@@ -106,6 +107,7 @@ class _Writing:
         self.source, self.checkpoint, self.plan, self.how = source, checkpoint, plan, how
         self.before = meta_model(checkpoint.config)
         self.family = source.model.config.model_type
+        self.is_changed = changed is not None
         self.outcome = EditedModel(changed or meta_model(checkpoint.config), plan.edited(), how)
         self.files = checkpoint.held_by(self.before)
         self.stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
@@ -150,7 +152,10 @@ class _Writing:
                 writer.copy(spans)
         if not (writer.lacks(entries) or replay.awaits(old)):
             return
+        chain = self.chains.get(old)
         names = {self.outcome.old_name(name) for name in copied}
+        if chain is not None and chain.keeps_rows:
+            names = set()  # what stands for experts is made where these are
         with self.source.layer(old, without=() if replay.awaits(old) else names):
             self._edit(old)
             replay.through(old)
@@ -174,6 +179,9 @@ class _Writing:
             for name, tensor in tensors_in_files(self.source.model)
             if self.outcome.index_of(name) == REST
         }
+        first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # of tied ones
+        once = {name: tensors[name] for name in first.values()}
+        round_to_stored(self.source.model, once, self.files, self.default, self.source.dtype)
         stored = in_stored_dtypes(tensors, self.files, self.default)
         self.outcome.model.load_state_dict(stored, strict=False, assign=True)
         self.outcome.model.tie_weights()
@@ -236,9 +244,9 @@ class _Writing:
                 entry.shape,
             ):
                 same.add(key)
-        if len(weight_files(self.checkpoint.path)) == 1:
+        if self.is_changed or len(weight_files(self.checkpoint.path)) == 1:
             return []
-        return [file for file, inside in by_file.items() if {one.key for one in inside} <= same]
+        return [file for file in by_file if {one.key for one in stored_in(file)} <= same]
 
     def _place_of(self, key: str) -> Span | None:
         """Where a tensor of this name is in the source."""

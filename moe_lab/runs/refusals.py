@@ -25,8 +25,10 @@ USER_MISTAKE = 2  # the exit code
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 NO_NAME = "Config group override must be a string"  # Hydra, of metric=true or metric=null
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*?)'\n1\. ", re.DOTALL)
-NO_PLUGIN = re.compile(r"Could not (?:find|load) 'hydra/launcher/(joblib|ray|submitit)\w*'")
-EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit": "slurm"}  # of pyproject.toml, by plugin
+PLUGINS = r"'hydra/(?:launcher|sweeper)/(joblib|ray|submitit|optuna)\w*'"
+NO_PLUGIN = re.compile(rf"Could not (?:find|load) {PLUGINS}")
+# Of pyproject.toml, by plugin.
+EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit": "slurm", "optuna": "optuna"}
 OTHER_FOLDER = "choose another run_dir=<folder> (of a sweep: hydra.sweep.dir=<folder>)"
 
 

@@ -70,7 +70,7 @@ def _cells(figures: Figures, prefix: str, besides: str = "") -> tuple[str, ...]:
         _gib(figures[f"{prefix}{one}_gib"]) for one in ("memory", "disk", "read")
     )
     flops, hours = figures[f"{prefix}flops"], figures[f"{prefix}hours"]
-    return memory, disk + besides, reads, _flops(flops), _time(hours)
+    return memory, disk + besides, reads, _flops(flops) if flops else "–", _time(hours)
 
 
 def remarks_of(figures: Figures) -> list[str]:
@@ -154,7 +154,7 @@ def _gib(size: float) -> str:
 
 def _flops(number: float) -> str:
     """In units of 1e12."""
-    return f"{number / 1e12:,.3g} T" if number else "–"
+    return f"{number / 1e12:,.3g} T"
 
 
 def _time(hours: float) -> str:

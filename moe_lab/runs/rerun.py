@@ -101,7 +101,7 @@ def _of_sweep(sweep: SweepRecord) -> tuple[list[str], Path]:
             f"{sweep.folder / SWEEP} was written in {sweep.cwd}, which is not there now: correct "
             "cwd in that file"
         )
-    own = without(sweep.argv, "hydra.sweep.dir", "resume")
+    own = without(sweep.argv, "hydra.sweep.dir", "resume", "dry_run")
     check_recorded(own, sweep.folder / SWEEP, sweep.cwd)
     where = override("hydra.sweep.dir", str(sweep.folder))
     return [sys.executable, str(SCRIPT), *own, where, "resume=true"], sweep.cwd

@@ -57,6 +57,7 @@ class Sweep(Callback):
             names = [str(name) for name in config if name != "hydra"]
             check_whole(names, config.hydra.runtime.choices)
             check_early({name: _plain(config[name]) for name in EARLY})
+            _check_place_of_dry_run(config, config.run_dir, REPORT)
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Write sweep.json: how to run this again, and the overrides of each job."""
@@ -71,6 +72,12 @@ class Sweep(Callback):
                 raise UserError(
                     "this sweep has no jobs: one of its options has no values (as seed=range(0,0))"
                 )
+            if config.dry_run and of_jobs is None:
+                raise UserError(
+                    "dry_run=true foresees no objectives for a sweeper to choose by: foresee one "
+                    "job, or a grid of values by Hydra's own sweeper (hydra/sweeper=basic)"
+                )
+            _check_place_of_dry_run(config, config.hydra.sweep.dir, SWEEP)
             self.folder = _made(config.hydra.sweep.dir)
         if not processes.is_main():
             return
@@ -120,6 +127,8 @@ class Sweep(Callback):
         if not self.elsewhere or refusal(error) is not None:
             return False
         told = traceback.format_exception_only(error)[-1].strip()
+        if not any(self.folder.glob(f"*/{HYDRA}")):
+            raise UserError(f"the launcher started no job: {told}")
         print(f"a job was lost: {told}", file=sys.stderr)
         worker.wait_for_others(self.folder)
         return True
@@ -242,6 +251,15 @@ def _agree(config: DictConfig) -> None:
             )
     _ = (config.run_dir, config.hydra.sweep.dir, config.hydra.run.dir)  # now they are known
     OmegaConf.set_cache(config, processes.broadcast(dict(OmegaConf.get_cache(config))))
+
+
+def _check_place_of_dry_run(config: DictConfig, folder: object, file: str) -> None:
+    """Refuse a dry run where it would write over what tells of real results."""
+    if config.dry_run and (Path(str(folder)) / file).is_file():
+        raise UserError(
+            f"dry_run=true: {folder} has the {file} of a real run, which a dry run would make "
+            "another's: leave run_dir and hydra.sweep.dir out; the store tells what is left to do"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,7 @@ from moe_lab.stages.pipeline import cached_results, check_parts
 from moe_lab.stages.run import Run
 from moe_lab.stages.texts import tokenize
 from moe_lab.store import Store
+from moe_lab.types import UserError
 
 HASHED = 2**26  # bytes of weights that are read for their fingerprint: as much as headers may be
 
@@ -66,7 +67,9 @@ def dry_run(config: Mapping[str, Any], parts: Parts) -> DryRun:
     UserError for whatever the run itself would refuse before any work, but for what does not fit,
     which the result tells.
     """
-    compute, asked = parts.compute.start(), config["model"]
+    compute, asked, root = parts.compute.start(), config["model"], Path(config["store"])
+    if root.exists() and not root.is_dir():
+        raise UserError(f"store={root} is a file: choose a folder, store=<folder>")
     with tempfile.TemporaryDirectory() as home:
         ignored = asked.get("ignore_tensors") or ()
         place = (str(asked["path"]), asked["revision"], asked["dtype"], ignored)
@@ -75,7 +78,7 @@ def dry_run(config: Mapping[str, Any], parts: Parts) -> DryRun:
         further = check_parts(config, parts, compute, dense, layers)
         texts = _texts(parts, dense)
         lengths, assumed = _lengths(parts, dense, texts)
-        store = Store(Path(config["store"]))
+        store = Store(root)
         machine = _machine(compute, store)
         run = prospect_of(dense, layers, parts, compute, machine.memory, lengths, assumed)
         cached = _cached(config, parts, compute, dense, texts, further, store)

@@ -14,7 +14,7 @@ from families import tiny_batch, tiny_model
 from mtp_checkpoints import write_with_mtp
 from safetensors.torch import load_file, save_file
 
-from moe_lab.models import promises, saving
+from moe_lab.models import promises
 from moe_lab.models.checkpoint import load
 from moe_lab.models.own_config import own_values
 from moe_lab.models.promises import PromiseBroken, broken_promises, check_promises
@@ -150,14 +150,14 @@ def test_a_file_that_does_not_come_along_is_an_error(
 ) -> None:
     source = written(tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
-    copy: Callable[[Path, Path], None] = saving.copy_text_files
+    copy: Callable[[Path, Path], None] = finishing.copy_text_files
 
     def careless(source: Path, folder: Path) -> None:
         copy(source, folder)
         target = folder / "chat_template.jinja"
         target.unlink() if damage == "lost" else target.write_text("{{ messages  }}")
 
-    monkeypatch.setattr(saving, "copy_text_files", careless)
+    monkeypatch.setattr(finishing, "copy_text_files", careless)
     with pytest.raises(PromiseBroken, match=r"chat_template.jinja is not that of"):
         save_checkpoint(load(source), tmp_path / "out", source)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab.models.checkpoint import Checkpoint, load, resolve
+from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
@@ -21,6 +22,7 @@ from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.quantised import quantised_as
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stored import stored_in
+from moe_lab.models.streamed import write_edited
 from moe_lab.models.weight_files import size_in_bytes, weight_files
 from moe_lab.stages.checks import announce_dequantising
 from moe_lab.types import UserError
@@ -224,3 +226,18 @@ def test_factors_that_do_not_fit_are_told(tmp_path: Path) -> None:
         save_file(tensors | {f"{name}_scale_inv": factors}, file, {"format": "pt"})
         told = refusal_of_folder(tmp_path)
         assert told and "model.layers.2.mlp.experts.gate_up_proj" in told and "divisible" in told
+
+
+@pytest.mark.parametrize("kind", WRITE)
+def test_a_plan_is_written_dequantised(kind: str, tmp_path: Path) -> None:
+    WRITE[kind](tmp_path / "source")
+    source = resolve(tmp_path / "source")
+    one = source.layers()[0]
+    kept = tuple(range(one.num_experts - one.groups))
+    plan = Plan((PruneExperts(one.index, one.name, kept=kept),))
+    write_edited(source, plan, tmp_path / "new", Saving())
+    edited = source.load()
+    apply_plan(edited, plan)
+    ours, theirs = load(tmp_path / "new").state_dict(), edited.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

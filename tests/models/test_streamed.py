@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from edited_models import condense, moe_indices, prune
 from families import EACH_FAMILY, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.shards import ShardWriter, plan_shards
 from moe_lab.models.streamed import JOURNAL, write_edited
-from moe_lab.models.weight_files import weight_files
+from moe_lab.models.weight_files import checked_weights, weight_files
 
 KEPT = (0, 1, 4, 5)
 
@@ -313,3 +314,60 @@ def test_a_limit_splits_large_layers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(weight_files(tmp_path / "new")) > 5
     as_whole_model(source, plan, tmp_path / "whole")
     assert_same(tmp_path / "whole", tmp_path / "new")
+
+
+@EACH_FAMILY
+@pytest.mark.parametrize("replacement", ["nothing", "zero", "copy"])
+def test_layers_that_are_not_compared_are_written_alike(
+    family: str, replacement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nearly all layers of a large model: what stays of their experts is never read."""
+    monkeypatch.setattr(streamed, "CHECKED_BYTES", 0)
+    source = source_of(family, tmp_path / "source", shard="20KB")
+    first, *others = moe_indices(family)
+    edits = [prune(i, list(KEPT)) | {"replacement": replacement} for i in (first, *others)]
+    plan = named(source, edits)
+    write_edited(source, plan, tmp_path / "new", Saving())
+    edited = source.load()
+    apply_plan(edited, plan)
+    ours, theirs = load(tmp_path / "new").state_dict(), edited.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_what_was_trained_outside_of_layers_is_not_taken_from_the_source(
+    name: str, tmp_path: Path
+) -> None:
+    source = source_of("mixtral", tmp_path / "source", shard="5KB")
+    model = source.load()
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.01)
+    save_checkpoint(model, tmp_path / "new", source.path)
+    expected = model.get_parameter(name)
+    assert torch.equal(load(tmp_path / "new").get_parameter(name), expected)
+    assert not torch.equal(source.load().get_parameter(name), expected)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_what_trained_in_float32_is_compared_as_it_will_be_read(name: str, tmp_path: Path) -> None:
+    source = source_of("mixtral", tmp_path / "source")
+    model = source.load()
+    parameter = model.get_parameter(name)
+    parameter.data = parameter.data.float() * 1.001
+    save_checkpoint(model, tmp_path / "new", source.path)
+    assert torch.equal(load(tmp_path / "new").get_parameter(name), parameter.bfloat16())
+
+
+def test_a_file_with_tensors_that_no_index_names_is_not_shared(tmp_path: Path) -> None:
+    source = source_of("qwen3_moe", tmp_path / "source", shard="20KB")
+    index = source.path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    file = source.path / places["model.layers.3.self_attn.k_proj.weight"]
+    beside = {"model.layers.3.self_attn.k_proj.k_scale": torch.ones(1)}
+    save_file(load_file(file) | beside, file, {"format": "pt"})
+    values = json.loads(index.read_text())
+    values["weight_map"] |= dict.fromkeys(beside, file.name)
+    index.write_text(json.dumps(values))
+    write_edited(source, named(source, [prune(1, list(KEPT))]), tmp_path / "new", Saving())
+    checked_weights(tmp_path / "new")

@@ -43,6 +43,11 @@ class Chain:
         return any(edit.removes_decoder for edit in self.edits)
 
     @property
+    def keeps_rows(self) -> bool:
+        """Whether the layer's router keeps all its rows while experts go."""
+        return any(edit.keeps_rows for edit in self.edits)
+
+    @property
     def keeps_experts_as_they_are(self) -> bool:
         """Whether the experts that stay keep all their weights."""
         return all(edit.keeps_experts_as_they_are for edit in self.edits)
