@@ -66,7 +66,7 @@ def closed_form(dense_width: int, widths: list[int], padded: bool) -> int:
 def test_condensed_layers_keep_their_exact_size_unless_padding_may_be_added(
     experts: list[int], padding: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="moe_lab.models.saving")
+    caplog.set_level("INFO", logger="moe_lab.models.streamed")
     edits = [condense(1, experts), condense(2, experts)]
     folder = tmp_path / "x"
     assert edited("qwen2_moe", edits, folder, padding, intermediate_size=400) == (padding == 1.0)

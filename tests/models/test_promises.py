@@ -14,7 +14,7 @@ from families import tiny_batch, tiny_model
 from mtp_checkpoints import write_with_mtp
 from safetensors.torch import load_file, save_file
 
-from moe_lab.models import promises
+from moe_lab.models import finishing, promises
 from moe_lab.models.checkpoint import load
 from moe_lab.models.own_config import own_values
 from moe_lab.models.promises import PromiseBroken, broken_promises, check_promises
