@@ -14,12 +14,11 @@ from moe_lab.families.tiny import auto_class, tiny_batches, tiny_model
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, resolve
-from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan, apply_plan, check_plan
 from moe_lab.models.forms import Form, form_of
 from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.stream import LayerStream
-from moe_lab.models.streamed import write_edited
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo
@@ -89,13 +88,13 @@ def made_by(family: Family, method: Method) -> Made:
 
 
 def carried_out(family: Family, plan: Plan) -> Made:
-    """What the stage compress makes of a plan."""
+    """A plan carried out on the model in memory, which is then written."""
     model = family.checkpoint.load()
     apply_plan(model, plan)
     logits = logits_of(model, family.batches)
     family.num_made += 1
     folder = family.folder / f"made_{family.num_made}"
-    form = write_edited(family.checkpoint, plan, folder, Saving(plan.notes.get("padding")))
+    form = save_checkpoint(model, folder, family.checkpoint.path, plan.notes.get("padding"))
     return Made(plan, folder, form, logits)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from families import tiny_batch
 
+from moe_lab import processes
 from moe_lab.compute import Compute
 from moe_lab.data.embedded import StandardLibrary
 from moe_lab.data.tokens import Tokens
@@ -102,7 +103,7 @@ def train_one(home: Path, folder: Path) -> None:
     """Distil through both phases; what the routers became."""
     done = training(home, folder, "few", kind=RouterKD)
     done.run()
-    if done.processes.is_main_process:
+    if processes.is_main():
         torch.save({name: p.detach() for name, p in done.trainable.items()}, folder / "routers.pt")
 
 
