@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.plan import restructure_model
-from moe_lab.models.forms import choose_form, padding_limit
+from moe_lab.models.forms import Form, choose_form, padding_limit
 from moe_lab.models.in_form import in_form
 from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.stored import in_files
@@ -47,15 +47,27 @@ class Saving:
     lm_head: LmHeadName = "auto"
     twins: float = 0.0
 
+    def form_of(self, model: PreTrainedModel) -> Form:
+        """The form that an edited model gets."""
+        limit = padding_limit(model.config, self.padding)
+        return choose_form(model, limit, self.twins, self.convert)
+
 
 class EditedModel:
     """What edits leave of a model, in the form in which it is saved, without weights.
 
     model: it; form: which one; numbers: the new number of each decoder layer that stays; path:
-    where the decoder layers are.
+    where the decoder layers are. Given the form, it is not looked for: twins are found by what a
+    router computes, which needs its weights.
     """
 
-    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit], how: Saving):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        edits: Sequence[Edit],
+        how: Saving,
+        form: Form | None = None,
+    ):
         for part in (model.config, model.config.get_text_config(decoder=True)):
             vars(part).pop("quantization_config", None)  # what is written is dequantised
         self.path, decoders = decoder_layers(model)
@@ -64,8 +76,7 @@ class EditedModel:
         self.numbers = {old: new for new, old in enumerate(kept)}
         self._old = dict(enumerate(kept))
         restructure_model(model, edits)
-        limit = padding_limit(model.config, how.padding)
-        self.form = choose_form(model, limit, how.twins, how.convert)
+        self.form = form or how.form_of(model)
         self.has_edited_blocks = bool(edited_blocks(model))
         self.model = in_form(model, self.form)
 

@@ -108,7 +108,9 @@ class _Writing:
         self.before = meta_model(checkpoint.config)
         self.family = source.model.config.model_type
         self.is_changed = changed is not None
-        self.outcome = EditedModel(changed or meta_model(checkpoint.config), plan.edited(), how)
+        built = changed or meta_model(checkpoint.config)
+        form = how.form_of(source.model) if changed and how.twins else None
+        self.outcome = EditedModel(built, plan.edited(), how, form)
         self.files = checkpoint.held_by(self.before)
         self.stored = {one.key: one for parts in self.files.by_name.values() for one in parts}
         self.default = getattr(checkpoint.config, "dtype", None) or self.source.dtype

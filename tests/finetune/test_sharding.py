@@ -49,7 +49,9 @@ def test_two_processes_train_as_one(home: Path, name: str, sharding: str) -> Non
         assert one.keys() == other.keys()
         numbers = {key: value for key, value in one.items() if isinstance(value, float)}
         norm = numbers.pop("gradient_norm", 0.0)
-        assert {key: other[key] for key in numbers} == pytest.approx(numbers, abs=1e-5), name
+        # Dropping reroutes: a token between two experts goes by the rounding of sums.
+        near = 1e-4 if name == "dropping" else 1e-5
+        assert {key: other[key] for key in numbers} == pytest.approx(numbers, abs=near), name
         assert other.get("gradient_norm", 0.0) == pytest.approx(norm, rel=1e-4)
         assert one.get("dropped") == other.get("dropped")
 

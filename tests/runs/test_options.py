@@ -11,6 +11,10 @@ from moe_lab.evaluate.suite import Suite
 from moe_lab.option import declared_by
 from moe_lab.runs import options
 
+TOP: dict[str, Any] = {
+    "seed": 0, "store": "a", "run_dir": "b", "resume": False, "dry_run": False, "objectives": None,
+}  # fmt: skip
+
 
 def checked(options_: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
     top = {
