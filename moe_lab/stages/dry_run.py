@@ -194,7 +194,7 @@ def _result(run: Prospect) -> dict[str, Any]:
             "result/gib": behind.weights.file_bytes / GIBIBYTE,
             "result/parameters": behind.weights.shape.parameters,
         }
-    if behind.form:
+    if behind.form and behind.exact:  # else it hangs on what the plan will find
         told |= {"result/stock": behind.form.stock, "result/form": behind.form.reason}
     return told
 

@@ -37,9 +37,11 @@ def test_sizes_are_those_that_are_written(
     done = job(*overrides)
     written = size_in_bytes(Path(done.report["compressed/checkpoint"])) / 2**30
     assert told["result/exact"] == ("ratio=global" not in overrides)
-    tolerance = 0.005 if told["result/exact"] else 0.03
-    assert told["result/gib"] == pytest.approx(written, rel=tolerance)
-    assert told["result/stock"] == done.report["compressed/stock"]
+    # Headers count in a model of 0.2 MB.
+    assert told["result/gib"] == pytest.approx(written, rel=0.015 if told["result/exact"] else 0.03)
+    assert told.get("result/stock") == (
+        done.report["compressed/stock"] if told["result/exact"] else None
+    )
 
 
 def foretold_of(text: str) -> dict:
