@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -166,6 +167,8 @@ class ShardWriter:
         self.folder, self.shards = folder, list(shards)
         self.done = {one.name for one in shards if one.name in done and self._is_whole(one)}
         self._open: dict[str, FileIO] = {}
+        self._flusher = ThreadPoolExecutor(1, "flush")  # the disk works while the next file fills
+        self._flushing: dict[str, Future[None]] = {}
         self._read, self._back = (torch.empty(STRETCH, dtype=torch.uint8) for _ in range(2))
         self._missing = {one.name: {entry.name for entry in one.entries} for one in shards}
         self._place: dict[str, tuple[Shard, Entry, int]] = {}
@@ -238,7 +241,8 @@ class ShardWriter:
             raise NotWritten(f"{self.folder / shard.name}: {name} was not written as it is")
 
     def _is_open(self, shard: Shard) -> bool:
-        return shard.name not in self.done and shard.source is None
+        known = shard.name in self.done or shard.name in self._flushing
+        return not known and shard.source is None
 
     def _file(self, shard: Shard) -> FileIO:
         if shard.name not in self._open:
@@ -251,18 +255,29 @@ class ShardWriter:
         self._missing[shard.name].discard(name)
         if not self._missing[shard.name]:
             self._open.pop(shard.name).close()
-            flush(self.folder / shard.name)
-            self.done.add(shard.name)
+            place = self.folder / shard.name
+            self._flushing[shard.name] = self._flusher.submit(flush, place)
 
     def __enter__(self) -> Self:
         return self
 
+    def settle(self, all_of_them: bool = False) -> set[str]:
+        """The names of the files that are finished and on disk; all: once the others are, too."""
+        for name, flushing in list(self._flushing.items()):
+            if all_of_them or flushing.done():
+                flushing.result()
+                del self._flushing[name]
+                self.done.add(name)
+        return self.done
+
     def __exit__(self, *_: object) -> None:
+        self._flusher.shutdown()
         for file in self._open.values():
             file.close()
 
     def finish(self) -> None:
         """Write the index where there are several files; NotWritten where tensors are missing."""
+        self.settle(all_of_them=True)
         if missing := [name for shard, left in self._missing.items() if shard not in self.done
                        for name in sorted(left)]:  # fmt: skip
             raise NotWritten(f"{self.folder} lacks {len(missing)} tensors, such as {missing[0]}")

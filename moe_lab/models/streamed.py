@@ -139,7 +139,7 @@ class _Writing:
                 writer.write(self._rest_in_files())
             for old in progress(list(self.outcome.numbers), "compress, layer by layer"):
                 self._through(old, writer, replay)
-                journal.note(writer.done, replay)
+                journal.note(writer.settle(), replay)
             writer.finish()
         expected = replay.logits()
         if expected is not None:

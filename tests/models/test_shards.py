@@ -122,7 +122,7 @@ def test_finished_files_stay_and_others_begin_anew(tmp_path: Path) -> None:
     shards = plan_shards(map(entries, pieces), limit=600)
     with ShardWriter(tmp_path, shards) as writer:
         writer.write(pieces[0])
-    done = sorted(writer.done)
+    done = sorted(writer.settle(all_of_them=True))
     assert done
     torn = next(one.name for one in shards if one.name not in done)
     (tmp_path / torn).write_bytes(b"torn")
