@@ -91,7 +91,7 @@ def test_what_was_forgotten_in_lists_by_hand_is_reached() -> None:
         "measure": ("measure.speed", "models.layers", "models.routers", "models.remapped"),
         "profile": ("models.layerwise", "models.stream", "models.activations", "data.tokens"),
         "compress": ("models.forms", "models.own_form", "models.edits.plan"),
-        "finetune": ("finetune.training", "finetune.tuning", "models.saving"),
+        "finetune": ("finetune.training", "finetune.tuning", "models.streamed"),
     }.items():
         assert {f"moe_lab.{one}" for one in modules} <= modules_of(MAKERS[stage])
 
