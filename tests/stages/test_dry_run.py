@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from real_models import REAL
 from running import Job, Outcome
-from sparse import write_sparse
+from sparse_files import write_sparse
 
 from moe_lab.models import checkpoint as checkpoints
 
