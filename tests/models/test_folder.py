@@ -11,8 +11,9 @@ from broken_folders import WEIGHTS, copied, refusal, write_intact
 from edited_models import edited, prune
 
 from moe_lab.models.checkpoint import load, resolve
-from moe_lab.models.finishing import copy_text_files, save_checkpoint
+from moe_lab.models.finishing import copy_text_files
 from moe_lab.models.folder import check_links, code_files, text_files
+from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
 
 
