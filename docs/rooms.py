@@ -86,7 +86,7 @@ LIBRARIES = {
     ),
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
-    "accelerate": ("profile.collect", "processes", "launching"),
+    "accelerate": ("processes", "launching"),
     "filelock": ("locks",),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),

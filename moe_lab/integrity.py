@@ -6,6 +6,7 @@ By hand: the formats that results are kept in (safetensors, JSON) have no checks
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,11 @@ def sha256_of(file: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sum_of_record(record: Mapping[str, Any]) -> str:
+    """The sha256 of a record that is kept as JSON, which has it under SUM beside its own values."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def flush(path: Path) -> None:

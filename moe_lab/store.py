@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from moe_lab import processes
 from moe_lab.files import MODEL_CARD
-from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal
+from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal, sum_of_record
 from moe_lab.locks import locked
 from moe_lab.provenance import commit, versions
 from moe_lab.types import UserError
@@ -117,7 +117,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
         told = record.pop(SUM, None)
-        if told != _sum_of(record) and (told or FILES in record):
+        if told != sum_of_record(record) and (told or FILES in record):
             raise ValueError("it has changed since it was written (another sha256)")
         if not isinstance(record["seconds"], (int, float)) or record["key"] != folder.name:
             raise ValueError(f"it is that of {record['key']}")
@@ -285,10 +285,6 @@ def _damage_once(folder: Path) -> str | None:
     return wrong
 
 
-def _sum_of(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def _mark_done(
     folder: Path, kind: str, key: str, identity: Mapping[str, Any], seconds: float
 ) -> None:
@@ -304,7 +300,7 @@ def _mark_done(
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         FILES: seal(folder, without=(DONE, MODEL_CARD)),
     }
-    write_whole(folder / DONE, json.dumps(record | {SUM: _sum_of(record)}, indent=2) + "\n")
+    write_whole(folder / DONE, json.dumps(record | {SUM: sum_of_record(record)}, indent=2) + "\n")
     flush(folder.parent)
 
 

@@ -7,7 +7,6 @@ function to write takes all at once, and the file is in its format.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +18,9 @@ from torch import Tensor
 from moe_lab import processes
 from moe_lab.finetune.sharding import whole
 from moe_lab.integrity import PARTIAL, SUM, flush
+from moe_lab.models.edits.plan import TensorsInFile
+from moe_lab.models.shards import Entry, Shard
 
-STORED_AS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 WEIGHT = "/weight"  # ends what a state calls a trained parameter; its optimizer's values beside it
 NO_SUM_YET = "0" * 64  # in the place of a sha256
 
@@ -51,20 +48,8 @@ def write_state(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _head(tensors: Mapping[str, Tensor], told: str) -> bytes:
     """What stands before the bytes: where each tensor's are, and the sum; as long for every sum."""
-    entries: dict[str, object] = {"__metadata__": {SUM: told}}
-    end = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        entries[name] = {
-            "dtype": STORED_AS[tensor.dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    entries = tuple(Entry.of(name, tensors[name]) for name in sorted(tensors))
+    return Shard("", entries).header({SUM: told})
 
 
 def _write_all(tensors: Mapping[str, Tensor], file: BinaryIO) -> str:
@@ -76,27 +61,13 @@ def _write_all(tensors: Mapping[str, Tensor], file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class SavedState(Mapping[str, Tensor]):
-    """What `write_state` wrote, each tensor read when it is asked for."""
+class SavedState(TensorsInFile):
+    """What `write_state` wrote; told: the sum that it has of itself."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         with safe_open(path, "pt") as file:
             self.told = (file.metadata() or {}).get(SUM)
-            self.names = list(file.offset_keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        with safe_open(self.path, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class TrainedTensors(Mapping[str, Tensor]):

@@ -21,16 +21,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.opening import no_bars, text_config
 from moe_lab.models.quantised import conversions, is_quantised, quantised_as, quantizer_of
-from moe_lab.models.stored import Stored, held_by, stored_in
+from moe_lab.models.stored import STORED_DTYPES, Stored, held_by, stored_in
 from moe_lab.models.uneven import load_tensors
 from moe_lab.types import UserError
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _LAYER = re.compile(r"\.layers\.(\d+)(?=\.)")
 
 
@@ -90,7 +84,7 @@ def _loaded(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Any:
 
 
 def _like(one: Stored) -> Tensor:
-    return torch.empty(one.shape, dtype=_DTYPES[one.kind], device="meta")
+    return torch.empty(one.shape, dtype=STORED_DTYPES[one.kind], device="meta")
 
 
 def _check_rotary(folder: Path, model: PreTrainedModel) -> None:
@@ -126,7 +120,7 @@ def _check_kinds(folder: Path, model: PreTrainedModel, by_name: Any) -> None:
     for name, parts in by_name.items():
         for one in parts:
             plain = one.dtype is not None or not tensors[name].is_floating_point()
-            if one.kind in _DTYPES and (plain or (quantised and is_quantised(one.kind))):
+            if one.kind in STORED_DTYPES and (plain or (quantised and is_quantised(one.kind))):
                 continue
             raise UserError(
                 f"{one.file}: {one.key} is stored as {one.kind}"

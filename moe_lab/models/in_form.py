@@ -25,9 +25,6 @@ def in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     Changed in place, also where it has no weights; another one where it becomes another family's.
     """
     edited = edited_blocks(model)
-    if form.num_experts:
-        for layer in moe_layers(model):
-            prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
     for layer in moe_layers(model) if form.stock else ():
         fill_up_layer(layer, form)
     if form.config.model_type != model.config.model_type:
@@ -41,7 +38,9 @@ def in_form(model: PreTrainedModel, form: Form) -> PreTrainedModel:
 
 
 def fill_up_layer(layer: MoELayer, form: Form) -> None:
-    """Make the experts of a layer, and its shared ones, as wide as the form has them, in place."""
+    """Give a layer the experts that the form has, with twins, and make all as wide, in place."""
+    if form.num_experts:
+        prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
     if form.expert_width not in (None, HiddenUnits(layer.experts).width) or is_uneven(
         layer.experts
     ):

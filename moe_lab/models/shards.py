@@ -25,16 +25,12 @@ import torch
 from torch import Tensor
 
 from moe_lab.integrity import flush
-from moe_lab.models.stored import INDEX
+from moe_lab.models.stored import INDEX, STORED_DTYPES
 from moe_lab.models.weight_files import SINGLE
 
 FILE_BYTES = 2 * 2**30
-# As safetensors call them, in the order in which a file has them.
-DTYPE_NAMES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}  # in the order of a file
+FORMAT = {"format": "pt"}  # without it transformers does not read a file
 FICLONE = 0x40049409  # Linux: let a file share another one's blocks until one of them is written
 STRETCH = 2**24  # bytes that are copied or read back at a time
 
@@ -87,9 +83,9 @@ class Shard:
         """Bytes of its tensors."""
         return sum(entry.num_bytes for entry in self.entries)
 
-    def header(self) -> bytes:
+    def header(self, metadata: Mapping[str, str] = FORMAT) -> bytes:
         """What stands before the values."""
-        values: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        values: dict[str, object] = {"__metadata__": dict(metadata)}
         offset = 0
         for one in self.entries:
             end = offset + one.num_bytes

@@ -37,12 +37,14 @@ MADE_BY_MODELS = re.compile(r"rotary_emb\.inv_freq|(?:^|\.)position_ids$")  # no
 NOT_LOADED = "model-not-loaded.safetensors"  # beside the model's own weights, in their index
 INDEX = "model.safetensors.index.json"
 ONE_OF_SEVERAL = "model-00001-of-00001.safetensors"  # model.safetensors is read without others
-FLOATING = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+# What safetensors call dtypes, those of the same size as a file has them one behind the other.
+STORED_DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+FLOATING = {key: STORED_DTYPES[key] for key in ("F64", "F32", "F16", "BF16")}  # not quantised
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.edited_model import REST, EditedModel, Saving, meta_twin
-from moe_lab.models.editing import prune_layer
+from moe_lab.models.editing import set_block
 from moe_lab.models.edits.plan import Plan, apply_chain
 from moe_lab.models.finishing import Saved, finish_checkpoint, write_configs
 from moe_lab.models.forms import Form
@@ -32,7 +32,6 @@ from moe_lab.models.layerwise import LayerSource, LayerwiseModel, bytes_of
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.native_dense import dense_names
 from moe_lab.models.reading_back import check_logits, compare_by_layer
-from moe_lab.models.routers import with_twins
 from moe_lab.models.shards import (
     DTYPE_NAMES,
     Entry,
@@ -43,7 +42,6 @@ from moe_lab.models.shards import (
     plan_shards,
 )
 from moe_lab.models.stored import (
-    Stored,
     in_stored_dtypes,
     round_to_stored,
     stored_in,
@@ -231,24 +229,19 @@ class _Writing:
 
         Only where it has several files.
         """
-        by_file: dict[Path, list[Stored]] = {}
-        for parts in (*self.files.by_name.values(), *self.files.others.values()):
-            for one in parts:
-                by_file.setdefault(one.file, []).append(one)
-        rest = {entry.name: entry for entry in self.entries[REST]}
+        files = weight_files(self.checkpoint.path)
+        if self.is_changed or len(files) == 1:
+            return []
         every = [item for spans in self.spans.values() for one in spans.values()
                  for item in one.items()]  # fmt: skip
         same = {key for key, spans in every if list(spans) == [self._place_of(key)]}
-        for key, entry in rest.items():
-            there = self.stored.get(key)
-            if there is not None and (there.kind, there.shape) == (
-                DTYPE_NAMES[entry.dtype],
-                entry.shape,
-            ):
-                same.add(key)
-        if self.is_changed or len(weight_files(self.checkpoint.path)) == 1:
-            return []
-        return [file for file in by_file if {one.key for one in stored_in(file)} <= same]
+        same |= {entry.name for entry in self.entries[REST] if self._is_stored(entry)}
+        return [file for file in files if {one.key for one in stored_in(file)} <= same]
+
+    def _is_stored(self, entry: Entry) -> bool:
+        """Whether the source has a tensor of this name, dtype and shape."""
+        one = self.stored.get(entry.name)
+        return one is not None and (one.kind, one.shape) == (DTYPE_NAMES[entry.dtype], entry.shape)
 
     def _place_of(self, key: str) -> Span | None:
         """Where a tensor of this name is in the source."""
@@ -315,8 +308,6 @@ class _Writing:
             return
         path = f"{self.outcome.path}.{old}"
         if layer := _moe_layer_at(model, path):
-            if form.num_experts:
-                prune_layer(layer, with_twins(layer.info.num_experts, form.num_experts))
             fill_up_layer(layer, form)
         if not self.outcome.has_edited_blocks:
             return
@@ -324,9 +315,8 @@ class _Writing:
         inside = dense_names(decoder) | set(edited_blocks(decoder))
         for name in inside:
             built = result.get_submodule(f"{self.outcome.path}.{self.outcome.numbers[old]}.{name}")
-            target = native_block(model, f"{path}.{name}", _without_weights(built))
-            parent, _, child = name.rpartition(".")
-            setattr(decoder.get_submodule(parent), child, target)
+            block = native_block(model, f"{path}.{name}", copy.deepcopy(built))
+            set_block(model, f"{path}.{name}", block)
 
     def _is_empty(self, name: str) -> bool:
         """Whether a tensor is zeros that another family's form has, and the model had not."""
@@ -357,11 +347,6 @@ class _Writing:
 def _moe_layer_at(model: PreTrainedModel, path: str) -> MoELayer | None:
     found = (layer for layer in moe_layers(model) if f"{layer.info.name}.".startswith(f"{path}."))
     return next(found, None)
-
-
-def _without_weights(block: nn.Module) -> nn.Module:
-    """A copy of a block of a model without weights, to be filled."""
-    return copy.deepcopy(block)
 
 
 def tensors_in_files(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -169,14 +168,6 @@ def _added(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     names = [name for name in first.sums if all(name in part.sums for part in parts)]
     sums = {name: combined(name, [part[name] for part in parts]) for name in names}
     return LayerStatistics(first.info, sums)
-
-
-def reduce(layers: Sequence[LayerStatistics]) -> list[LayerStatistics]:
-    """What all processes collected, each from its part of the data, added up; the same in each.
-
-    Every process has to call it; a process alone gets its own.
-    """
-    return added(gather_object([list(layers)]))
 
 
 def save_statistics(layers: Iterable[LayerStatistics], folder: Path) -> None:

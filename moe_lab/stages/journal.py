@@ -10,7 +10,6 @@ By hand: sums that were added in the same order are equal to the bit, and no lib
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab import stopping
-from moe_lab.integrity import damage, flush, seal_of
+from moe_lab.integrity import SUM, damage, flush, seal_of, sum_of_record
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
@@ -157,7 +156,7 @@ class Journal:
             return {}
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if record.pop("sha256") != _sum_of(record):
+            if record.pop(SUM) != sum_of_record(record):
                 raise ValueError("it has changed since it was written (another sha256)")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             logger.warning("%s cannot be read (%s): the profile begins anew", path, error)
@@ -232,7 +231,7 @@ class Journal:
             "of": self.of, "at": at, "counted": progress.counted, "files": self._seals,
         }  # fmt: skip
         record = json.loads(json.dumps(record))  # keys as they are read
-        told = json.dumps(record | {"sha256": _sum_of(record)}, indent=1)
+        told = json.dumps(record | {SUM: sum_of_record(record)}, indent=1)
         write_whole(self.folder / RECORD, told + "\n")
 
     def _remove_all_but(self, named: Iterable[str]) -> None:
@@ -281,10 +280,6 @@ def _read_sums(file: Path) -> LayerStatistics:
 
 def _numbers_in(name: str) -> list[int]:
     return [int(part) for part in name.partition(".")[0].split("_")[1:]]
-
-
-def _sum_of(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _tell(progress: Progress, num_batches: int) -> None:

@@ -17,15 +17,7 @@ TOP: dict[str, Any] = {
 
 
 def checked(options_: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
-    top = {
-        "seed": 0,
-        "store": "a",
-        "run_dir": "b",
-        "resume": False,
-        "dry_run": False,
-        "objectives": None,
-    }
-    options.check_request(top | options_, top | (raw or options_), ["method", "condense", "metric"])
+    options.check_request(TOP | options_, TOP | (raw or options_), ["method", "condense", "metric"])
 
 
 def test_a_message_names_what_the_user_set() -> None:
@@ -84,15 +76,7 @@ def test_a_range_holds_in_lists_and_beside_other_kinds() -> None:
 
 def test_the_options_of_a_model_and_those_without_a_group_are_checked() -> None:
     model = {"name": "a", "path": "b", "revision": None, "dtype": "auto"}
-    top = {
-        "seed": 0,
-        "store": "a",
-        "run_dir": "b",
-        "resume": False,
-        "dry_run": False,
-        "objectives": None,
-        "model": model,
-    }
+    top = TOP | {"model": model}
     options.check_request(top, top, ["model"])
     for name, value, words in (
         ("seed", -1, "seed=-1: it must be from 0 to 4294967295"),

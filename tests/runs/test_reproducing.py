@@ -10,7 +10,7 @@ import pytest
 from made_up_runs import start, tell
 from running import QUICK, ROOT, run_python
 
-from moe_lab import store
+from moe_lab.integrity import sum_of_record
 from moe_lab.runs.__main__ import main
 from moe_lab.runs.reproducing import compared, reproduce
 from moe_lab.runs.rerun import Command
@@ -93,7 +93,7 @@ def test_a_run_made_again_is_the_same_and_a_changed_record_is_not(
     record = json.loads(weights.read_text())
     del record["sha256"]
     record["files"]["checkpoint/config.json"]["sha256"] = "0" * 64
-    weights.write_text(json.dumps(record | {"sha256": store._sum_of(record)}))
+    weights.write_text(json.dumps(record | {"sha256": sum_of_record(record)}))
     monkeypatch.setattr(Command, "run", lambda _: shutil.copytree(kept, again))  # a third time
     assert main([str(folder), "--reproduce"]) == 1
     told = capsys.readouterr().out

@@ -9,7 +9,8 @@ import torch
 from families import tiny_model
 from torch import Tensor
 
-from moe_lab.profile.collect import collect_statistics, reduce, save_statistics
+from moe_lab import processes
+from moe_lab.profile.collect import added, collect_statistics, save_statistics
 from moe_lab.profile.layer import CONSTANTS, LayerStatistics
 
 OF_ROUTERS = (
@@ -50,13 +51,11 @@ def assert_alike(found: list[LayerStatistics], others: list[LayerStatistics], rt
 
 def count_half(folder: Path) -> None:
     """In one of two processes: every second batch, then the sums of both."""
-    from accelerate import PartialState
-
-    state = PartialState(cpu=True)
-    assert state.num_processes == 2
+    assert processes.number() == 2
     model = tiny_model("deepseek_v3")
-    mine = batches(3)[state.process_index :: 2]
-    found = reduce(collect_statistics(model, mine, only_routers=True))
-    target = folder / str(state.process_index)
+    mine = batches(3)[processes.index() :: 2]
+    found = added(processes.gather(collect_statistics(model, mine, only_routers=True)))
+    target = folder / str(processes.index())
     target.mkdir()
     save_statistics(found, target)
+    processes.close()

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.hidden_units import HiddenUnits
@@ -135,3 +136,12 @@ def make_identical(experts: nn.Module, groups: tuple[tuple[int, ...], ...]) -> N
             copy = units.expert(first, order)
             for name, tensor in units.tensors.items():
                 tensor[other] = copy[name]
+
+
+def assert_written_as_in_memory(source: Checkpoint, plan: Plan, folder: Path) -> None:
+    """Every tensor of a written checkpoint is that of the plan carried out on the whole model."""
+    edited = source.load()
+    apply_plan(edited, plan)
+    ours, theirs = load(folder).state_dict(), edited.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
