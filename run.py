@@ -29,6 +29,7 @@ try:
 except stopping.Stopped as stop:
     sys.exit(stopping.exit_code(stop))
 
+ONLY_TOLD = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}  # no job runs
 exit_codes: list[int] = []
 OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, replace=True)
 
@@ -98,6 +99,11 @@ def run_all() -> int:
         stopping.check()
         if sweep.Sweep.started:
             exit_codes.append(sweep.Sweep.started.end())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not ONLY_TOLD & set(sys.argv):
+            raise
+        sys.stdout = None  # who reads has seen enough, as of `--help | head`
     except KeyboardInterrupt as stop:
         print(f"stopped by {stopping.name_of(stop)}; finished stages are kept", file=sys.stderr)
         print(sweep.how_to_go_on(), file=sys.stderr)

@@ -236,6 +236,15 @@ def test_help_is_light() -> None:
     assert "ratio.ratio" in done.stdout and "run_dir" in done.stdout
 
 
+def test_whoever_reads_the_help_may_stop_reading() -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        told = process.stderr.read().decode()
+    assert (process.returncode, told) == (0, "")
+
+
 # --------------------------------------------------------------------------- sweeps and their ends
 
 
