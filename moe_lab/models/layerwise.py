@@ -112,12 +112,14 @@ class LayerwiseModel:
 
         then: the layer that is asked for next. It is read while this one is used, where memory has
         room for both; what goes wrong with it is raised when it is asked for. without: names of
-        tensors of the model that are not read.
+        tensors of the model that are not read. Modules that are taken out of it while it is open
+        lose their weights when it closes, whoever holds them.
         """
         decoder = self.layers[index]
         if index in self._filled:
             yield decoder
             return
+        before = set(decoder.modules())
         self._take(index, without)
         self._filled.add(index)
         try:
@@ -130,6 +132,8 @@ class LayerwiseModel:
         finally:
             if self._ahead is not None:
                 wait([self._ahead[1]])  # it works on the same modules
+            for module in before - set(decoder.modules()):
+                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
             size = bytes_of(decoder)
             if self._kept + size <= self.keep_bytes:
                 self._kept += size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -367,3 +368,39 @@ def test_a_file_with_tensors_that_no_index_names_is_not_shared(tmp_path: Path) -
     index.write_text(json.dumps(values))
     write_edited(source, named(source, [prune(1, list(KEPT))]), tmp_path / "new", Saving())
     checked_weights(tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["prune", "merge", "condense", "drop_block", "drop_layer"])
+def test_no_layer_outlives_its_turn(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of("qwen2_moe", tmp_path / "source")
+    of = {
+        "prune": lambda index: prune(index, list(KEPT)),
+        "merge": merge,
+        "condense": lambda index: condense(index, [5, 2]),
+    }
+    edit = of.get(kind, lambda index: {"index": index, "edit": kind})
+    indices = moe_indices("qwen2_moe")[: -1 if kind == "drop_layer" else None]
+    behind: list[int] = []
+    through = streamed._Writing._through
+
+    def and_count(writing: Any, *given: Any) -> None:
+        through(writing, *given)
+        behind.append(bytes_in_memory())
+
+    monkeypatch.setattr(streamed._Writing, "_through", and_count)
+    before = bytes_in_memory()
+    write_edited(source, named(source, [edit(i) for i in indices]), tmp_path / "new", Saving())
+    experts = max(p.nbytes for p in source.load().state_dict().values() if p.ndim == 3)
+    assert len(indices) >= 2 and min(behind) > before
+    assert max(behind) - min(behind) < experts / 2
+
+
+def bytes_in_memory() -> int:
+    """Of all tensors that anything refers to, those without values left out."""
+    gc.collect()
+    alive = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and not one.is_meta]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values()
+    )
