@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Self
@@ -33,6 +35,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}  # in the o
 FORMAT = {"format": "pt"}  # without it transformers does not read a file
 FICLONE = 0x40049409  # Linux: let a file share another one's blocks until one of them is written
 STRETCH = 2**24  # bytes that are copied or read back at a time
+THREADS = 4  # so many stretches at once: one is read while others are written and read back
+Stretch = Callable[[], None]  # writes one
 
 
 class NotWritten(RuntimeError):
@@ -65,6 +69,12 @@ class Span:
     file: Path
     offset: int
     num_bytes: int
+
+    def parts(self) -> Iterator[Span]:
+        """The same bytes in stretches of at most STRETCH."""
+        for start in range(0, self.num_bytes, STRETCH):
+            size = min(STRETCH, self.num_bytes - start)
+            yield Span(self.file, self.offset + start, size)
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,8 @@ class ShardWriter:
         self._open: dict[str, FileIO] = {}
         self._flusher = ThreadPoolExecutor(1, "flush")  # the disk works while the next file fills
         self._flushing: dict[str, Future[None]] = {}
-        self._read, self._back = (torch.empty(STRETCH, dtype=torch.uint8) for _ in range(2))
+        self._workers = ThreadPoolExecutor(THREADS, "write")
+        self._buffers = threading.local()
         self._missing = {one.name: {entry.name for entry in one.entries} for one in shards}
         self._place: dict[str, tuple[Shard, Entry, int]] = {}
         for shard in shards:
@@ -196,45 +207,69 @@ class ShardWriter:
 
         Files that have all of theirs are then finished. NotWritten where something else is there.
         """
+        work: dict[str, list[Stretch]] = {}
         for name, tensor in tensors.items():
             shard, entry, offset = self._place[name]
             if Entry.of(name, tensor) != entry:
                 raise NotWritten(f"{name} is {Entry.of(name, tensor)}, and was planned as {entry}")
             if self._is_open(shard):
-                values = tensor.contiguous().reshape(-1).view(torch.uint8)
-                for start in range(0, len(values), STRETCH):
-                    self._put(shard, values[start : start + STRETCH], offset + start, name)
-                self._done_with(shard, name)
+                file, values = self._file(shard), tensor.contiguous().reshape(-1).view(torch.uint8)
+                work[name] = [
+                    partial(self._put, file, values[start : start + STRETCH], offset + start, name)
+                    for start in range(0, len(values), STRETCH)
+                ]
+        self._do(work)
 
     def copy(self, spans: Mapping[str, Sequence[Span]]) -> None:
         """The same of tensors whose bytes lie in other files, one stretch behind the other."""
+        work: dict[str, list[Stretch]] = {}
         for name, some in spans.items():
             shard, entry, offset = self._place[name]
             if sum(span.num_bytes for span in some) != entry.num_bytes:
                 raise NotWritten(f"{name} has {entry.num_bytes} bytes, and was planned from {some}")
             if self._is_open(shard):
-                for span in some:
-                    self._copy(shard, span, offset, name)
-                    offset += span.num_bytes
-                self._done_with(shard, name)
+                file, work[name] = self._file(shard), []
+                for one in (part for span in some for part in span.parts()):
+                    work[name].append(partial(self._copy, file, one, offset, name))
+                    offset += one.num_bytes
+        self._do(work)
 
-    def _copy(self, shard: Shard, span: Span, offset: int, name: str) -> None:
+    def _do(self, work: Mapping[str, Sequence[Stretch]]) -> None:
+        """Write stretches of tensors, several at a time; the tensors are then done with."""
+        running = [self._workers.submit(one) for some in work.values() for one in some]
+        for one in wait(running, return_when=FIRST_EXCEPTION).not_done:
+            one.cancel()
+        for one in wait(running).done:
+            if not one.cancelled():
+                one.result()
+        for name in work:
+            self._done_with(self._place[name][0], name)
+
+    def _copy(self, file: FileIO, span: Span, offset: int, name: str) -> None:
+        values = self._buffer("read")[: span.num_bytes]
         with span.file.open("rb", buffering=0) as source:
-            for start in range(0, span.num_bytes, STRETCH):
-                part = self._read[: min(STRETCH, span.num_bytes - start)]
-                _read_into(source, span.offset + start, part)
-                self._put(shard, part, offset + start, name)
+            if hasattr(os, "posix_fadvise"):  # reading ahead costs time where stretches are long
+                os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            _read_into(source, span.offset, values)
+        self._put(file, values, offset, name)
 
-    def _put(self, shard: Shard, values: Tensor, offset: int, name: str) -> None:
+    def _put(self, file: FileIO, values: Tensor, offset: int, name: str) -> None:
         """Write bytes at their place in a file, and read them back."""
-        file, view = self._file(shard), memoryview(values.numpy().data)
+        view = memoryview(values.numpy().data)
         while view:
             written = os.pwrite(file.fileno(), view, offset + len(values) - len(view))
             view = view[written:]
-        back = self._back[: len(values)]
+        back = self._buffer("back")[: len(values)]
         _read_into(file, offset, back)
         if not _same(back, values):
-            raise NotWritten(f"{self.folder / shard.name}: {name} was not written as it is")
+            raise NotWritten(f"{file.name}: {name} was not written as it is")
+
+    def _buffer(self, use: str) -> Tensor:
+        """A stretch of memory that each thread has of its own."""
+        if not hasattr(self._buffers, use):
+            setattr(self._buffers, use, torch.empty(STRETCH, dtype=torch.uint8))
+        found: Tensor = getattr(self._buffers, use)
+        return found
 
     def _is_open(self, shard: Shard) -> bool:
         known = shard.name in self.done or shard.name in self._flushing
@@ -267,6 +302,7 @@ class ShardWriter:
         return self.done
 
     def __exit__(self, *_: object) -> None:
+        self._workers.shutdown(cancel_futures=True)
         self._flusher.shutdown()
         for file in self._open.values():
             file.close()

@@ -148,8 +148,7 @@ class _Writing:
         """Write what is left to write of a decoder layer, and take the few tokens through it."""
         entries, copied = self.entries[old], self.spans[old]
         if writer.lacks(entries):
-            for spans in copied.values():
-                writer.copy(spans)
+            writer.copy({key: some for spans in copied.values() for key, some in spans.items()})
         if not (writer.lacks(entries) or replay.awaits(old)):
             return
         chain = self.chains.get(old)

@@ -78,7 +78,11 @@ def test_several_files_have_an_index_and_split_only_what_is_too_large(tmp_path: 
         assert index["metadata"]["total_size"] == 4 * 3 * 400
 
 
-def test_bytes_of_other_files_come_in_stretches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stretch", [2**24, 24, 7])
+def test_bytes_of_other_files_come_in_stretches(
+    stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_lab.models.shards.STRETCH", stretch)
     source = {"x": torch.arange(60).reshape(6, 10), "y": torch.randn(7)}
     save_file(source, tmp_path / "source")
     at = {one.key: one for one in stored_in(tmp_path / "source")}
@@ -94,7 +98,21 @@ def test_bytes_of_other_files_come_in_stretches(tmp_path: Path) -> None:
     assert torch.equal(read["z"], source["y"])
     again = ShardWriter(tmp_path, plan_shards([planned]))
     with pytest.raises(NotWritten, match="ends before"), again as writer:
-        writer.copy({"z": [Span(at["y"].file, at["y"].offset + 8, 28)]})
+        writer.copy({"x": rows, "z": [Span(at["y"].file, at["y"].offset + 8, 28)]})
+    assert writer.lacks(planned) and not writer.settle(all_of_them=True)
+
+
+@pytest.mark.parametrize("stretch", [2**24, 24])
+def test_tensors_are_written_in_stretches(
+    stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_lab.models.shards.STRETCH", stretch)
+    piece = drawn(0)
+    with ShardWriter(tmp_path, plan_shards([entries(piece)])) as writer:
+        writer.write(piece)
+        writer.finish()
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in piece.items())
 
 
 def test_what_is_not_as_planned_or_missing_is_never_silent(tmp_path: Path) -> None:
