@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from moe_lab.models.families.base import (
     family_of,
     known_family,
 )
+from moe_lab.models.file_sums import sha256_sums
 from moe_lab.models.folder import CODE_FILES, TEXT_FILES, copy_beside, text_files
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.narrowing import fit_implementation
@@ -73,8 +73,8 @@ class Checkpoint:
         config = config_values(self.path)
         config = {key: value for key, value in config.items() if key not in ignored}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for file in weight_files(self.path):
-            digest.update(_sha256(file).encode())
+        for one in sha256_sums(weight_files(self.path)):
+            digest.update(one.encode())
         return digest.hexdigest()[:12]
 
     @functools.cached_property
@@ -84,8 +84,9 @@ class Checkpoint:
         Not in `fingerprint`: what a model computes of given tokens does not depend on them.
         """
         digest = hashlib.sha256()
-        for file in text_files(self.path):
-            digest.update(file.name.encode() + b"\0" + _sha256(file).encode())
+        files = text_files(self.path)
+        for file, one in zip(files, sha256_sums(files), strict=True):
+            digest.update(file.name.encode() + b"\0" + one.encode())
         return digest.hexdigest()[:12]
 
     @functools.cached_property
@@ -257,25 +258,6 @@ def _download(name: str, revision: str | None) -> Path:
             "Give a local "
             "folder with model.path=<folder>, or check the name, the network and HF_TOKEN"
         ) from error
-
-
-def _blob_sum(file: Path) -> str | None:
-    """The sha256 of a file in a hub cache, which names its blobs so: nothing needs to be read."""
-    blob = Path(os.path.realpath(file))
-    named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
-    return blob.name if named else None
-
-
-def _sha256(file: Path) -> str:
-    if known := _blob_sum(file):
-        return known
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def unread_bytes(folder: Path) -> int:
-    """How many bytes of weights a checkpoint's fingerprint has to read."""
-    return sum(file.stat().st_size for file in weight_files(folder) if not _blob_sum(file))
 
 
 def meta_model(config: Any) -> PreTrainedModel:

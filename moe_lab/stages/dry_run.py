@@ -24,9 +24,11 @@ from moe_lab.forecast.fitting import (
 )
 from moe_lab.forecast.need import GIBIBYTE, Need
 from moe_lab.forecast.stages import needs
-from moe_lab.models.checkpoint import VOCABULARIES, Checkpoint, unread_bytes
+from moe_lab.models.checkpoint import VOCABULARIES, Checkpoint
+from moe_lab.models.file_sums import remember_in, unread_bytes
 from moe_lab.models.headers import described_checkpoint
 from moe_lab.models.opening import num_positions, text_config
+from moe_lab.models.weight_files import weight_files
 from moe_lab.stages.context import Context
 from moe_lab.stages.forecasting import (
     Lengths,
@@ -79,6 +81,7 @@ def dry_run(config: Mapping[str, Any], parts: Parts) -> DryRun:
         texts = _texts(parts, dense)
         lengths, assumed = _lengths(parts, dense, texts)
         store = Store(root)
+        remember_in(root)
         machine = _machine(compute, store)
         run = prospect_of(dense, layers, parts, compute, machine.memory, lengths, assumed)
         cached = _cached(config, parts, compute, dense, texts, further, store)
@@ -117,7 +120,7 @@ def _cached(
     store: Store,
 ) -> dict[str, bool]:
     """Which results are there; empty where keys cannot be known without reading weights or text."""
-    if not texts or unread_bytes(dense.path) > HASHED:
+    if not texts or unread_bytes(weight_files(dense.path)) > HASHED:
         return {}
     context = Context(store, compute)
     run = Run(config, parts, context, Path(), {"method": "", "finetune": ""}, texts, further)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_lab import stopping
+from moe_lab import processes, stopping
 from moe_lab.compute import Compute
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.forecast.costs import measured_costs
@@ -22,6 +22,7 @@ from moe_lab.lookup import named
 from moe_lab.models import checkpoint
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.damage import explained
+from moe_lab.models.file_sums import remember_in
 from moe_lab.models.head import check_head, sized_with_head
 from moe_lab.models.opening import num_positions, text_config
 from moe_lab.models.weight_files import size_in_bytes
@@ -104,6 +105,7 @@ def prepare(
     check_undamaged(dense.path)
     store = Store(Path(config["store"]))
     check_writable(store.root, 0)
+    remember_in(store.root)
     layers = dense.layers()
     further = check_parts(config, parts, compute, dense, layers)
     size = text_config(dense.config).vocab_size
@@ -113,7 +115,8 @@ def prepare(
     context = Context(store, compute, log)
     run = Run(config, parts, context, folder, figures, texts, further)
     check_disk(run, dense, layers)
-    figures["fingerprint/model"] = dense.fingerprint
+    with processes.main_first():
+        figures["fingerprint/model"] = dense.fingerprint
     figures["fingerprint/data"] = texts["calibration"].fingerprint
     run.add_variant("dense", dense)
     if teaching := teach.teaching_of(run):
