@@ -324,7 +324,12 @@ def computing_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if checkpoint.dtype != "auto":
         asked: torch.dtype = getattr(torch, checkpoint.dtype)
         return asked
-    stored = getattr(checkpoint.config, "dtype", None)
+    return stored_dtype(checkpoint.config)
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that a config names for the weights in its files; float32 where it names none."""
+    stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 

@@ -12,6 +12,7 @@ from moe_lab.types import LayerInfo
 DOUBLE = 8  # bytes of a sum
 VECTORS = 24  # sums with a number for each expert, at most
 LOADING = 1.7  # of a layer, while it is read: experts' tensors one by one, and joined
+CONVERTING = 2.3  # the same where files have another dtype, in which they are read first
 LIBRARIES = 2**27  # what they take while they work
 STATES = 4  # hidden states of a batch that a layer holds beside what it works on
 SLOTS = 6  # of each token and chosen expert: in, out (as parts, joined), weighted, added (twice)
@@ -23,7 +24,8 @@ class WeightBytes:
     """Bytes of weights in the computing dtype: of the largest decoder layer, and outside of all.
 
     itemsize: of a number; widest: numbers of a token at most in a layer, beside its experts;
-    eager_heads: heads whose attention is computed as a matrix of positions, 0 where it is not.
+    eager_heads: heads whose attention is computed as a matrix of positions, 0 where it is not;
+    converted: whether the files have another dtype.
     """
 
     layer: int
@@ -31,6 +33,7 @@ class WeightBytes:
     itemsize: int
     widest: int
     eager_heads: int = 0
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ def bounds(layers: Sequence[LayerInfo], weights: WeightBytes, asked: ProfileRequ
     copies = asked.groups + 1 if asked.groups > 1 else 1  # each group, and all together
     held = min(states, asked.cache)
     result = copies * sum(sums)
+    reading = CONVERTING if weights.converted else LOADING
     return Bounds(
-        layer=int(weights.layer * ((1 + LOADING) if asked.ahead else LOADING)),
+        layer=int(weights.layer * (reading + asked.ahead)),
         outside=weights.outside + LIBRARIES,
         states=held,
         forward=max(_forward(layers, weights, asked, *batch) for batch in asked.batches),

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from moe_lab.forecast.shape import ModelShape, shape_of
 from moe_lab.forecast.work import Search, Weights
 from moe_lab.methods.base import Method
@@ -23,7 +21,7 @@ from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import Form, form_of
 from moe_lab.models.layers import decoders_path
-from moe_lab.models.layerwise import computing_dtype
+from moe_lab.models.layerwise import computing_dtype, stored_dtype
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.types import LayerInfo
 
@@ -49,7 +47,7 @@ def dense_weights(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -> Weight
     path = decoders_path(layers[0].name)
     shape = shape_of(meta_model(checkpoint.config), path)
     dtype = computing_dtype(checkpoint)
-    converted = dtype != (getattr(checkpoint.config, "dtype", None) or torch.float32)
+    converted = dtype != stored_dtype(checkpoint.config)
     return Weights(shape, dtype.itemsize, size_in_bytes(checkpoint.path), converted)
 
 

@@ -22,7 +22,7 @@ from moe_lab.integrity import flush
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.layers import num_parameters
-from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
+from moe_lab.models.layerwise import LayerwiseModel, computing_dtype, stored_dtype
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
@@ -146,7 +146,8 @@ def collect_profile(
         return collection
     if journal and batches:
         asked = profile_needs.request_of(_shapes(batches), compute, neurons)
-        needed = profile_needs.bounds_of(empty, dtype.itemsize, asked)
+        converted = dtype != stored_dtype(checkpoint.config)
+        needed = profile_needs.bounds_of(empty, dtype.itemsize, asked, converted)
         profile_needs.check_needs(needed, asked, compute, folder)
     limit, on_device = int(compute.cache_gib * 2**30), compute.device_cache()
     cache = Activations(limit, folder, compute.device, on_device)

@@ -18,11 +18,21 @@ from moe_lab.types import UserError
 logger = logging.getLogger(__name__)
 
 
-def bounds_of(empty: Model, itemsize: int, asked: ProfileRequest) -> Bounds:
-    """What is needed at most, of a model that may be without weights; itemsize: of its numbers."""
+def bounds_of(
+    empty: Model, itemsize: int, asked: ProfileRequest, converted: bool = False
+) -> Bounds:
+    """What is needed at most, of a model that may be without weights.
+
+    itemsize: of its numbers, in memory; converted: whether files have another dtype.
+    """
     sizes = sizes_of(empty)
     weights = WeightBytes(
-        sizes.layer * itemsize, sizes.outside * itemsize, itemsize, sizes.widest, sizes.eager_heads
+        sizes.layer * itemsize,
+        sizes.outside * itemsize,
+        itemsize,
+        sizes.widest,
+        sizes.eager_heads,
+        converted,
     )
     return bounds([layer.info for layer in moe_layers(empty)], weights, asked)
 

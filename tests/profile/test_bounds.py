@@ -51,6 +51,8 @@ def test_kimi_k2_of_100_documents_of_16k_tokens() -> None:
     assert found.result == sum(sums_of(layer, True) for layer in layers) < 6 * GIB
     assert found.sums < GIB, "those of one layer, not of sixty"
     assert found.scratch > found.result + (21.8 - 4) * GIB
+    converted = bounds(layers, replace(weights, converted=True), asked)
+    assert converted.layer == pytest.approx(3.3 * 31.9 * GIB), "bfloat16 is read, float32 is made"
     alone = bounds(layers, weights, replace(asked, ahead=False))
     assert alone.memory == found.memory - int(31.9 * GIB)
     packed = bounds(layers, weights, replace(asked, batches=[(32, 16384)] * 4))
