@@ -34,6 +34,12 @@ def test_one_decoder_layer_at_a_time_takes_less() -> None:
     assert layerwise.memory < whole.memory > dense.bytes
     states = 8 * 16 * dense.shape.hidden_size * 4
     assert layerwise.memory > dense.outside_bytes + 2 * dense.layer_bytes + states
+    memory = {
+        converted: by_stage(replace(streamed, dense=replace(dense, converted=converted)))["profile"]
+        for converted in (True, False)
+    }
+    more = memory[True].memory - memory[False].memory
+    assert more == pytest.approx(0.6 * dense.layer_bytes), "as the files have it, and as it is used"
 
 
 def test_states_beyond_the_cache_go_to_disk() -> None:
