@@ -1,5 +1,6 @@
 """What compressing a checkpoint costs that is larger than memory: time beside `cp`, and memory.
 
+    python experiments/bench/streamed.py
     python experiments/bench/streamed.py <folder> --layers 4
     python experiments/bench/streamed.py <folder>
     python experiments/bench/streamed.py <folder> --run
@@ -12,6 +13,7 @@ instead: `run.py` profiles it on the calibration set, condenses nine layers (CD-
 statistics) and writes the result, beside reading all weights once, a plain forward layer by layer
 over the same text, and writing the result's bytes. Memory is what a process has that is no page of
 a file (RssAnon), at its highest. Times are of one run, side by side; nothing else should run.
+Without a folder: four layers, in one that is removed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,6 +56,9 @@ PRUNE, FORWARD = "prune", "forward"  # what a process of its own does
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     asked = parsed(arguments)
+    if asked.folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return main([folder, *arguments, "--layers=4"])
     if asked.part:
         return {PRUNE: prune, FORWARD: forward}[asked.part](asked)
     dense = asked.folder / "dense"
@@ -73,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=100, help="of 256 tokens each")
