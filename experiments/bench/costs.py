@@ -40,8 +40,8 @@ MEMORY = {
     "search": ("constant", "states", "routed", "wide", "all_experts"),
     "compress": ("constant", "outside", "layer", "experts_in_all"),
     "finetune": ("constant", "saved_states", "saved_routed", "saved_attention", "logits"),
-    "evaluate_tasks": ("constant", "states", "given", "routed", "wide"),
-    "evaluate_held_out": ("constant", "states", "given", "routed", "wide", "logits"),
+    "evaluate_tasks": ("constant", "states", "given", "routed", "logits"),
+    "evaluate_held_out": ("constant", "states", "given", "routed", "logits"),
     "evaluate_pair": ("logits",),
     "measure": ("constant", "states", "given", "routed", "wide", "attention"),
 }  # fmt: skip
