@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -23,6 +24,8 @@ from moe_lab.progress import progress
 REMEMBERED = 2**26  # bytes from which on a file is remembered: what is smaller is read in a moment
 WITH_PROGRESS = 2**31  # bytes together from which on it is shown how far reading is
 SETTLED = 2.0  # seconds: a file written less long ago may be written again at the same time
+
+logger = logging.getLogger(__name__)
 
 _memory: Path | None = None
 
@@ -75,12 +78,18 @@ def _read(file: Path) -> str:
     place = _place(blob)
     newest = max(before["written"], before["changed"])
     if place and before == _seen(blob) and started - newest > SETTLED * 1e9:
-        record = before | {"content": found}
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL}")
-        partial.write_text(json.dumps(record | {SUM: sum_of_record(record)}), encoding="utf-8")
-        os.replace(partial, place)
+        try:
+            _remember(place, before | {"content": found})
+        except OSError as error:
+            logger.info("%s: its sha256 is not remembered: %s", blob, error)
     return found
+
+
+def _remember(place: Path, record: dict[str, Any]) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL}")
+    partial.write_text(json.dumps(record | {SUM: sum_of_record(record)}), encoding="utf-8")
+    os.replace(partial, place)
 
 
 def _place(blob: Path) -> Path | None:

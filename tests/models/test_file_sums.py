@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     monkeypatch.setattr(file_sums, "sha256_of", read_and_change)
     sha256_sums(files)
     assert not (tmp_path / "store").exists()
+
+
+def test_where_nothing_can_be_kept_files_are_read_and_that_is_said(
+    files: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "store").write_text("a file")
+    remember_in(tmp_path / "store")
+    with caplog.at_level(logging.INFO):
+        assert sha256_sums(files) == plain(files)
+    assert caplog.text.count("its sha256 is not remembered") == len(files)
 
 
 def test_a_hub_cache_says_it_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
