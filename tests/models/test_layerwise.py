@@ -173,7 +173,15 @@ def test_nothing_is_read_ahead_where_memory_is_short(
     assert "decoder layers are read one after the other" in caplog.text
 
 
-def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = LayerwiseModel._fill
+
+    def without_file(self: LayerwiseModel, *arguments: object) -> None:
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        fill(self, *arguments)
+
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
@@ -183,8 +191,9 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(tmp_path: Path) -
         pass
     with pytest.raises(UserError, match="lacks tensors of layer 2"), model.layer(2):
         pass
-    with model.layer(0, then=1):
-        (tmp_path / "model.safetensors").unlink()
+    with model.layer(0):
+        monkeypatch.setattr(LayerwiseModel, "_fill", without_file)
+        model._read_ahead(1)
     with pytest.raises(FileNotFoundError), model.layer(1):
         pass
 
