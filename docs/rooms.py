@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "methods": ("from a profile to a plan", ("profile", "models")),
     "finetune": (
         "recipes, and the loop",
-        ("models", "data.source", "data.tokens", "compute", "store"),
+        ("models", "data.source", "data.tokens", "compute"),
     ),
     "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
     "forecast": ("what a run will cost, from shapes and from costs once measured", ("models",)),

@@ -78,6 +78,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there in full or not at all, also after a power cut."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush(path.parent)
+
+
 def _files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         if file.is_file() and not file.name.endswith(PARTIAL):

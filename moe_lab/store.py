@@ -26,7 +26,7 @@ from typing import Any, cast
 
 from moe_lab import processes
 from moe_lab.files import MODEL_CARD
-from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal, sum_of_record
+from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal, sum_of_record, write_whole
 from moe_lab.locks import locked
 from moe_lab.provenance import commit, versions
 from moe_lab.types import UserError
@@ -198,17 +198,6 @@ def check_writable(root: Path, needed_bytes: int) -> None:
             f"but its disk has {free / 2**30:.2f} GiB free. "
             "Free some space, or choose another disk: store=<folder>"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there in full or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    flush(path.parent)
 
 
 def _plain(value: object, where: str) -> Any:

@@ -39,7 +39,8 @@ from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.models.shards import Entry, ShardWriter, plan_shards
+from moe_lab.models.shard_writer import ShardWriter
+from moe_lab.models.shards import Entry, plan_shards
 from moe_lab.models.stored import in_files
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.models.streamed import write_edited

@@ -22,7 +22,7 @@ from torch import Tensor
 from moe_lab import processes
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import IGNORED, Tokens, chunks
-from moe_lab.integrity import PARTIAL
+from moe_lab.integrity import PARTIAL, write_whole
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import num_parameters
@@ -30,7 +30,6 @@ from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
 from moe_lab.models.predictions import divergence_terms, exact, log_probabilities
 from moe_lab.models.stream import LayerStream
 from moe_lab.progress import progress
-from moe_lab.store import write_whole
 from moe_lab.types import NotFinite
 
 SHARD_BYTES = 2**28  # a file is closed once it has as many

@@ -12,14 +12,13 @@ from moe_lab.forecast.costs import FLOAT, Costs, calls_of, parts_of_forward, sav
 from moe_lab.forecast.need import Need
 from moe_lab.forecast.shape import ModelShape
 from moe_lab.forecast.work import Text, Weights, Work
+from moe_lab.models.layerwise import layers_read
 
 SUM_BYTES = 8  # sums of a profile are float64
 SUMS_BY_EXPERT = 21  # of its sums, those with a number for each expert
 NEURON_SUMS = 8  # with a number for each hidden unit of an expert
 BACKWARD = 2.0  # a backward pass costs two forwards
 TEACHER_SHARD = 2**28
-PIECES = 0.7  # of a decoder layer, beside it while it is read: its experts' tensors one by one
-CONVERTED_PIECES = 1.3  # the same where they are read in another dtype first
 TRAINED = 16  # bytes of a parameter that trains: itself, its gradient and Adam's two, in float32
 
 
@@ -55,8 +54,7 @@ def loaded(model: Weights, workspace: float, costs: Costs) -> tuple[float, float
 
 def streamed(model: Weights, workspace: float, layers: int) -> tuple[float, float]:
     """The same of one of which so many decoder layers are in memory at once."""
-    pieces = CONVERTED_PIECES if model.converted else PIECES
-    held = (layers + pieces) * model.layer_bytes
+    held = (layers - 1 + layers_read(model.converted)) * model.layer_bytes
     mapped = 0 if model.converted else model.outside_bytes
     return model.outside_bytes + held + workspace, mapped
 

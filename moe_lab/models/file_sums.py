@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moe_lab.integrity import PARTIAL, SUM, sha256_of, sum_of_record
+from moe_lab.integrity import SUM, sha256_of, sum_of_record, write_whole
 from moe_lab.progress import progress
 
 REMEMBERED = 2**26  # bytes from which on a file is remembered: what is smaller is read in a moment
@@ -79,17 +79,12 @@ def _read(file: Path) -> str:
     newest = max(before["written"], before["changed"])
     if place and before == _seen(blob) and started - newest > SETTLED * 1e9:
         try:
-            _remember(place, before | {"content": found})
+            place.parent.mkdir(parents=True, exist_ok=True)
+            record = before | {"content": found}
+            write_whole(place, json.dumps(record | {SUM: sum_of_record(record)}))
         except OSError as error:
             logger.info("%s: its sha256 is not remembered: %s", blob, error)
     return found
-
-
-def _remember(place: Path, record: dict[str, Any]) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL}")
-    partial.write_text(json.dumps(record | {SUM: sum_of_record(record)}), encoding="utf-8")
-    os.replace(partial, place)
 
 
 def _place(blob: Path) -> Path | None:

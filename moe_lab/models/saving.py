@@ -33,7 +33,7 @@ def save_checkpoint(
     Parameters are written in the dtype of the checkpoint at `source`, whose tokenizer comes along.
     For the others see `edited_model.Saving`. The model is not changed except for its config, the
     rounding of its tensors, and the experts and dense layers that are filled up. What was written
-    is read back and compared (`shards.py`, `reading_back.py`), and its config with its folder
+    is read back and compared (`shard_writer.py`, `reading_back.py`), and its config with its folder
     (`promises.py`).
     """
     how = Saving(padding, convert, mtp, lm_head, twins)

@@ -32,11 +32,11 @@ from moe_lab.models.layerwise import LayerSource, LayerwiseModel, bytes_of
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.native_dense import dense_names
 from moe_lab.models.reading_back import check_logits, compare_by_layer
+from moe_lab.models.shard_writer import ShardWriter
 from moe_lab.models.shards import (
     DTYPE_NAMES,
     Entry,
     Shard,
-    ShardWriter,
     Span,
     layout_digest,
     plan_shards,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moe_lab.models.layerwise import layers_read
 from moe_lab.models.stream import ARGUMENT_BYTES
 from moe_lab.profile.layer import NEURON_STATISTICS
 from moe_lab.types import LayerInfo
 
 DOUBLE = 8  # bytes of a sum
 VECTORS = 24  # sums with a number for each expert, at most
-LOADING = 1.7  # of a layer, while it is read: experts' tensors one by one, and joined
-CONVERTING = 2.3  # the same where files have another dtype, in which they are read first
 LIBRARIES = 2**27  # what they take while they work
 STATES = 4  # hidden states of a batch that a layer holds beside what it works on
 SLOTS = 6  # of each token and chosen expert: in, out (as parts, joined), weighted, added (twice)
@@ -110,9 +109,8 @@ def bounds(layers: Sequence[LayerInfo], weights: WeightBytes, asked: ProfileRequ
     copies = asked.groups + 1 if asked.groups > 1 else 1  # each group, and all together
     held = min(states, asked.cache)
     result = copies * sum(sums)
-    reading = CONVERTING if weights.converted else LOADING
     return Bounds(
-        layer=int(weights.layer * (reading + asked.ahead)),
+        layer=int(weights.layer * (layers_read(weights.converted) + asked.ahead)),
         outside=weights.outside + LIBRARIES,
         states=held,
         forward=max(_forward(layers, weights, asked, *batch) for batch in asked.batches),

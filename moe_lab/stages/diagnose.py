@@ -19,6 +19,7 @@ from moe_lab.diagnose import pictures, similarity
 from moe_lab.diagnose import tables as diagnose_tables
 from moe_lab.diagnose.diagnosis import Diagnosis
 from moe_lab.files import DIAGNOSIS, FIGURES_FILE
+from moe_lab.integrity import write_whole
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layerwise import LayerwiseModel
@@ -27,7 +28,7 @@ from moe_lab.profile import collect
 from moe_lab.profile import layer as profile_layer
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
-from moe_lab.store import DONE, Artifact, write_whole
+from moe_lab.store import DONE, Artifact
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run

@@ -18,10 +18,11 @@ from moe_lab.evaluate.held_out import HeldOut, compare_held_out
 from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
+from moe_lab.integrity import write_whole
 from moe_lab.models.checkpoint import Checkpoint, Model
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
-from moe_lab.store import Artifact, write_whole
+from moe_lab.store import Artifact
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run

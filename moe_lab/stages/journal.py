@@ -24,12 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab import stopping
-from moe_lab.integrity import SUM, damage, flush, seal_of, sum_of_record
+from moe_lab.integrity import SUM, damage, flush, seal_of, sum_of_record, write_whole
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.store import write_whole
 from moe_lab.types import LayerInfo
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
 from moe_lab.files import FIGURES_FILE
+from moe_lab.integrity import write_whole
 from moe_lab.measure.speed import REFERENCE, Measurement, bytes_on_disk, counted, measure
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.opening import text_config
 from moe_lab.models.routers import at_top_k
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
-from moe_lab.store import Artifact, write_whole
+from moe_lab.store import Artifact
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run

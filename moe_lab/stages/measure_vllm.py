@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from moe_lab.dependencies import code_version
 from moe_lab.files import FIGURES_FILE
+from moe_lab.integrity import write_whole
 from moe_lab.measure import vllm_script
 from moe_lab.measure.vllm import ThroughVllm, Vllm, check_plugin, served_per_second
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
-from moe_lab.store import Artifact, write_whole
+from moe_lab.store import Artifact
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run

@@ -20,6 +20,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import PLAN, PLANS
 from moe_lab.finite import not_finite_in
+from moe_lab.integrity import write_whole
 from moe_lab.methods.base import Method
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model
@@ -33,7 +34,7 @@ from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Answer, Profile, Tensors
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
-from moe_lab.store import Artifact, write_whole
+from moe_lab.store import Artifact
 from moe_lab.types import UserError
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ def remedy(stage: str, work: Work, share: float) -> str | None:
 
 def test_a_profile_goes_layer_by_layer() -> None:
     work = some_work()
-    assert remedy("profile", work, 0.9).startswith("compute.layerwise=true")
+    assert remedy("profile", work, 0.99) == "compute.layerwise=true"
+    assert remedy("profile", work, 0.9) == "compute.layerwise=true compute.batch_size=2"
 
 
 def test_then_in_smaller_batches() -> None:

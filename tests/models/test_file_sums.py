@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,11 @@ from moe_lab.models.file_sums import remember_in, sha256_sums, unread_bytes
 
 
 @pytest.fixture(autouse=True)
-def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of any size are remembered, however young they are."""
     monkeypatch.setattr(file_sums, "_memory", None)
     monkeypatch.setattr(file_sums, "REMEMBERED", 1)
     monkeypatch.setattr(file_sums, "SETTLED", -1e9)
-    yield
 
 
 @pytest.fixture

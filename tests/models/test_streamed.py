@@ -28,7 +28,8 @@ from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.saving import save_checkpoint
-from moe_lab.models.shards import ShardWriter, plan_shards
+from moe_lab.models.shard_writer import ShardWriter
+from moe_lab.models.shards import plan_shards
 from moe_lab.models.streamed import JOURNAL, write_edited
 from moe_lab.models.weight_files import checked_weights, weight_files
 
@@ -204,13 +205,13 @@ def test_a_result_that_computes_something_else_is_refused(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import moe_lab.models.shards as shards
+import moe_lab.models.shard_writer as shard_writer
 import moe_lab.models.streamed as streamed
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.plan import Plan
 
 source, plan, folder, after = sys.argv[1:]
-original, put = streamed.plan_shards, shards.ShardWriter._put
+original, put = streamed.plan_shards, shard_writer.ShardWriter._put
 streamed.plan_shards = lambda *given: original(*given, limit=12000)
 left = [int(after)]
 
@@ -220,7 +221,7 @@ def counted(*given):
         os.kill(os.getpid(), signal.SIGKILL)
     put(*given)
 
-shards.ShardWriter._put = counted
+shard_writer.ShardWriter._put = counted
 streamed.write_edited(
     Checkpoint(Path(source)), Plan.load(Path(plan)), Path(folder), streamed.Saving()
 )

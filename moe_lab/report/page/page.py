@@ -20,8 +20,8 @@ from urllib.parse import quote
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from moe_lab import store
 from moe_lab.files import CURVE, DIAGNOSIS, HYDRA, LOG, PAGE, PLAN, PLOTS, USAGE
+from moe_lab.integrity import write_whole
 from moe_lab.report.frame import STATUS, read_reports, reason_of
 from moe_lab.report.page.columns import axes, columns_of
 from moe_lab.report.report import OK
@@ -64,7 +64,7 @@ def write_page(folder: Path, title: str | None = None) -> Path:
                     for name, one in zip(runs, every, strict=True)],
     }  # fmt: skip
     path = folder / PAGE
-    store.write_whole(path, _page(sweep, parts, pictures))
+    write_whole(path, _page(sweep, parts, pictures))
     return path
 
 
