@@ -317,7 +317,7 @@ def _mean(values: list[float]) -> float:
     return round(sum(values) / len(values), 6) if values else 0.5
 
 
-WIDTH, ROW, BOX_WIDTH, BOX_HEIGHT = 1080, 124, 172, 52
+ROW, BOX_WIDTH, BOX_HEIGHT = 124, 172, 52
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 STYLE = """
   text { font-family: sans-serif; text-anchor: middle; fill: #222 }
@@ -331,18 +331,18 @@ def drawing() -> str:
     """An SVG of the rooms by floor and of who imports whom, the colour that of who imports."""
     arrows = room_arrows()
     rows = _ordered(floors(), arrows)
-    height = ROW * len(rows) + 70
+    height, width = ROW * len(rows) + 70, (BOX_WIDTH + 8) * max(map(len, rows))
     at: dict[str, tuple[float, float]] = {}
     for floor, row in enumerate(rows):
         for place, room in enumerate(row):
-            x = WIDTH * (place + 0.5) / len(row)
+            x = width * (place + 0.5) / len(row)
             at[room] = (x, height - 70 - ROW * floor - ROW / 2)
     colour = {room: COLOURS[number % len(COLOURS)] for number, room in enumerate(at)}
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">',
         "<title>The rooms of moe_lab, and who imports whom</title>",
         f"<style>{STYLE}</style>",
-        f'<rect x="0" y="0" width="{WIDTH}" height="{height}" style="stroke: none"/>',
+        f'<rect x="0" y="0" width="{width}" height="{height}" style="stroke: none"/>',
     ]
     for room, others in arrows.items():
         for other in sorted(others, key=lambda one: at[one]):
@@ -350,9 +350,9 @@ def drawing() -> str:
     lines += [_box(room, at[room], ROOMS[room][0]) for room in at]
     names = ", ".join(GROUND)
     lines += [
-        f'<rect class="ground" x="10" y="{height - 58}" width="{WIDTH - 20}" height="46"/>',
-        f'<text class="name" x="{WIDTH / 2:g}" y="{height - 38}">{names}</text>',
-        f'<text class="about" x="{WIDTH / 2:g}" y="{height - 22}">the ground: every room may '
+        f'<rect class="ground" x="10" y="{height - 58}" width="{width - 20}" height="46"/>',
+        f'<text class="name" x="{width / 2:g}" y="{height - 38}">{names}</text>',
+        f'<text class="about" x="{width / 2:g}" y="{height - 22}">the ground: every room may '
         "import it</text>",
         "</svg>",
     ]
