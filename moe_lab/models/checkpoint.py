@@ -32,7 +32,14 @@ from moe_lab.models.file_sums import sha256_sums
 from moe_lab.models.folder import CODE_FILES, TEXT_FILES, copy_beside, text_files
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.narrowing import fit_implementation
-from moe_lab.models.opening import empty_model, empty_tensors, model_class, no_bars, text_config
+from moe_lab.models.opening import (
+    empty_model,
+    empty_tensors,
+    model_class,
+    no_bars,
+    stored_dtype,
+    text_config,
+)
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.stored import INDEX, Held, held_by
 from moe_lab.models.weight_files import SINGLE, header_bytes, weight_files, weight_map
@@ -271,7 +278,7 @@ def _set_saved_dtypes(model: PreTrainedModel, files: Held) -> None:
 
     Those of its files; tensors that these do not have are written in the config's.
     """
-    default = getattr(model.config, "dtype", None) or torch.float32
+    default = stored_dtype(model.config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(files.dtype(name) or default)

@@ -29,7 +29,7 @@ from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.free_memory import free_memory
 from moe_lab.models.layers import decoders_path, module_list, moe_layers, num_parameters
 from moe_lab.models.narrowing import fit_implementation
-from moe_lab.models.opening import empty_model, no_bars, text_config
+from moe_lab.models.opening import empty_model, no_bars, stored_dtype, text_config
 from moe_lab.models.quantised import conversions, quantizer_of
 from moe_lab.models.stored import held_by, model_names
 from moe_lab.models.uneven import load_tensors
@@ -333,12 +333,6 @@ def computing_dtype(checkpoint: Checkpoint) -> torch.dtype:
         asked: torch.dtype = getattr(torch, checkpoint.dtype)
         return asked
     return stored_dtype(checkpoint.config)
-
-
-def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype that a config names for the weights in its files; float32 where it names none."""
-    stored = getattr(config, "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _load_into(

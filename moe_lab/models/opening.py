@@ -44,6 +44,12 @@ def num_positions(config: Any) -> int | None:
     return said if isinstance(said, int) and said > 0 else None
 
 
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that a config names for the weights in its files; float32 where it names none."""
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
 def text_values(values: dict[str, Any], config: Any) -> dict[str, Any]:
     """The part of a config's JSON object, `values`, that says its `text_config`."""
     wanted = text_config(config)

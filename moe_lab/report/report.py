@@ -7,12 +7,12 @@ The keys are the contract: `<variant>/<figure>` for dense, compressed and finetu
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_lab.files import REPORT
+from moe_lab.integrity import write_whole
 from moe_lab.report.figures import finite
 from moe_lab.types import UserError
 
@@ -30,9 +30,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
             raise TypeError(f"report[{key!r}] is a {type(value).__name__}, not text or a number")
     path = folder / REPORT
     plain = {key: finite(value) for key, value in report.items()}
-    partial = folder / f".{REPORT}.partial"
-    partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from moe_lab import store
 from moe_lab.files import DIAGNOSIS, HYDRA
+from moe_lab.integrity import PARTIAL
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.chain import Chain
 from moe_lab.models.edits.plan import chains_of, read_edit
@@ -146,7 +147,7 @@ def files_of(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.name in LISTED:
             yield from (f"{path.name}/{one.name}" for one in sorted(path.iterdir()))
-        elif path.is_file() and not path.name.endswith(".partial"):
+        elif path.is_file() and not path.name.endswith(PARTIAL):
             yield path.name
 
 

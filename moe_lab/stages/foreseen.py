@@ -21,7 +21,8 @@ from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import Form, form_of
 from moe_lab.models.layers import decoders_path
-from moe_lab.models.layerwise import computing_dtype, stored_dtype
+from moe_lab.models.layerwise import computing_dtype
+from moe_lab.models.opening import stored_dtype
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.types import LayerInfo
 

@@ -22,7 +22,8 @@ from moe_lab.integrity import flush
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.layers import num_parameters
-from moe_lab.models.layerwise import LayerwiseModel, computing_dtype, stored_dtype
+from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
+from moe_lab.models.opening import stored_dtype
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection

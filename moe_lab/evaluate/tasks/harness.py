@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lab.integrity import sha256_of
 from moe_lab.types import UserError
 
 SST5 = Path(__file__).parent / "sst5"
@@ -82,9 +83,7 @@ def fingerprint(names: Sequence[str], mirror: str) -> str:
         for path in sorted((root / dataset).rglob("*")):
             inside = path.relative_to(root)
             if path.is_file() and not any(part.startswith(".") for part in inside.parts):
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-                digest.update(f"{inside.as_posix()}\0{content}\n".encode())
+                digest.update(f"{inside.as_posix()}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()[:12]
 
 
