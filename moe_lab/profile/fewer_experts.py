@@ -61,6 +61,7 @@ def ask_routers(
 
 def _routed(stream: LayerStream, states: States, index: int) -> RoutedText:
     layer = stream.moe[index]
+    states.move_to(index)
     parts: list[tuple[Tensor, ...]] = []
 
     def keep(module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
