@@ -31,6 +31,11 @@ class Skip(SkipOptions, Method):
     experts a batch needs (routing/distinct_experts_<batch> in reports), which falls by less.
     """
 
+    unforeseen = (
+        "how many experts a token gets in each layer is known with the plan: where layers differ, "
+        "the result is saved in moe_lab's own form, which stock transformers cannot load"
+    )
+
     from_routers = True
 
     def check(self, layers: Sequence[LayerInfo]) -> None:

@@ -19,6 +19,7 @@ from moe_lab.models.layers import MoELayer, hidden_of
 from moe_lab.models.routers import set_top_k_of
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.profile import Profile
+from moe_lab.progress import progress
 from moe_lab.types import UserError
 
 RANDOM_AT_ONCE = 128  # random inputs whose outputs are one matrix of the norm
@@ -37,17 +38,17 @@ def ask_routers(
     profile: Profile,
     num_samples: int | None,
     question: dict[str, Any],
-    ask: Callable[[int, RoutedText], dict[str, float]],
+    ask: Callable[[int, RoutedText], dict[str, Any]],
     code: Sequence[object],
-) -> dict[int, dict[str, float]]:
-    """What `ask(layer index, its routing)` says of each MoE layer's router on the text, remembered.
+) -> dict[int, dict[str, Any]]:
+    """What `ask(layer index, its routing)` says (plain values) of each MoE layer on the text.
 
-    One pass over the first `num_samples` documents (None: all), of which a layer's logits and
-    weights are in memory together. question: what the answers are known by beside the sample; code:
-    what `ask` depends on beside this module.
+    Remembered. One pass over the first `num_samples` documents (None: all), of which a layer's
+    logits and weights are in memory together. question: what the answers are known by beside the
+    sample; code: what `ask` depends on beside this module.
     """
 
-    def work() -> dict[str, dict[str, float]]:
+    def work() -> dict[str, dict[str, Any]]:
         stream = profile.open_stream(num_samples)
         states, found = States(stream), {}
         for index in sorted(stream.moe):
@@ -55,7 +56,7 @@ def ask_routers(
         return found
 
     known_by = {**question, "num_samples": num_samples}
-    answers: dict[str, dict[str, float]] = profile.remember(known_by, work, [RoutedText, *code])
+    answers: dict[str, dict[str, Any]] = profile.remember(known_by, work, [RoutedText, *code])
     return {int(index): told for index, told in answers.items()}
 
 
@@ -77,61 +78,73 @@ def _routed(stream: LayerStream, states: States, index: int) -> RoutedText:
     return RoutedText(*(torch.cat(some) for some in zip(*parts, strict=True)))
 
 
-def damage_by_top_k(
-    profile: Profile, inputs: str, num_samples: int | None, num_inputs: int, seed: int
-) -> dict[int, list[float]]:
+def damage_on_random(profile: Profile, number: int, seed: int) -> dict[int, list[float]]:
     """D_l(k) of each MoE layer l for k = 1 .. K, remembered (LExI 2509.02753).
 
-    The mean of ||y_k - y_K||_F, y_k the outputs of the layer's MoE block where its router chooses k
-    experts for each input, K as many as it does. inputs: random, over matrices of RANDOM_AT_ONCE
-    inputs ~ N(0, 1), `num_inputs` of them, as the paper has them; or text, over the documents of
-    the calibration text (the first `num_samples`; None: all), each a matrix of what the intact
-    block gets of its tokens.
+    The mean of ||y_k - y_K||_F over matrices of RANDOM_AT_ONCE inputs ~ N(0, 1), `number` of them
+    in all; y_k the outputs of the layer's MoE block where its router chooses k experts for each
+    input, K as many as it does.
     """
-    random = inputs == "random"
-    question: dict[str, Any] = {"question": "fewer experts/damage", "inputs": inputs}
-    question |= {"num": num_inputs, "seed": seed} if random else {"num_samples": num_samples}
 
-    def work() -> dict[str, list[float]]:
-        stream = profile.open_stream(1 if random else num_samples)
-        ask = _on_random(stream, num_inputs, seed) if random else _on_text(stream)
-        return {str(index): ask(index) for index in sorted(stream.moe)}
-
-    answers: dict[str, list[float]] = profile.remember(question, work, [set_top_k_of])
-    return {int(index): damage for index, damage in answers.items()}
-
-
-def _on_random(stream: LayerStream, number: int, seed: int) -> Callable[[int], list[float]]:
-    def ask(index: int) -> list[float]:
+    def ask(stream: LayerStream, states: States, index: int) -> list[float]:
         layer = _with_block(stream.moe[index])
         generator = torch.Generator().manual_seed(2**32 * seed + index)
         x_TD = torch.randn(number, layer.info.hidden_size, generator=generator)
-        with stream.layer(index), torch.no_grad():
+        with stream.layer(index):
             reference = layer.experts.down_proj
             parts = x_TD.to(reference.device, reference.dtype).split(RANDOM_AT_ONCE)
-            return _mean([_distances(layer, part) for part in parts], index)
+            return _mean([_norms(_changes(layer, part)) for part in parts], index)
 
-    return ask
+    question = {"question": "fewer experts/random", "number": number, "seed": seed}
+    return _by_layer(profile, 1, question, ask)
 
 
-def _on_text(stream: LayerStream) -> Callable[[int], list[float]]:
-    states = States(stream)
+def damage_on_text(
+    profile: Profile, num_samples: int | None, relative: bool
+) -> dict[int, list[float]]:
+    """The same on what the intact blocks get of the text's first `num_samples` documents (or all).
 
-    def ask(index: int) -> list[float]:
+    A mean over documents, whose tokens are one matrix each. relative: not of the norm, but of
+    ||y_k - y_K||^2 / ||h||^2, a mean over a document's tokens, h the state that leaves the intact
+    decoder layer: what each layer adds to the error of the whole, as far as layers do not interact.
+    """
+
+    def ask(stream: LayerStream, states: States, index: int) -> list[float]:
         layer, found = _with_block(stream.moe[index]), list[list[float]]()
 
         def compute(batch: int, hidden: Tensor) -> Tensor:
             with _caught(layer) as caught:
                 output = stream.replay(index, batch, hidden)
-            x_BLD = caught[0].reshape(hidden.shape)
-            for x_LD, valid_L in zip(x_BLD, stream.valid[batch], strict=True):
-                found.append(_distances(layer, x_LD[valid_L.to(x_LD.device)]))
+            every = zip(caught[0].reshape(hidden.shape), output, stream.valid[batch], strict=True)
+            for x_LD, h_LD, valid_L in every:
+                valid = valid_L.to(x_LD.device)
+                changes = _changes(layer, x_LD[valid])
+                found.append(_shares(changes, h_LD[valid]) if relative else _norms(changes))
             return output
 
         states.pass_through(index, compute)
         return _mean(found, index)
 
-    return ask
+    question = {"question": "fewer experts/text", "relative": relative, "num_samples": num_samples}
+    return _by_layer(profile, num_samples, question, ask)
+
+
+def _by_layer(
+    profile: Profile,
+    num_samples: int | None,
+    question: dict[str, Any],
+    ask: Callable[[LayerStream, States, int], list[float]],
+) -> dict[int, list[float]]:
+    """What `ask` says of each MoE layer, remembered."""
+
+    def work() -> dict[str, list[float]]:
+        stream = profile.open_stream(num_samples)
+        states = States(stream)
+        indices = progress(sorted(stream.moe), "fewer experts per token")
+        return {str(index): ask(stream, states, index) for index in indices}
+
+    answers: dict[str, list[float]] = profile.remember(question, work, [set_top_k_of])
+    return {int(index): damage for index, damage in answers.items()}
 
 
 def _with_block(layer: MoELayer) -> MoELayer:
@@ -160,8 +173,8 @@ def _caught(layer: MoELayer) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def _distances(layer: MoELayer, x_TD: Tensor) -> list[float]:
-    """||y_k - y_K||_F for k = 1 .. K; inputs whose router chooses by more than them are refused."""
+def _changes(layer: MoELayer, x_TD: Tensor) -> list[Tensor]:
+    """y_k - y_K for k = 1 .. K, [T, D] each, in float64."""
     top_k = layer.info.top_k
     try:
         outputs = []
@@ -170,7 +183,17 @@ def _distances(layer: MoELayer, x_TD: Tensor) -> list[float]:
             outputs.append(hidden_of(layer.block(x_TD[None])).reshape(x_TD.shape).double())
     finally:
         set_top_k_of(layer, top_k)
-    return [float((one - outputs[-1]).norm()) for one in outputs]
+    return [one - outputs[-1] for one in outputs]
+
+
+def _norms(changes: Sequence[Tensor]) -> list[float]:
+    return [float(change_TD.norm()) for change_TD in changes]
+
+
+def _shares(changes: Sequence[Tensor], state_TD: Tensor) -> list[float]:
+    """Means over tokens of the squared change over the square of the state."""
+    square_T = state_TD.double().square().sum(dim=1).clamp(min=1e-300)
+    return [float((one_TD.square().sum(dim=1) / square_T).mean()) for one_TD in changes]
 
 
 def _mean(rows: Sequence[Sequence[float]], index: int) -> list[float]:

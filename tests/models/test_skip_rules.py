@@ -48,15 +48,14 @@ def stays(rule: str, value: float, p: list[float], chosen: list[int]) -> set[int
     [("ratio", (0.0, 0.3, 1.0)), ("first", (1, 2, 4)), ("entropy", (1, 2)), ("top_p", (0.2, 0.7))],
 )
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_every_rule_is_its_formula(
-    rule: str, values: tuple[float, ...], renormalize: bool
-) -> None:
+def test_every_rule_is_its_formula(rule: str, values: tuple[float, ...], renormalize: bool) -> None:
     logits_TE, weight_TK, index_TK = routed()
     p_TE, seen = logits_TE.double().softmax(dim=1).tolist(), set()
     for value in values:
         found = Skipping(rule, value, renormalize, "softmax")
         weights = found.applied(logits_TE, weight_TK, index_TK)
-        for row, (given, before, chosen) in enumerate(zip(weights, weight_TK, index_TK.tolist())):
+        rows = zip(weights, weight_TK, index_TK.tolist(), strict=True)
+        for row, (given, before, chosen) in enumerate(rows):
             left = stays(rule, value, p_TE[row], chosen)
             seen.add(len(left))
             mask = torch.tensor([expert in left for expert in chosen])

@@ -54,7 +54,8 @@ def test_a_layer_gives_the_sum_of_what_stays(family: str, implementation: str) -
     handle.remove()
     given_TD, index_TK, weight_TK = caught[0]
     expected_TD, left_out = whole_TD.clone(), 0
-    for token, (chosen, weights) in enumerate(zip(index_TK.tolist(), weight_TK.tolist())):
+    rows = zip(index_TK.tolist(), weight_TK.tolist(), strict=True)
+    for token, (chosen, weights) in enumerate(rows):
         stay = [w if w >= 0.8 * max(weights) else 0.0 for w in weights]
         left_out += stay.count(0.0)
         factor = sum(weights) / sum(stay)

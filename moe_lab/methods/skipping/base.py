@@ -15,7 +15,7 @@ from moe_lab.option import Option, declared_by, word_of
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
-SKIPPING_FILES = (str(__package__), "base", "thresholds")
+SKIPPING_FILES = (str(__package__), "base", "by_ratio", "thresholds")
 EVERY_RULE = ("rule", "renormalize", "mtp", "lm_head")  # the options that all rules take
 
 
@@ -53,6 +53,14 @@ class SkipOptions:
         str | None,
         Option("of rule=lexi: what layers are tried on", among=("random", "text")),
     ] = None
+    damage: Annotated[
+        str | None,
+        Option(
+            "of rule=lexi: what is added up: norm (the paper's), or relative (of inputs=text: the "
+            "squared error over the square of the state that leaves the layer; ours)",
+            among=("norm", "relative"),
+        ),
+    ] = None
     num_inputs: Annotated[
         int | None, Option("of inputs=random: how many tokens are drawn", least=1)
     ] = None
@@ -63,7 +71,7 @@ class SkipOptions:
         bool | None,
         Option(
             "whether the weights that stay are scaled to the sum of all; false: as the router gave "
-            "them; null: as the rule's paper, or the family where its router itself chooses fewer"
+            "them; null: of naee true, else as the family does with so many experts"
         ),
     ] = None
     seed: Annotated[int, Option("of inputs=random")] = 0

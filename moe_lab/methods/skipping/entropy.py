@@ -8,28 +8,30 @@ nothing in it is free but k_min.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from moe_lab.methods.skipping.base import SkipRule
-from moe_lab.methods.skipping.thresholds import found_on_text, scoring_of
+from moe_lab.methods.skipping.thresholds import found_on_text, renormalizes, scoring_of
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.skip import SkipExperts
 from moe_lab.models.skip_rules import Skipping
 from moe_lab.profile.fewer_experts import RoutedText
-from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
 
-class Fewest:
-    """The value of the rule, the same for each text: k_min, at most what the router chooses."""
+@dataclass(frozen=True)
+class Undecided:
+    """The rule of a layer: fewest is k_min, at most what its router chooses."""
 
-    def __init__(self, number: int):
-        self.number = number
+    fewest: int
+    renormalize: bool | None
 
-    def __call__(self, one: LayerStatistics, routed: RoutedText) -> float:
-        """k_min."""
-        return float(min(self.number, one.info.top_k))
+    def __call__(self, info: LayerInfo, routed: RoutedText) -> Skipping:
+        """The rule, which depends on the text in nothing but what the family's weights are."""
+        value, scoring = float(min(self.fewest, info.top_k)), scoring_of(info, routed, "entropy")
+        return Skipping("entropy", value, renormalizes(self.renormalize, routed), scoring)
 
 
 class Entropy(SkipRule):
@@ -51,15 +53,8 @@ class Entropy(SkipRule):
 
     def edits(self, profile: Profile) -> tuple[Edit, ...]:
         """Each layer with the same rule; how many experts stay is told of the text."""
-        fewest = self.option("min_top_k")
-        return found_on_text(
-            profile, self.options.rule, self.options.num_samples, self._rule, Fewest(fewest),
-            min_top_k=fewest,
-        )  # fmt: skip
-
-    def _rule(self, one: LayerStatistics, value: float) -> Skipping:
-        renormalize = self.options.renormalize is not False
-        return Skipping("entropy", value, renormalize, scoring_of(one, self.options.rule))
+        rule_of = Undecided(self.option("min_top_k"), self.options.renormalize)
+        return found_on_text(profile, self.options.num_samples, rule_of, asdict(rule_of))
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the same kind."""

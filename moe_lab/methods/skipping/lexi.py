@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from moe_lab.methods.skipping.base import SkipRule
 from moe_lab.models.edits.base import Edit
-from moe_lab.profile.fewer_experts import damage_by_top_k
+from moe_lab.profile.fewer_experts import damage_on_random, damage_on_text
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
@@ -21,8 +21,8 @@ from moe_lab.types import LayerInfo, UserError
 class Lexi(SkipRule):
     """The budget is B = average_top_k * layers, rounded."""
 
-    takes = ("average_top_k", "inputs", "num_inputs", "num_samples", "seed")
-    defaults: ClassVar = {"inputs": "random", "num_inputs": 1024}
+    takes = ("average_top_k", "inputs", "damage", "num_inputs", "num_samples", "seed")
+    defaults: ClassVar = {"inputs": "random", "damage": "norm", "num_inputs": 1024}
     told = "each layer its own number of experts per token, sum D_l(k_l) minimal under the budget"
 
     def check(self, layers: Sequence[LayerInfo]) -> None:
@@ -34,6 +34,11 @@ class Lexi(SkipRule):
                 "method.rule=lexi spends a budget: give method.average_top_k, experts per token on "
                 f"average over the layers, from 1 to {most}"
             )
+        if self.option("damage") == "relative" and self.option("inputs") != "text":
+            raise UserError(
+                "method.damage=relative holds a layer's error against the state that leaves it, "
+                "and random inputs have none: ask for method.inputs=text"
+            )
         other = "num_samples" if self.option("inputs") == "random" else "num_inputs"
         if getattr(self.options, other) is not None:
             raise UserError(f"method.{other} is no option of method.inputs={self.option('inputs')}")
@@ -41,15 +46,19 @@ class Lexi(SkipRule):
     def edits(self, profile: Profile) -> tuple[Edit, ...]:
         """Each layer with its number."""
         infos = [one.info for one in profile.statistics]
-        damage = damage_by_top_k(
-            profile, self.option("inputs"), self.options.num_samples, self.option("num_inputs"),
-            self.options.seed,
-        )  # fmt: skip
+        damage = self._damage(profile)
         numbers = cheapest([damage[info.index] for info in infos], self._budget(infos))
         return tuple(
             self.fixed(info, number, damage[info.index])
             for info, number in zip(infos, numbers, strict=True)
         )
+
+    def _damage(self, profile: Profile) -> dict[int, list[float]]:
+        """D_l(k) of each layer."""
+        if self.option("inputs") == "random":
+            return damage_on_random(profile, self.option("num_inputs"), self.options.seed)
+        relative = self.option("damage") == "relative"
+        return damage_on_text(profile, self.options.num_samples, relative)
 
     def _budget(self, layers: Sequence[LayerInfo]) -> int:
         most = sum(info.top_k for info in layers)
@@ -71,7 +80,8 @@ class Lexi(SkipRule):
 
     def notes(self) -> dict[str, Any]:
         """With the budget and the inputs."""
-        told = {"average_top_k": self.options.average_top_k, "inputs": self.option("inputs")}
+        told: dict[str, Any] = {"average_top_k": self.options.average_top_k}
+        told |= {name: self.option(name) for name in ("inputs", "damage")}
         return super().notes() | told
 
 

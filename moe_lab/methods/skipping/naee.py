@@ -7,15 +7,17 @@ left has the weight 1. As in the authors' code (Lucky-Lance/Expert_Sparsity), wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-from moe_lab.methods.skipping.ratio import Ratio
+from moe_lab.methods.skipping.by_ratio import ByRatio
 from moe_lab.types import LayerInfo, UserError
 
 
-class Naee(Ratio):
+class Naee(ByRatio):
     """The median, and two experts per token; `ratio` is ours for others."""
 
     takes = ("num_samples",)
+    defaults: ClassVar = {"renormalize": True}
     told = "the second expert is skipped where g_2 < value * g_1"
 
     def check(self, layers: Sequence[LayerInfo]) -> None:

@@ -3,55 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.skip import SkipExperts
+from moe_lab.models.routers import matching_scoring
 from moe_lab.models.skip_rules import Skipping
 from moe_lab.profile.fewer_experts import RoutedText, ask_routers
-from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
-from moe_lab.types import UserError
+from moe_lab.types import LayerInfo, UserError
+
+RuleOf = Callable[[LayerInfo, RoutedText], Skipping]
 
 
 def found_on_text(
-    profile: Profile,
-    rule: str,
-    num_samples: int | None,
-    rule_of: Callable[[LayerStatistics, float], Skipping],
-    value_of: Callable[[LayerStatistics, RoutedText], float],
-    **question: Any,
+    profile: Profile, num_samples: int | None, rule_of: RuleOf, question: dict[str, Any]
 ) -> tuple[Edit, ...]:
-    """An edit for each MoE layer: its rule, with the value that its routing on the text gives.
+    """An edit for each MoE layer: the rule that `rule_of` makes of its routing on the text.
 
-    rule: the name of the method's; rule_of(layer, value): the layer's; question: what the value
-    depends on beside the text and the code.
+    question: what the rules depend on beside the text and the code.
     """
-    by_index = {one.info.index: one for one in profile.statistics}
+    infos = {one.info.index: one.info for one in profile.statistics}
 
-    def ask(index: int, routed: RoutedText) -> dict[str, float]:
-        value = value_of(by_index[index], routed)
-        kept_TK = rule_of(by_index[index], value).kept(
-            routed.logits_TE, routed.weight_TK, routed.index_TK
-        )
-        return {"value": value, "mean": float(kept_TK.double().sum(dim=1).mean())}
+    def ask(index: int, routed: RoutedText) -> dict[str, Any]:
+        rule = rule_of(infos[index], routed)
+        kept_TK = rule.kept(routed.logits_TE, routed.weight_TK, routed.index_TK)
+        return {**asdict(rule), "mean": float(kept_TK.double().sum(dim=1).mean())}
 
-    known_by = {"question": f"fewer experts/{rule}"} | question
-    told = ask_routers(profile, num_samples, known_by, ask, [found_on_text, value_of])
-    return tuple(
-        edit_of(one, rule_of(one, told[index]["value"]), told[index]["mean"])
-        for index, one in by_index.items()
-    )
+    known_by = {"question": "fewer experts/rule"} | question
+    told = ask_routers(profile, num_samples, known_by, ask, [found_on_text, rule_of])
+    return tuple(SkipExperts(i, info.name, **told[i]) for i, info in infos.items())
 
 
-def edit_of(one: LayerStatistics, rule: Skipping, mean: float) -> SkipExperts:
-    """The edit that gives a layer a rule."""
-    info = one.info
-    return SkipExperts(
-        info.index, info.name, rule.rule, rule.value, rule.renormalize, rule.scoring, mean
-    )
+def renormalizes(wanted: bool | None, routed: RoutedText) -> bool:
+    """Whether weights are scaled to what all were: as is wanted, or (None) as the family does.
+
+    It shares them out among those that it chooses where they add up to the same for each token.
+    """
+    if wanted is not None:
+        return wanted
+    sum_T = routed.weight_TK.double().sum(dim=1)
+    low, high = sum_T.aminmax()
+    return bool((high - low) <= 1e-2 * high)
 
 
 def ratios(weight_TK: Tensor) -> Tensor:
@@ -74,12 +70,13 @@ def quantile(values: Tensor, share: float) -> float:
     return float(ranked[low] + (place - low) * (ranked[high] - ranked[low]))
 
 
-def scoring_of(one: LayerStatistics, rule: str) -> str:
+def scoring_of(info: LayerInfo, routed: RoutedText, rule: str) -> str:
     """What makes probabilities of the router's logits; UserError where that is not known."""
-    if one.scoring is None:
+    scoring = matching_scoring(routed.logits_TE, routed.index_TK, routed.weight_TK)
+    if scoring is None:
         raise UserError(
             f"method.rule={rule} looks at the router's whole distribution, and the weights of "
-            f"layer {one.info.index} follow none of the known scorings: method.rule=ratio looks at "
-            "the weights alone"
+            f"layer {info.index} follow none of the known scorings: method.rule=ratio looks at the "
+            "weights alone"
         )
-    return one.scoring
+    return scoring

@@ -7,23 +7,29 @@ and of the experts that the router chose: a token never gets more than it had.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from moe_lab.methods.skipping.base import SkipRule
-from moe_lab.methods.skipping.thresholds import found_on_text, quantile, scoring_of
+from moe_lab.methods.skipping.thresholds import (
+    found_on_text,
+    quantile,
+    renormalizes,
+    scoring_of,
+)
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.skip import SkipExperts
 from moe_lab.models.skip_rules import Skipping, distribution, shares_before
 from moe_lab.profile.fewer_experts import RoutedText
-from moe_lab.profile.layer import LayerStatistics
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
 
 @dataclass(frozen=True)
-class Mass:
-    """The probability that a layer's sets have: a given one, or that of sets so large on average.
+class Smallest:
+    """The rule of a layer: sets with a given probability, or with that of sets so large on average.
 
     An expert stays where those before it have less than that together; so the threshold for an
     average k is the quantile (k - 1) / (K - 1) of what those before have, over tokens and the
@@ -32,17 +38,22 @@ class Mass:
 
     mass: float | None
     average: float | None
+    renormalize: bool | None
 
-    def __call__(self, one: LayerStatistics, routed: RoutedText) -> float:
-        """The probability."""
-        if self.average is None:
-            return float(self.mass or 1.0)
-        top_k = one.info.top_k
-        share = (min(self.average, top_k) - 1) / max(1, top_k - 1)
-        order_TK = routed.weight_TK.float().sort(dim=1, descending=True, stable=True)[1]
-        share_TE = distribution(routed.logits_TE, scoring_of(one, "top_p"))
-        before_TK = shares_before(share_TE, routed.index_TK.gather(1, order_TK))[:, 1:]
-        return max(quantile(before_TK, share), 1e-6) if share < 1 else 1.0
+    def __call__(self, info: LayerInfo, routed: RoutedText) -> Skipping:
+        """The rule, whose value is the probability."""
+        scoring, value = scoring_of(info, routed, "top_p"), self.mass or 1.0
+        if self.average is not None:
+            share = (min(self.average, info.top_k) - 1) / max(1, info.top_k - 1)
+            value = max(quantile(_before(routed, scoring), share), 1e-6) if share < 1 else 1.0
+        return Skipping("top_p", value, renormalizes(self.renormalize, routed), scoring)
+
+
+def _before(routed: RoutedText, scoring: str) -> Tensor:
+    """What the experts before each one have, behind each token's heaviest: [T, K - 1]."""
+    order_TK = routed.weight_TK.float().sort(dim=1, descending=True, stable=True)[1]
+    share_TE = distribution(routed.logits_TE, scoring)
+    return shares_before(share_TE, routed.index_TK.gather(1, order_TK))[:, 1:]
 
 
 class TopP(SkipRule):
@@ -62,15 +73,8 @@ class TopP(SkipRule):
 
     def edits(self, profile: Profile) -> tuple[Edit, ...]:
         """Each layer with the mass, or its own."""
-        mass, average = self.options.mass, self.options.average_top_k
-        return found_on_text(
-            profile, self.options.rule, self.options.num_samples, self._rule, Mass(mass, average),
-            mass=mass, average=average,
-        )  # fmt: skip
-
-    def _rule(self, one: LayerStatistics, value: float) -> Skipping:
-        renormalize = self.options.renormalize is not False
-        return Skipping("top_p", value, renormalize, scoring_of(one, self.options.rule))
+        rule_of = Smallest(self.options.mass, self.options.average_top_k, self.options.renormalize)
+        return found_on_text(profile, self.options.num_samples, rule_of, asdict(rule_of))
 
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the same kind."""

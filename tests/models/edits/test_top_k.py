@@ -24,9 +24,7 @@ SEVERAL = ("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss")
 def of_all(family: str, *numbers: int) -> list[dict]:
     """An edit of each MoE layer, the numbers in turn."""
     places = enumerate(moe_indices(family))
-    return [
-        {"index": i, "edit": "top_k", "top_k": numbers[at % len(numbers)]} for at, i in places
-    ]
+    return [{"index": i, "edit": "top_k", "top_k": numbers[at % len(numbers)]} for at, i in places]
 
 
 def test_it_is_written_and_read_back(tmp_path: Path) -> None:
@@ -42,7 +40,9 @@ def test_it_is_written_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_many_as_there_were_is_the_identity_and_one_is_the_familys_own(family: str) -> None:
     own = FAMILIES[family]["num_experts_per_tok"]
-    assert torch.equal(logits_of(applied(family, of_all(family, own))), logits_of(tiny_model(family)))
+    assert torch.equal(
+        logits_of(applied(family, of_all(family, own))), logits_of(tiny_model(family))
+    )
     model = tiny_model(family)
     set_top_k(model, 1)
     assert torch.equal(logits_of(applied(family, of_all(family, 1))), logits_of(model))
