@@ -33,6 +33,7 @@ FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny")
 INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
 INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
 CLOSED_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/closed_form").glob("*.yaml"))
+SKIP_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/skip").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
 MODELS = (*TINY, *PAPER)
@@ -199,6 +200,7 @@ PLAIN = {
     "share_of_dense_average",
 }
 PLAIN |= {"wikitext_perplexity", "ptb_perplexity", "c4_perplexity", "arc_easy"}
+PLAIN |= {"distinct_experts_16"}
 PLAIN |= {"mmlu_drop", "sst5_generate_top_1", "flops_saved", "expert_flops_share"}
 ITEMS = dict(arc_challenge=1172, boolq=3270, hellaswag=10042, mmlu=14042, openbookqa=500)
 ITEMS |= dict(arc_easy=2376, mathqa=2985)
@@ -382,6 +384,7 @@ LIKE = {
     "tiny": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
+    "skip": {},
 }
 OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
 OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
@@ -859,6 +862,21 @@ def test_rows_of_closed_form_are_swept_and_differ(composed: Compose) -> None:
         ours[asked] = name
 
 
+# --------------------------------------------------------------------------- fewer per token
+
+
+@pytest.mark.parametrize("experiment", SKIP_EXPERIMENTS)
+def test_every_job_of_skip_composes(experiment: str, composed: Compose) -> None:
+    table = f"+skip={experiment}"
+    rules = set()
+    for job in jobs(choices(composed("model=tiny_mixtral", table))):
+        found = checked(composed(*job, "model=tiny_mixtral", table))
+        assert found["choices"]["method"] == "skip" and found["choices"]["finetune"] == "none"
+        rules.add(found["method"]["rule"])
+    told = (ROOT / "experiments" / "skip" / "README.md").read_text()
+    assert rules and table in told
+
+
 # --------------------------------------------------------------------------- tables
 
 SWEEPS = [
@@ -868,8 +886,12 @@ SWEEPS = [
     *(("inside", experiment, "tiny_mixtral") for experiment in INSIDE_TABLES),
     ("inside", "published", "deepseek_moe_16b"),
     *(("closed_form", experiment, TINY[0]) for experiment in CLOSED_EXPERIMENTS),
+    *(("skip", experiment, "tiny_mixtral") for experiment in SKIP_EXPERIMENTS),
 ]
-VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
+VALUE = re.compile(
+    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)"
+    r"|compressed/eval/routing/(top_k|active_parameters|distinct_experts_16)"
+)
 
 
 @pytest.mark.parametrize(("paper", "experiment", "model"), SWEEPS)
@@ -932,6 +954,7 @@ def test_help_lists_the_tables() -> None:
     tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
+    tables["skip"] = SKIP_EXPERIMENTS
     tables["pareto"] = ["study"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
