@@ -131,6 +131,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "methods": (
         "base",
+        "chosen",
         "layer_choice",
         "dropping",
         "narrowing",
@@ -146,6 +147,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.metrics": ("base", "by_gradient"),
     "methods.ratios": ("budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
+    "methods.factorizing": ("base", "alternating", "low_rank"),
     "methods.condense": (
         "base",
         "divergence",
@@ -171,6 +173,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.ratios": (),
     "methods.grouping": ("methods.metrics", "methods.ratios"),
     "methods.condense": (),
+    "methods.factorizing": (),
+    "methods.factorize": ("methods.factorizing", "methods.ratios"),
     "methods.merge": ("methods.grouping", "methods.ratios"),
     "methods.dern": ("methods.metrics", "methods.ratios"),
     "methods.prune": ("methods.metrics", "methods.ratios"),

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.factorized import idle_parameters
 from moe_lab.models.head import repeated_head
 from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts, all_to_experts
@@ -108,7 +109,7 @@ def active_parameters(model: Model) -> int:
 
     Where router rows lead to stand-ins, it is a token that was sent to none of them.
     """
-    active = parameters(model)
+    active = parameters(model) - idle_parameters(model)
     for layer in moe_layers(model):
         experts, info = layer.experts, layer.info
         constants = experts.constants if isinstance(experts, RemappedExperts) else None

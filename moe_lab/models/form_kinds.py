@@ -31,6 +31,7 @@ FEATURES = {
     "experts of different widths": "experts of one layer have different numbers of hidden units",
     "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",
+    "factorised experts": "the experts' matrices are computed from factors",
     "another's structure": "what an edit of one's own wrote down",
 }
 # What configs call the width of experts; of some also that of dense layers, which only grow.
@@ -115,5 +116,5 @@ def _of_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[s
         yield "narrower shared experts"
     if "top_k" in layer:
         yield "unequal experts per token"
-    if "own" in layer:
-        yield "another's structure"
+    for kind in layer.get("own", {}):
+        yield "factorised experts" if kind == "factorize" else "another's structure"
