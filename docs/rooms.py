@@ -147,7 +147,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.metrics": ("base", "by_gradient"),
     "methods.ratios": ("budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
-    "methods.factorizing": ("base", "alternating", "low_rank"),
+    "methods.factorizing": ("base", "alternating", "low_rank", "whitening"),
     "methods.condense": (
         "base",
         "divergence",

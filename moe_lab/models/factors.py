@@ -174,32 +174,34 @@ class LowRank(Factors):
 
     @property
     def core_size(self) -> int:
-        """R where the left factor is everybody's."""
-        return int(self.spec["rank"]) if self.spec.get("shared") == "left" else self.shape[1]
+        """R where the left factor is everybody's, and O behind it for the base."""
+        if self.spec.get("shared") != "left":
+            return self.shape[1]
+        return int(self.spec["rank"]) + (self.shape[1] if self.has_base else 0)
 
     def inner(self, x_TN: Tensor) -> Tensor:
         """R x where the right factor is everybody's; behind it B x."""
-        shared = self.spec.get("shared")
-        z = F.linear(x_TN, self.right) if shared == "right" else x_TN
-        if not self.has_base or shared == "left":
-            return z
-        return torch.cat([z, self._of_base(x_TN)], dim=-1)
+        z = F.linear(x_TN, self.right) if self.spec.get("shared") == "right" else x_TN
+        return torch.cat([z, self._of_base(x_TN)], dim=-1) if self.has_base else z
 
     def core(self, expert: int, z: Tensor) -> Tensor:
-        """L_e R_e x + B x, without what is shared."""
+        """L_e R_e x + B x, without what is shared; where that is L, R_e x and B x side by side."""
         shared = self.spec.get("shared")
-        if shared == "left":
-            return F.linear(z, self.right[expert])
         inputs = int(self.spec["rank"]) if shared == "right" else self.shape[2]
-        z, added = z[..., :inputs], z[..., inputs:]
-        if shared is None:
-            z = F.linear(z, self.right[expert])
-        y = F.linear(z, self.left[expert])
-        return y + added if self.has_base else y
+        z, of_base = z[..., :inputs], z[..., inputs:]
+        y = z if shared == "right" else F.linear(z, self.right[expert])
+        if shared == "left":
+            return torch.cat([y, of_base], dim=-1) if self.has_base else y
+        y = F.linear(y, self.left[expert])
+        return y + of_base if self.has_base else y
 
     def outer(self, s_TS: Tensor) -> Tensor:
-        """L s where the left factor is everybody's."""
-        return F.linear(s_TS, self.left) if self.spec.get("shared") == "left" else s_TS
+        """L s where the left factor is everybody's, and what the base gave."""
+        if self.spec.get("shared") != "left":
+            return s_TS
+        rank = int(self.spec["rank"])
+        y_TO = F.linear(s_TS[..., :rank], self.left)
+        return y_TO + s_TS[..., rank:] if self.has_base else y_TO
 
     def _of_base(self, x_TN: Tensor) -> Tensor:
         return F.linear(x_TN[..., self.columns] if self.has_columns else x_TN, self.base)

@@ -61,8 +61,9 @@ def test_an_index_behind_the_experts_is_nobodys() -> None:
     nobody = torch.full((3, 2), 8)
     assert not experts(x, nobody, weight).any()
     one = torch.tensor([[1, 8], [8, 2], [8, 8]])
-    alone = torch.cat([experts(x[:1], one[:1, :1], weight[:1, :1]),
-                       experts(x[1:2], one[1:2, 1:], weight[1:2, 1:]), torch.zeros(1, 32)])  # fmt: skip
+    first = experts(x[:1], one[:1, :1], weight[:1, :1])
+    second = experts(x[1:2], one[1:2, 1:], weight[1:2, 1:])
+    alone = torch.cat([first, second, torch.zeros(1, 32)])
     torch.testing.assert_close(experts(x, one, weight), alone)
 
 

@@ -17,6 +17,7 @@ SPECS = {
     "left shared": {"kind": "low_rank", "rank": 3, "shared": "left"},
     "with a base": {"kind": "low_rank", "rank": 2, "shared": None, "base": N},
     "base, right shared": {"kind": "low_rank", "rank": 2, "shared": "right", "base": N},
+    "base, left shared": {"kind": "low_rank", "rank": 2, "shared": "left", "base": N},
     "base with some columns": {"kind": "low_rank", "rank": 2, "shared": None, "base": 4},
     "silu": {"kind": "mixed_bases", "rank": 4, "bases": 3, "activation": "silu"},
     "tanh": {"kind": "mixed_bases", "rank": 4, "bases": 3, "activation": "tanh"},
@@ -30,6 +31,7 @@ COUNTS = {
     "left shared": E * 3 * N + 3 * O,
     "with a base": E * 2 * (O + N) + O * N,
     "base, right shared": E * 2 * O + 2 * N + O * N,
+    "base, left shared": E * 2 * N + 2 * O + O * N,
     "base with some columns": E * 2 * (O + N) + O * 4,
     "silu": E * O * 4 + 3 * 4 * N + E * 3,
     "tanh": E * O * 4 + 3 * 4 * N + E * 3,
@@ -43,6 +45,7 @@ PER_EXPERT = {  # of the parameters, those that a token with 2 of 5 experts uses
     "left shared": E * 3 * N,
     "with a base": E * 2 * (O + N),
     "base, right shared": E * 2 * O,
+    "base, left shared": E * 2 * N,
     "base with some columns": E * 2 * (O + N),
     "silu": E * O * 4 + E * 3,
     "tanh": E * O * 4 + E * 3,
@@ -89,7 +92,8 @@ def by_formula(factors: Factors, expert: int) -> Tensor:
         )
     first, second, third = spec["ranks"]
     return sum(
-        part["experts"][a, expert, b] * torch.outer(part["outputs"][c, :, a], part["inputs"][b, :, c])
+        part["experts"][a, expert, b]
+        * torch.outer(part["outputs"][c, :, a], part["inputs"][b, :, c])
         for a in range(first) for b in range(second) for c in range(third)
     )  # fmt: skip
 

@@ -19,7 +19,12 @@ from moe_lab.models.factors import Shape, Spec, factors_of
 from moe_lab.option import Plugin, check_options
 from moe_lab.types import UserError
 
-BASES = ("base", "alternating", "low_rank")  # the files of this package that are no forms
+BASES = (
+    "base",
+    "alternating",
+    "low_rank",
+    "whitening",
+)  # the files of this package that are no forms
 FORM_FILES = (str(__package__), *BASES)
 
 

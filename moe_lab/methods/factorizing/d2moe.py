@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lab.methods.factorizing.base import Fitted, Matrices, refuse_rank
 from moe_lab.methods.factorizing.low_rank import each_by_itself, shared_left, shared_right
-from moe_lab.methods.factorizing.svd import Whitening
+from moe_lab.methods.factorizing.whitening import Whitening
 from moe_lab.models.factors import Shape, Spec
 from moe_lab.option import Option
 

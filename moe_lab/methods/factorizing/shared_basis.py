@@ -7,7 +7,7 @@ from typing import Annotated
 
 from moe_lab.methods.factorizing.base import Fitted, Matrices, refuse_rank
 from moe_lab.methods.factorizing.low_rank import shared_left, shared_right
-from moe_lab.methods.factorizing.svd import Whitening
+from moe_lab.methods.factorizing.whitening import Whitening
 from moe_lab.models.factors import Shape, Spec
 from moe_lab.option import Option
 
