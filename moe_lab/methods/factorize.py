@@ -16,8 +16,8 @@ from moe_lab.methods.chosen import all_options
 from moe_lab.methods.factorizing.base import (
     FORM_FILES,
     FORMS,
+    ExpertMatrices,
     Factorization,
-    Matrices,
     relative_error,
 )
 from moe_lab.methods.layer_choice import check_layers
@@ -27,8 +27,8 @@ from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.factorize import FactorizeExperts
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
-from moe_lab.models.factorized import MATRICES, factor_name, stacked
-from moe_lab.models.factors import Shape, Spec, num_factor_parameters
+from moe_lab.models.factorized import GATE_UP_DOWN, factor_name, stacked
+from moe_lab.models.factors import Spec, StackShape, num_factor_parameters
 from moe_lab.models.stream import LayerStream
 from moe_lab.option import Option
 from moe_lab.profile.covariances import Covariances, ExpertInputs
@@ -125,12 +125,12 @@ class Factorize(Method):
             )
         return 1 - gone
 
-    def _specs(self, shapes: Mapping[str, Shape], budget: int) -> dict[str, Spec]:
+    def _specs(self, shapes: Mapping[str, StackShape], budget: int) -> dict[str, Spec]:
         """What each matrix becomes; what one leaves of its budget for want of a whole rank is the
         next one's.
         """
         budgets, left, found = self._form.budgets(shapes, budget), 0, dict[str, Spec]()
-        for name in MATRICES:
+        for name in GATE_UP_DOWN:
             found[name] = self._form.spec(name, shapes[name], budgets[name] + left)
             left += budgets[name] - num_factor_parameters(shapes[name], found[name])
         return found
@@ -215,7 +215,7 @@ class Factorize(Method):
         return {"asked": {"ratio": ratio.ratio}, "given": {"ratio": share} | words}
 
 
-def shapes_of(info: LayerInfo) -> dict[str, Shape]:
+def shapes_of(info: LayerInfo) -> dict[str, StackShape]:
     """The shapes (E, O, N) of a layer's gate, up and down projections."""
     number, width, size = info.num_experts, info.expert_width, info.neuron_parameters // 3
     return {
@@ -233,9 +233,9 @@ def edit_of(
 ) -> FactorizeExperts:
     """The edit with these factors."""
     shapes = shapes_of(info)
-    number = sum(num_factor_parameters(shapes[name], specs[name]) for name in MATRICES)
+    number = sum(num_factor_parameters(shapes[name], specs[name]) for name in GATE_UP_DOWN)
     return FactorizeExperts(
-        info.index, info.name, form.name, **{name: dict(specs[name]) for name in MATRICES},
+        info.index, info.name, form.name, **{name: dict(specs[name]) for name in GATE_UP_DOWN},
         parameters=number, of=parameters_of(info), error=error,
     )  # fmt: skip
 
@@ -250,7 +250,7 @@ class _Sources:
         )
         self._stream: LayerStream = self._inputs.stream if self._inputs else profile.open_stream(1)
 
-    def of(self, info: LayerInfo) -> Iterator[Matrices]:
+    def of(self, info: LayerInfo) -> Iterator[ExpertMatrices]:
         """Gate, up and down of a layer, in this order."""
         sums = self._inputs.of(info.index) if self._inputs else None
         with self._stream.layer(info.index):
@@ -258,7 +258,7 @@ class _Sources:
             weights = {name: one.detach() for name, one in stacked(experts).items()}
             weights = {name: one.to("cpu", torch.float64) for name, one in weights.items()}
         for place, (name, weight) in enumerate(weights.items()):
-            yield Matrices(
+            yield ExpertMatrices(
                 name, weight, _covariance(sums, name), sums.count if sums else None,
                 self._means.get(info.index, {}).get(name), seed=3 * info.index + place,
             )  # fmt: skip

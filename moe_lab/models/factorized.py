@@ -17,12 +17,12 @@ from transformers.integrations.moe import _default_apply_gate
 from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.editing import prune_layer
 from moe_lab.models.experts import Experts, scales_input
-from moe_lab.models.factors import Factors, Shape, Spec, factors_of
+from moe_lab.models.factors import Factors, Spec, StackShape, factors_of
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.widths import is_uneven
 from moe_lab.types import UserError
 
-MATRICES = ("gate", "up", "down")
+GATE_UP_DOWN = ("gate", "up", "down")
 
 
 class FactorizedExperts(nn.Module):
@@ -33,7 +33,7 @@ class FactorizedExperts(nn.Module):
 
     def __init__(
         self,
-        shapes: Mapping[str, Shape],
+        shapes: Mapping[str, StackShape],
         specs: Mapping[str, Spec],
         activation: Callable[[Tensor], Tensor],
         top_k: int,
@@ -41,7 +41,7 @@ class FactorizedExperts(nn.Module):
     ):
         super().__init__()
         self.gate_factors, self.up_factors, self.down_factors = (
-            factors_of(shapes[name], specs[name], like) for name in MATRICES
+            factors_of(shapes[name], specs[name], like) for name in GATE_UP_DOWN
         )
         self.act_fn = activation
         self.num_experts, self.top_k = shapes["down"][0], top_k
@@ -50,7 +50,7 @@ class FactorizedExperts(nn.Module):
     def factors(self) -> dict[str, Factors]:
         """Of each of the three matrices."""
         return dict(
-            zip(MATRICES, (self.gate_factors, self.up_factors, self.down_factors), strict=True)
+            zip(GATE_UP_DOWN, (self.gate_factors, self.up_factors, self.down_factors), strict=True)
         )
 
     def forward(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def obstacle_to_factors(layer: MoELayer) -> str | None:
     return None
 
 
-def check_plain(layer: MoELayer) -> None:
+def check_factorizable(layer: MoELayer) -> None:
     """Refuse experts that cannot be computed from factors."""
     if why := obstacle_to_factors(layer):
         raise UserError(
@@ -132,7 +132,7 @@ def stacked(experts: Experts) -> dict[str, Tensor]:
     return {"gate": gate, "up": up, "down": down}
 
 
-def matrix_shapes(layer: MoELayer) -> dict[str, Shape]:
+def matrix_shapes(layer: MoELayer) -> dict[str, StackShape]:
     """Their shapes (E, O, N)."""
     found = {name: tuple(tensor.shape) for name, tensor in stacked(layer.experts).items()}
     return {name: (shape[0], shape[1], shape[2]) for name, shape in found.items()}
@@ -143,7 +143,7 @@ def matrix_shapes(layer: MoELayer) -> dict[str, Shape]:
 
 def put_factors(layer: MoELayer, specs: Mapping[str, Spec]) -> FactorizedExperts:
     """Put experts in factors, their values still to come, into the layer's block; they."""
-    check_plain(layer)
+    check_factorizable(layer)
     experts = layer.experts
     made = FactorizedExperts(
         matrix_shapes(layer), specs, experts.act_fn, layer.info.top_k, experts.down_proj.data
@@ -158,7 +158,7 @@ def factor_name(index: int, matrix: str, factor: str) -> str:
     return f"layers.{index}.factors.{matrix}.{factor}"
 
 
-def as_written(experts: FactorizedExperts) -> dict[str, Any]:
+def written_factors(experts: FactorizedExperts) -> dict[str, Any]:
     """What config.json of our own form says of them."""
     number, size, width = experts.down_factors.shape
     specs = {name: _plain(one.spec) for name, one in experts.factors.items()}
@@ -178,7 +178,7 @@ def replayed(layer: MoELayer, written: Mapping[str, Any]) -> nn.Module:
     shapes["down"] = (number, size, width)
     experts = layer.experts
     made = FactorizedExperts(
-        shapes, {name: written[name] for name in MATRICES}, experts.act_fn, layer.info.top_k,
+        shapes, {name: written[name] for name in GATE_UP_DOWN}, experts.act_fn, layer.info.top_k,
         experts.down_proj.data,
     )  # fmt: skip
     name = next(name for name, one in layer.block.named_children() if one is experts)

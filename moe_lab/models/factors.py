@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from moe_lab.types import UserError
 
 Spec = Mapping[str, Any]  # of plain values, as JSON has them: the kind, ranks, what is shared
-Shape = tuple[int, int, int]  # E, O, N
+StackShape = tuple[int, int, int]  # E, O, N
 FACTOR_KINDS: dict[str, type[Factors]] = {}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -43,7 +43,7 @@ class Factors(nn.Module):
     def __init_subclass__(cls) -> None:
         FACTOR_KINDS[cls.kind] = cls
 
-    def __init__(self, shape: Shape, spec: Spec, like: Tensor):
+    def __init__(self, shape: StackShape, spec: Spec, like: Tensor):
         super().__init__()
         self.shape, self.spec = shape, dict(spec)
         for name, size in self.sizes(shape, spec).items():
@@ -51,7 +51,7 @@ class Factors(nn.Module):
 
     @classmethod
     @abstractmethod
-    def sizes(cls, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def sizes(cls, shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
         """The shapes of the factors, by name."""
 
     @property
@@ -91,17 +91,17 @@ class Factors(nn.Module):
         )
 
 
-def factors_of(shape: Shape, spec: Spec, like: Tensor) -> Factors:
+def factors_of(shape: StackShape, spec: Spec, like: Tensor) -> Factors:
     """The factors that a spec says, their values still to come; UserError for an unknown kind."""
     return _kind_of(spec)(shape, spec, like)
 
 
-def num_factor_parameters(shape: Shape, spec: Spec) -> int:
+def num_factor_parameters(shape: StackShape, spec: Spec) -> int:
     """How many parameters such factors have together."""
     return sum(math.prod(size) for size in factor_sizes(shape, spec).values())
 
 
-def factor_sizes(shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+def factor_sizes(shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
     """The shapes of such factors, by name."""
     return _kind_of(spec).sizes(shape, spec)
 
@@ -125,7 +125,7 @@ class Whole(Factors):
     of_experts: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     @classmethod
-    def sizes(cls, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def sizes(cls, shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
         """All of them."""
         return {"weight": shape}
 
@@ -149,7 +149,7 @@ class LowRank(Factors):
 
     kind = "low_rank"
 
-    def __init__(self, shape: Shape, spec: Spec, like: Tensor):
+    def __init__(self, shape: StackShape, spec: Spec, like: Tensor):
         super().__init__(shape, spec, like)
         kept = spec.get("base")
         self.has_base = kept is not None
@@ -159,7 +159,7 @@ class LowRank(Factors):
             self.register_buffer("columns", columns)
 
     @classmethod
-    def sizes(cls, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def sizes(cls, shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
         """Left, right, and the base."""
         number, outputs, inputs = shape
         rank, shared = spec["rank"], spec.get("shared")
@@ -221,7 +221,7 @@ class MixedBases(Factors):
     of_experts: ClassVar[Mapping[str, int]] = {"left": 0, "mixture": 0}
 
     @classmethod
-    def sizes(cls, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def sizes(cls, shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
         """All three."""
         number, outputs, inputs = shape
         rank, bases = spec["rank"], spec["bases"]
@@ -249,7 +249,7 @@ class Canonical(Factors):
     of_experts: ClassVar[Mapping[str, int]] = {"experts": 0}
 
     @classmethod
-    def sizes(cls, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def sizes(cls, shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
         """All three."""
         number, outputs, inputs = shape
         rank = spec["rank"]
@@ -287,7 +287,7 @@ class Ring(Factors):
     of_experts: ClassVar[Mapping[str, int]] = {"experts": 1}
 
     @classmethod
-    def sizes(cls, shape: Shape, spec: Spec) -> dict[str, tuple[int, ...]]:
+    def sizes(cls, shape: StackShape, spec: Spec) -> dict[str, tuple[int, ...]]:
         """The three cores."""
         number, outputs, inputs = shape
         first, second, third = spec["ranks"]

@@ -17,7 +17,7 @@ from moe_lab.profile.hidden import HiddenStates, hidden_by_expert
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, NotFinite
 
-TOKENS_AT_ONCE = 4096
+TOKENS_PER_PRODUCT = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ExpertInputs:
 
 def _add(total_NN: Tensor, values_TN: Tensor, weight_T: Tensor) -> None:
     for value, weight in zip(
-        values_TN.split(TOKENS_AT_ONCE), weight_T.split(TOKENS_AT_ONCE), strict=True
+        values_TN.split(TOKENS_PER_PRODUCT), weight_T.split(TOKENS_PER_PRODUCT), strict=True
     ):
         weighted = value.double() * weight[:, None]
         total_NN.addmm_(weighted.T, weighted)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 
 from moe_lab.methods.chosen import ChosenBy, all_options
-from moe_lab.methods.factorizing.base import BASES, Factorization
+from moe_lab.methods.factorizing.base import NO_FORMS, Factorization
 from moe_lab.methods.factorizing.cp import CP
 from moe_lab.types import UserError
 
 FORMS: ChosenBy[Factorization] = ChosenBy(
-    "form", "moe_lab.methods.factorizing", Factorization, BASES
+    "form", "moe_lab.methods.factorizing", Factorization, NO_FORMS
 )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 HELD = 1e-10  # of the mean diagonal: how strongly a factor is held where it was
 
 
-def solved(gram_RR: Tensor, right_XR: Tensor, old_XR: Tensor) -> Tensor:
+def solved_factor(gram_RR: Tensor, right_XR: Tensor, old_XR: Tensor) -> Tensor:
     """The factor X [X, R] with X G nearest to `right`, held a little at what it was.
 
     min ||T - X K^T||^2 + lambda ||X - X_old||^2, G = K^T K, right = T K: the error never grows, and

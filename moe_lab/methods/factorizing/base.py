@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from moe_lab.methods.chosen import ChosenBy
-from moe_lab.models.factors import Shape, Spec, factors_of
+from moe_lab.models.factors import Spec, StackShape, factors_of
 from moe_lab.option import Plugin, check_options
 from moe_lab.types import UserError
 
-BASES = (
+NO_FORMS = (
     "base",
     "alternating",
     "low_rank",
     "whitening",
 )  # the files of this package that are no forms
-FORM_FILES = (str(__package__), *BASES)
+FORM_FILES = (str(__package__), *NO_FORMS)
 
 
 @dataclass(frozen=True)
-class Matrices:
+class ExpertMatrices:
     """One kind of matrix of all experts of a layer, in float64.
 
     name: gate, up or down; weight: [E, O, N]. Only where the form asks for it: covariance, the
@@ -45,7 +45,7 @@ class Matrices:
     seed: int = 0
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> StackShape:
         """E, O, N."""
         number, outputs, inputs = self.weight.shape
         return number, outputs, inputs
@@ -94,14 +94,14 @@ class Factorization(Plugin, ABC):
         return self.needs_inputs or self.needs_fisher
 
     @abstractmethod
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """The largest factors that `budget` parameters allow; ranks below 1 where none do."""
 
     @abstractmethod
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """The factors' values; a form may choose others of the same budget by the weights."""
 
-    def budgets(self, shapes: Mapping[str, Shape], total: int) -> dict[str, int]:
+    def budgets(self, shapes: Mapping[str, StackShape], total: int) -> dict[str, int]:
         """How many parameters each matrix may have."""
         whole = sum(number * outputs * inputs for number, outputs, inputs in shapes.values())
         return {
@@ -109,15 +109,15 @@ class Factorization(Plugin, ABC):
             for name, (number, outputs, inputs) in shapes.items()
         }
 
-    def check(self, shapes: Mapping[str, Shape]) -> None:
+    def check(self, shapes: Mapping[str, StackShape]) -> None:
         """Refuse what is impossible before any work."""
         check_options(self, "form")
 
 
-FORMS: ChosenBy[Factorization] = ChosenBy("form", str(__package__), Factorization, BASES)
+FORMS: ChosenBy[Factorization] = ChosenBy("form", str(__package__), Factorization, NO_FORMS)
 
 
-def refuse_rank(matrix: str, shape: Shape, budget: int, least: int) -> UserError:
+def refuse_rank(matrix: str, shape: StackShape, budget: int, least: int) -> UserError:
     """The refusal of a budget that leaves no rank; least: what the smallest factors need."""
     whole = shape[0] * shape[1] * shape[2]
     return UserError(
@@ -126,7 +126,7 @@ def refuse_rank(matrix: str, shape: Shape, budget: int, least: int) -> UserError
     )
 
 
-def values_of(fitted: Fitted, shape: Shape) -> Tensor:
+def stack_values(fitted: Fitted, shape: StackShape) -> Tensor:
     """The matrices [E, O, N] that the factors stand for, float64."""
     like = next(iter(fitted.tensors.values())).double()
     factors = factors_of(shape, fitted.spec, like)
@@ -136,12 +136,12 @@ def values_of(fitted: Fitted, shape: Shape) -> Tensor:
         return factors.dense()
 
 
-def relative_error(matrices: Matrices, fitted: Fitted) -> float:
+def relative_error(matrices: ExpertMatrices, fitted: Fitted) -> float:
     """The squared error as a share of the squared size: of the outputs, else of the weights.
 
     Of the outputs, sum over experts of tr(D C D^T), where the covariances C are there.
     """
-    lost_EON = matrices.weight - values_of(fitted, matrices.shape)
+    lost_EON = matrices.weight - stack_values(fitted, matrices.shape)
     whole = _size(matrices.weight, matrices.covariance)
     return _size(lost_EON, matrices.covariance) / whole if whole else 0.0
 

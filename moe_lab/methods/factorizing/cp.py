@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from moe_lab.methods.factorizing.alternating import solved
-from moe_lab.methods.factorizing.base import Factorization, Fitted, Matrices, refuse_rank
-from moe_lab.models.factors import Shape, Spec
+from moe_lab.methods.factorizing.alternating import solved_factor
+from moe_lab.methods.factorizing.base import ExpertMatrices, Factorization, Fitted, refuse_rank
+from moe_lab.models.factors import Spec, StackShape
 from moe_lab.option import Option
 from moe_lab.types import UserError
 
@@ -33,7 +33,7 @@ class CP(Factorization):
     start: Annotated[str, Option("where the rounds begin", among=STARTS)] = "svd"
     seed: Annotated[int, Option("of start=random")] = 0
 
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """The most components: R (E + O + N) parameters."""
         each = sum(shape)
         if budget < each:
@@ -48,7 +48,7 @@ class CP(Factorization):
             )
         return {"kind": "canonical", "rank": rank}
 
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """The start, then the rounds."""
         tensor = matrices.weight
         if self.start == "svd":
@@ -56,15 +56,15 @@ class CP(Factorization):
         else:
             experts, left, right = self._drawn(matrices, spec["rank"])
         for _ in range(self.sweeps):
-            experts = solved(
+            experts = solved_factor(
                 (left.T @ left) * (right.T @ right),
                 torch.einsum("eon,or,nr->er", tensor, left, right), experts,
             )  # fmt: skip
-            left = solved(
+            left = solved_factor(
                 (experts.T @ experts) * (right.T @ right),
                 torch.einsum("eon,er,nr->or", tensor, experts, right), left,
             )  # fmt: skip
-            right = solved(
+            right = solved_factor(
                 (experts.T @ experts) * (left.T @ left),
                 torch.einsum("eon,er,or->nr", tensor, experts, left), right,
             )  # fmt: skip
@@ -73,7 +73,7 @@ class CP(Factorization):
         )
         return Fitted(spec, tensors | {"right": tensors["right"].T.contiguous()})
 
-    def _drawn(self, matrices: Matrices, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, matrices: ExpertMatrices, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + matrices.seed)
         first, second, third = (
             torch.randn(size, rank, generator=generator, dtype=torch.float64)

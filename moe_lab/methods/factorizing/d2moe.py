@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from moe_lab.methods.factorizing.base import Fitted, Matrices, refuse_rank
+from moe_lab.methods.factorizing.base import ExpertMatrices, Fitted, refuse_rank
 from moe_lab.methods.factorizing.low_rank import each_by_itself, shared_left, shared_right
 from moe_lab.methods.factorizing.whitening import Whitening
-from moe_lab.models.factors import Shape, Spec
+from moe_lab.models.factors import Spec, StackShape
 from moe_lab.option import Option
 
 WEIGHTINGS = ("fisher", "frequency", "none")
@@ -52,7 +52,7 @@ class D2MoE(Whitening):
         """Also for frequencies, and for the columns that go."""
         return self.whiten or self.weighting == "frequency" or self.pp_ratio > 0
 
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """The base first, then the largest rank of the differences."""
         number, outputs, inputs = shape
         kept = inputs - int(inputs * self.pp_ratio)
@@ -68,7 +68,7 @@ class D2MoE(Whitening):
         rank = min((budget - base) // each, most)
         return {"kind": "low_rank", "rank": rank, "shared": shared, "base": kept}
 
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """The base, what every expert differs from it, and then the base's columns."""
         base_ON = self._mean(matrices)
         tensors = self._differences(matrices, matrices.weight - base_ON, spec)
@@ -80,7 +80,7 @@ class D2MoE(Whitening):
             tensors["base"] = base_ON
         return Fitted(spec, tensors)
 
-    def _mean(self, matrices: Matrices) -> Tensor:
+    def _mean(self, matrices: ExpertMatrices) -> Tensor:
         if self.weighting == "fisher" and matrices.mean is not None:
             return matrices.mean
         share_E = torch.ones(matrices.shape[0], dtype=torch.float64)
@@ -88,7 +88,9 @@ class D2MoE(Whitening):
             share_E = matrices.count if bool(matrices.count.any()) else share_E
         return torch.einsum("e,eon->on", share_E / share_E.sum(), matrices.weight)
 
-    def _differences(self, matrices: Matrices, lost_EON: Tensor, spec: Spec) -> dict[str, Tensor]:
+    def _differences(
+        self, matrices: ExpertMatrices, lost_EON: Tensor, spec: Spec
+    ) -> dict[str, Tensor]:
         rank, shared = spec["rank"], spec["shared"]
         if shared == "left":
             covariances = self.covariances(matrices, together=True)
@@ -100,7 +102,7 @@ class D2MoE(Whitening):
         left_EOR, right_ERN = each_by_itself(lost_EON, self.covariances(matrices), rank)
         return {"left": left_EOR, "right": right_ERN}
 
-    def _columns(self, matrices: Matrices, base_ON: Tensor, kept: int) -> Tensor:
+    def _columns(self, matrices: ExpertMatrices, base_ON: Tensor, kept: int) -> Tensor:
         size_N = base_ON.square().sum(dim=0)
         if matrices.covariance is not None:
             size_N = size_N * matrices.covariance.sum(dim=0).diagonal()

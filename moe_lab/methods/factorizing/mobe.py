@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from moe_lab.methods.factorizing.base import Factorization, Fitted, Matrices, refuse_rank
-from moe_lab.models.factors import ACTIVATIONS, Shape, Spec
+from moe_lab.methods.factorizing.base import ExpertMatrices, Factorization, Fitted, refuse_rank
+from moe_lab.models.factors import ACTIVATIONS, Spec, StackShape
 from moe_lab.option import Option
 from moe_lab.types import UserError
 
@@ -49,13 +49,13 @@ class MoBE(Factorization):
         float, Option("of an expert's own basis at the start; the paper's code has 1", least=0)
     ] = 10.0
 
-    def budgets(self, shapes: Mapping[str, Shape], total: int) -> dict[str, int]:
+    def budgets(self, shapes: Mapping[str, StackShape], total: int) -> dict[str, int]:
         """Down projections whole, the others half of what is left each."""
         number, outputs, inputs = shapes["down"]
         down = number * outputs * inputs
         return {"gate": (total - down) // 2, "up": (total - down) // 2, "down": down}
 
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """As many rows of a basis as fit, then as many bases; E O R + M R N + E M parameters."""
         if matrix == "down":
             return {"kind": "whole"}
@@ -83,7 +83,7 @@ class MoBE(Factorization):
             "kind": "mixed_bases", "rank": rank, "bases": bases, "activation": self.activation,
         }  # fmt: skip
 
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """The start, then Adam."""
         if matrices.name == "down":
             return Fitted(spec, {"weight": matrices.weight})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from moe_lab.methods.factorizing.base import Fitted, Matrices, refuse_rank
+from moe_lab.methods.factorizing.base import ExpertMatrices, Fitted, refuse_rank
 from moe_lab.methods.factorizing.low_rank import shared_left, shared_right
 from moe_lab.methods.factorizing.whitening import Whitening
-from moe_lab.models.factors import Shape, Spec
+from moe_lab.models.factors import Spec, StackShape
 from moe_lab.option import Option
 
 SIDES = ("state", "inputs")
@@ -28,7 +28,7 @@ class SharedBasis(Whitening):
         str, Option("where down projections share: the model's state, or their inputs", among=SIDES)
     ] = "state"
 
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """The largest rank of the one basis."""
         number, outputs, inputs = shape
         shared = "left" if matrix == "down" and self.side == "state" else "right"
@@ -39,7 +39,7 @@ class SharedBasis(Whitening):
         rank = min(budget // each, common, number * own)
         return {"kind": "low_rank", "rank": rank, "shared": shared}
 
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """Exact, given the covariances."""
         weight_EON = matrices.weight
         if spec["shared"] == "left":

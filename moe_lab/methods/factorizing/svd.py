@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_lab.methods.factorizing.base import Fitted, Matrices, refuse_rank
+from moe_lab.methods.factorizing.base import ExpertMatrices, Fitted, refuse_rank
 from moe_lab.methods.factorizing.low_rank import each_by_itself
 from moe_lab.methods.factorizing.whitening import Whitening
-from moe_lab.models.factors import Shape, Spec
+from moe_lab.models.factors import Spec, StackShape
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SVD(Whitening):
     expert without tokens has the plain SVD.
     """
 
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """The largest rank of all experts alike."""
         number, outputs, inputs = shape
         each = number * (outputs + inputs)
@@ -27,7 +27,7 @@ class SVD(Whitening):
             raise refuse_rank(matrix, shape, budget, each)
         return {"kind": "low_rank", "rank": min(budget // each, outputs, inputs)}
 
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """Each expert's by itself: L_e = U_R, R_e = U_R^T W_e."""
         left_EOR, right_ERN = each_by_itself(
             matrices.weight, self.covariances(matrices), spec["rank"]

@@ -9,9 +9,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from moe_lab.methods.factorizing.alternating import solved
-from moe_lab.methods.factorizing.base import Factorization, Fitted, Matrices, refuse_rank
-from moe_lab.models.factors import Shape, Spec, num_factor_parameters
+from moe_lab.methods.factorizing.alternating import solved_factor
+from moe_lab.methods.factorizing.base import ExpertMatrices, Factorization, Fitted, refuse_rank
+from moe_lab.models.factors import Spec, StackShape, num_factor_parameters
 from moe_lab.option import Option
 
 Cores = tuple[Tensor, Tensor, Tensor]
@@ -31,14 +31,14 @@ class TR(Factorization):
 
     sweeps: Annotated[int, Option("rounds of least squares over the three cores", least=0)] = 5
 
-    def spec(self, matrix: str, shape: Shape, budget: int) -> Spec:
+    def spec(self, matrix: str, shape: StackShape, budget: int) -> Spec:
         """The ranks that use most of the parameters: what is known before the weights are."""
         possible = [{"kind": "ring", "ranks": list(one)} for one in ranks(shape, budget)]
         if not possible:
             raise refuse_rank(matrix, shape, budget, sum(shape))
         return max(possible, key=lambda spec: num_factor_parameters(shape, spec))
 
-    def fit(self, matrices: Matrices, spec: Spec, budget: int) -> Fitted:
+    def fit(self, matrices: ExpertMatrices, spec: Spec, budget: int) -> Fitted:
         """The best ranks by TR-SVD, then the rounds."""
         tensor = matrices.weight
         _, chosen, cores = min(
@@ -52,7 +52,7 @@ class TR(Factorization):
         return Fitted({"kind": "ring", "ranks": list(chosen)}, dict(zip(names, cores, strict=True)))
 
 
-def ranks(shape: Shape, budget: int) -> Iterator[tuple[int, int, int]]:
+def ranks(shape: StackShape, budget: int) -> Iterator[tuple[int, int, int]]:
     """All (a, b, c) that are tried, the smallest a and b first."""
     number, outputs, inputs = shape
     sizes = sorted({number, *(2**power for power in range(number.bit_length()))})
@@ -115,5 +115,5 @@ def swept(tensor: Tensor, cores: Cores) -> Cores:
 def _updated(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:
     """gram: [x, y, x, y]; right, old: [n, x, y]."""
     size = old.shape[1] * old.shape[2]
-    new = solved(gram.reshape(size, size), right.flatten(1), old.flatten(1))
+    new = solved_factor(gram.reshape(size, size), right.flatten(1), old.flatten(1))
     return new.reshape(old.shape)

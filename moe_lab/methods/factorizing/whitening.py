@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from moe_lab.methods.factorizing.base import Factorization, Matrices
+from moe_lab.methods.factorizing.base import ExpertMatrices, Factorization
 from moe_lab.methods.factorizing.low_rank import damped
 from moe_lab.option import Option
 
@@ -38,7 +38,7 @@ class Whitening(Factorization):
         """Where it whitens."""
         return self.whiten
 
-    def covariances(self, matrices: Matrices, together: bool = False) -> Tensor | None:
+    def covariances(self, matrices: ExpertMatrices, together: bool = False) -> Tensor | None:
         """The damped covariances [E, N, N]; None where the weights alone count.
 
         together: for a sum over experts, in which each weighs as many tokens as it got; damping is
@@ -51,7 +51,7 @@ class Whitening(Factorization):
             return torch.stack([damped(one, self.damping) for one in covariance_ENN])
         return covariance_ENN + (pooled_NN - covariance_ENN.sum(dim=0)) / len(covariance_ENN)
 
-    def pooled(self, matrices: Matrices) -> Tensor | None:
+    def pooled(self, matrices: ExpertMatrices) -> Tensor | None:
         """The damped covariance [N, N] of what all experts get; None where weights alone count."""
         if not self.whiten or matrices.covariance is None:
             return None

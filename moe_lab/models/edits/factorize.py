@@ -84,10 +84,10 @@ class FactorizeExperts(Edit):
         """The numbers of experts and of what they compute with, and the factors' shapes."""
         from torch import nn
 
-        from moe_lab.models.factorized import as_written, factorized_in
+        from moe_lab.models.factorized import factorized_in, written_factors
 
         found = factorized_in(standing) if isinstance(standing, nn.Module) else None
-        return None if found is None else as_written(found)
+        return None if found is None else written_factors(found)
 
     @classmethod
     def replay(cls, standing: Standing, written: dict[str, Any]) -> nn.Module:

@@ -9,11 +9,11 @@ import torch
 
 from moe_lab.methods.factorizing.base import (
     FORMS,
+    ExpertMatrices,
     Factorization,
     Fitted,
-    Matrices,
     relative_error,
-    values_of,
+    stack_values,
 )
 from moe_lab.methods.factorizing.cp import CP
 from moe_lab.methods.factorizing.d2moe import D2MoE
@@ -40,14 +40,14 @@ FORM_OF: dict[str, Callable[[], Factorization]] = {
 EACH = pytest.mark.parametrize("form", FORM_OF)
 
 
-def matrices(name: str = "gate", seed: int = 0) -> Matrices:
+def matrices(name: str = "gate", seed: int = 0) -> ExpertMatrices:
     generator = torch.Generator().manual_seed(seed)
     weight, x = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
         for shape in (SHAPE, (E, 30, N))
     )
     count = torch.full((E,), 30.0, dtype=torch.float64)
-    return Matrices(name, weight, x.mT @ x, count, weight.mean(dim=0))
+    return ExpertMatrices(name, weight, x.mT @ x, count, weight.mean(dim=0))
 
 
 @EACH
@@ -68,7 +68,7 @@ def test_the_budget_is_kept_and_used_as_whole_ranks_allow(form: str, name: str) 
             assert spec["rank"] == most or num_factor_parameters(SHAPE, more) > budget
         fitted = made.fit(matrices(name), spec, budget)
         assert num_factor_parameters(SHAPE, fitted.spec) <= budget
-        assert values_of(fitted, SHAPE).shape == SHAPE
+        assert stack_values(fitted, SHAPE).shape == SHAPE
 
 
 @EACH
@@ -95,7 +95,7 @@ def test_errors_are_shares_of_the_outputs_or_of_the_weights() -> None:
     assert relative_error(given, Fitted(rank, zeros)) == pytest.approx(1.0)
     half = Fitted({"kind": "whole"}, {"weight": given.weight / 2})
     assert relative_error(given, half) == pytest.approx(0.25)
-    alone = Matrices("gate", given.weight)
+    alone = ExpertMatrices("gate", given.weight)
     assert relative_error(alone, half) == pytest.approx(0.25)
     one = given.weight.clone()
     one[0] = 0  # an expert that is lost counts by what it computes

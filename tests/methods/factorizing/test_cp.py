@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lab.methods.factorizing.base import Matrices, relative_error, values_of
+from moe_lab.methods.factorizing.base import ExpertMatrices, relative_error, stack_values
 from moe_lab.methods.factorizing.cp import CP, largest_components
 from moe_lab.types import UserError
 
@@ -20,7 +20,7 @@ def made(rank: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("start", ["svd", "random"])
 def test_a_tensor_of_the_rank_is_found_again(start: str) -> None:
-    given, spec = Matrices("gate", made(3)), {"kind": "canonical", "rank": 3}
+    given, spec = ExpertMatrices("gate", made(3)), {"kind": "canonical", "rank": 3}
     assert relative_error(given, CP(start=start, sweeps=300).fit(given, spec, 0)) < 1e-9
 
 
@@ -32,18 +32,18 @@ def test_the_start_is_the_largest_singular_components() -> None:
     lost = float((tensor - found).square().sum())
     assert lost == pytest.approx(float(s[9:].square().sum()))
     every = {"kind": "canonical", "rank": E * O}
-    whole = values_of(CP(sweeps=0).fit(Matrices("up", tensor), every, 0), SHAPE)
+    whole = stack_values(CP(sweeps=0).fit(ExpertMatrices("up", tensor), every, 0), SHAPE)
     torch.testing.assert_close(whole, tensor)
 
 
 def test_rounds_lower_the_error() -> None:
-    given, spec = Matrices("gate", made(20)), {"kind": "canonical", "rank": 9}
+    given, spec = ExpertMatrices("gate", made(20)), {"kind": "canonical", "rank": 9}
     errors = [relative_error(given, CP(sweeps=number).fit(given, spec, 0)) for number in range(4)]
     assert errors == sorted(errors, reverse=True) and errors[3] < 0.95 * errors[0]
 
 
 def test_a_random_start_follows_its_seed() -> None:
-    given, spec = Matrices("gate", made(20), seed=5), {"kind": "canonical", "rank": 9}
+    given, spec = ExpertMatrices("gate", made(20), seed=5), {"kind": "canonical", "rank": 9}
     one, same, other = (
         CP(start="random", sweeps=1, seed=seed).fit(given, spec, 0).tensors["left"]
         for seed in (0, 0, 1)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lab.methods.factorizing.base import Matrices, values_of
+from moe_lab.methods.factorizing.base import ExpertMatrices, stack_values
 from moe_lab.methods.factorizing.d2moe import D2MoE
 from moe_lab.models.factors import num_factor_parameters
 
 SHAPE = E, O, N = 5, 6, 8  # noqa: E741
 
 
-def matrices() -> Matrices:
+def matrices() -> ExpertMatrices:
     torch.manual_seed(0)
     weight, x = torch.randn(SHAPE).double(), torch.randn(E, 30, N).double()
     x[:, :, 3] *= 0.01  # an input that is hardly there
     count = torch.tensor([10.0, 20, 0, 30, 40]).double()
-    return Matrices("up", weight, x.mT @ x, count, torch.randn(O, N).double())
+    return ExpertMatrices("up", weight, x.mT @ x, count, torch.randn(O, N).double())
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_full_rank_is_the_identity(share: str) -> None:
     given, shared = matrices(), {"none": None, "U": "left", "V": "right"}[share]
     rank = N if share == "V" else O
     spec = {"kind": "low_rank", "rank": rank, "shared": shared, "base": N}
-    found = values_of(D2MoE(share=share).fit(given, spec, 0), SHAPE)
+    found = stack_values(D2MoE(share=share).fit(given, spec, 0), SHAPE)
     torch.testing.assert_close(found, given.weight, rtol=1e-9, atol=1e-9)
 
 
@@ -59,7 +59,7 @@ def test_columns_go_whose_output_is_smallest() -> None:
     given, spec = matrices(), {"kind": "low_rank", "rank": O, "shared": None, "base": N - 1}
     fitted = D2MoE(pp_ratio=0.125).fit(given, spec, 0)
     assert fitted.tensors["columns"].tolist() == [0, 1, 2, 4, 5, 6, 7]
-    found = values_of(fitted, SHAPE)
+    found = stack_values(fitted, SHAPE)
     rest = [column for column in range(N) if column != 3]
     torch.testing.assert_close(found[:, :, rest], given.weight[:, :, rest], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(

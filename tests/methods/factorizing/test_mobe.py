@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lab.methods.factorizing.base import Matrices, relative_error, values_of
+from moe_lab.methods.factorizing.base import ExpertMatrices, relative_error, stack_values
 from moe_lab.methods.factorizing.mobe import MoBE
 from moe_lab.models.factors import num_factor_parameters
 from moe_lab.types import UserError
@@ -31,7 +31,7 @@ def test_the_start_is_the_truncated_svd_of_each_group() -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "tanh", "none"])
 def test_the_fit_lowers_its_loss(activation: str) -> None:
-    given, spec = Matrices("gate", WEIGHT), SPEC | {"activation": activation}
+    given, spec = ExpertMatrices("gate", WEIGHT), SPEC | {"activation": activation}
     errors = [
         relative_error(given, MoBE(activation=activation, steps=steps).fit(given, spec, 0))
         for steps in (0, 200, 600)
@@ -42,7 +42,7 @@ def test_the_fit_lowers_its_loss(activation: str) -> None:
 
 
 def test_its_best_is_never_worse_than_its_start() -> None:
-    given = Matrices("gate", WEIGHT)
+    given = ExpertMatrices("gate", WEIGHT)
     fit = {"steps": 3, "learning_rate": 50.0}  # which leads astray
     start, astray = (
         relative_error(given, MoBE(**how).fit(given, SPEC, 0)) for how in ({"steps": 0}, fit)
@@ -52,8 +52,8 @@ def test_its_best_is_never_worse_than_its_start() -> None:
 
 def test_a_basis_for_every_expert_without_activation_is_the_identity() -> None:
     spec = {"kind": "mixed_bases", "rank": P, "bases": E, "activation": "none"}
-    given = Matrices("gate", WEIGHT)
-    found = values_of(MoBE(activation="none", steps=0, logit=80.0).fit(given, spec, 0), SHAPE)
+    given = ExpertMatrices("gate", WEIGHT)
+    found = stack_values(MoBE(activation="none", steps=0, logit=80.0).fit(given, spec, 0), SHAPE)
     torch.testing.assert_close(found, WEIGHT, rtol=1e-5, atol=1e-6)  # float32, as Adam
 
 
@@ -82,5 +82,5 @@ def test_bases_and_rank_can_be_given() -> None:
 
 
 def test_down_projections_stay() -> None:
-    given = Matrices("down", WEIGHT)
+    given = ExpertMatrices("down", WEIGHT)
     assert MoBE().fit(given, {"kind": "whole"}, 0).tensors["weight"] is WEIGHT

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lab.methods.factorizing.base import Matrices, relative_error
+from moe_lab.methods.factorizing.base import ExpertMatrices, relative_error
 from moe_lab.methods.factorizing.shared_basis import SharedBasis
 from moe_lab.models.factors import num_factor_parameters
 
 E, D, I = 5, 9, 6  # noqa: E741
 
 
-def matrices(name: str) -> Matrices:
+def matrices(name: str) -> ExpertMatrices:
     torch.manual_seed(0)
     outputs, inputs = (D, I) if name == "down" else (I, D)
     weight, x = torch.randn(E, outputs, inputs).double(), torch.randn(E, 30, inputs).double()
-    return Matrices(name, weight, x.mT @ x, torch.full((E,), 30.0).double())
+    return ExpertMatrices(name, weight, x.mT @ x, torch.full((E,), 30.0).double())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from moe_lab.methods.factorizing.base import Matrices, relative_error, values_of
+from moe_lab.methods.factorizing.base import ExpertMatrices, relative_error, stack_values
 from moe_lab.methods.factorizing.low_rank import shared_left, shared_right
 from moe_lab.methods.factorizing.tr import TR, ranks, ring_svd, swept, whole
 from moe_lab.models.factors import num_factor_parameters
@@ -54,11 +54,11 @@ def test_the_best_ranks_are_taken_and_the_rounds_help() -> None:
     budget = int(0.7 * TENSOR.numel())
     tried = list(ranks(SHAPE, budget))
     assert len(tried) > 3
-    form, given = TR(sweeps=0), Matrices("gate", TENSOR)
+    form, given = TR(sweeps=0), ExpertMatrices("gate", TENSOR)
     spec = form.spec("gate", SHAPE, budget)
     fitted = form.fit(given, spec, budget)
     least = min(float((whole(ring_svd(TENSOR, one)) - TENSOR).square().sum()) for one in tried)
     assert relative_error(given, fitted) == pytest.approx(least / float(TENSOR.square().sum()))
     assert num_factor_parameters(SHAPE, fitted.spec) <= budget
     assert relative_error(given, TR().fit(given, spec, budget)) < relative_error(given, fitted)
-    assert values_of(fitted, SHAPE).shape == SHAPE
+    assert stack_values(fitted, SHAPE).shape == SHAPE

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from moe_lab.methods.factorizing.base import Matrices
+from moe_lab.methods.factorizing.base import ExpertMatrices
 from moe_lab.methods.factorizing.svd import SVD
 
 COVARIANCE = torch.stack([torch.eye(3).double() * size for size in (1.0, 3.0, 0.0)])
-GIVEN = Matrices("gate", torch.zeros(3, 2, 3).double(), COVARIANCE)
+GIVEN = ExpertMatrices("gate", torch.zeros(3, 2, 3).double(), COVARIANCE)
 
 
 def test_each_is_damped_by_its_own_size() -> None:
@@ -28,4 +28,4 @@ def test_together_they_weigh_as_their_tokens_do() -> None:
 def test_without_whitening_there_are_none() -> None:
     form = SVD(whiten=False)
     assert form.covariances(GIVEN) is None and form.pooled(GIVEN) is None
-    assert SVD().covariances(Matrices("gate", GIVEN.weight)) is None
+    assert SVD().covariances(ExpertMatrices("gate", GIVEN.weight)) is None
