@@ -32,6 +32,7 @@ SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
 FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny").glob("*.yaml"))
 INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
 INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
+FACTOR_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/factorize").glob("*.yaml"))
 CLOSED_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/closed_form").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
@@ -382,8 +383,9 @@ LIKE = {
     "tiny": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
+    "factorize": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
+OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune eval seed".split()
 OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
@@ -859,6 +861,25 @@ def test_rows_of_closed_form_are_swept_and_differ(composed: Compose) -> None:
         ours[asked] = name
 
 
+def test_rows_of_factorize_compose_and_differ(composed: Compose) -> None:
+    folder, asked = ROOT / "experiments" / "factorize", dict[str, str]()
+    names = sorted(path.stem for path in (folder / "row").glob("*.yaml"))
+    params = choices(composed("model=tiny_mixtral", "+factorize=forms"))
+    assert sorted(value.partition("=")[2] for value in params["+factorize/row"]) == names
+    for name in names:
+        found = checked(composed(f"+factorize/row={name}", "model=tiny_mixtral", "+factorize=forms"))
+        assert found["calibration"]["seed"] == found["seed"]
+        chosen = found["choices"]
+        assert chosen["method"] == ("prune" if name[:4] in ("expe", "neur") else "factorize")
+        if chosen["method"] == "factorize":
+            assert name.startswith(chosen["form"]) and chosen["metric"]
+        what = json.dumps(found["method"])
+        assert what not in asked, f"{name} and {asked[what]} ask for the same"
+        asked[what] = name
+    number = math.prod(len(values) for values in params.values())
+    assert f"{number} jobs" in (folder / "README.md").read_text()
+
+
 # --------------------------------------------------------------------------- tables
 
 SWEEPS = [
@@ -868,6 +889,8 @@ SWEEPS = [
     *(("inside", experiment, "tiny_mixtral") for experiment in INSIDE_TABLES),
     ("inside", "published", "deepseek_moe_16b"),
     *(("closed_form", experiment, TINY[0]) for experiment in CLOSED_EXPERIMENTS),
+    ("factorize", "forms", "tiny_mixtral"),
+    ("factorize", "published", "deepseek_moe_16b"),
 ]
 VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
 
@@ -932,6 +955,7 @@ def test_help_lists_the_tables() -> None:
     tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
+    tables["factorize"] = FACTOR_EXPERIMENTS
     tables["pareto"] = ["study"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
