@@ -32,6 +32,7 @@ SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
 FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny").glob("*.yaml"))
 INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
 INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
+FACTOR_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/factorize").glob("*.yaml"))
 CLOSED_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/closed_form").glob("*.yaml"))
 SKIP_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/skip").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
@@ -385,9 +386,10 @@ LIKE = {
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
     "skip": {},
+    "factorize": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
-OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
+OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune eval".split()
+OF_A_REPORT += ["seed", "cd_moe", "seer_moe", "closed_form"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
 
@@ -877,6 +879,26 @@ def test_every_job_of_skip_composes(experiment: str, composed: Compose) -> None:
     assert rules and table in told
 
 
+def test_rows_of_factorize_compose_and_differ(composed: Compose) -> None:
+    folder, asked = ROOT / "experiments" / "factorize", dict[str, str]()
+    names = sorted(path.stem for path in (folder / "row").glob("*.yaml"))
+    params = choices(composed("model=tiny_mixtral", "+factorize=forms"))
+    assert sorted(value.partition("=")[2] for value in params["+factorize/row"]) == names
+    for name in names:
+        asking = (f"+factorize/row={name}", "model=tiny_mixtral", "+factorize=forms")
+        found = checked(composed(*asking))
+        assert found["calibration"]["seed"] == found["seed"]
+        chosen = found["choices"]
+        assert chosen["method"] == ("prune" if name[:4] in ("expe", "neur") else "factorize")
+        if chosen["method"] == "factorize":
+            assert name.startswith(chosen["form"]) and chosen["metric"]
+        what = json.dumps(found["method"])
+        assert what not in asked, f"{name} and {asked[what]} ask for the same"
+        asked[what] = name
+    number = math.prod(len(values) for values in params.values())
+    assert f"{number} jobs" in (folder / "README.md").read_text()
+
+
 # --------------------------------------------------------------------------- tables
 
 SWEEPS = [
@@ -887,6 +909,8 @@ SWEEPS = [
     ("inside", "published", "deepseek_moe_16b"),
     *(("closed_form", experiment, TINY[0]) for experiment in CLOSED_EXPERIMENTS),
     *(("skip", experiment, "tiny_mixtral") for experiment in SKIP_EXPERIMENTS),
+    ("factorize", "forms", "tiny_mixtral"),
+    ("factorize", "published", "deepseek_moe_16b"),
 ]
 VALUE = re.compile(
     rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)"
@@ -955,6 +979,7 @@ def test_help_lists_the_tables() -> None:
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
     tables["skip"] = SKIP_EXPERIMENTS
+    tables["factorize"] = FACTOR_EXPERIMENTS
     tables["pareto"] = ["study"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
