@@ -85,10 +85,14 @@ def used_figures(model: Model, layers: Sequence[ExpertsUsed]) -> dict[str, float
 
 
 def used_by_layer(layers: Sequence[ExpertsUsed]) -> dict[str, list[float]]:
-    """By layer: how many experts a token had that were computed, and how many a batch needs."""
-    tokens = [one for one in layers if one.tokens]
-    told = {"experts_per_token": [one.pairs / one.tokens for one in tokens]}
+    """By layer: how many experts a token had that were computed, and how many a batch needs.
+
+    Nothing without MoE layers or tokens.
+    """
+    if not layers or not layers[0].tokens:
+        return {}
+    told = {"experts_per_token": [one.pairs / one.tokens for one in layers]}
     for batch in BATCHES:
-        if tokens and tokens[0].tokens >= batch:
-            told[f"distinct_experts_{batch}"] = [one.distinct(batch) for one in tokens]
+        if layers[0].tokens >= batch:
+            told[f"distinct_experts_{batch}"] = [one.distinct(batch) for one in layers]
     return told

@@ -55,6 +55,10 @@ class Skip(SkipOptions, Method):
         """All experts stay."""
         return {info.index: info.num_experts for info in layers}
 
+    def passes(self, layers: Sequence[LayerInfo]) -> float:
+        """What finding the plan takes, in passes of the calibration text through the model."""
+        return self._rule.passes(layers)
+
     def parts(self) -> Sequence[object]:
         """The rule."""
         return [type(self._rule)]

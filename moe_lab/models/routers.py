@@ -128,10 +128,7 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
             )
         if why := getattr(layer.experts, "keeps_top_k", None):
             raise UserError(f"top_k={top_k}: {why}")
-    config = text_config(model.config)
-    parts = [getattr(config, name) for name in config.sub_configs]
-    holders: list[Any] = [config, *parts, *(m for layer in layers for m in routed_modules(layer))]
-    before = _top_k_places(holders)
+    config, before = text_config(model.config), _every_place(model)
     for holder, field, _ in before:
         setattr(holder, field, top_k)
     try:
@@ -145,6 +142,14 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
             f"top_k={top_k}: routers of the family {config.model_type!r} choose "
             f"{chosen_by(layers[0])} experts for each token whatever their config says"
         )
+
+
+def _every_place(model: PreTrainedModel) -> list[tuple[Any, str, int]]:
+    """Where a model and its config say how many experts a token gets."""
+    config = text_config(model.config)
+    parts = [getattr(config, name) for name in config.sub_configs]
+    modules = (module for layer in moe_layers(model) for module in routed_modules(layer))
+    return _top_k_places([config, *parts, *modules])
 
 
 def set_top_k_of(layer: MoELayer, top_k: int) -> None:
@@ -163,15 +168,15 @@ def set_top_k_of(layer: MoELayer, top_k: int) -> None:
 
 @contextmanager
 def at_top_k(model: PreTrainedModel, top_k: int | None) -> Iterator[None]:
-    """While open, `set_top_k(model, top_k)`; None changes nothing."""
-    before = moe_layers(model)[0].info.top_k if top_k else None
+    """While open, `set_top_k(model, top_k)`; None changes nothing. Layers may differ before."""
+    before = _every_place(model) if top_k else []
     if top_k:
         set_top_k(model, top_k)
     try:
         yield
     finally:
-        if before:
-            set_top_k(model, before)
+        for holder, field, value in before:
+            setattr(holder, field, value)
 
 
 @torch.no_grad()

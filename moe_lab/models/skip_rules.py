@@ -40,9 +40,8 @@ class Skipping:
     scoring: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(SkipName) or (
-            self.rule in OF_DISTRIBUTION and self.scoring not in SCORINGS
-        ):
+        known = self.rule in get_args(SkipName) and isinstance(self.value, (int, float))
+        if not known or (self.rule in OF_DISTRIBUTION and self.scoring not in SCORINGS):
             raise UserError(
                 f"a rule {self.rule!r} of the scoring {self.scoring!r} is not known: there are "
                 f"{', '.join(get_args(SkipName))}, and {', '.join(SCORINGS)}"

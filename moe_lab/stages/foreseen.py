@@ -14,6 +14,7 @@ from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.dropping import Dropping
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.ratios.budget import Budget
+from moe_lab.methods.skip import Skip
 from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.merge import MergeExperts
@@ -128,6 +129,8 @@ def search_of(method: Method, layers: Sequence[LayerInfo]) -> Search:
         return _condensing(method, layers)
     if isinstance(method, (Dropping, Nothing)):
         return Search()
+    if isinstance(method, Skip):
+        return Search(passes=method.passes(layers))
     parts = (
         method,
         *(getattr(method, name, None) for name in ("metric", "ratio", "grouping", "form")),

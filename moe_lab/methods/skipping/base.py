@@ -129,6 +129,10 @@ class SkipRule(ABC):
     def example(self, layers: Sequence[LayerInfo]) -> tuple[Edit, ...]:
         """Edits of the kind that it will make, before any work."""
 
+    def passes(self, layers: Sequence[LayerInfo]) -> float:
+        """What finding the edits takes, in passes of the text through the model: by default one."""
+        return 1.0
+
     def foresees_form(self) -> bool:
         """Whether the form of the example's result is that of the plan's."""
         return True

@@ -74,6 +74,11 @@ class Lexi(SkipRule):
                     numbers[place], rest = numbers[place] + 1, rest - 1
         return tuple(self.fixed(info, numbers[place]) for place, info in enumerate(layers))
 
+    def passes(self, layers: Sequence[LayerInfo]) -> float:
+        """Of text one, and one for each k, which computes k of K experts; none of random inputs."""
+        most = max(info.top_k for info in layers)
+        return 1.0 + (most + 1) / 2 if self.option("inputs") == "text" else 0.0
+
     def foresees_form(self) -> bool:
         """Not where numbers may differ: the family's own form has one."""
         return self.options.renormalize is not None

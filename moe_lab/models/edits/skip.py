@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.models.edits.base import Edit
-from moe_lab.types import SkipName
+from moe_lab.types import SkipName, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,7 +73,14 @@ class SkipExperts(Edit):
         from moe_lab.models.skipping import skip
 
         assert isinstance(standing, MoELayer)
-        skip(standing, Skipping(**written))
+        try:
+            rule = Skipping(**written)
+        except TypeError as error:
+            raise UserError(
+                f"layer {standing.info.index}: the rule {written} of this checkpoint is none: it "
+                "has a rule, its value, renormalize and, of some, scoring"
+            ) from error
+        skip(standing, rule)
         return standing.block
 
     @property

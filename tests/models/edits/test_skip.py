@@ -110,3 +110,12 @@ def test_training_behind_it_reaches_the_experts_that_are_used() -> None:
     gradients = layer.experts.down_proj.grad.abs().sum(dim=(1, 2))
     assert int((gradients > 0).sum()) < 6 and bool((gradients > 0).any())
     assert bool(layer.router.weight.grad.isfinite().all())
+
+
+def test_a_rule_in_a_file_that_is_none_is_refused() -> None:
+    layer = moe_layers(tiny_model("mixtral"))[0]
+    for written in ({"rule": "ratio"}, {"rule": "ratio", "value": 1.0, "least": 2}):
+        with pytest.raises(UserError, match="of this checkpoint is none"):
+            SkipExperts.replay(layer, written)
+    with pytest.raises(UserError, match="there are ratio, entropy"):
+        SkipExperts.replay(layer, {"rule": "ratio", "value": "half"})
