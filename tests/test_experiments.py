@@ -385,7 +385,9 @@ LIKE = {
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
     "factorize": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune eval seed".split()
+OF_A_REPORT = (
+    "model condense method metric ratio grouping form calibration finetune eval seed".split()
+)
 OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
@@ -867,7 +869,9 @@ def test_rows_of_factorize_compose_and_differ(composed: Compose) -> None:
     params = choices(composed("model=tiny_mixtral", "+factorize=forms"))
     assert sorted(value.partition("=")[2] for value in params["+factorize/row"]) == names
     for name in names:
-        found = checked(composed(f"+factorize/row={name}", "model=tiny_mixtral", "+factorize=forms"))
+        found = checked(
+            composed(f"+factorize/row={name}", "model=tiny_mixtral", "+factorize=forms")
+        )
         assert found["calibration"]["seed"] == found["seed"]
         chosen = found["choices"]
         assert chosen["method"] == ("prune" if name[:4] in ("expe", "neur") else "factorize")
@@ -892,7 +896,9 @@ SWEEPS = [
     ("factorize", "forms", "tiny_mixtral"),
     ("factorize", "published", "deepseek_moe_16b"),
 ]
-VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
+VALUE = re.compile(
+    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)|plan/ratio"
+)
 
 
 @pytest.mark.parametrize(("paper", "experiment", "model"), SWEEPS)
