@@ -152,7 +152,7 @@ def test_the_options_that_decide() -> None:
     options = {"form": "svd", "ratio": {"ratio": 0.3}, "layers": "all"}
     by_name = Factorize(Uniform(0.3)).identity(options)
     node = {"_target_": "moe_lab.methods.factorizing.svd.SVD", "whiten": True, "damping": 1e-6,
-            "gated": False, "num_samples": None}  # fmt: skip
+            "gated": False, "token_weight": "none", "num_samples": None}  # fmt: skip
     assert Factorize(Uniform(0.3), SVD()).identity(options | {"form": node}) == by_name
     assert by_name["form"]["name"] == "svd" and by_name["ratio"] == {"ratio": 0.3}
     told = Factorize.settings(options | {"form": node | {"gated": True}})
