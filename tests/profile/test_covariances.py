@@ -63,11 +63,8 @@ def test_the_sums_are_those_of_the_routed_tokens(
     indices = [1, 3]  # one may be left out
     for index in indices:
         sums = found.of(index)
-        for value, expected in zip(
-            (sums.count, sums.inputs, sums.hidden),
-            by_hand(model, index, gated, token_weight),
-            strict=True,
-        ):
+        wanted = by_hand(model, index, gated, token_weight)
+        for value, expected in zip((sums.count, sums.inputs, sums.hidden), wanted, strict=True):
             assert value.dtype == torch.float64
             torch.testing.assert_close(value.float(), expected, rtol=1e-4, atol=1e-4)
 
