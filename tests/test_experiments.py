@@ -913,7 +913,7 @@ SWEEPS = [
     ("factorize", "published", "deepseek_moe_16b"),
 ]
 VALUE = re.compile(
-    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)"
+    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)|plan/ratio"
     r"|compressed/eval/routing/(top_k|active_parameters|distinct_experts_16)"
 )
 

@@ -246,7 +246,9 @@ class _Sources:
     def __init__(self, profile: Profile, form: Factorization):
         self._means = fisher_means(profile, form.num_samples) if form.needs_fisher else {}
         self._inputs = (
-            ExpertInputs(profile, form.num_samples, form.gated) if form.needs_inputs else None
+            ExpertInputs(profile, form.num_samples, form.gated, form.token_weight)
+            if form.needs_inputs
+            else None
         )
         self._stream: LayerStream = self._inputs.stream if self._inputs else profile.open_stream(1)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.models.stream import LayerStream
+from moe_lab.profile.grams import check_token_weight, token_weights
 from moe_lab.profile.hidden import HiddenStates, hidden_by_expert
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, NotFinite
@@ -36,20 +37,30 @@ class Covariances:
 class ExpertInputs:
     """The sums of the MoE layers of an intact model, each asked for once, in ascending order.
 
-    num_samples: on the first so many samples (None: all); gated: whether router weights count.
+    num_samples: on the first so many samples (None: all); gated: whether router weights count;
+    token_weight: what tokens weigh, as of `grams.Grams`.
     """
 
-    def __init__(self, profile: Profile, num_samples: int | None, gated: bool = False):
+    def __init__(
+        self,
+        profile: Profile,
+        num_samples: int | None,
+        gated: bool = False,
+        token_weight: str = "none",
+    ):
+        check_token_weight(profile, token_weight, "form.token_weight")
         self.stream: LayerStream = profile.open_stream(num_samples)
         self._states, self._gated = HiddenStates(self.stream), gated
+        self._token_weight = token_weight
 
     def of(self, index: int) -> Covariances:
         """Those of one layer, on the CPU."""
         info = self.stream.moe[index].info
         sums = _nothing(info, self.stream.valid[0].device)
         for routing in self._states.routings(index):
+            root_T = token_weights(routing, self._token_weight).double().sqrt()
             for expert, h_NI, gate_N, token_N in hidden_by_expert(routing, info.num_experts):
-                weight_N = gate_N.double() if self._gated else torch.ones_like(gate_N).double()
+                weight_N = root_T[token_N] * (gate_N.double() if self._gated else 1.0)
                 sums.count[expert] += len(h_NI)
                 x_ND = routing.x_TD[token_N]
                 for values, total in ((x_ND, sums.inputs), (h_NI, sums.hidden)):

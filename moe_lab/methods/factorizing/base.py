@@ -68,7 +68,8 @@ class Factorization(Plugin, ABC):
     needs_inputs, needs_fisher: whether `fit` looks at the inputs' covariances, or at the means by
     Fisher information; by default not.
     num_samples: on how many documents these are found; by default None, on all.
-    gated: whether the router's weights count in the covariances; by default not.
+    gated, token_weight: whether the router's weights count in the covariances, and what tokens
+    weigh there (`grams.TOKEN_WEIGHTS`); by default not, and all alike.
     check(shapes): refuses what is impossible before any work, with a UserError; by default values
     that are out of the range which their `Option` says.
     name: how reports call it; by default its file's name.
@@ -77,6 +78,7 @@ class Factorization(Plugin, ABC):
     needs_fisher: bool = False
     num_samples: int | None = None
     gated: bool = False
+    token_weight: str = "none"
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_lab.methods.factorizing.base import ExpertMatrices, Factorization
 from moe_lab.methods.factorizing.low_rank import damped
 from moe_lab.option import Option
+from moe_lab.profile.grams import TOKEN_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Whitening(Factorization):
     gated: Annotated[
         bool, Option("tokens count by the square of the router's weight, not all alike")
     ] = False
+    token_weight: Annotated[
+        str,
+        Option(
+            "output: a token counts by 1 / the mean square of the state that leaves the layer; "
+            "none: all alike, as in the papers",
+            among=TOKEN_WEIGHTS,
+        ),
+    ] = "none"
     num_samples: Annotated[
         int | None, Option("documents for the covariances, null for all", least=1)
     ] = None
