@@ -29,6 +29,7 @@ MIRRORED = {
     "metric": "methods.metrics",
     "ratio": "methods.ratios",
     "grouping": "methods.grouping",
+    "decoding": "evaluate.decoding",
     "method": "methods",
     "finetune": "finetune",
 }

@@ -13,7 +13,7 @@ from moe_lab.evaluate.decoding.base import (
     PLAIN,
     Decoding,
     as_decoding,
-    described,
+    decoding_told,
 )
 from moe_lab.evaluate.tasks import harness
 from moe_lab.evaluate.tasks.tiny.tasks import TINY_NAMES
@@ -67,7 +67,7 @@ class Suite(Plugin):
     @classmethod
     def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Of its options a report says the decoding: its name and its own options."""
-        return described(options.get("decoding", PLAIN))
+        return decoding_told(options.get("decoding", PLAIN))
 
     def check(self) -> None:
         """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""

@@ -79,7 +79,7 @@ class Pass:
         return cache
 
 
-def continued(
+def extended(
     model: Any,
     ids_BL: Tensor,
     next_of: Next,
@@ -143,7 +143,7 @@ class TwoPasses:
                 weak_BV = weak.next_logits(ids_BL)
             return self.combine(strong_BV, weak_BV).argmax(dim=-1)
 
-        return continued(model, input_ids, next_of, stopping_criteria, generation_config)
+        return extended(model, input_ids, next_of, stopping_criteria, generation_config)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class ContrastiveSearch:
             taken_B1: Tensor = token_BN.gather(1, chosen_B1)
             return taken_B1[:, 0]
 
-        return continued(model, input_ids, next_of, stopping_criteria, generation_config)
+        return extended(model, input_ids, next_of, stopping_criteria, generation_config)
 
     def _chosen(
         self, likely_BN: Tensor, state_BND: Tensor, states_BLD: Tensor, mask_BL: Tensor

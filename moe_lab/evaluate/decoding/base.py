@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_lab.lookup import named, require_kind
@@ -18,8 +19,7 @@ from moe_lab.models.checkpoint import Model
 from moe_lab.option import Plugin, check_options, declared_by, plain_options
 from moe_lab.types import LayerInfo, UserError
 
-BASES = ("base",)  # the file of this package that is no decoding
-DECODING_FILES = (str(__package__), *BASES)
+DECODING_FILES = (str(__package__), "base")  # and the file there that is no decoding
 PLAIN = "greedy"
 
 
@@ -38,6 +38,19 @@ class Decoder:
         """Logits [B, L, V] of which a softmax gives the probabilities of log-likelihoods."""
         logits_BLV: Tensor = self.model(ids_BL).logits
         return logits_BLV
+
+    def generated(self, ids_BL: Tensor, tokens: int) -> Tensor:
+        """Prompts without padding, and so many tokens behind each, whatever they say."""
+        model: Any = self.model  # some of what it needs is typed as a tensor
+        ids: Tensor = model.generate(
+            ids_BL,
+            attention_mask=torch.ones_like(ids_BL),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            custom_generate=self.loop,
+        )
+        return ids
 
 
 class Decoding(Plugin, ABC):
@@ -67,7 +80,7 @@ def as_decoding(given: Decoding | str) -> Decoding:
     """A decoding, also by name (a file of this package, or a dotted path), with its defaults."""
     found: object = given
     if isinstance(given, str):
-        found = named("eval.decoding", given, __package__, Decoding, BASES)
+        found = named("eval.decoding", given, __package__, Decoding)
     made = found() if isinstance(found, type) else found
     decoding: Decoding = require_kind("decoding", made, Decoding)
     return decoding
@@ -82,7 +95,7 @@ def decoding_identity(given: object) -> dict[str, Any]:
     return {"name": decoding.name} | decoding.identity(options)
 
 
-def described(given: object) -> dict[str, Any]:
+def decoding_told(given: object) -> dict[str, Any]:
     """What a report says of a decoding: its name and its own options. given: as above."""
     try:
         decoding, options = _with_options(given)
@@ -98,7 +111,7 @@ def _with_options(given: object) -> tuple[Decoding, dict[str, Any]]:
         return decoding, _options_of(decoding, {})
     file, _, kind = str(given.get("_target_")).rpartition(".")
     chosen = {name: value for name, value in given.items() if not name.startswith("_")}
-    decoding = named("decoding", f"{file}.{kind}", __package__, Decoding, BASES)(**chosen)
+    decoding = named("decoding", f"{file}.{kind}", __package__, Decoding)(**chosen)
     return decoding, _options_of(decoding, chosen)
 
 
