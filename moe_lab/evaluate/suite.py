@@ -77,7 +77,7 @@ class Suite(Plugin):
                 "eval.tasks=[] eval.held_out=null evaluates nothing: name tasks or a text, or "
                 "leave it out (eval=none)"
             )
-        if not (self.tasks or self.group_task) and self.how.name != PLAIN:
+        if self.how.name != PLAIN and not (self.tasks or self.group_task):
             raise UserError(
                 f"eval.decoding={self.how.name} decodes the text of tasks, and eval.tasks=[] names "
                 "none: figures on held-out text are the model's own. Name tasks "
