@@ -34,6 +34,7 @@ GROUPS = {
     "metric": "a score for each expert",
     "ratio": "how many experts stay in each layer",
     "grouping": "which experts become one, for method=merge",
+    "form": "which factors, for method=factorize",
     "condense": "how layers are condensed, and how many layers other methods take",
     "finetune": "what trains behind the compression",
     "eval": "what is evaluated",

@@ -132,6 +132,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "methods": (
         "base",
+        "chosen",
         "layer_choice",
         "dropping",
         "narrowing",
@@ -147,6 +148,8 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.metrics": ("base", "by_gradient"),
     "methods.ratios": ("budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
+    "methods.skipping": ("base", "by_ratio", "thresholds"),
+    "methods.factorizing": ("base", "alternating", "low_rank", "whitening"),
     "methods.condense": (
         "base",
         "divergence",
@@ -171,7 +174,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.metrics": (),
     "methods.ratios": (),
     "methods.grouping": ("methods.metrics", "methods.ratios"),
+    "methods.skipping": (),
     "methods.condense": (),
+    "methods.factorizing": (),
+    "methods.factorize": ("methods.factorizing", "methods.ratios"),
     "methods.merge": ("methods.grouping", "methods.ratios"),
     "methods.dern": ("methods.metrics", "methods.ratios"),
     "methods.prune": ("methods.metrics", "methods.ratios"),

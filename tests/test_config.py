@@ -30,6 +30,7 @@ MIRRORED = {
     "ratio": "methods.ratios",
     "grouping": "methods.grouping",
     "decoding": "evaluate.decoding",
+    "form": "methods.factorizing",
     "method": "methods",
     "finetune": "finetune",
 }

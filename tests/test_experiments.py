@@ -33,7 +33,9 @@ FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny")
 INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
 SCMOE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/scmoe").glob("*.yaml"))
 INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
+FACTOR_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/factorize").glob("*.yaml"))
 CLOSED_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/closed_form").glob("*.yaml"))
+SKIP_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/skip").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
 TINY, PAPER = ("tiny_deepseek", "tiny_qwen2_moe"), ("deepseek_moe_16b", "qwen1_5_moe_a2_7b")
 MODELS = (*TINY, *PAPER)
@@ -201,6 +203,7 @@ PLAIN = {
 }
 PLAIN |= {"wikitext_perplexity", "ptb_perplexity", "c4_perplexity", "arc_easy"}
 PLAIN |= {"gsm8k", "strategyqa", "mbpp", "humaneval", "seconds_for_512_tokens"}
+PLAIN |= {"distinct_experts_16"}
 PLAIN |= {"mmlu_drop", "sst5_generate_top_1", "flops_saved", "expert_flops_share"}
 ITEMS = dict(arc_challenge=1172, boolq=3270, hellaswag=10042, mmlu=14042, openbookqa=500)
 ITEMS |= dict(arc_easy=2376, mathqa=2985)
@@ -385,9 +388,11 @@ LIKE = {
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
     "scmoe": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
+    "skip": {},
+    "factorize": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
-OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form", "decoding"]
+OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune eval".split()
+OF_A_REPORT += ["seed", "cd_moe", "seer_moe", "closed_form", "decoding"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
 
@@ -873,6 +878,41 @@ def test_every_job_of_scmoe_composes(experiment: str, composed: Compose) -> None
     assert len(decoded) > 3
 
 
+# --------------------------------------------------------------------------- fewer per token
+
+
+@pytest.mark.parametrize("experiment", SKIP_EXPERIMENTS)
+def test_every_job_of_skip_composes(experiment: str, composed: Compose) -> None:
+    table = f"+skip={experiment}"
+    rules = set()
+    for job in jobs(choices(composed("model=tiny_mixtral", table))):
+        found = checked(composed(*job, "model=tiny_mixtral", table))
+        assert found["choices"]["method"] == "skip" and found["choices"]["finetune"] == "none"
+        rules.add(found["method"]["rule"])
+    told = (ROOT / "experiments" / "skip" / "README.md").read_text()
+    assert rules and table in told
+
+
+def test_rows_of_factorize_compose_and_differ(composed: Compose) -> None:
+    folder, asked = ROOT / "experiments" / "factorize", dict[str, str]()
+    names = sorted(path.stem for path in (folder / "row").glob("*.yaml"))
+    params = choices(composed("model=tiny_mixtral", "+factorize=forms"))
+    assert sorted(value.partition("=")[2] for value in params["+factorize/row"]) == names
+    for name in names:
+        asking = (f"+factorize/row={name}", "model=tiny_mixtral", "+factorize=forms")
+        found = checked(composed(*asking))
+        assert found["calibration"]["seed"] == found["seed"]
+        chosen = found["choices"]
+        assert chosen["method"] == ("prune" if name[:4] in ("expe", "neur") else "factorize")
+        if chosen["method"] == "factorize":
+            assert name.startswith(chosen["form"]) and chosen["metric"]
+        what = json.dumps(found["method"])
+        assert what not in asked, f"{name} and {asked[what]} ask for the same"
+        asked[what] = name
+    number = math.prod(len(values) for values in params.values())
+    assert f"{number} jobs" in (folder / "README.md").read_text()
+
+
 # --------------------------------------------------------------------------- tables
 
 SWEEPS = [
@@ -884,8 +924,14 @@ SWEEPS = [
     *(("closed_form", experiment, TINY[0]) for experiment in CLOSED_EXPERIMENTS),
     *(("scmoe", experiment, "tiny_mixtral") for experiment in SCMOE_EXPERIMENTS[:-1]),
     ("scmoe", "published", "mixtral_8x7b"),
+    *(("skip", experiment, "tiny_mixtral") for experiment in SKIP_EXPERIMENTS),
+    ("factorize", "forms", "tiny_mixtral"),
+    ("factorize", "published", "deepseek_moe_16b"),
 ]
-VALUE = re.compile(rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)")
+VALUE = re.compile(
+    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)"
+    r"|compressed/eval/routing/(top_k|active_parameters|distinct_experts_16)"
+)
 
 
 @pytest.mark.parametrize(("paper", "experiment", "model"), SWEEPS)
@@ -948,6 +994,8 @@ def test_help_lists_the_tables() -> None:
     tables = {"cd_moe": EXPERIMENTS, "seer_moe": SEER_EXPERIMENTS, "tiny": FIELD_EXPERIMENTS}
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
+    tables["skip"] = SKIP_EXPERIMENTS
+    tables["factorize"] = FACTOR_EXPERIMENTS
     tables["pareto"] = ["study"]
     tables["scmoe"] = SCMOE_EXPERIMENTS
     for paper, experiments in tables.items():

@@ -20,6 +20,7 @@ HOMES = {
     "diagnose": "diagnose",
     "eval": "evaluate",
     "finetune": "finetune",
+    "form": "methods.factorizing",
     "grouping": "methods.grouping",
     "measure": "measure",
     "method": "methods",

@@ -27,6 +27,7 @@ from moe_lab.models.experts import (
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, Output, further_rows, hidden_of, moe_layers
 from moe_lab.models.remapped import RemappedExperts
+from moe_lab.models.skipping import is_skipping
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
@@ -227,8 +228,9 @@ def _of_experts(logits: Tensor, layer: MoELayer) -> Tensor:
 
 
 def _without_none(layer: MoELayer, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The choices, E where a router with further rows chose none (zaya: expert 0, weight 0)."""
-    if not further_rows(layer):
+    """The choices, E where a router with further rows chose none (zaya: expert 0, weight 0), or
+    where a rule left the expert out."""
+    if not further_rows(layer) and not is_skipping(layer):
         return index_TK
     return index_TK.masked_fill(weight_TK == 0, layer.info.num_experts)
 

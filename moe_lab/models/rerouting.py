@@ -8,7 +8,7 @@ made of its answers: scores, biases, groups and renormalisation stay the family'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_lab.models.layers import TOP_K_FIELDS, MoELayer, moe_layers, routed_modules
 from moe_lab.models.probing import PROBES, probe, route
+from moe_lab.models.skipping import none_skipped
 from moe_lab.types import LayerInfo, UserError
 
 Routed = tuple[Any, ...]  # what a router returns: logits, weights, indices, and perhaps more
@@ -27,11 +28,12 @@ class AskedRouter:
     """A layer's router, which can be asked for any number of experts.
 
     renormalises: whether the weight of an only expert says nothing, as it is always the same.
-    usable: how many of its rows one token can be sent to.
+    usable: how many of its rows one token can be sent to. skips: whether a rule that leaves out
+    some of the chosen experts (`skipping.py`) still does: of an only one it might leave none.
     """
 
     def __init__(self, layer: MoELayer):
-        self.layer = layer
+        self.layer, self.skips = layer, False
         self.inner: Choosing = layer.router.forward
         self.usable = usable_rows(layer.info, route(layer, probe(layer, tokens=1))[0].shape[-1])
         self.places = [
@@ -47,7 +49,8 @@ class AskedRouter:
         for module, field, _ in self.places:
             setattr(module, field, number)
         try:
-            return self.inner(*arguments, **named)
+            with nullcontext() if self.skips else none_skipped(self.layer.router):
+                return self.inner(*arguments, **named)
         finally:
             for module, field, value in self.places:
                 setattr(module, field, value)
@@ -128,8 +131,9 @@ class Rerouting:
 
 
 def with_number(ask: AskedRouter, number: int, asked: str) -> Choosing:
-    """The router's own choice of another number of experts."""
+    """The router's own choice of another number of experts, a rule behind it included."""
     ask.check(number, asked)
+    ask.skips = True
     return lambda *arguments, **named: ask(number, *arguments, **named)
 
 

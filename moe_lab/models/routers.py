@@ -25,6 +25,7 @@ from moe_lab.models.layers import (
 )
 from moe_lab.models.opening import text_config
 from moe_lab.models.probing import probe, route, skeleton
+from moe_lab.models.skipping import none_skipped
 from moe_lab.types import UserError
 
 SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
@@ -49,7 +50,8 @@ def scoring(layer: MoELayer) -> str | None:
     for module, field, _ in before:
         setattr(module, field, 2)
     try:
-        logits_TE, weight_TK, index_TK = route(layer, probe(layer))
+        with none_skipped(layer.router):
+            logits_TE, weight_TK, index_TK = route(layer, probe(layer))
     finally:
         for module, field, value in before:
             setattr(module, field, value)
@@ -62,7 +64,8 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
     """Which of SCORINGS gives these weights, up to one factor per token.
 
     The weights of the chosen experts are proportional to softmax(logits) also where they are
-    renormalised, scaled, or a softmax over the chosen logits alone.
+    renormalised, scaled, or a softmax over the chosen logits alone. Of several, a weight of 0 is of
+    an expert that a rule left out (`skipping.py`), and says nothing.
     """
     weight = weight_TK.double()
     for name, score in SCORINGS.items():
@@ -71,6 +74,7 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
             ratio = weight / chosen
             spread = (ratio / ratio[:1] - 1).abs().amax()
         else:
+            chosen = chosen.where(weight > 0, 0.0)
             shares = chosen / chosen.sum(dim=1, keepdim=True)
             spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
         if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):

@@ -113,6 +113,18 @@ FIGURES = (
     Figure("<variant>/eval/routing/stand_ins",
            section=QUALITY, when="held-out text, MoE layers, `method.replacement`",
            about="how many of a token's experts only stand in for removed ones"),
+    Figure("<variant>/eval/routing/active_parameters", "active parameters, as routed", COUNT, LESS,
+           section=QUALITY, when="held-out text, MoE layers",
+           about="that a token uses on average as it is routed there: experts that a rule leaves "
+           "out, and stand-ins, are none"),
+    Figure("<variant>/eval/routing/expert_flops", "FLOPs of routed experts per token", OPERATIONS,
+           LESS, section=QUALITY, when="held-out text, MoE layers",
+           about="of their matrix products as routed there; a multiply-add is two"),
+    Figure("<variant>/eval/routing/distinct_experts_<batch>", unit=SMALL_NUMBER, better=LESS,
+           section=QUALITY, when="held-out text, MoE layers",
+           about="how many different experts of a layer 1, 8, 16 or 32 tokens need together, mean "
+           "over all such batches of the held-out tokens and over MoE layers: what a memory-bound "
+           "decoding step of so many sequences reads"),
     Figure("compressed/eval/groups", section=QUALITY, when="`calibration.group_by`",
            about="how many groups were evaluated, each with its own experts"),
     Figure("<variant>/parameters", "parameters", COUNT, LESS,

@@ -163,10 +163,6 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[Layer
     if edits := method.example(layers):
         form = form_of(checkpoint.config, edits, method.padding, method.convert)
         if not method.foresees_form(layers):
-            logger.info(
-                "how wide each expert stays is known with the plan: where widths differ, the "
-                "result is saved in moe_lab's own form, which stock transformers cannot load; with "
-                "method.padding=1 in the family's, filled up with zeros"
-            )
+            logger.info("%s", method.unforeseen)
         elif not form.plain:
             logger.info("the result will be saved %s", form.reason)

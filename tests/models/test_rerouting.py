@@ -24,6 +24,7 @@ from moe_lab.models.rerouting import (
     with_number,
 )
 from moe_lab.models.routers import at_top_k, restricted
+from moe_lab.models.skipping import skip
 from moe_lab.types import UserError
 
 EACH_KIND = pytest.mark.parametrize("family", slow_decoding.FAMILIES)
@@ -143,3 +144,19 @@ def test_what_a_router_cannot_do_is_refused() -> None:
     layer.router.forward = stubborn
     with pytest.raises(UserError, match="cannot be asked for 1 experts of a token"):
         AskedRouter(layer)
+
+
+def test_a_rule_that_skips_experts_rests_where_there_is_only_one() -> None:
+    """But goes on behind another number of the router's own choices."""
+
+    class First:
+        def applied(self, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
+            return weight_TK * (torch.arange(weight_TK.shape[1]) > 0)
+
+    model, plain = tiny_model("mixtral"), tiny_model("mixtral")
+    for layer in moe_layers(model):
+        skip(layer, First())
+    second = rerouted(model, lambda ask: at_rank(ask, 2, "x"))
+    assert torch.equal(second, rerouted(plain, lambda ask: at_rank(ask, 2, "x")))
+    three = rerouted(model, lambda ask: with_number(ask, 3, "x"))
+    assert not torch.equal(three, rerouted(plain, lambda ask: with_number(ask, 3, "x")))
