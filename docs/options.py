@@ -38,6 +38,7 @@ GROUPS = {
     "condense": "how layers are condensed, and how many layers other methods take",
     "finetune": "what trains behind the compression",
     "eval": "what is evaluated",
+    "decoding": "how the text of tasks is decoded, of every variant alike",
     "measure": "what sizes and speeds are measured",
     "diagnose": "what the experts are looked at for",
     "compute": "where it is computed, which no result depends on",

@@ -112,6 +112,7 @@ LIBRARIES = {
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "reading", "chat", "standard_library", "tokens"),
+    "evaluate.decoding": ("base",),
     "export": (
         "__main__",
         "folder",

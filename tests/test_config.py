@@ -29,6 +29,7 @@ MIRRORED = {
     "metric": "methods.metrics",
     "ratio": "methods.ratios",
     "grouping": "methods.grouping",
+    "decoding": "evaluate.decoding",
     "form": "methods.factorizing",
     "method": "methods",
     "finetune": "finetune",

@@ -16,6 +16,7 @@ HOMES = {
     "calibration": "data",
     "compute": "compute",
     "condense": "methods.condense",
+    "decoding": "evaluate.decoding",
     "diagnose": "diagnose",
     "eval": "evaluate",
     "finetune": "finetune",
