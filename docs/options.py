@@ -39,6 +39,7 @@ GROUPS = {
     "eval": "what is evaluated",
     "measure": "what sizes and speeds are measured",
     "diagnose": "what the experts are looked at for",
+    "trace": "which experts each token is sent to while the variants generate",
     "compute": "where it is computed, which no result depends on",
     "track": "where runs are tracked",
 }
