@@ -4,7 +4,8 @@
 
 The trace is the whole of it: watching the routers, predictions for two layers ahead, and the
 Parquet file, read back. Times are of the processor, since a busy machine would decide others; the
-first round, in which libraries are loaded, does not count. Claim: tracing takes at most 1.1 times what generating alone takes.
+first round, in which libraries are loaded, does not count.
+Claim: tracing takes at most 1.1 times what generating alone takes.
 """
 
 from __future__ import annotations
