@@ -933,6 +933,7 @@ def test_help_lists_the_tables() -> None:
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
     tables["pareto"] = ["study"]
+    tables["offload"] = ["variants"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments

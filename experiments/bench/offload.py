@@ -18,8 +18,8 @@ import numpy as np
 
 from moe_lab.offload.accesses import Accesses, Predicted
 from moe_lab.offload.choosing import policy_of
-from moe_lab.offload.memory import Machine, memory_of
-from moe_lab.trace.header import Header, TracedLayer
+from moe_lab.offload.memory import Device, memory_of
+from moe_lab.trace.header import TracedLayer, TraceHeader
 
 LAYERS, EXPERTS, TOP_K, LIMIT = 27, 64, 6, 1e6
 FAST, SLOW = ("lru", "lfu", "min"), ("lru_prefetch", "moe_infinity", "hobbit")
@@ -37,7 +37,7 @@ def made_up(number: int) -> Accesses:
     scores = noise + np.log(popularity)[order]
     chosen = np.argsort(-scores, axis=2)[:, :, :TOP_K]
     layer = TracedLayer(0, EXPERTS, TOP_K, True, 3 * 2048 * 1408, 6 * 2048 * 1408)
-    header = Header("bench", "made_up", "bfloat16", (layer,) * LAYERS, 0, "", "", 0,
+    header = TraceHeader("bench", "made_up", "bfloat16", (layer,) * LAYERS, 0, "", "", 0,
                     passes // SEQUENCE, SEQUENCE, 1, 1, "atomic")  # fmt: skip
     keys = (chosen + np.arange(LAYERS)[None, :, None] * EXPERTS).reshape(-1)
     visits = passes * LAYERS
@@ -60,7 +60,7 @@ def main(thousands: int) -> None:
         for share in (4, 2):
             memory = memory_of(accesses, LAYERS * EXPERTS // share)
             started = time.process_time()
-            found = policy_of(name).replay(accesses, memory, Machine())
+            found = policy_of(name).replay(accesses, memory, Device())
             speed = len(accesses.key_A) / (time.process_time() - started)
             slowest = min(slowest, speed) if name in FAST else slowest
             hits = found.figures()["decode/hit_rate"]

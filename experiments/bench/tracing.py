@@ -22,16 +22,16 @@ from moe_lab.data.embedded import StandardLibrary
 from moe_lab.models.checkpoint import SHIPPED, Model, resolve
 from moe_lab.models.layers import moe_layers
 from moe_lab.trace.file import join_parts, write_part
-from moe_lab.trace.header import Header
+from moe_lab.trace.header import TraceHeader
 from moe_lab.trace.recorder import Recorder, traced_layer
 from moe_lab.trace.recording import continue_greedily, table_of
 
 LIMIT, ROUNDS, PROMPT = 1.1, 6, 64
 
 
-def header_of(model: Model, requests: int, new_tokens: int) -> Header:
+def header_of(model: Model, requests: int, new_tokens: int) -> TraceHeader:
     layers = tuple(map(traced_layer, moe_layers(model)))
-    return Header(
+    return TraceHeader(
         model="bench", family=model.config.model_type, dtype="float32", layers=layers,
         resident_bytes=0, tokenizer="", data="", seed=0, requests=requests, new_tokens=new_tokens,
         lookahead=2, batch_size=1, access="atomic",

@@ -14,7 +14,7 @@ from moe_lab.lookup import names_in
 from moe_lab.types import UserError
 
 DEFAULT = "lru,lfu,lfu_sequence,min"
-SHOWN = {
+SHOWN_COLUMNS = {
     "policy": "policy", "slots": "experts", "decode/hit_rate": "hits",
     "decode/bytes_per_token": "MB per token", "decode/seconds_per_token": "ms per token",
     "prefill/hit_rate": "hits, prefill", "prefill/bytes_per_token": "MB per token, prefill",
@@ -157,7 +157,7 @@ def _do(asked: argparse.Namespace) -> None:
 
 
 def _question(asked: argparse.Namespace) -> Any:
-    from moe_lab.offload.memory import Machine
+    from moe_lab.offload.memory import Device
     from moe_lab.offload.simulating import Question
 
     policies = [
@@ -165,7 +165,7 @@ def _question(asked: argparse.Namespace) -> Any:
         for given in asked.policy or [DEFAULT]
         for name in ([given] if ":" in given else given.split(","))
     ]
-    machine = Machine(asked.bandwidth * 1e9, asked.layer_us * 1e-6, asked.token_us * 1e-6)
+    machine = Device(asked.bandwidth * 1e9, asked.layer_us * 1e-6, asked.token_us * 1e-6)
     atomic = None if asked.access is None else asked.access == "atomic"
     return Question(policies, machine, asked.experts, asked.memory, asked.bits,
                     asked.expert_bytes, asked.cache == "per-layer", atomic)  # fmt: skip
@@ -188,11 +188,11 @@ def _show(frame: Any) -> None:
     from moe_lab.console import terminal
 
     table = Table()
-    for name in SHOWN.values():
+    for name in SHOWN_COLUMNS.values():
         first = name == "policy"
         table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for _, row in frame.iterrows():
-        table.add_row(*(_written(key, row[key]) for key in SHOWN))
+        table.add_row(*(_written(key, row[key]) for key in SHOWN_COLUMNS))
     terminal().print(table)
 
 

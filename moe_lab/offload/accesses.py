@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_lab.trace.file import AHEAD, Trace
-from moe_lab.trace.header import Header
+from moe_lab.trace.file import AHEAD_COLUMN, Trace
+from moe_lab.trace.header import TraceHeader
 from moe_lab.trace.recorder import NO_EXPERT
 
 
@@ -29,7 +29,7 @@ class Accesses:
     layer, the next but one, … of each visit the experts predicted there, as `Predicted`.
     """
 
-    header: Header
+    header: TraceHeader
     key_A: np.ndarray
     start_V: np.ndarray
     count_A: np.ndarray
@@ -145,7 +145,7 @@ def _grouped(
 def _predicted(
     trace: Trace, distance: int, visit_R: np.ndarray, first_L: np.ndarray, number: int, keys: int
 ) -> Predicted:
-    lists = trace.lists(AHEAD.format(distance))
+    lists = trace.lists(AHEAD_COLUMN.format(distance))
     there = lists.values != NO_EXPERT
     rows, values = lists.rows[there], lists.values[there].astype(np.int64)
     heads = np.isin(np.flatnonzero(there), lists.starts[:-1])

@@ -25,7 +25,7 @@ def normalised(matrix_LE: np.ndarray) -> np.ndarray:
     return shares
 
 
-class Collection:
+class ActivationCollection:
     """The matrices of past requests, at most so many, and how like each is to the current pass.
 
     cosines: [n, L], of each stored matrix's rows with the current pass's, kept up row by row.
@@ -99,7 +99,7 @@ class ActivationGuide(Guide):
         self.layers, self.prefetch, self.of_code = layers, prefetch, of_code
         self.first_L = accesses.first_L
         self.expert_K = np.arange(len(accesses.layer_K)) - self.first_L[accesses.layer_K]
-        self.collection = Collection(layers, experts, size, of_code)
+        self.collection = ActivationCollection(layers, experts, size, of_code)
         self.request = np.zeros((layers, experts))
         self.uses = Uses(len(accesses.layer_K))
         self.residence = np.zeros(len(accesses.layer_K), np.int64)

@@ -11,13 +11,13 @@ from moe_lab.offload.policies.base import Policy
 from moe_lab.option import declared_by
 from moe_lab.types import UserError
 
-PACKAGE = "moe_lab.offload.policies"
+POLICIES = "moe_lab.offload.policies"
 
 
 def policy_of(asked: str) -> Policy:
     """The policy that a name and its options stand for; UserError for what does not exist."""
     name, _, given = asked.partition(":")
-    kind = named("--policy", name, PACKAGE, Policy)
+    kind = named("--policy", name, POLICIES, Policy)
     declared = declared_by(kind)
     options: dict[str, Any] = {}
     for part in filter(None, given.split(",")):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_lab.offload.accesses import Accesses
-from moe_lab.offload.memory import Machine, Memory
+from moe_lab.offload.memory import Device, Memory
 from moe_lab.offload.policies.base import Policy
-from moe_lab.offload.replay import HIT, Replay
+from moe_lab.offload.replay import HIT, Replayed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Demand(Policy):
         """1 for each access that a cache with so many slots has, else 0."""
         raise NotImplementedError
 
-    def replay(self, accesses: Accesses, memory: Memory, machine: Machine) -> Replay:
+    def replay(self, accesses: Accesses, memory: Memory, machine: Device) -> Replayed:
         """All accesses in order, each fetched in full where it is missing."""
         hit_A = np.zeros(len(accesses.key_A), bool)
         most = 0
@@ -51,7 +51,7 @@ class Demand(Policy):
             visit_A, np.where(hit_A, 0, memory.bytes_K[key_A]), len(accesses.layer_V)
         )
         seconds_V = machine.compute(accesses.tokens_V) + moved_V / machine.bandwidth
-        return Replay(accesses, hit_A.astype(np.int8) * HIT, moved_V, seconds_V, most)
+        return Replayed(accesses, hit_A.astype(np.int8) * HIT, moved_V, seconds_V, most)
 
 
 def caches(accesses: Accesses, memory: Memory) -> list[tuple[np.ndarray, int]]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_lab.offload.accesses import Accesses
-from moe_lab.trace.header import Header, widest_bytes
+from moe_lab.trace.header import TraceHeader, widest_bytes
 from moe_lab.types import UserError
 
-GIBIBYTE = 2**30
+BYTES_OF_GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Machine:
+class Device:
     """The cost model: seconds of a visit = compute + what it has to wait for the link.
 
     bandwidth: of the link, bytes a second; layer_seconds: of computing one MoE layer of one pass
@@ -62,20 +62,22 @@ def memory_of(
     return Memory(min(slots, len(bytes_K)), bytes_K, max(sizes), per_layer, atomic)
 
 
-def slots_in(header: Header, gib: float, bits: int | None, expert_bytes: int | None = None) -> int:
+def slots_in(
+    header: TraceHeader, gib: float, bits: int | None, expert_bytes: int | None = None
+) -> int:
     """How many experts fit beside the rest of the model; UserError where not even that fits."""
     size = expert_bytes or widest_bytes(header.layers, bits)
-    left = gib * GIBIBYTE - header.resident_bytes
+    left = gib * BYTES_OF_GIB - header.resident_bytes
     if left < size:
         raise UserError(
             f"--memory {gib:g}: the model without its routed experts takes "
-            f"{header.resident_bytes / GIBIBYTE:.4g} GiB, and an expert {size / GIBIBYTE:.4g} GiB: "
-            "no expert fits beside it; ask for more memory"
+            f"{header.resident_bytes / BYTES_OF_GIB:.4g} GiB, and an expert "
+            f"{size / BYTES_OF_GIB:.4g} GiB: no expert fits beside it; ask for more memory"
         )
     return int(left // size)
 
 
-def check_slots(header: Header, slots: int, per_layer: bool) -> None:
+def check_slots(header: TraceHeader, slots: int, per_layer: bool) -> None:
     """Refuse room for fewer experts than one layer's top-k."""
     most, layers = max(layer.top_k for layer in header.layers), len(header.layers)
     needed = most * layers if per_layer else most

@@ -9,14 +9,14 @@ import numpy as np
 from moe_lab.offload.accesses import Accesses
 
 MISS, HIT, LOW_MISS, LOW_HIT, LATE, SKIPPED = range(6)
-WORDS = {
+OUTCOME_WORDS = {
     HIT: "hits", MISS: "misses", LOW_HIT: "low_hits", LOW_MISS: "low_misses", LATE: "late",
     SKIPPED: "skipped",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replayed:
     """The outcome of each access and what each visit cost.
 
     outcome_A: HIT (there when its layer came), MISS (fetched while the layer waited), LATE (on its
@@ -45,7 +45,7 @@ class Replay:
 
     def _of(self, inside_V: np.ndarray) -> dict[str, float]:
         outcome = self.outcome_A[inside_V[self.accesses.visit_A]]
-        counts = np.bincount(outcome, minlength=len(WORDS))
+        counts = np.bincount(outcome, minlength=len(OUTCOME_WORDS))
         first = self.accesses.layer_V == 0
         tokens = int(self.accesses.tokens_V[inside_V & first].sum())
         asked = len(outcome) - int(counts[SKIPPED])
@@ -54,7 +54,7 @@ class Replay:
         return {
             "tokens": tokens,
             "accesses": len(outcome),
-            **{word: int(counts[kind]) for kind, word in WORDS.items()},
+            **{word: int(counts[kind]) for kind, word in OUTCOME_WORDS.items()},
             "hit_rate": found / asked if asked else 0.0,
             "bytes": moved,
             "bytes_per_token": moved / tokens if tokens else 0.0,

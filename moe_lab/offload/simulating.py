@@ -10,7 +10,7 @@ import pandas as pd
 
 from moe_lab.offload.accesses import Accesses
 from moe_lab.offload.choosing import policy_of
-from moe_lab.offload.memory import Machine, memory_of, slots_in
+from moe_lab.offload.memory import Device, memory_of, slots_in
 from moe_lab.progress import progress
 from moe_lab.types import UserError
 
@@ -25,7 +25,7 @@ class Question:
     """
 
     policies: Sequence[str]
-    machine: Machine
+    machine: Device
     slots: Sequence[int] = ()
     memory: Sequence[float] = ()
     bits: int | None = None

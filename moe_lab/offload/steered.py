@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_lab.offload.accesses import Accesses
-from moe_lab.offload.memory import Machine, Memory
+from moe_lab.offload.memory import Device, Memory
 from moe_lab.offload.policies.base import Policy
-from moe_lab.offload.replay import HIT, LATE, LOW_HIT, LOW_MISS, MISS, SKIPPED, Replay
+from moe_lab.offload.replay import HIT, LATE, LOW_HIT, LOW_MISS, MISS, SKIPPED, Replayed
 from moe_lab.types import UserError
 
-HIGH, LOW, NONE = range(3)  # precisions in which an expert is fetched; none: it is left out
+HIGH, LOW, OMITTED = range(3)  # precisions in which an expert is fetched; none: it is left out
 Wanted = Iterable[tuple[int, int]]  # experts and the precision, the most urgent first
 
 
@@ -107,7 +107,7 @@ class Steered(Policy):
         """Refuse a cache of which a precision would have too little."""
         self.pools(memory, accesses)
 
-    def replay(self, accesses: Accesses, memory: Memory, machine: Machine) -> Replay:
+    def replay(self, accesses: Accesses, memory: Memory, machine: Device) -> Replayed:
         """What becomes of each access, with the link and the layers' computing side by side."""
         one = Simulation(
             accesses, memory, machine, self.guide(accesses), self.pools(memory, accesses)
@@ -135,7 +135,7 @@ class Simulation:
     """One replay: the clock, the link, the caches, and what is noted of each access."""
 
     def __init__(
-        self, accesses: Accesses, memory: Memory, machine: Machine, guide: Guide, pools: Pools
+        self, accesses: Accesses, memory: Memory, machine: Device, guide: Guide, pools: Pools
     ):
         self.accesses, self.memory, self.machine = accesses, memory, machine
         self.guide, self.pools = guide, pools
@@ -145,7 +145,7 @@ class Simulation:
         self.seconds_V = np.zeros(len(accesses.layer_V))
         self.most = 0
 
-    def run(self) -> Replay:
+    def run(self) -> Replayed:
         """All visits in order."""
         compute_V = self.machine.compute(self.accesses.tokens_V)
         for number in range(len(self.accesses.layer_V)):
@@ -156,7 +156,7 @@ class Simulation:
             self.now += compute_V[number]
             self.seconds_V[number] = self.now - began
             self.most = max(self.most, sum(map(len, self.pools.pools)))
-        return Replay(self.accesses, self.outcome_A, self.moved_V, self.seconds_V, self.most)
+        return Replayed(self.accesses, self.outcome_A, self.moved_V, self.seconds_V, self.most)
 
     def _visit(self, number: int) -> Visit:
         all_, inside = self.accesses, slice(*self.accesses.start_V[number : number + 2])
@@ -190,7 +190,7 @@ class Simulation:
         high = self.pools.pools[HIGH]
         if key in high:
             return self._waited(high.arrival[key], HIT)
-        if precision == NONE:
+        if precision == OMITTED:
             return SKIPPED
         if precision == LOW:
             low = self.pools.pools[LOW]

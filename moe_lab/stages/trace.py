@@ -19,7 +19,7 @@ from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
 from moe_lab.trace.figures import trace_figures
 from moe_lab.trace.file import read_trace
-from moe_lab.trace.header import Header
+from moe_lab.trace.header import TraceHeader
 from moe_lab.trace.recorder import traced_layer
 from moe_lab.trace.recording import record
 from moe_lab.trace.tracing import Tracing, prompts_of
@@ -63,12 +63,12 @@ def trace(context: Context, asked: TraceOf) -> Artifact:
     return context.store.get("trace", asked.identity(), make)
 
 
-def header_of(model: Model, asked: TraceOf) -> Header:
+def header_of(model: Model, asked: TraceOf) -> TraceHeader:
     """What the trace will say of itself."""
     layers, how = moe_layers(model), asked.how
     traced = tuple(map(traced_layer, layers))
     routed = sum(layer.experts * layer.stored_bytes for layer in traced)
-    return Header(
+    return TraceHeader(
         model=asked.variant.fingerprint,
         family=layers[0].info.family if layers else "",
         dtype=dtype_name(model.dtype),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_lab.trace.file import AHEAD, Trace
+from moe_lab.trace.file import AHEAD_COLUMN, Trace
 from moe_lab.trace.matrices import request_matrices
 from moe_lab.trace.recorder import NO_EXPERT
 
@@ -41,7 +41,7 @@ def prediction_accuracy(trace: Trace, distance: int) -> tuple[float, float] | No
     which a token has no expert with weights, nothing is told.
     """
     experts = trace.lists("experts").padded(NO_EXPERT)
-    predicted = trace.lists(AHEAD.format(distance)).padded(NO_EXPERT)
+    predicted = trace.lists(AHEAD_COLUMN.format(distance)).padded(NO_EXPERT)
     layers, first, shares = trace.by_layer(), [], []
     for rows, targets in zip(layers, layers[distance:], strict=False):
         actual_TK, asked_TK = experts[targets], predicted[rows]

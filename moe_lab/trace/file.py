@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from moe_lab.files import TRACE
 from moe_lab.integrity import PARTIAL
-from moe_lab.trace.header import KEY, Header
+from moe_lab.trace.header import HEADER_KEY, TraceHeader
 from moe_lab.types import UserError
 
 PREFILL, DECODE = "prefill", "decode"
-AHEAD = "ahead_{}"  # the column of what is predicted for the so-manieth MoE layer behind
-COLUMNS = {
+AHEAD_COLUMN = "ahead_{}"  # the column of what is predicted for the so-manieth MoE layer behind
+TRACE_COLUMNS = {
     "request": pa.int32(),  # number of the request
     "pass": pa.int32(),  # number of the forward pass in the whole trace
     "step": pa.int32(),  # of the pass in its request: 0 is the prefill
@@ -37,11 +37,11 @@ COLUMNS = {
 }
 
 
-def schema_of(header: Header) -> pa.Schema:
+def schema_of(header: TraceHeader) -> pa.Schema:
     """The columns of a trace, and its header in the metadata."""
-    ahead = {AHEAD.format(one + 1): pa.list_(pa.int16()) for one in range(header.lookahead)}
+    ahead = {AHEAD_COLUMN.format(one + 1): pa.list_(pa.int16()) for one in range(header.lookahead)}
     told = json.dumps(header.to_json(), sort_keys=True).encode()
-    return pa.schema(list((COLUMNS | ahead).items()), metadata={KEY: told})
+    return pa.schema(list((TRACE_COLUMNS | ahead).items()), metadata={HEADER_KEY: told})
 
 
 def write_part(table: pa.Table, path: Path) -> None:
@@ -51,7 +51,7 @@ def write_part(table: pa.Table, path: Path) -> None:
     partial.replace(path)
 
 
-def join_parts(parts: Sequence[Path], path: Path, header: Header) -> None:
+def join_parts(parts: Sequence[Path], path: Path, header: TraceHeader) -> None:
     """One trace of its parts, one row group after another, read back and compared with them.
 
     In memory is one part. RuntimeError where what was written is not what the parts hold.
@@ -106,7 +106,7 @@ class Lists:
 class Trace:
     """A trace, read: its header, and a table with a row for each token at each layer of a pass."""
 
-    header: Header
+    header: TraceHeader
     table: pa.Table
     path: Path
 
@@ -149,11 +149,11 @@ def read_trace(path: Path) -> Trace:
             "traces lie (<variant>/trace/file)"
         )
     opened = _opened(file)
-    told = (opened.schema_arrow.metadata or {}).get(KEY)
+    told = (opened.schema_arrow.metadata or {}).get(HEADER_KEY)
     if told is None:
         raise UserError(f"{file} is a Parquet file, and no trace of moe_lab's: it has no header")
     try:
-        header = Header.from_json(json.loads(told))
+        header = TraceHeader.from_json(json.loads(told))
     except (UserError, ValueError) as error:
         raise UserError(f"{file}: {error}") from error
     if missing := [

@@ -8,8 +8,8 @@ from typing import Any
 
 from moe_lab.types import UserError
 
-FORMAT = 1  # the version of the file's columns and header
-KEY = b"moe_lab_trace"  # in the metadata of the Parquet schema
+TRACE_FORMAT = 1  # the version of the file's columns and header
+HEADER_KEY = b"moe_lab_trace"  # in the metadata of the Parquet schema
 PRECISIONS = (16, 8, 4, 3, 2)  # bits of a weight
 GROUP = 128  # weights that share a scale of 16 bits below 16 bits
 
@@ -39,7 +39,7 @@ class TracedLayer:
 
 
 @dataclass(frozen=True)
-class Header:
+class TraceHeader:
     """What holds for all of a trace.
 
     layers: the MoE layers in the order in which they run; layers without experts are absent.
@@ -60,7 +60,7 @@ class Header:
     lookahead: int
     batch_size: int
     access: str
-    version: int = FORMAT
+    version: int = TRACE_FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; beside its values the bytes of an expert by precision, for other tools."""
@@ -70,12 +70,12 @@ class Header:
         return plain
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Header:
+    def from_json(cls, values: Mapping[str, Any]) -> TraceHeader:
         """Of what `to_json` gave; UserError for another version, or values that are none."""
-        if values.get("version") != FORMAT:
+        if values.get("version") != TRACE_FORMAT:
             raise UserError(
                 f"it is a trace of format {values.get('version')}, and this version reads "
-                f"format {FORMAT}: record it anew (trace=full)"
+                f"format {TRACE_FORMAT}: record it anew (trace=full)"
             )
         try:
             given = {name: values[name] for name in cls.__dataclass_fields__}

@@ -22,7 +22,7 @@ from moe_lab.files import TRACE
 from moe_lab.models.checkpoint import Model
 from moe_lab.progress import progress
 from moe_lab.trace.file import (
-    AHEAD,
+    AHEAD_COLUMN,
     DECODE,
     PREFILL,
     join_parts,
@@ -30,15 +30,15 @@ from moe_lab.trace.file import (
     schema_of,
     write_part,
 )
-from moe_lab.trace.header import Header
+from moe_lab.trace.header import TraceHeader
 from moe_lab.trace.recorder import LayerRecord, Recorder
 from moe_lab.types import UserError
 
 Prompts = Sequence[tuple[int, ...]]
-PART = "part-{:06d}.parquet"
+PART_FILE = "part-{:06d}.parquet"
 
 
-def grouped(prompts: Prompts, size: int) -> list[list[int]]:
+def generated_together(prompts: Prompts, size: int) -> list[list[int]]:
     """The numbers of prompts that are generated together: of one length, so that none is padded."""
     by_length: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -47,15 +47,15 @@ def grouped(prompts: Prompts, size: int) -> list[list[int]]:
     return sorted(groups)
 
 
-def record(model: Model, prompts: Prompts, header: Header, folder: Path) -> None:
+def record(model: Model, prompts: Prompts, header: TraceHeader, folder: Path) -> None:
     """Write the trace of a model that continues these prompts, as `header` says.
 
     Goes on behind the parts that lie in the folder, which belong to the same request. Raises
     UserError where the family cannot generate.
     """
     recorder = Recorder(model, header.lookahead)
-    groups = grouped(prompts, header.batch_size)
-    parts = [folder / PART.format(number) for number in range(len(groups))]
+    groups = generated_together(prompts, header.batch_size)
+    parts = [folder / PART_FILE.format(number) for number in range(len(groups))]
     steps = header.new_tokens
     with recorder.open():
         for number in progress(range(len(groups)), "trace"):
@@ -103,7 +103,7 @@ def table_of(
     requests: Sequence[int],
     prompt_length: int,
     first_pass: int,
-    header: Header,
+    header: TraceHeader,
 ) -> pa.Table:
     """The rows of some requests that were generated together, in the order of execution.
 
@@ -136,7 +136,7 @@ def table_of(
         "weights": [record.weight_TK for record in records],
     }
     for one in range(header.lookahead):
-        lists[AHEAD.format(one + 1)] = [
+        lists[AHEAD_COLUMN.format(one + 1)] = [
             record.ahead[one] if one < len(record.ahead) else None for record in records
         ]
     schema = schema_of(header)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from streams import by_chance, memory, stream
 
-from moe_lab.offload.activation import ActivationGuide, Collection, normalised
+from moe_lab.offload.activation import ActivationCollection, ActivationGuide, normalised
 from moe_lab.offload.choosing import policy_of
-from moe_lab.offload.memory import Machine
+from moe_lab.offload.memory import Device
 from moe_lab.offload.replay import HIT
 from moe_lab.offload.steered import HIGH, Visit
 
@@ -27,7 +27,7 @@ def slow_distance(stored: np.ndarray, now: np.ndarray, seen: list[int]) -> float
 def test_the_nearest_request_is_found_by_the_layers_seen() -> None:
     rng = np.random.default_rng(0)
     matrices = rng.integers(0, 5, (7, 3, 6)).astype(float)
-    collection = Collection(3, 6, 10, of_code=False)
+    collection = ActivationCollection(3, 6, 10, of_code=False)
     assert collection.best(0) is None
     for one in matrices:
         collection.add(one)
@@ -48,7 +48,7 @@ def test_the_nearest_request_is_found_by_the_layers_seen() -> None:
 def test_what_a_full_collection_drops() -> None:
     rng = np.random.default_rng(1)
     matrices, new = rng.random((3, 2, 4)), rng.random((2, 4))
-    paper, code = (Collection(2, 4, 3, of_code) for of_code in (False, True))
+    paper, code = (ActivationCollection(2, 4, 3, of_code) for of_code in (False, True))
     for one in matrices:
         paper.add(one)
         code.add(one)
@@ -87,8 +87,8 @@ def test_the_released_code_evicts_by_uses_since_the_fetch() -> None:
     for seed, slots in ((0, 4), (1, 7), (2, 12)):
         accesses = by_chance(seed)
         at = memory(accesses, slots)
-        one = policy_of("moe_infinity_code").replay(accesses, at, Machine())
-        other = policy_of("lfu_resident").replay(accesses, at, Machine())
+        one = policy_of("moe_infinity_code").replay(accesses, at, Device())
+        other = policy_of("lfu_resident").replay(accesses, at, Device())
         assert (one.outcome_A == other.outcome_A).all()
 
 
@@ -99,7 +99,7 @@ def test_a_request_that_comes_again_is_foretold_whole() -> None:
     steps = [step, other, step]
     accesses = stream(steps, 8, 2, sequences=[0, 1, 2])
     at = memory(accesses, 8)
-    found = policy_of("moe_infinity").replay(accesses, at, Machine(bandwidth=1e12))
+    found = policy_of("moe_infinity").replay(accesses, at, Device(bandwidth=1e12))
     assert (found.outcome_A[18:] == HIT).all()
-    lru = policy_of("lru").replay(accesses, at, Machine())
+    lru = policy_of("lru").replay(accesses, at, Device())
     assert not (lru.outcome_A[18:] == HIT).all()

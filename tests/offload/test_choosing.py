@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from moe_lab.lookup import names_in
-from moe_lab.offload.choosing import PACKAGE, policy_of
+from moe_lab.offload.choosing import POLICIES, policy_of
 from moe_lab.offload.policies.base import Policy
 from moe_lab.offload.policies.hobbit import Hobbit
 from moe_lab.types import UserError
 
 
 def test_every_file_is_a_policy() -> None:
-    names = names_in(PACKAGE)
+    names = names_in(POLICIES)
     assert {"lru", "lfu", "min", "moe_infinity", "hobbit", "lru_prefetch"} <= set(names)
     assert all(isinstance(policy_of(name), Policy) for name in names)
     asked = policy_of("hobbit:t1=0,low_share=0.3,low_bits=2")

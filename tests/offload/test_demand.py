@@ -10,14 +10,14 @@ from streams import by_chance, memory, slow_hits, stream
 
 from moe_lab.offload.choosing import policy_of
 from moe_lab.offload.demand import next_uses, requests_of
-from moe_lab.offload.memory import Machine
+from moe_lab.offload.memory import Device
 from moe_lab.offload.replay import HIT
 
 DEMAND = ("lru", "lfu", "lfu_sequence", "lfu_resident", "min")
 
 
 def hits(accesses, slots, name, **how):
-    found = policy_of(name).replay(accesses, memory(accesses, slots, **how), Machine())
+    found = policy_of(name).replay(accesses, memory(accesses, slots, **how), Device())
     return found.outcome_A == HIT
 
 
@@ -133,7 +133,7 @@ def test_where_an_expert_is_needed_next() -> None:
 
 def test_bytes_and_seconds_are_those_of_the_misses() -> None:
     accesses = stream([[[0, 1], [0, 1]], [[0, 2], [0, 1]]], 3, 2)
-    machine = Machine(bandwidth=1e6, layer_seconds=0.5, token_seconds=0.25)
+    machine = Device(bandwidth=1e6, layer_seconds=0.5, token_seconds=0.25)
     found = policy_of("lru").replay(accesses, memory(accesses, 6), machine)
     assert found.moved_V.tolist() == [2000, 2000, 1000, 0]
     assert found.seconds_V.tolist() == pytest.approx([0.752, 0.752, 0.751, 0.75])

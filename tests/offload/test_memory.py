@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from streams import SIZE, by_chance, header
 
-from moe_lab.offload.memory import GIBIBYTE, Machine, check_slots, memory_of, slots_in
+from moe_lab.offload.memory import BYTES_OF_GIB, Device, check_slots, memory_of, slots_in
 from moe_lab.types import UserError
 
 
 def test_slots_are_what_is_left_beside_the_rest_of_the_model() -> None:
     one = header(2, 8, 2, resident_bytes=10 * SIZE)
-    assert slots_in(one, 15.5 * SIZE / GIBIBYTE, None) == 5
-    assert slots_in(one, 15.5 * SIZE / GIBIBYTE, 4) == int(5.5 * SIZE // (SIZE // 4 + 4 * 2))
-    assert slots_in(one, 15.5 * SIZE / GIBIBYTE, None, expert_bytes=500) == 11
+    assert slots_in(one, 15.5 * SIZE / BYTES_OF_GIB, None) == 5
+    assert slots_in(one, 15.5 * SIZE / BYTES_OF_GIB, 4) == int(5.5 * SIZE // (SIZE // 4 + 4 * 2))
+    assert slots_in(one, 15.5 * SIZE / BYTES_OF_GIB, None, expert_bytes=500) == 11
     with pytest.raises(UserError, match=r"--memory .*no expert fits beside it"):
-        slots_in(one, 10.5 * SIZE / GIBIBYTE, None)
+        slots_in(one, 10.5 * SIZE / BYTES_OF_GIB, None)
 
 
 def test_less_than_one_layers_top_k_is_refused() -> None:
@@ -38,5 +38,5 @@ def test_more_slots_than_experts_are_none() -> None:
 
 
 def test_computing_is_by_layer_and_token() -> None:
-    machine = Machine(layer_seconds=2.0, token_seconds=0.5)
+    machine = Device(layer_seconds=2.0, token_seconds=0.5)
     assert machine.compute(np.array([1, 4])).tolist() == [2.5, 4.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from streams import stream
 
-from moe_lab.offload.replay import HIT, LATE, LOW_HIT, LOW_MISS, MISS, SKIPPED, Replay
+from moe_lab.offload.replay import HIT, LATE, LOW_HIT, LOW_MISS, MISS, SKIPPED, Replayed
 
 
 def test_figures_are_of_each_phase() -> None:
@@ -14,7 +14,7 @@ def test_figures_are_of_each_phase() -> None:
     accesses = type(accesses)(**{**vars(accesses), **phases})
     outcome = np.array([MISS, LOW_MISS, LATE, HIT, SKIPPED, LOW_HIT], np.int8)
     moved, seconds = np.array([30.0, 3, 0, 4]), np.array([1.0, 2, 3, 5])
-    told = Replay(accesses, outcome, moved, seconds, 4).figures()
+    told = Replayed(accesses, outcome, moved, seconds, 4).figures()
     assert told["occupancy"] == 4
     for phase, expected in {
         "prefill": dict(tokens=3, accesses=3, hits=0, misses=1, low_misses=1, late=1, hit_rate=0.0,

@@ -6,7 +6,7 @@ import numpy as np
 from streams import by_chance, memory
 
 from moe_lab.offload.choosing import policy_of
-from moe_lab.offload.memory import Machine
+from moe_lab.offload.memory import Device
 from moe_lab.offload.replay import HIT
 from moe_lab.offload.stack_distance import lru_hit_rates, stack_distances
 
@@ -27,5 +27,5 @@ def test_every_size_agrees_with_lru_itself() -> None:
     assert (np.diff(rates) >= 0).all()
     for slots in range(2, len(rates)):
         at = memory(accesses, slots, atomic=False)
-        found = policy_of("lru").replay(accesses, at, Machine()).outcome_A == HIT
+        found = policy_of("lru").replay(accesses, at, Device()).outcome_A == HIT
         assert found.mean() == rates[slots]

@@ -10,14 +10,14 @@ from streams import SIZE, by_chance, memory, stream
 
 from moe_lab.offload import steered
 from moe_lab.offload.choosing import policy_of
-from moe_lab.offload.memory import Machine
+from moe_lab.offload.memory import Device
 from moe_lab.offload.policies.hobbit import Hobbit, precision_of
 from moe_lab.offload.policies.lru_prefetch import PrefetchingLRU
 from moe_lab.offload.replay import HIT, LATE, LOW_HIT, LOW_MISS, MISS, SKIPPED
-from moe_lab.offload.steered import HIGH, LOW, NONE
+from moe_lab.offload.steered import HIGH, LOW, OMITTED
 from moe_lab.types import UserError
 
-SLOW_LINK = Machine(bandwidth=1e3, layer_seconds=1.0, token_seconds=0.0)  # an expert a second
+SLOW_LINK = Device(bandwidth=1e3, layer_seconds=1.0, token_seconds=0.0)  # an expert a second
 STEERED = ("lru_prefetch", "moe_infinity", "moe_infinity_code:prefetch=true", "hobbit")
 
 
@@ -40,7 +40,7 @@ def test_what_was_foretold_comes_while_the_layer_before_computes() -> None:
     found = PrefetchingLRU().replay(accesses, at, SLOW_LINK)
     assert found.outcome_A.tolist() == [MISS, HIT, HIT, HIT]
     assert found.seconds_V.tolist() == [2.0, 1.0, 1.0, 1.0], "a fetch, and four times computing"
-    slower = Machine(bandwidth=500.0, layer_seconds=1.0, token_seconds=0.0)
+    slower = Device(bandwidth=500.0, layer_seconds=1.0, token_seconds=0.0)
     found = PrefetchingLRU().replay(accesses, at, slower)
     assert found.outcome_A.tolist() == [MISS, LATE, HIT, HIT]
     assert found.seconds_V.tolist() == [3.0, 2.0, 1.0, 1.0], "it waits for what is on its way"
@@ -52,7 +52,7 @@ def test_a_wrong_prediction_costs_bytes_and_may_delay() -> None:
     found = PrefetchingLRU().replay(accesses, memory(accesses, 3), SLOW_LINK)
     assert found.outcome_A.tolist() == [MISS, MISS]
     assert found.moved_V.tolist() == [2 * SIZE, SIZE]
-    slower = Machine(bandwidth=500.0, layer_seconds=1.0, token_seconds=0.0)
+    slower = Device(bandwidth=500.0, layer_seconds=1.0, token_seconds=0.0)
     found = PrefetchingLRU().replay(accesses, memory(accesses, 3), slower)
     assert found.seconds_V.tolist() == [3.0, 4.0], "what began is finished first"
 
@@ -93,17 +93,17 @@ def test_invariants(name: str, per_layer: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_hobbits_rule_table() -> None:
-    table = [(0.0, HIGH), (0.6, HIGH), (0.61, LOW), (0.9, LOW), (0.91, NONE), (1.0, NONE)]
+    table = [(0.0, HIGH), (0.6, HIGH), (0.61, LOW), (0.9, LOW), (0.91, OMITTED), (1.0, OMITTED)]
     assert [precision_of(one, 0.6, 0.9) for one, _ in table] == [kind for _, kind in table]
     # Of two experts the second is high where g_1 <= T1, low up to T2, skipped above.
-    gates = [(0.5, HIGH), (0.6, HIGH), (0.75, LOW), (0.9, LOW), (0.95, NONE)]
+    gates = [(0.5, HIGH), (0.6, HIGH), (0.75, LOW), (0.9, LOW), (0.95, OMITTED)]
     for first, kind in gates:
         accesses = stream([[[0, 1]]], 40, 2, unimportance=[0.0, first])
         found = Hobbit(lookahead=0).replay(accesses, memory(accesses, 20), SLOW_LINK)
-        expected = {HIGH: MISS, LOW: LOW_MISS, NONE: SKIPPED}[kind]
+        expected = {HIGH: MISS, LOW: LOW_MISS, OMITTED: SKIPPED}[kind]
         assert found.outcome_A.tolist() == [MISS, expected]
         low = accesses.header.layers[0].bytes_at(4)
-        moved = {HIGH: 2 * SIZE, LOW: SIZE + low, NONE: SIZE}[kind]
+        moved = {HIGH: 2 * SIZE, LOW: SIZE + low, OMITTED: SIZE}[kind]
         assert found.moved_V.tolist() == [moved]
 
 

@@ -10,19 +10,19 @@ import numpy as np
 
 from moe_lab.offload.accesses import Accesses, Predicted
 from moe_lab.offload.memory import Memory, memory_of
-from moe_lab.trace.header import Header, TracedLayer
+from moe_lab.trace.header import TracedLayer, TraceHeader
 
 SIZE = 1000  # bytes of an expert
 
 
-def header(layers: int, experts: int, top_k: int, **changes: Any) -> Header:
+def header(layers: int, experts: int, top_k: int, **changes: Any) -> TraceHeader:
     layer = TracedLayer(0, experts, top_k, False, SIZE // 2, SIZE)
     every = tuple(TracedLayer(**{**vars(layer), "index": one}) for one in range(layers))
     values = dict(
         model="m", family="f", dtype="float32", layers=every, resident_bytes=0, tokenizer="",
         data="", seed=0, requests=1, new_tokens=1, lookahead=1, batch_size=1, access="atomic",
     )  # fmt: skip
-    return Header(**(values | changes))
+    return TraceHeader(**(values | changes))
 
 
 def stream(

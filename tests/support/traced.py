@@ -11,7 +11,7 @@ import torch
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.observing import observe
 from moe_lab.trace.file import Trace, read_trace
-from moe_lab.trace.header import Header
+from moe_lab.trace.header import TraceHeader
 from moe_lab.trace.recorder import traced_layer
 from moe_lab.trace.recording import record
 from moe_lab.types import Routing
@@ -19,14 +19,14 @@ from moe_lab.types import Routing
 PROMPTS = ((5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15))
 
 
-def header(model: Any, requests: int = len(PROMPTS), **changes: Any) -> Header:
+def header(model: Any, requests: int = len(PROMPTS), **changes: Any) -> TraceHeader:
     layers = tuple(map(traced_layer, moe_layers(model)))
     values = dict(
         model="0123456789ab", family=model.config.model_type, dtype="float32", layers=layers,
         resident_bytes=1000, tokenizer="t", data="d", seed=0, requests=requests, new_tokens=5,
         lookahead=2, batch_size=1, access="atomic",
     )  # fmt: skip
-    return Header(**(values | changes))
+    return TraceHeader(**(values | changes))
 
 
 def traced(

@@ -12,7 +12,7 @@ from families import tiny_model
 from traced import traced
 
 from moe_lab.trace.file import Lists, Trace, join_parts, read_trace, write_part
-from moe_lab.trace.header import KEY
+from moe_lab.trace.header import HEADER_KEY
 from moe_lab.types import UserError
 
 
@@ -78,16 +78,18 @@ def test_whatever_is_no_trace_is_refused(trace: Trace, tmp_path: Path) -> None:
     pq.write_table(trace.table.drop_columns(["weights"]), file)
     with pytest.raises(UserError, match="lacks the columns weights"):
         read_trace(file)
-    told = trace.table.schema.metadata[KEY].replace(b'"version": 1', b'"version": 9')
-    pq.write_table(trace.table.replace_schema_metadata({KEY: told}), file)
+    told = trace.table.schema.metadata[HEADER_KEY].replace(b'"version": 1', b'"version": 9')
+    pq.write_table(trace.table.replace_schema_metadata({HEADER_KEY: told}), file)
     with pytest.raises(UserError, match="a trace of format 9, and this version reads format 1"):
         read_trace(file)
 
 
 def test_experts_beyond_the_header_are_refused(trace: Trace, tmp_path: Path) -> None:
     for before, after in ((b'"experts": 8', b'"experts": 5'), (b'"index": 3', b'"index": 4')):
-        told = trace.table.schema.metadata[KEY].replace(before, after)
-        pq.write_table(trace.table.replace_schema_metadata({KEY: told}), tmp_path / "trace.parquet")
+        told = trace.table.schema.metadata[HEADER_KEY].replace(before, after)
+        pq.write_table(
+            trace.table.replace_schema_metadata({HEADER_KEY: told}), tmp_path / "trace.parquet"
+        )
         with pytest.raises(UserError, match="that its header does not know"):
             read_trace(tmp_path)
     assert np.unique(trace.numbers("layer")).tolist() == [1, 2, 3]

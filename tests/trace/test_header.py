@@ -8,7 +8,7 @@ import pytest
 from families import tiny_model
 from traced import header
 
-from moe_lab.trace.header import Header, TracedLayer, widest_bytes
+from moe_lab.trace.header import TracedLayer, TraceHeader, widest_bytes
 from moe_lab.types import UserError
 
 MIXTRAL = TracedLayer(0, 8, 2, False, 3 * 4096 * 14336, 2 * 3 * 4096 * 14336)
@@ -27,7 +27,7 @@ def test_the_bytes_of_an_expert_by_precision() -> None:
 
 def test_it_is_read_as_it_is_written() -> None:
     one = header(tiny_model("deepseek_v3"))
-    assert Header.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert TraceHeader.from_json(json.loads(json.dumps(one.to_json()))) == one
     told = one.to_json()["layers"][0]
     assert told["expert_bytes"]["16"] == 2 * 3 * 32 * 16 and set(told["expert_bytes"]) == {
         "16", "8", "4", "3", "2"
@@ -38,6 +38,6 @@ def test_it_is_read_as_it_is_written() -> None:
 def test_a_header_that_lacks_something_is_refused() -> None:
     values = header(tiny_model("mixtral")).to_json()
     with pytest.raises(UserError, match="format None"):
-        Header.from_json({})
+        TraceHeader.from_json({})
     with pytest.raises(UserError, match="lacks what a trace says of itself: 'family'"):
-        Header.from_json({key: value for key, value in values.items() if key != "family"})
+        TraceHeader.from_json({key: value for key, value in values.items() if key != "family"})

@@ -13,7 +13,7 @@ from traced import PROMPTS, header, traced
 
 from moe_lab.trace import recording
 from moe_lab.trace.file import read_trace
-from moe_lab.trace.recording import continue_greedily, grouped, record
+from moe_lab.trace.recording import continue_greedily, generated_together, record
 from moe_lab.types import UserError
 
 
@@ -52,7 +52,7 @@ def _made(folder: Path) -> tuple[tuple[int, ...], ...]:
 
 
 def test_requests_of_one_length_are_generated_together(tmp_path: Path) -> None:
-    assert grouped([(1,), (1, 2), (3,), (4,)], 2) == [[0, 2], [1], [3]]
+    assert generated_together([(1,), (1, 2), (3,), (4,)], 2) == [[0, 2], [1], [3]]
     model = tiny_model("qwen2_moe")
     (tmp_path / "two").mkdir()
     one = traced(model, tmp_path).table.to_pylist()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moe_lab.offload.accesses import Accesses
-from moe_lab.offload.memory import Machine, Memory
-from moe_lab.offload.replay import Replay
+from moe_lab.offload.memory import Device, Memory
+from moe_lab.offload.replay import Replayed
 from moe_lab.option import Plugin, check_options
 
 
@@ -17,6 +17,6 @@ class Policy(Plugin):
     def check(self, accesses: Accesses, memory: Memory) -> None:
         """Refuse a cache that it cannot work with, before any replay."""
 
-    def replay(self, accesses: Accesses, memory: Memory, machine: Machine) -> Replay:
+    def replay(self, accesses: Accesses, memory: Memory, machine: Device) -> Replayed:
         """What becomes of each access, in order."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from moe_lab.offload.memory import Memory
 from moe_lab.offload.steered import (
     HIGH,
     LOW,
-    NONE,
+    OMITTED,
     Guide,
     Pools,
     Steered,
@@ -71,7 +71,7 @@ def precision_of(unimportance: float, t1: float, t2: float) -> int:
     """High up to t1, low up to t2, none above: the heaviest expert, of unimportance 0, is high."""
     if unimportance <= t1:
         return HIGH
-    return LOW if unimportance <= t2 else NONE
+    return LOW if unimportance <= t2 else OMITTED
 
 
 class HobbitGuide(Guide):
