@@ -41,6 +41,7 @@ GROUPS = {
     "decoding": "how the text of tasks is decoded, of every variant alike",
     "measure": "what sizes and speeds are measured",
     "diagnose": "what the experts are looked at for",
+    "trace": "which experts each token is sent to while the variants generate",
     "compute": "where it is computed, which no result depends on",
     "track": "where runs are tracked",
 }

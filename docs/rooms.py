@@ -48,11 +48,19 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
     "tables": ("many reports as one table", ("report",)),
     "diagnose": ("what experts do", ("profile", "models", "report.plots")),
+    "trace": (
+        "which experts each token was sent to, while a model generates",
+        ("models", "data.source", "data.tokens"),
+    ),
+    "offload": (
+        "experts that do not fit on the device: caches, simulated on traces",
+        ("trace", "models.checkpoint", "report.plots"),
+    ),
     "track": ("W&B, TensorBoard", ("store",)),
     "stages": (
         "the pipeline, and each of its stages",
         ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
-         "finetune", "evaluate", "report", "diagnose", "forecast"),
+         "finetune", "evaluate", "report", "diagnose", "trace", "forecast"),
     ),
     "families": (
         "what works for each model type of transformers",
@@ -102,7 +110,7 @@ LIBRARIES = {
     ),
     "jinja2": ("report",),
     "lm_eval": ("evaluate",),
-    "matplotlib": ("report.plots", "diagnose.pictures"),
+    "matplotlib": ("report.plots", "diagnose.pictures", "offload.pictures"),
     "tensorboardX": ("track.tensorboard",),
     "vllm": ("serving.in_vllm", "measure.vllm_script"),
     "wandb": ("track.wandb",),
@@ -167,6 +175,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
+    "offload.policies": ("base",),
     "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.

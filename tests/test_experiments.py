@@ -998,6 +998,7 @@ def test_help_lists_the_tables() -> None:
     tables["factorize"] = FACTOR_EXPERIMENTS
     tables["pareto"] = ["study"]
     tables["scmoe"] = SCMOE_EXPERIMENTS
+    tables["offload"] = ["variants"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments

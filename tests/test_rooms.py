@@ -27,6 +27,7 @@ HOMES = {
     "metric": "methods.metrics",
     "model": "models",
     "ratio": "methods.ratios",
+    "trace": "trace",
     "track": "track",
 }
 OF_WHOLE_JOBS = "faults/"  # a folder of test files that mirror none

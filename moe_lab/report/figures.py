@@ -216,6 +216,21 @@ FIGURES = (
            about="mean cosine of two experts' weights"),
     Figure("diagnosis/output_similarity", section=EXPERTS, when="`diagnose.num_samples` above 0",
            about="mean cosine of two experts' outputs"),
+    Figure("<variant>/trace/tokens", unit=COUNT, section=EXPERTS, when="`trace=full`",
+           about="tokens of prompts and behind them whose routing the trace holds"),
+    Figure("<variant>/trace/distinct_experts", "experts that a request needs", unit=PART,
+           section=EXPERTS, when="`trace=full`",
+           about="share of all experts of all layers that at least one token of a request was "
+           "sent to, mean over requests"),
+    Figure("<variant>/trace/ahead_<distance>_top_1", unit=PART, section=EXPERTS,
+           when="`trace.lookahead`",
+           about="how often the heaviest expert so many MoE layers ahead is the one that its "
+           "router names first for this layer's input"),
+    Figure("<variant>/trace/ahead_<distance>_top_k", unit=PART, section=EXPERTS,
+           when="`trace.lookahead`", about="share of a token's experts so many MoE layers ahead "
+           "that their router chooses of this layer's input, too"),
+    Figure("<variant>/trace/file", unit=PATH, section=EXPERTS, when="`trace=full`",
+           about="the trace, for `python -m moe_lab.offload`"),
     Figure("plan/ratio", "share removed", SHARE, section=COST,
            when="a ratio decides, and no size",
            about="of what `ratio` asks for: what the plan gives, in whole experts (`ratio.of`)"),

@@ -58,6 +58,7 @@ STAGES = (
     "finetune",  # what is left learns
     "evaluate",  # each variant on tasks and held-out text
     "evaluate_groups",  # each group of the calibration set with its own experts
+    "trace",  # which experts each token is sent to, while each variant generates
     "measure",  # size, memory and speed of all variants, side by side
     "measure_vllm",  # what vLLM serves of each in a second
 )
