@@ -6,6 +6,7 @@ batch in the stream's cache, so that what is summed of one expert needs memory f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,11 +76,15 @@ class RoutedTokens:
         """What each token weighs in sums [T]."""
         return torch.cat([self._get("weighs", b) for b in range(self.stream.num_batches)])
 
-    @torch.no_grad()
     def of(self, expert: int) -> OfExpert:
         """The tokens of one expert, by its place in the experts module."""
-        parts = [self._of(expert, batch) for batch in range(self.stream.num_batches)]
-        return OfExpert(*(torch.cat(some) for some in zip(*parts, strict=True)))
+        return OfExpert(*(torch.cat(some) for some in zip(*self.parts(expert), strict=True)))
+
+    @torch.no_grad()
+    def parts(self, expert: int) -> Iterator[OfExpert]:
+        """The same batch by batch."""
+        for batch in range(self.stream.num_batches):
+            yield self._of(expert, batch)
 
     def _of(self, expert: int, batch: int) -> OfExpert:
         chosen_TK = self._get("place", batch) == expert

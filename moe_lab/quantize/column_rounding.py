@@ -36,10 +36,27 @@ class Given(NamedTuple):
     damping: float = DAMPING
 
 
-def hessian(x_NI: Tensor) -> Tensor:
-    """2/n sum x x^T [I, I] of n tokens' inputs [n, I], products and sums in float32 or better."""
-    x_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
-    return x_NI.T @ x_NI * (2 / len(x_NI))
+class HessianSum:
+    """2/n sum x x^T [I, I] of n tokens' inputs, which come in parts [m, I].
+
+    Products are in float32 or better, sums in float64.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._total: Tensor | None = None
+
+    def add(self, x_MI: Tensor) -> None:
+        """Take in some tokens."""
+        x_MI = x_MI.to(torch.promote_types(x_MI.dtype, torch.float32))
+        product = x_MI.T @ x_MI
+        self._total = product.double() if self._total is None else self._total.add_(product)
+        self.number += len(x_MI)
+
+    def value(self) -> Tensor:
+        """The Hessian, in float32; there has to be a token."""
+        assert self._total is not None
+        return (self._total * (2 / self.number)).float()
 
 
 def gptq(weight: Tensor, hessian_II: Tensor, given: Given) -> Levels:

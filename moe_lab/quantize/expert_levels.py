@@ -12,33 +12,9 @@ from moe_lab.models.expert_matrices import expert_matrices, own_part
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.rounding import Levels, dequantised, rounded
-from moe_lab.profile.routed_tokens import OfExpert, RoutedTokens
-from moe_lab.quantize.column_rounding import Given, gptq, hessian
+from moe_lab.quantize.column_rounding import Given, gptq
 
-TOKEN_WEIGHTS = ("none", "gate_squared")
-Hessians = Mapping[str, Tensor]  # by the names of `expert_matrices`
-
-
-def expert_hessians(
-    tokens: RoutedTokens, expert: int, given: OfExpert, token_weight: str
-) -> dict[str, Tensor]:
-    """The Hessians [in, in] of an expert's matrices: of its inputs, and of its hidden units.
-
-    Both are of the expert as it stands. token_weight: none, as GPTQ has it; gate_squared, each
-    token's products count by the square of its router weight, as the squared error of the layer's
-    output has them (MoEQuant's affinity-guided one, 2505.03804, weighs by the affinity).
-    """
-    gate_N1 = given.gate_N[:, None] if token_weight == "gate_squared" else 1.0
-    units = HiddenUnits(tokens.layer.experts)
-    inputs = hessian(given.x_ND * gate_N1)
-    hidden = hessian(tokens.hidden(expert, given)[:, : _width(tokens.layer, expert)] * gate_N1)
-    matrices = expert_matrices(tokens.layer.experts)
-    return {name: hidden if name == units.down else inputs for name in matrices}
-
-
-def _width(layer: MoELayer, expert: int) -> int:
-    units = HiddenUnits(layer.experts)
-    return own_part(layer.experts, units.down, expert).shape[1]
+Hessians = tuple[Tensor, Tensor]  # of an expert's inputs, of its hidden units
 
 
 def expert_levels(
@@ -48,14 +24,18 @@ def expert_levels(
 
     dtype: that of the weights in the files, which scales have.
     """
-    found = {}
+    found, down = {}, HiddenUnits(layer.experts).down
     for name in expert_matrices(layer.experts):
         matrix = own_part(layer.experts, name, expert).detach().to(dtype)
-        if hessians is None:
-            found[name] = rounded(matrix, given.scheme, given.grid, given.clip)
-        else:
-            found[name] = gptq(matrix, hessians[name], given)
+        found[name] = levels_of(matrix, given, hessians and hessians[name == down])
     return found
+
+
+def levels_of(matrix: Tensor, given: Given, hessian_II: Tensor | None) -> Levels:
+    """The levels of a matrix [out, in], rounded to nearest where it has no Hessian."""
+    if hessian_II is None:
+        return rounded(matrix, given.scheme, given.grid, given.clip)
+    return gptq(matrix, hessian_II, given)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_lab.models.rounding import Scheme, dequantised, rounded
 from moe_lab.quantize import column_rounding
-from moe_lab.quantize.column_rounding import Given, gptq, hessian
+from moe_lab.quantize.column_rounding import Given, HessianSum, gptq
 
 SCHEMES = [Scheme(2), Scheme(4, 8), Scheme(3, 16, symmetric=False), Scheme(8)]
 
@@ -18,6 +18,10 @@ def inputs(width: int, number: int = 200, seed: int = 0) -> Tensor:
     made = torch.Generator().manual_seed(seed)
     mixed = torch.randn(number, width, generator=made) @ torch.randn(width, width, generator=made)
     return mixed * torch.rand(width, generator=made).mul(3).exp()
+
+
+def hessian(x_NI: Tensor) -> Tensor:
+    return x_NI.T @ x_NI * (2 / len(x_NI))
 
 
 def matrix(out: int, width: int, seed: int = 1) -> Tensor:
@@ -100,3 +104,10 @@ def test_a_hessian_without_a_factor_leaves_rounding_to_nearest() -> None:
     weight, scheme = matrix(4, 8), Scheme(3)
     negative = -torch.ones(8, 8) + torch.eye(8) * 2
     assert torch.equal(gptq(weight, negative, Given(scheme)).levels, rounded(weight, scheme).levels)
+
+
+def test_parts_add_up_to_the_hessian_of_all() -> None:
+    x, total = inputs(8), HessianSum()
+    for part in x.split(37):
+        total.add(part)
+    assert torch.allclose(total.value(), hessian(x), rtol=1e-5) and total.number == 200
