@@ -79,7 +79,8 @@ def nearest(
     if zero_point is not None:
         quotient += zero_point[..., None]
     least, most = _bounds(scheme.bits, grid)
-    return quotient.clamp_(least, most).round_().to(torch.int8).flatten(-2)
+    levels: Tensor = quotient.clamp_(least, most).round_().to(torch.int8).flatten(-2)
+    return levels
 
 
 def dequantised(stored: Levels) -> Tensor:
@@ -88,7 +89,8 @@ def dequantised(stored: Levels) -> Tensor:
     groups = stored.levels.to(dtype).unflatten(-1, (stored.scale.shape[-1], -1))
     if stored.zero_point is not None:
         groups = groups - stored.zero_point.to(dtype)[..., None]
-    return (groups * stored.scale[..., None]).flatten(-2)
+    read: Tensor = (groups * stored.scale[..., None]).flatten(-2)
+    return read
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from moe_lab.report.units import (
     percent,
 )
 
-VARIANTS = ("dense", "compressed", "finetuned")
+VARIANTS = ("dense", "compressed", "finetuned", "quantized")
 EDITED = VARIANTS[1:]
 COMPRESSED = VARIANTS[1:2]
 MISSING = "–"

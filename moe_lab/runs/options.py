@@ -26,7 +26,7 @@ from moe_lab.runs.quoting import for_shell, override
 from moe_lab.types import UserError
 
 REQUIRED = ("model", "calibration", "metric", "ratio", "grouping", "condense", "method", "finetune",
-            "eval", "measure", "diagnose", "compute", "track")  # fmt: skip
+            "quantize", "eval", "measure", "diagnose", "compute", "track")  # fmt: skip
 NODES = ("table",)  # beside the groups, checked as they are
 PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")

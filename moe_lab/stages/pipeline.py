@@ -1,4 +1,4 @@
-"""One experiment: profile -> plan -> compress -> finetune -> evaluate -> measure -> report.
+"""One experiment: profile, plan, compress, finetune, quantize, evaluate, measure, report.
 
 A new stage is a file beside this one and a line of `STAGES`.
 """
@@ -55,6 +55,7 @@ STAGES = (
     "compress",  # that is done to the weights
     "teach",  # what the intact model predicts, for a recipe that learns from it
     "finetune",  # what is left learns
+    "quantize",  # its matrices in few bits
     "evaluate",  # each variant on tasks and held-out text
     "evaluate_groups",  # each group of the calibration set with its own experts
     "measure",  # size, memory and speed of all variants, side by side
