@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from moe_lab.models.packed_size import packed_bytes
+import torch
+
+from moe_lab.models.packing import packed_layout
 from moe_lab.models.rounding import Scheme
 from moe_lab.types import LayerInfo, UserError
 
 WHOLE = 16  # stands for weights as the files have them
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by size, which alone counts
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,14 @@ class Bits:
         rows, itemsize = _rows(info), info.neuron_bytes // info.neuron_parameters
         size = info.hidden_size
         biases = info.neuron_bytes - rows * size * itemsize
-        up = (rows - 1) * packed_bytes(width, size, scheme, itemsize)
-        return row + width * biases + up + packed_bytes(size, width, scheme, itemsize)
+        up = (rows - 1) * _packed_bytes((width, size), scheme, itemsize)
+        return row + width * biases + up + _packed_bytes((size, width), scheme, itemsize)
+
+
+def _packed_bytes(shape: tuple[int, int], scheme: Scheme, itemsize: int) -> int:
+    """Of a matrix in our own form, whose scales take so many bytes each."""
+    layout = packed_layout(shape, DTYPES[itemsize], scheme, own=True)
+    return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
 
 
 def _rows(info: LayerInfo) -> int:
