@@ -57,6 +57,7 @@ class WrittenForm(Protocol):
 
 # Of a decoder layer, by its number, its packed matrices: what was found for each.
 Found = Callable[[int, Sequence[Matrix]], Iterable[tuple[Matrix, Any]]]
+Finished = Callable[[int, Mapping[str, Tensor]], None]
 
 
 @dataclass
@@ -88,14 +89,17 @@ def write_packed(
     found: Found,
     folder: Path,
     keep_layers: bool = False,
+    finished: Finished = lambda layer, read: None,
 ) -> Lost:
     """Write a checkpoint of which the chosen matrices are packed into `folder`; what that took.
 
     found: called for one decoder layer after another, in order. keep_layers: what it found of each
     is kept beside until all is written, so that a further attempt does not ask for it again.
+    finished: called behind each layer, in order, with what readers make of its matrices.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return _PackedWriting(checkpoint, matrices, chosen, form, folder, keep_layers).write(found)
+    writing = _PackedWriting(checkpoint, matrices, chosen, form, folder, keep_layers, finished)
+    return writing.write(found)
 
 
 class _PackedWriting:
@@ -109,6 +113,7 @@ class _PackedWriting:
         form: WrittenForm,
         folder: Path,
         keep_layers: bool,
+        finished: Finished,
     ):
         self.checkpoint, self.form, self.folder = checkpoint, form, folder
         self.layers: dict[int, list[Matrix]] = {}
@@ -118,7 +123,7 @@ class _PackedWriting:
             one.key: one for file in weight_files(checkpoint.path) for one in stored_in(file)
         }
         self.journal, self.kept = folder.parent / JOURNAL, folder.parent / LAYERS
-        self.keep_layers = keep_layers
+        self.keep_layers, self.finished = keep_layers, finished
         self.entries = {layer: self._entries(these) for layer, these in self.layers.items()}
         packed = {one.key for one in chosen}
         self.rest = [one for key, one in self.stored.items() if key not in packed]
@@ -165,6 +170,7 @@ class _PackedWriting:
             _count(lost, matrix, parts, read[matrix.key])
             if matrix.axis == -2:
                 read[matrix.key] = read[matrix.key].mT.contiguous()
+        self.finished(layer, read)
         return read
 
     # ------------------------------------------------------------------ what it will be

@@ -72,6 +72,16 @@ class Quantizing(ABC):
         Layers come in order; of an attempt that goes on those that are finished are left out.
         """
 
+    def finished(self, index: int, read: Mapping[str, torch.Tensor]) -> None:
+        """A decoder layer is written, now or by an earlier attempt; called of each in order.
+
+        read: what readers make of its matrices, by their keys, as the files had them before.
+        """
+
+    def figures(self) -> dict[str, float]:
+        """What a report says of it, by name; asked in the end."""
+        return {}
+
 
 class Quantizer(Plugin, ABC):
     """A way to store a checkpoint's matrices in few bits; its options are its fields.
@@ -83,6 +93,8 @@ class Quantizer(Plugin, ABC):
     as they are known then; by default values that are out of the range of their `Option`.
     scheme: that of every matrix where it is one and known before, else None; by it the form and
     what serves it are told before any work.
+    obeying(notes): the quantizer that follows what a plan's notes say; by default itself.
+    packs(matrix): whether it packs one of those that `what` asks for; by default it does.
     form(job, quantizing): how what it finds is written; by default packed whole numbers.
     identity(options): what of its composed options the result depends on; by default all.
     """
@@ -108,6 +120,14 @@ class Quantizer(Plugin, ABC):
         check_options(self, "quantize")
         if self.scheme is not None:
             check_groups(matrices, self.scheme)
+
+    def obeying(self, notes: Mapping[str, Any]) -> Quantizer | None:
+        """What follows the notes of the run's plan; None where these leave nothing to pack."""
+        return self
+
+    def packs(self, matrix: Matrix) -> bool:
+        """Whether one of the matrices that `what` asks for is packed."""
+        return True
 
     def form(self, job: Job, quantizing: Any) -> WrittenForm:
         """How what it finds is written."""

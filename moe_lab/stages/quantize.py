@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
-from moe_lab.files import CHECKPOINT, FIGURES_FILE, FORM
+from moe_lab.files import CHECKPOINT, FIGURES_FILE, FORM, PLAN
 from moe_lab.integrity import write_whole
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.edits.plan import Plan
 from moe_lab.models.matrices import Matrices, matrices_of
 from moe_lab.models.packed_writing import write_packed
 from moe_lab.models.weight_files import size_in_bytes
@@ -59,9 +60,10 @@ def quantize(context: Context, asked: Quantization) -> Artifact:
         form = asked.quantizer.form(job, at_work)
         lost = write_packed(
             job.checkpoint, job.matrices, job.chosen, form, at_work.layer, folder / CHECKPOINT,
-            keep_layers=asked.quantizer.needs_text,
+            keep_layers=asked.quantizer.needs_text, finished=at_work.finished,
         )  # fmt: skip
-        write_whole(folder / FIGURES_FILE, json.dumps(lost.figures(), indent=1) + "\n")
+        figures = lost.figures() | at_work.figures()
+        write_whole(folder / FIGURES_FILE, json.dumps(figures, indent=1) + "\n")
         told = {"stock": form.stock, "reason": form.reason, "repeated_parameters": 0}
         write_whole(folder / FORM, json.dumps(told) + "\n")
 
@@ -79,7 +81,7 @@ def _job(asked: Quantization, folder: Path, compute: Compute) -> Job:
 
 def chosen_of(source: Checkpoint, matrices: Matrices, quantizer: Quantizer) -> list[Any]:
     """The matrices that a quantizer packs; UserError where the model has none of them."""
-    chosen = matrices.chosen(quantizer.what)
+    chosen = [one for one in matrices.chosen(quantizer.what) if quantizer.packs(one)]
     if not chosen:
         there = sorted({one.part for one in matrices.every} - {"other"})
         raise UserError(
@@ -90,7 +92,9 @@ def chosen_of(source: Checkpoint, matrices: Matrices, quantizer: Quantizer) -> l
 
 
 def _inputs(run: Run) -> dict[str, Quantization]:
-    quantizer = run.parts.quantize
+    asked = run.parts.quantize
+    notes = Plan.load(run.results["plan"].folder / PLAN).notes
+    quantizer = asked and asked.obeying(notes)
     if quantizer is None:
         return {}
     tokens = run.texts["calibration"] if quantizer.needs_text else None
