@@ -71,7 +71,7 @@ class Fp8Form:
 
     @classmethod
     def of(cls, config: Any, matrices: Matrices, chosen: set[str], size: int) -> Fp8Form:
-        """The form in which the chosen matrices, by their keys, are in FP8; config: the source's."""
+        """The form in which chosen matrices, by their keys, are in FP8; config: the source's."""
         others = [one for one in matrices.every if one.key not in chosen]
         experts = {one.name.rpartition(".")[0]: None for one in others if one.part == "experts"}
         left = dict.fromkeys((ALSO_LEFT, *matrices.left, *left_paths(others), *experts))

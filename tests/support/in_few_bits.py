@@ -47,7 +47,7 @@ def quantised(source: Path, quantizer: Quantizer, out: Path) -> tuple[WrittenFor
     """Write a checkpoint's matrices in few bits into a folder, which must be in one of its own."""
     checkpoint = Checkpoint(source)
     matrices = matrices_of(checkpoint)
-    chosen = matrices.chosen(quantizer.what)
+    chosen = quantizer.chosen(matrices)
     quantizer.check(chosen)
     job = Job(checkpoint, matrices, chosen, out.parent)
     at_work = quantizer.begin(job)
@@ -56,7 +56,7 @@ def quantised(source: Path, quantizer: Quantizer, out: Path) -> tuple[WrittenFor
 
 
 def meant(source: Path, quantizer: Quantizer, folder: Path) -> dict[str, Tensor]:
-    """What the model's parameters are to be: matrices quantised by themselves, read as plain ones."""
+    """What parameters are to be: matrices quantised by themselves, read as plain ones."""
     checkpoint = Checkpoint(source)
     matrices = matrices_of(checkpoint)
     chosen = matrices.chosen(quantizer.what)
