@@ -43,6 +43,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "recipes, and the loop",
         ("models", "data.source", "data.tokens", "compute"),
     ),
+    "quantize": (
+        "what a checkpoint's matrices are in few bits",
+        ("profile", "models", "data.tokens", "compute"),
+    ),
     "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
     "forecast": ("what a run will cost, from shapes and from costs once measured", ("models",)),
     "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
@@ -60,7 +64,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stages": (
         "the pipeline, and each of its stages",
         ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
-         "finetune", "evaluate", "report", "diagnose", "trace", "forecast"),
+         "finetune", "quantize", "evaluate", "report", "diagnose", "trace", "forecast"),
     ),
     "families": (
         "what works for each model type of transformers",
@@ -95,6 +99,7 @@ LIBRARIES = {
     "transformers.models": ("models.adapters",),
     "transformers": ("models", "families", "serving.in_transformers"),
     "accelerate": ("processes", "launching"),
+    "compressed_tensors": ("models.packing",),
     "filelock": ("locks",),
     "conversion": ("export.gguf_converter", "serving.in_llama_cpp"),
     "rich.console": ("console",),
@@ -176,6 +181,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
     "offload.policies": ("base",),
+    "quantize": ("base", "rounded_alike", "calibrated", "column_rounding"),
     "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.

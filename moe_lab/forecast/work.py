@@ -160,6 +160,18 @@ class TracingWork:
 
 
 @dataclass(frozen=True)
+class QuantizingWork:
+    """Matrices that are packed: their bytes before and after.
+
+    text: what a quantizer looks at, None where it needs none.
+    """
+
+    before: float
+    after: float
+    text: Text | None = None
+
+
+@dataclass(frozen=True)
 class Work:
     """A run.
 
@@ -174,6 +186,7 @@ class Work:
     converts: bool = False
     diagnosed: Text | None = None
     tuning: TuningWork | None = None
+    quantizing: QuantizingWork | None = None
     evaluating: EvaluatingWork | None = None
     measuring: MeasuringWork | None = None
     tracing: TracingWork | None = None

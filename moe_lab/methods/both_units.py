@@ -1,4 +1,4 @@
-"""Experts and hidden units go: the plan of method=prune with method.unit=both."""
+"""Experts and hidden units go, and bits: the plan of method=prune with method.unit=both."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class BothUnits:
         seen = {str(one.info.index): int((one["count"] == 0).sum()) for one in profile.statistics}
         notes = {
             "experts_without_tokens": seen, "statistics": MEASURED[False], "unit": "both",
-            "kept_per_layer": {str(i): f"{n} x {w}" for i, (n, w) in pairs.items()},
+            "kept_per_layer": {str(i): f"{n} x {w}" for i, (n, w, *_) in pairs.items()},
         }  # fmt: skip
         return Plan(tuple(edits), notes=notes | pairs.found, tensors=tensors)
 
@@ -69,7 +69,7 @@ class BothUnits:
 def _edits(
     info: LayerInfo, score_EI: Tensor, pairs: Pairs, tensors: dict[str, Tensor]
 ) -> list[Edit]:
-    number, width = pairs[info.index]
+    number, width = pairs[info.index][:2]
     left = list(LayerUnits(info, score_EI, (), ()).experts(number))
     made: list[Edit] = []
     if number < info.num_experts:

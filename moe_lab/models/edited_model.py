@@ -20,6 +20,7 @@ from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.forms import Form, choose_form, padding_limit
 from moe_lab.models.in_form import in_form
 from moe_lab.models.layerwise import decoder_layers
+from moe_lab.models.own_config import OWN, QUANTISED
 from moe_lab.models.stored import in_files
 from moe_lab.types import LmHeadName, MtpName
 
@@ -69,7 +70,7 @@ class EditedModel:
         form: Form | None = None,
     ):
         for part in (model.config, model.config.get_text_config(decoder=True)):
-            vars(part).pop("quantization_config", None)  # what is written is dequantised
+            say_dequantised(part)
         self.path, decoders = decoder_layers(model)
         removed = {edit.index for edit in edits if edit.removes_decoder}
         kept = [index for index in range(len(decoders)) if index not in removed]
@@ -103,6 +104,14 @@ class EditedModel:
         left_out = self.model._keys_to_ignore_on_save or ()
         told = {name: tensor for name, tensor in tensors.items() if name not in left_out}
         return in_files(self.model, told)
+
+
+def say_dequantised(config: Any) -> None:
+    """Let a config say nothing of quantised weights: what is written is dequantised."""
+    vars(config).pop("quantization_config", None)
+    own = getattr(config, OWN, None)
+    if own and own.pop(QUANTISED, None) and not own["layers"]:
+        delattr(config, OWN)
 
 
 def meta_twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -20,7 +20,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.opening import no_bars, text_config
-from moe_lab.models.quantised import conversions, is_quantised, quantised_as, quantizer_of
+from moe_lab.models.quantised import (
+    conversions,
+    is_quantised,
+    packed_as,
+    quantised_as,
+    quantizer_of,
+)
 from moe_lab.models.stored import STORED_DTYPES, Stored, held_by, stored_in
 from moe_lab.models.uneven import load_tensors
 from moe_lab.types import UserError
@@ -111,11 +117,13 @@ def _check_kinds(folder: Path, model: PreTrainedModel, by_name: Any) -> None:
     Tables of whole numbers, as of routers that choose by token id, are no weights.
     """
     quantised, tensors = quantised_as(model.config), model.state_dict()
-    kinds = {one.kind for parts in by_name.values() for one in parts}
-    if quantised and not any(map(is_quantised, kinds)):
+    every = [one for parts in by_name.values() for one in parts]
+    packed = packed_as(model.config)
+    none_packed = packed and not any(one.parts for one in every)
+    if none_packed or (quantised and not any(is_quantised(one.kind) for one in every)):
         raise UserError(
-            f"{folder}/config.json: its quantization_config says {quantised}, and none of its "
-            "tensors is quantised: remove that field, if these are the plain weights"
+            f"{folder}/config.json: its quantization_config says {packed or quantised}, and none "
+            "of its tensors is quantised: remove that field, if these are the plain weights"
         )
     for name, parts in by_name.items():
         for one in parts:

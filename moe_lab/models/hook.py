@@ -90,9 +90,10 @@ def _build(modeling: ModuleType) -> None:
 
     def joined_and_loaded(model: Any, state_dict: Any, *further: Any, **named: Any) -> Any:
         if getattr(model.config, "moe_lab", None):
+            from moe_lab.models.packing import unpacking
             from moe_lab.models.uneven import joined
 
-            state_dict = joined(model, state_dict)
+            state_dict = joined(model, unpacking(state_dict))
         return load(model, state_dict, *further, **named)
 
     def reverted_and_cut(model: Any, state_dict: Any) -> Any:

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +30,7 @@ from moe_lab.models.layers import decoders_path, module_list, moe_layers, num_pa
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model, no_bars, stored_dtype, text_config
 from moe_lab.models.quantised import conversions, quantizer_of
-from moe_lab.models.stored import held_by, model_names
+from moe_lab.models.stored import Stored, held_by, model_names
 from moe_lab.models.uneven import load_tensors
 from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
@@ -78,21 +77,28 @@ class LayerwiseModel:
 
     model: the embedding, the final norm and the head are filled; the decoder layers are on the
     meta device. path: where the list of these is. keep_bytes: layers stay filled after their use as
-    long as they take no more.
+    long as they take no more. instead: what is taken for the tensors of these names in the files.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", keep_bytes: int = 0):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        keep_bytes: int = 0,
+        instead: Mapping[str, Tensor] | None = None,
+    ):
         self.device = device
         self.keep_bytes = keep_bytes
+        self._instead = {} if instead is None else instead
         self.dtype = computing_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
         self.path, self.layers = decoder_layers(self.model)
         numbered = re.compile(rf"{re.escape(self.path)}\.(\d+)\.")
-        self._keys: dict[int | None, list[tuple[str, Path, str]]] = {}  # name, file, name in it
+        self._stored: dict[int | None, list[tuple[str, Stored]]] = {}
         for name, stored in held_by(self.model, weight_files(checkpoint.path)).by_name.items():
             match = numbered.match(name)  # a tower for images may have numbered layers, too
             part = int(match[1]) if match else None
-            self._keys.setdefault(part, []).extend((name, one.file, one.key) for one in stored)
+            self._stored.setdefault(part, []).extend((name, one) for one in stored)
         self._fill(None)
         self.model.tie_weights()
         self._make_buffers()
@@ -176,11 +182,14 @@ class LayerwiseModel:
     def _fill(self, part: int | None, without: Collection[str] = ()) -> None:
         """Load the tensors of one decoder layer, or with None all others, but for `without`."""
         with ExitStack() as stack:
-            keys = self._keys.get(part, [])
-            wanted = [(file, key) for name, file, key in keys if name not in without]
-            opened = {file: stack.enter_context(safe_open(file, "pt")) for file, _ in wanted}
-            slices = {key: opened[file].get_slice(key) for file, key in wanted}
-            _load_into(self.model, slices, self.dtype, self.device)
+            wanted = [one for name, one in self._stored.get(part, []) if name not in without]
+            files = {file for one in wanted for file in one.files()}
+            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
+            slices = {one.key: one.slice_of(opened) for one in wanted}
+            _load_into(self.model, slices | self._instead_of(slices), self.dtype, self.device)
+
+    def _instead_of(self, slices: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self._instead.items() if key in slices}
 
     def _empty(self, index: int) -> None:
         decoder = self.layers[index]

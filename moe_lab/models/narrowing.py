@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, check_own_rows, has_hidden_units, moe_layers
+from moe_lab.models.rounded_layer import rounded_layer
+from moe_lab.models.rounding import Scheme
 from moe_lab.models.routers import restricted_layer
 from moe_lab.models.widths import keep_widths, widths_of
 from moe_lab.types import UserError
@@ -184,10 +186,14 @@ def narrowed_layer(layer: MoELayer, kept_EI: Tensor) -> Iterator[None]:
 
 
 class Cut(NamedTuple):
-    """What stays of a layer: these experts, and of all of them the hidden units [E, I] (bool)."""
+    """What stays of a layer: these experts, and of all of them the hidden units [E, I] (bool).
+
+    scheme: in which few bits that is stored (rounded to nearest); None: as it is.
+    """
 
     experts: tuple[int, ...]
     neurons: Tensor
+    scheme: Scheme | None = None
 
 
 Left = Sequence[int] | Tensor | Cut
@@ -205,6 +211,9 @@ def left_with(model: PreTrainedModel, kept: Mapping[int, Left]) -> Iterator[None
         for index, some in kept.items():
             layer = layers[index]
             if isinstance(some, Cut):
+                if some.scheme is not None:
+                    kept_EI = some.neurons
+                    stack.enter_context(rounded_layer(layer, some.scheme, kept_EI=kept_EI))
                 stack.enter_context(narrowed_layer(layer, some.neurons))
             if isinstance(some, Tensor):
                 stack.enter_context(narrowed_layer(layer, some))

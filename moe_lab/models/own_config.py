@@ -17,10 +17,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 MODEL_TYPE, ARCHITECTURE = "moe_lab", "MoeLabForCausalLM"
-VERSION = 3  # 1 was the family's config.json with one key more
+VERSION = 4  # 1 was the family's config.json with one key more
 # What version 2 did not know. Where no layer has any of it, 2 is written, which more readers know.
 SINCE_3 = ("expert_widths", "shared_width")
-VERSIONS = (2, VERSION)
+VERSIONS = (2, 3, VERSION)
+QUANTISED = "quantised"  # since 4: how many matrices are packed, by their bits (`packing.py`)
 OWN, FAMILY = "moe_lab", "config"
 SENTENCE = "in moe_lab's own form: import moe_lab first, or call moe_lab.load(folder)"
 # Configs of families check this size before anything is built, those of wrappers the inner one, and
@@ -95,6 +96,10 @@ def _check_structures(own: Any) -> None:
     layers: Any = own.get("layers") if isinstance(own, dict) else None
     if not isinstance(layers, dict):
         raise ValueError(f"{OWN}.layers must be an object that lists layers by number")
+    quantised = own.get(QUANTISED)
+    if quantised is not None and not isinstance((quantised or {}).get("bits"), dict):
+        raise ValueError(f"{OWN}.{QUANTISED}={quantised!r} does not say how many matrices are "
+                         "packed in how many bits")  # fmt: skip
     for index, wanted in layers.items():
         if not isinstance(wanted, dict):
             raise ValueError(f"{OWN}.layers.{index} must be an object")
@@ -114,15 +119,17 @@ def _are_widths(value: list[Any], wanted: dict[str, Any]) -> bool:
     return plain and any(value) and len(value) == wanted.get("num_experts")
 
 
-def lowest_version(layers: Mapping[str, Any]) -> int:
+def lowest_version(layers: Mapping[str, Any], quantised: Any = None) -> int:
     """The lowest version of the form that can say these structures of layers."""
-    return VERSION if any(name in one for one in layers.values() for name in SINCE_3) else 2
+    if quantised:
+        return VERSION
+    return 3 if any(name in one for one in layers.values() for name in SINCE_3) else 2
 
 
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `family_values`."""
     inside = {key: value for key, value in values.items() if key != OWN}
-    version = lowest_version(values[OWN]["layers"])
+    version = lowest_version(values[OWN]["layers"], values[OWN].get(QUANTISED))
     own = {**values[OWN], "version": version, FAMILY: inside}
     return {
         "architectures": [ARCHITECTURE],

@@ -2,7 +2,9 @@
 
 What is compressed are weights that can be averaged, scaled and trained. FP8 (with factors for
 blocks, as of DeepSeek-V3) and MXFP4 (as of gpt_oss) become such by transformers' own operations as
-they are loaded; the result is written so, and is larger than its source. Others are refused.
+they are loaded; so do whole numbers that compressed-tensors packed, of one scheme without zero
+points, which `stored.py` unpacks where a model is read layer by layer. What is written of it then
+is dequantised, and larger than its source. Others are refused.
 """
 
 from __future__ import annotations
@@ -15,9 +17,17 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from moe_lab.models.own_config import OWN, QUANTISED
+from moe_lab.models.rounding import BITS
 from moe_lab.types import UserError
 
 DEQUANTISED = {"fp8": "FP8", "mxfp4": "MXFP4"}
+COMPRESSED = "compressed-tensors"
+PACK_QUANTIZED = "pack-quantized"
+ONLY = (
+    f"Dequantised on loading are only {' and '.join(DEQUANTISED.values())}, and whole numbers that "
+    f"{COMPRESSED} packed"
+)
 FIELDS = ("quantization_config", "compression_config")  # the second is an older name of the first
 UNQUANTISED = (
     "give the unquantised weights, which most publishers have beside (the repository that this one "
@@ -38,11 +48,12 @@ def check_quantisation(config_file: object, values: Mapping[str, Any]) -> None:
         if not isinstance(told, dict):
             raise UserError(f"{config_file}: {field}={told!r} must be an object or null")
         method = _method(told)
-        if method not in DEQUANTISED or field != FIELDS[0]:
+        if method == COMPRESSED and field == FIELDS[0]:
+            _check_packed(config_file, told)
+        elif method not in DEQUANTISED or field != FIELDS[0]:
             raise UserError(
                 f"{config_file}: the weights are quantised ({field}: {method}), and moe_lab edits "
-                f"weights that are not; {UNQUANTISED}. Dequantised on loading are only "
-                f"{' and '.join(DEQUANTISED.values())}"
+                f"weights that are not; {UNQUANTISED}. {ONLY}"
             )
         try:
             AutoHfQuantizer.from_config(told | {"dequantize": True}, pre_quantized=True)
@@ -51,6 +62,50 @@ def check_quantisation(config_file: object, values: Mapping[str, Any]) -> None:
     for part in (part for part in values.values() if isinstance(part, dict)):
         if any(field in part for field in FIELDS):
             check_quantisation(config_file, part)
+
+
+def _check_packed(config_file: object, told: Mapping[str, Any]) -> None:
+    """Refuse what compressed-tensors stores in another way than packed whole numbers of one scheme.
+
+    With zero points, or bits that differ, transformers would take experts for something else.
+    """
+    groups = told.get("config_groups")
+    group: Any = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(groups, dict) or not isinstance(weights, dict) or len(groups) != 1:
+        raise UserError(
+            f"{config_file}: {FIELDS[0]}: {COMPRESSED} with {_number_of(groups)}, and one is read, "
+            f"whose scheme all packed weights have; {UNQUANTISED}. {ONLY}"
+        )
+    wanted = {
+        "format": (group.get("format") or told.get("format"), (PACK_QUANTIZED,)),
+        "type": (weights.get("type"), ("int",)),
+        "num_bits": (weights.get("num_bits"), tuple(BITS)),
+        "strategy": (weights.get("strategy"), ("group", "channel")),
+        "symmetric": (weights.get("symmetric", True), (True,)),
+        "actorder": (weights.get("actorder"), (None, "static", "weight")),
+        "input_activations": (group.get("input_activations"), (None,)),
+    }
+    for name, (value, possible) in wanted.items():
+        if value not in possible:
+            raise UserError(
+                f"{config_file}: {FIELDS[0]}: {COMPRESSED} with {name}={value!r}, and read is "
+                f"{' or '.join(map(str, possible))}; {UNQUANTISED}"
+            )
+
+
+def _number_of(groups: Any) -> str:
+    number = len(groups) if isinstance(groups, dict) else 0
+    return f"{number} groups of weights (config_groups)"
+
+
+def packed_bits(config: Any) -> int | None:
+    """Bits of the whole numbers that compressed-tensors packed of this config's weights, if any."""
+    told = _told(config)
+    if told is None or _method(told) != COMPRESSED:
+        return None
+    (group,) = told["config_groups"].values()
+    return int(group["weights"]["num_bits"])
 
 
 def dequantising(config: Any) -> Any:
@@ -65,7 +120,7 @@ def dequantising(config: Any) -> Any:
 def quantizer_of(config: Any) -> Any:
     """What transformers dequantises tensors of a checkpoint of this config with; None for none."""
     told = _told(config)
-    if told is None:
+    if told is None or _method(told) == COMPRESSED:  # that is unpacked as it is read
         return None
     return AutoHfQuantizer.from_config(told | {"dequantize": True}, pre_quantized=True)
 
@@ -79,9 +134,21 @@ def conversions(model: PreTrainedModel) -> Any:
 
 
 def quantised_as(config: Any) -> str | None:
-    """In which way a checkpoint of this config is stored, in a word; None for plain weights."""
+    """In which way a checkpoint of this config is stored, in a word; None for plain weights.
+
+    None also for whole numbers that are unpacked as they are read: `packed_as`.
+    """
     told = _told(config)
-    return None if told is None else DEQUANTISED[_method(told)]
+    return None if told is None else DEQUANTISED.get(_method(told))
+
+
+def packed_as(config: Any) -> str | None:
+    """In how many bits matrices of a checkpoint of this config are packed, in words; else None."""
+    bits = packed_bits(config)
+    if bits is not None:
+        return f"{bits} bits ({COMPRESSED})"
+    own = (getattr(config, OWN, None) or {}).get(QUANTISED)
+    return f"{', '.join(sorted(own['bits']))} bits (moe_lab's own form)" if own else None
 
 
 def is_quantised(kind: str) -> bool:

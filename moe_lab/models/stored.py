@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,7 +29,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from moe_lab.models.quantised import conversions
+from moe_lab.models.packing import PACKED, PARTS, SCALE, SCHEME, SHAPE, Unpacked, unpacked
+from moe_lab.models.quantised import conversions, packed_bits
 from moe_lab.models.uneven import name_in_model, uneven_tensors
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,9 @@ FLOATING = {key: STORED_DTYPES[key] for key in ("F64", "F32", "F16", "BF16")}  #
 class Stored:
     """A tensor in a checkpoint's file; dtype: None where it is none of floating point.
 
-    kind: its dtype, as safetensors call it; offset: of its first byte in the file.
+    kind: its dtype, as safetensors call it; offset: of its first byte in the file. parts: of a
+    matrix in few bits, by their names (`packing.py`); its dtype, kind and shape are those of what
+    is read of it, its bytes those of all parts. bits: as the config says, where no part does.
     """
 
     file: Path
@@ -61,12 +65,36 @@ class Stored:
     kind: str
     shape: tuple[int, ...]
     offset: int = 0
+    parts: tuple[tuple[str, Stored], ...] = ()
+    bits: int | None = None
 
     def load(self) -> Tensor:
         """The tensor."""
-        with safe_open(self.file, "pt") as opened:
-            tensor: Tensor = opened.get_tensor(self.key)
-        return tensor
+        if self.parts:
+            return unpacked({name: one.load() for name, one in self.parts}, self.bits)
+        dtype = STORED_DTYPES.get(self.kind)
+        if dtype is None or not self.num_bytes or not self.offset:
+            with safe_open(self.file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(self.key)
+            return tensor
+        # By hand: safetensors parses the whole header again for each tensor.
+        values = bytearray(self.num_bytes)
+        with self.file.open("rb") as handle:
+            handle.seek(self.offset)
+            if handle.readinto(values) != self.num_bytes:
+                raise OSError(f"{self.file} ends within {self.key}")
+        return torch.frombuffer(values, dtype=dtype).reshape(self.shape)
+
+    def files(self) -> set[Path]:
+        """Where it lies."""
+        return {one.file for _, one in self.parts} or {self.file}
+
+    def slice_of(self, opened: Mapping[Path, Any]) -> Any:
+        """A slice of it, which is read when it is asked; opened: its files."""
+        if self.parts:
+            parts = {name: one.slice_of(opened) for name, one in self.parts}
+            return Unpacked(parts, self.bits, self.shape)
+        return opened[self.file].get_slice(self.key)
 
 
 @dataclass(frozen=True)
@@ -120,9 +148,11 @@ def without_tied(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[
 def held_by(model: PreTrainedModel, files: Iterable[Path]) -> Held:
     """What these files hold of a model, which may be without weights: only headers are read.
 
-    Left out are buffers that models compute, and what quantisation stores beside a weight.
+    Left out are buffers that models compute, and what quantisation stores beside a weight. The
+    parts of a matrix in few bits are one tensor.
     """
     found = {one.key: one for file in files for one in stored_in(file)}
+    found = folded(found, packed_bits(model.config))
     by_name: dict[str, list[Stored]] = {}
     for key, name in model_names(model, found).items():
         by_name.setdefault(name, []).append(found[key])
@@ -154,6 +184,47 @@ def stored_in(file: Path) -> list[Stored]:
         (begin, end), kind = one["data_offsets"], one["dtype"]
         size, dtype, offset = end - begin, FLOATING.get(kind), 8 + length + begin
         found.append(Stored(file, key, dtype, size, kind, tuple(one["shape"]), offset))
+    return found
+
+
+def folded(found: Mapping[str, Stored], bits: int | None = None) -> dict[str, Stored]:
+    """Tensors of files by their keys, the parts of each matrix in few bits as one.
+
+    bits: as the config says; without, only those that say it themselves are put together.
+    """
+    rest, parts = dict(found), dict[str, dict[str, Stored]]()
+    for key in (key for key in found if key.endswith(f"_{PACKED}")):
+        whole = key.removesuffix(f"_{PACKED}")
+        own = {name: found[f"{whole}_{name}"] for name in PARTS if f"{whole}_{name}" in found}
+        if {SCALE, SHAPE} <= own.keys() and (bits or SCHEME in own):
+            parts[whole] = own
+            for one in own.values():
+                del rest[one.key]
+    numbers = _whole_numbers([one[name] for one in parts.values() for name in (SHAPE, SCHEME)
+                              if name in one])  # fmt: skip
+    return rest | {key: _whole(key, one, numbers, bits) for key, one in parts.items()}
+
+
+def _whole(
+    key: str, parts: Mapping[str, Stored], numbers: Mapping[str, Sequence[int]], bits: int | None
+) -> Stored:
+    """A matrix that these parts are; numbers: what stands in those that say its form."""
+    *front, out, width = numbers[parts[SHAPE].key]
+    transposed = SCHEME in parts and numbers[parts[SCHEME].key][1] == -2
+    shape = (*front, width, out) if transposed else (*front, out, width)
+    scale, size = parts[SCALE], sum(one.num_bytes for one in parts.values())
+    every = tuple(parts.items())
+    return Stored(scale.file, key, scale.dtype, size, scale.kind, shape, 0, every, bits)
+
+
+def _whole_numbers(stored: Sequence[Stored]) -> dict[str, list[int]]:
+    """What stands in short tensors of int64, each file opened once."""
+    found: dict[str, list[int]] = {}
+    for file in {one.file for one in stored}:
+        with file.open("rb") as handle:
+            for one in (one for one in stored if one.file == file):
+                handle.seek(one.offset)
+                found[one.key] = np.frombuffer(handle.read(one.num_bytes), "<i8").tolist()
     return found
 
 

@@ -240,7 +240,9 @@ class _Writing:
     def _is_stored(self, entry: Entry) -> bool:
         """Whether the source has a tensor of this name, dtype and shape."""
         one = self.stored.get(entry.name)
-        return one is not None and (one.kind, one.shape) == (DTYPE_NAMES[entry.dtype], entry.shape)
+        if one is None or one.parts:
+            return False
+        return (one.kind, one.shape) == (DTYPE_NAMES[entry.dtype], entry.shape)
 
     def _place_of(self, key: str) -> Span | None:
         """Where a tensor of this name is in the source."""

@@ -84,7 +84,7 @@ def _spans(
             return None
         parts[place] = str(kept[number])
     one = stored.get(".".join(parts))
-    if one is None or one.kind != DTYPE_NAMES[entry.dtype]:
+    if one is None or one.parts or one.kind != DTYPE_NAMES[entry.dtype]:
         return None
     if one.shape == entry.shape and (kept is None or place is not None):
         return [Span(one.file, one.offset, one.num_bytes)]

@@ -36,7 +36,7 @@ from moe_lab.report.units import (
     percent,
 )
 
-VARIANTS = ("dense", "compressed", "finetuned")
+VARIANTS = ("dense", "compressed", "finetuned", "quantized")
 EDITED = VARIANTS[1:]
 COMPRESSED = VARIANTS[1:2]
 MISSING = "–"
@@ -198,6 +198,17 @@ FIGURES = (
     Figure("finetuned/trainable_parameters", section=COST, when="a recipe", about="that trained"),
     Figure("finetuned/trainable_share", unit=PART, section=COST, when="a recipe",
            about="of the dense model's"),
+    Figure("quantized/bits_per_weight", "bits per packed weight", SMALL_NUMBER, LESS,
+           section=COST, when="`quantize`",
+           about="of packed matrices, with their scales, zero points and shapes"),
+    Figure("quantized/packed_bytes", unit=BYTES, better=LESS, section=COST, when="`quantize`",
+           about="of packed matrices, likewise"),
+    Figure("quantized/packed_parameters", unit=COUNT, section=COST, when="`quantize`",
+           about="weights that are packed"),
+    Figure("quantized/packed_matrices", unit=COUNT, section=COST, when="`quantize`",
+           about="matrices that are packed"),
+    Figure("quantized/weight_error", unit=PART, better=LESS, section=COST, when="`quantize`",
+           about="norm of what rounding changed ÷ norm of the packed weights"),
     Figure("finetune/used_expert_<rank>", unit=PART, section=COST, when="`finetune=seer`",
            about="share of all training tokens that had a first, second, … expert"),
     Figure("finetune/experts_alive", section=COST, when="`finetune=expert_dropping`",

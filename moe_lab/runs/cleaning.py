@@ -25,12 +25,12 @@ from moe_lab.store import DONE, key_of
 from moe_lab.types import UserError
 
 KINDS = (
-    "convert", "profile", "search", "plan", "compress", "teacher", "finetune", "evaluate",
-    "measure", "measure_vllm", "similarity", "diagnose", "trace", "serving", "served",
+    "convert", "profile", "search", "plan", "compress", "teacher", "finetune", "quantize",
+    "evaluate", "measure", "measure_vllm", "similarity", "diagnose", "trace", "serving", "served",
 )  # fmt: skip
 UNNAMED = ("search", "similarity")
 UNUSED, CHECKPOINTS, SEARCH = CHOICES = ("unused", "checkpoints", "search")
-KINDS_WITH_WEIGHTS = ("convert", "compress", "finetune")
+KINDS_WITH_WEIGHTS = ("convert", "compress", "finetune", "quantize")
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}(\.damaged-\d+)?")  # with a word: set aside by the store
 LOCKS = (".lock", LEASE)  # of results, beside them
 RECENT = 600.0  # seconds in which a result nobody names may still be waiting for its job's report

@@ -240,7 +240,7 @@ def _drawn(folder: Path) -> list[Path]:
 
 
 def _write_cards(job: Description, report: dict[str, Any]) -> None:
-    for variant in ("compressed", "finetuned"):
+    for variant in VARIANTS[1:]:
         folder = report.get(f"{variant}/checkpoint")
         if folder:
             text = model_card(variant, report, job.config, result_markdown(report))

@@ -26,7 +26,7 @@ from moe_lab.runs.quoting import for_shell, override
 from moe_lab.types import UserError
 
 REQUIRED = ("model", "calibration", "metric", "ratio", "grouping", "form", "condense", "method",
-            "finetune", "eval", "decoding", "measure", "diagnose", "trace", "compute",
+            "finetune", "quantize", "eval", "decoding", "measure", "diagnose", "trace", "compute",
             "track")  # fmt: skip
 NODES = ("table",)  # beside the groups, checked as they are
 PLURALS = {int: "whole numbers", float: "numbers", str: "text"}

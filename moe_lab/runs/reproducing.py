@@ -31,7 +31,7 @@ FRESH_STORE = "store"  # of a run made again, beside its report
 # What a result was made by; the store's keys hold the code's version.
 MADE_BY = re.compile(r"(commit|hardware)$|(versions|artifact)/")
 # Kinds of results whose files hold no times.
-EXACT = ("convert", "profile", "plan", "compress", "teacher", "finetune")
+EXACT = ("convert", "profile", "plan", "compress", "teacher", "finetune", "quantize")
 
 
 @dataclass(frozen=True)

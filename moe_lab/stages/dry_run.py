@@ -213,6 +213,7 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
             "calibration",
             "method",
             "finetune",
+            "quantize",
             "eval",
             "measure",
             "diagnose",
@@ -224,7 +225,8 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
     profile = [model, said["calibration"]]
     plan = [profile, said["method"]]
     tuned = [plan, said["finetune"], seed]
-    variants = {"dense": model, "compressed": plan, "finetuned": tuned}
+    packed = [tuned, said["quantize"]]
+    variants = {"dense": model, "compressed": plan, "finetuned": tuned, "quantized": packed}
     known: dict[str, Any] = {
         "convert": model,
         "profile": profile,
@@ -233,6 +235,7 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
         "compress": plan,
         "teacher": [model, said["finetune"]],
         "finetune": tuned,
+        "quantize": packed,
         "measure": [list(variants.values()), said["measure"]],
     }
     known |= {f"evaluate_{name}": [one, said["eval"]] for name, one in variants.items()}

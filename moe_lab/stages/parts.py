@@ -14,6 +14,7 @@ from moe_lab.finetune.recipe import Recipe
 from moe_lab.lookup import require_kind
 from moe_lab.measure.speed import Measurement
 from moe_lab.methods.base import Method
+from moe_lab.quantize.base import Quantizer
 from moe_lab.trace.tracing import Tracing
 
 
@@ -28,6 +29,7 @@ class Parts:
     calibration: Source
     method: Method
     finetune: Recipe | None = None
+    quantize: Quantizer | None = None
     eval: Suite | None = None
     measure: Measurement | None = None
     diagnose: Diagnosis | None = None

@@ -1,4 +1,4 @@
-"""One experiment: profile -> plan -> compress -> finetune -> evaluate -> measure -> report.
+"""One experiment: profile, plan, compress, finetune, quantize, evaluate, measure, report.
 
 A new stage is a file beside this one and a line of `STAGES`.
 """
@@ -33,6 +33,7 @@ from moe_lab.stages.checks import (
     check_decoding,
     check_mtp,
     check_profile,
+    check_quantizer,
     check_recipe,
     check_served,
     check_steps,
@@ -56,6 +57,7 @@ STAGES = (
     "compress",  # that is done to the weights
     "teach",  # what the intact model predicts, for a recipe that learns from it
     "finetune",  # what is left learns
+    "quantize",  # its matrices in few bits
     "evaluate",  # each variant on tasks and held-out text
     "evaluate_groups",  # each group of the calibration set with its own experts
     "trace",  # which experts each token is sent to, while each variant generates
@@ -146,6 +148,7 @@ def check_parts(
     if parts.diagnose:
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
+    check_quantizer(dense, method, parts.finetune, parts.quantize, layers)
     check_mtp(dense, method, layers)
     check_served(dense, method, parts.measure, layers)
     check_decoding(dense, method, parts.eval, layers)

@@ -57,6 +57,11 @@ class Run:
         return self.variants.get("compressed", self.dense)
 
     @property
+    def tuned(self) -> Checkpoint:
+        """What was made so far: fine-tuned where it was, else what is left of the model."""
+        return self.variants.get("finetuned", self.compressed)
+
+    @property
     def tunes(self) -> bool:
         """Whether there is something to fine-tune, once the plan was carried out."""
         recipe = self.parts.finetune

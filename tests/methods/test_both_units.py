@@ -19,6 +19,7 @@ from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.edits.plan import apply_plan, check_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.narrowing import Cut, left_with
+from moe_lab.models.rounding import Scheme, dequantised, rounded
 from moe_lab.types import UserError
 
 
@@ -74,12 +75,39 @@ def test_errors_are_those_of_the_model_with_one_layer_cut() -> None:
     assert plan.notes["errors"]["1"]["4x10"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_bits_are_measured_and_chosen_with_experts_and_units() -> None:
+    model, batch = tiny_model("mixtral"), tiny_batch()
+    profile = profile_of(model, [batch])
+    ratio = Sensitivity(0.8, num_samples=3, round_to=8, bits=[4, 2, 16], group_size=8)
+    infos = [layer.info for layer in profile.statistics]
+    method = both(ratio=ratio)
+    method.check(infos)
+    plan = method.plan(profile)
+    check_plan(infos, plan.edited())
+    assert plan.notes["given"]["ratio"] >= 0.8
+    bits = plan.notes["quantize"]["bits"]
+    assert bits.keys() == {"0", "1", "2", "3"} and set(bits.values()) <= {2, 4, 16}
+    valid = batch["attention_mask"].bool()
+    p = logits_of(model, batch)[valid].double().log_softmax(-1)
+    rounded_model = copy.deepcopy(model)
+    for name, tensor in rounded_model.named_parameters():
+        if name.startswith("model.layers.1.mlp.experts"):
+            read = [dequantised(rounded(one.detach(), Scheme(4, 8))) for one in tensor]
+            tensor.data.copy_(torch.stack(read))
+    q = logits_of(rounded_model, batch)[valid].double().log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert plan.notes["errors"]["1"]["8x16x4"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_other_ratios_and_options_of_one_unit_are_refused() -> None:
     infos = [one.info for one in moe_layers(tiny_model("mixtral"))]
     for options, words in (
         ({"ratio": Uniform(0.4)}, "ratio=sensitivity"),
         ({"ratio": Sensitivity(0.4, error="output")}, "ratio.error=kl"),
         ({"ratio": Sensitivity(0.99)}, "too much.*stay"),
+        ({"ratio": Sensitivity(0.99, bits=[2])}, "in the fewest bits"),
+        ({"ratio": Sensitivity(0.4, bits=[9])}, r"ratio.bits=\[9\]"),
+        ({"ratio": Sensitivity(0.4, bits=[4], group_size=7)}, "ratio.group_size=7"),
         ({"widths": "by_expert"}, "method.widths=by_expert is not possible"),
         ({"propagate": True}, "method.propagate=true is not possible"),
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_lab.methods.ratios.bits import WHOLE, Bits
 from moe_lab.methods.ratios.budget import GIB, Budget, Numbers, Scores, best, by_index
 from moe_lab.methods.ratios.neurons import Neurons
 from moe_lab.methods.ratios.pairs import LayerUnits, Pairs, Shape, least_error
-from moe_lab.option import Option, check_options
+from moe_lab.option import Option, check_options, word_of
 from moe_lab.profile import hidden
 from moe_lab.profile.all_experts import AllExperts, answers
 from moe_lab.profile.intact_predictions import IntactPredictions
@@ -52,6 +52,19 @@ class Sensitivity(Budget):
     step: Annotated[
         int | None,
         Option("measure where so many more are removed; null: at about eight numbers", least=1),
+    ] = None
+
+    bits: Annotated[
+        Sequence[int] | None,
+        Option(
+            "of method.unit=both: numbers of bits among which each layer's is chosen, too, for "
+            "quantize=planned; 16: not rounded",
+            least=2,
+            most=WHOLE,
+        ),
+    ] = None
+    group_size: Annotated[
+        int | None, Option("of bits: inputs that share a scale, null for all", least=1)
     ] = None
 
     takes_groups = False
@@ -101,14 +114,16 @@ class Sensitivity(Budget):
         units = [
             self._units(info, torch.empty(info.num_experts, info.expert_width)) for info in layers
         ]
-        least = sum(one.cost((one.numbers[0], one.widths[0])) for one in units)
+        least = sum(one.least for one in units)
         whole = sum(one.cost(one.whole) for one in units)
         if self.room(layers) < least:
             raise UserError(
                 f"{self.asked()}: at least {least / whole:.2%} of the experts' bytes stay with the "
                 "fewest experts that the routers work with, as narrow as can be"
+                + ", in the fewest bits"
+                * (self.bits is not None)
             )
-        forwards = sum(math.prod(map(len, one.tried())) - 1 for one in units)
+        forwards = sum(len(one.measured) for one in units)
         logger.info(
             "ratio=sensitivity, method.unit=both: %d forwards over %d samples, and one of the "
             "intact model", forwards, self.num_samples,
@@ -122,8 +137,14 @@ class Sensitivity(Budget):
         units = [self._units(info, score_EI) for info, score_EI in scores]
         errors = self._errors_of_pairs(units, profile)
         found, total = least_error(units, errors, self.room([one.info for one in units]))
-        told = {str(i): {f"{n}x{w}": e for (n, w), e in some.items()} for i, some in errors.items()}
-        facts = {"predicted_error": total, "error": self.error, "errors": told}
+        told = {
+            str(i): {"x".join(map(str, shape)): error for shape, error in some.items()}
+            for i, some in errors.items()
+        }
+        facts: dict[str, Any] = {"predicted_error": total, "error": self.error, "errors": told}
+        if self.bits is not None:
+            bits = {index: shape[2] for index, shape in found.items()}
+            facts["quantize"] = {"bits": by_index(bits), "group_size": self.group_size}
         return Pairs(found, self._told_of(units, found) | facts)
 
     def _told_of(self, units: Sequence[LayerUnits], pairs: Mapping[int, Shape]) -> dict[str, Any]:
@@ -150,7 +171,22 @@ class Sensitivity(Budget):
         """With every number of experts that the router works with, and widths by round_to."""
         width, step = info.expert_width, self.round_to
         widths = sorted({*range(step, width + 1, step), width})
-        return LayerUnits(info, score_EI, self.choices(info, info.groups), widths)
+        numbers = self.choices(info, info.groups)
+        return LayerUnits(info, score_EI, numbers, widths, self._bits(info))
+
+    def _bits(self, info: LayerInfo) -> Bits | None:
+        """Among which bits is chosen; UserError for some that no shape of the layer can have."""
+        if self.bits is None:
+            return None
+        made = Bits(tuple(sorted(set(self.bits))), self.group_size)
+        if odd := [bits for bits in made.values if bits > 8 and bits != WHOLE]:
+            raise UserError(f"ratio.bits={word_of(odd)}: there are 2 to 8, and {WHOLE} for none")
+        if info.hidden_size % (self.group_size or 1):
+            raise UserError(
+                f"ratio.group_size={self.group_size} does not divide the hidden size "
+                f"{info.hidden_size} of layer {info.index}"
+            )
+        return made
 
     def _errors_of_pairs(
         self, units: Sequence[LayerUnits], profile: Profile
@@ -158,11 +194,11 @@ class Sensitivity(Budget):
         sample = self._sample(profile)
 
         def measured(one: LayerUnits, tried: list[Shape]) -> list[float]:
-            return [sample().divergence({one.info.index: one.cut(pair)}) for pair in tried]
+            return [sample().divergence({one.info.index: one.cut(shape)}) for shape in tried]
 
         errors = {}
         for one in progress(list(units), "sensitivity of layers"):
-            pairs = [pair for pair in itertools.product(*one.tried()) if pair != one.whole]
+            pairs = one.measured
             question = {
                 "question": "divergence with one layer of fewer and narrower experts",
                 "pairs": [list(pair) for pair in pairs], "num_samples": self.num_samples,

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_lab.methods.ratios.bits import Bits
 from moe_lab.methods.ratios.pairs import LayerUnits, Pairs, least_error
+from moe_lab.models.rounding import Scheme
 from moe_lab.types import LayerInfo
 
 
@@ -23,7 +25,7 @@ def layer(index: int, groups: int = 1, seed: int = 0) -> LayerUnits:
 
 def test_a_cut_keeps_the_best_experts_and_of_all_the_best_units() -> None:
     one = layer(0, seed=3)
-    sums, (kept, neurons) = one.score_EI.sum(dim=1), one.cut((2, 1))
+    sums, (kept, neurons, _) = one.score_EI.sum(dim=1), one.cut((2, 1))
     assert sorted(sums.argsort(descending=True)[:2].tolist()) == list(kept)
     assert neurons.sum(dim=1).tolist() == [1, 1, 1, 1]
     assert torch.equal(neurons.int().argmax(dim=1), one.score_EI.argmax(dim=1))
@@ -80,6 +82,34 @@ def test_between_measured_pairs_it_is_straight() -> None:
     known = {0: {(4, w): float(9 - w) for w in wide.tried()[1]}}
     found, total = least_error([wide], known, 4 * 54)
     assert (found, total) == ({0: (4, 5)}, pytest.approx(4.0))
+
+
+def with_bits(values: tuple[int, ...], group_size: int | None = None) -> LayerUnits:
+    info = LayerInfo(
+        0, "model.layers.0.mlp", num_experts=4, top_k=1, hidden_size=32, expert_width=16,
+        neuron_parameters=96, neuron_bytes=192, expert_bytes=16 * 192 + 64,
+    )  # fmt: skip
+    return LayerUnits(info, torch.rand(4, 16), [2, 4], [8, 12, 16], Bits(values, group_size))
+
+
+def test_bits_are_a_third_number() -> None:
+    one = with_bits((2, 4, 16), 8)
+    assert one.whole == (4, 16, 16) and one.cost(one.whole) == 4 * one.info.expert_bytes
+    assert one.cut((2, 8, 4)).scheme == Scheme(4, 8) and one.cut(one.whole).scheme is None
+    every = one.shapes(one.numbers, one.widths)
+    assert (2, 12, 16) in every and (2, 12, 4) not in every  # 8 does not divide 12
+    errors = {shape: float(64 - shape[0] * shape[1] + 16 - shape[2]) for shape in every}
+    budget = one.cost((4, 16, 2))
+    found, total = least_error([one], {0: errors}, budget)
+    possible = [(error, s) for s, error in errors.items() if one.cost(s) <= budget]
+    assert (total, found[0]) == min(possible)
+    assert one.least == one.cost((2, 8, 2))
+
+
+def test_what_is_not_among_the_bits_is_not_chosen() -> None:
+    one = with_bits((2, 8))
+    errors = dict.fromkeys(one.shapes(one.numbers, one.widths), 1.0)
+    assert least_error([one], {0: errors}, one.cost(one.whole))[0][0][2] in (2, 8)
 
 
 def test_pairs_tell_what_was_found() -> None:

@@ -1,0 +1,288 @@
+"""A checkpoint written with its matrices in few bits, a decoder layer at a time.
+
+Everything that is not packed is the source's, byte for byte. What is written is read back at once;
+at the end a few layers are opened as whoever loads the checkpoint opens them, and have to be the
+source's layers with the matrices that were meant, bit for bit. An attempt that was broken off goes
+on behind the last finished file, or where what is packed is dear behind the last finished layer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_lab.integrity import PARTIAL, flush, write_whole
+from moe_lab.models.checking import check_folder
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.finishing import copy_text_files
+from moe_lab.models.layerwise import LayerwiseModel
+from moe_lab.models.matrices import Matrices, Matrix
+from moe_lab.models.own_config import read_config, write_config
+from moe_lab.models.packing import Layout
+from moe_lab.models.promises import check_promises
+from moe_lab.models.reading_back import NotReadBack
+from moe_lab.models.shard_writer import ShardWriter
+from moe_lab.models.shards import Entry, Shard, Span, layout_digest, plan_shards
+from moe_lab.models.stored import STORED_DTYPES, Stored, stored_in
+from moe_lab.models.weight_files import weight_files
+from moe_lab.progress import progress
+
+logger = logging.getLogger(__name__)
+JOURNAL, LAYERS = "written.json", "layers"  # beside the checkpoint, until it is whole
+
+
+class WrittenForm(Protocol):
+    """What is written of each matrix, such as `packed_form.PackedForm`."""
+
+    @property
+    def stock(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+    def layout(self, matrix: Matrix) -> Layout: ...
+    def parts(self, matrix: Matrix, found: Any) -> dict[str, Tensor]: ...
+    def read(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor: ...
+    def meant(self, found: Any) -> Tensor: ...
+    def values(self, values: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+# Of a decoder layer, by its number, its packed matrices: what was found for each.
+Found = Callable[[int, Sequence[Matrix]], Iterable[tuple[Matrix, Any]]]
+Finished = Callable[[int, Mapping[str, Tensor]], None]
+
+
+@dataclass
+class Lost:
+    """What packing took and left. squares: of all packed weights, and of what they lost."""
+
+    matrices: int = 0
+    weights: int = 0
+    num_bytes: int = 0
+    squares: float = 0.0
+    lost: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Flat, for a report."""
+        return {
+            "packed_matrices": self.matrices,
+            "packed_parameters": self.weights,
+            "packed_bytes": self.num_bytes,
+            "bits_per_weight": 8 * self.num_bytes / self.weights,
+            "weight_error": (self.lost / self.squares) ** 0.5 if self.squares else 0.0,
+        }
+
+
+def write_packed(
+    checkpoint: Checkpoint,
+    matrices: Matrices,
+    chosen: Sequence[Matrix],
+    form: WrittenForm,
+    found: Found,
+    folder: Path,
+    keep_layers: bool = False,
+    finished: Finished = lambda layer, read: None,
+) -> Lost:
+    """Write a checkpoint of which the chosen matrices are packed into `folder`; what that took.
+
+    found: called for one decoder layer after another, in order. keep_layers: what it found of each
+    is kept beside until all is written, so that a further attempt does not ask for it again.
+    finished: called behind each layer, in order, with what readers make of its matrices.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writing = _PackedWriting(checkpoint, matrices, chosen, form, folder, keep_layers, finished)
+    return writing.write(found)
+
+
+class _PackedWriting:
+    """One checkpoint that is being written."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        matrices: Matrices,
+        chosen: Sequence[Matrix],
+        form: WrittenForm,
+        folder: Path,
+        keep_layers: bool,
+        finished: Finished,
+    ):
+        self.checkpoint, self.form, self.folder = checkpoint, form, folder
+        self.layers: dict[int, list[Matrix]] = {}
+        for one in sorted(chosen, key=lambda one: one.layer):
+            self.layers.setdefault(one.layer, []).append(one)
+        self.stored = {
+            one.key: one for file in weight_files(checkpoint.path) for one in stored_in(file)
+        }
+        self.journal, self.kept = folder.parent / JOURNAL, folder.parent / LAYERS
+        self.keep_layers, self.finished = keep_layers, finished
+        self.entries = {layer: self._entries(these) for layer, these in self.layers.items()}
+        packed = {one.key for one in chosen}
+        self.rest = [one for key, one in self.stored.items() if key not in packed]
+
+    def write(self, found: Found) -> Lost:
+        """Everything that is not there yet."""
+        shards = self._planned()
+        digest = layout_digest(shards, self._made_of())
+        expected: dict[int, dict[str, Tensor]] = {}
+        lost = Lost()
+        with ShardWriter(self.folder, shards, self._done(digest)) as writer:
+            writer.share_whole()
+            self._note(digest, writer.done)
+            left = [one for one in self.rest if writer.lacks([_entry(one)])]
+            writer.copy({one.key: [_span(one)] for one in left})
+            for layer in progress(list(self.layers), "quantize, layer by layer"):
+                expected[layer] = self._layer(layer, writer, found, lost)
+                if layer not in self._compared():
+                    del expected[layer]
+                self._note(digest, writer.settle())
+            writer.finish()
+        self._finish(expected)
+        return lost
+
+    def _layer(
+        self, layer: int, writer: ShardWriter, found: Found, lost: Lost
+    ) -> dict[str, Tensor]:
+        """Write a decoder layer's matrices; what readers will make of them, by their keys."""
+        read: dict[str, Tensor] = {}
+        there = self._read_kept(layer)
+        if there is None:
+            there = {}
+            for matrix, one in found(layer, self.layers[layer]):
+                parts = self.form.parts(matrix, one)
+                if not torch.equal(self.form.read(matrix, parts), self.form.meant(one)):
+                    raise NotReadBack(f"{matrix.key} is another matrix once packed")
+                there |= _named(matrix.key, parts)
+            self._keep(layer, there)
+        if writer.lacks(self.entries[layer]):
+            writer.write(there)
+        for matrix in self.layers[layer]:
+            parts = _parts_of(matrix, self.form.layout(matrix), there)
+            read[matrix.key] = self.form.read(matrix, parts)
+            _count(lost, matrix, parts, read[matrix.key])
+            if matrix.axis == -2:
+                read[matrix.key] = read[matrix.key].mT.contiguous()
+        self.finished(layer, read)
+        return read
+
+    # ------------------------------------------------------------------ what it will be
+
+    def _entries(self, matrices: Sequence[Matrix]) -> list[Entry]:
+        return [
+            Entry(_name(matrix.key, part), dtype, shape)
+            for matrix in matrices
+            for part, (dtype, shape) in self.form.layout(matrix).items()
+        ]
+
+    def _planned(self) -> list[Shard]:
+        """The rest first, then layer by layer; whole files of which nothing is packed."""
+        packed = {one.key for these in self.layers.values() for one in these}
+        files = weight_files(self.checkpoint.path)
+        inside = {file: {one.key for one in stored_in(file)} for file in files}
+        whole = [file for file in files if len(files) > 1 and not inside[file] & packed]
+        held = {key: one.file for key, one in self.stored.items()}
+        rest = [_entry(one) for one in self.rest]
+        return plan_shards([rest, *self.entries.values()], whole, held)
+
+    def _made_of(self) -> str:
+        return f"{self.checkpoint.path} {self.checkpoint.fingerprint}"
+
+    def _compared(self) -> set[int]:
+        """The layers that are opened at the end: the first and the last."""
+        return {min(self.layers), max(self.layers)}
+
+    # ------------------------------------------------------------------ attempts
+
+    def _done(self, digest: str) -> list[str]:
+        try:
+            noted = json.loads(self.journal.read_text())
+        except (OSError, ValueError):
+            noted = {}
+        if noted.get("digest") != digest:
+            shutil.rmtree(self.kept, ignore_errors=True)
+            return []
+        logger.info("quantizing goes on: %d files are written", len(noted["done"]))
+        return list(noted["done"])
+
+    def _note(self, digest: str, done: Iterable[str]) -> None:
+        write_whole(self.journal, json.dumps({"digest": digest, "done": sorted(done)}))
+
+    def _kept_file(self, layer: int) -> Path:
+        return self.kept / f"{layer:03}.safetensors"
+
+    def _keep(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        if not self.keep_layers:
+            return
+        self.kept.mkdir(exist_ok=True)
+        partial = self._kept_file(layer).with_suffix(PARTIAL)
+        save_file(dict(tensors), partial)
+        flush(partial)
+        os.replace(partial, self._kept_file(layer))
+
+    def _read_kept(self, layer: int) -> dict[str, Tensor] | None:
+        file = self._kept_file(layer)
+        return load_file(file) if file.is_file() else None
+
+    # ------------------------------------------------------------------ the end
+
+    def _finish(self, expected: Mapping[int, Mapping[str, Tensor]]) -> None:
+        source = self.checkpoint.path
+        values = self.form.values(read_config(source / "config.json"))
+        write_config(self.folder / "config.json", values)
+        copy_text_files(source, self.folder)
+        check_folder(self.folder)
+        self._compare(expected)
+        check_promises(self.folder, source)
+        self.journal.unlink(missing_ok=True)
+        shutil.rmtree(self.kept, ignore_errors=True)
+
+    def _compare(self, expected: Mapping[int, Mapping[str, Tensor]]) -> None:
+        instead = {key: one for layer in expected.values() for key, one in layer.items()}
+        meant = LayerwiseModel(self.checkpoint, instead=instead)
+        read = LayerwiseModel(Checkpoint(self.folder, self.checkpoint.dtype))
+        for layer in expected:
+            with meant.layer(layer) as wanted, read.layer(layer) as there:
+                tensors = dict(there.named_parameters())
+                for name, one in wanted.named_parameters():
+                    if not torch.equal(one, tensors[name]):
+                        raise NotReadBack(
+                            f"{self.folder} was read back, and {name} of layer {layer} is another "
+                            "tensor than was meant. Please report it"
+                        )
+
+
+def _count(lost: Lost, matrix: Matrix, parts: Mapping[str, Tensor], read: Tensor) -> None:
+    weight = matrix.load()
+    lost.matrices += 1
+    lost.weights += matrix.num_weights
+    lost.num_bytes += sum(part.numel() * part.element_size() for part in parts.values())
+    lost.squares += float(weight.float().square().sum(dtype=torch.float64))
+    lost.lost += float((weight.float() - read.float()).square().sum(dtype=torch.float64))
+
+
+def _name(key: str, part: str) -> str:
+    return f"{key}_{part}" if part else key
+
+
+def _named(key: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_name(key, part): tensor for part, tensor in parts.items()}
+
+
+def _parts_of(matrix: Matrix, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {part: tensors[_name(matrix.key, part)] for part in layout}
+
+
+def _entry(one: Stored) -> Entry:
+    return Entry(one.key, STORED_DTYPES[one.kind], one.shape)
+
+
+def _span(one: Stored) -> Span:
+    return Span(one.file, one.offset, one.num_bytes)

@@ -1,0 +1,1 @@
+"""Quantizers: how the matrices of a checkpoint are stored in few bits."""

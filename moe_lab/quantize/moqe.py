@@ -1,0 +1,31 @@
+"""MoQE (2310.02410): the experts alone, rounded to nearest without data.
+
+One scale for each output, s = max|W| / (2^(b-1) - 1), and symmetric levels; routers, attention,
+dense layers and embeddings stay. Published for 8, 4 and 3 bits; 2 bits the paper trains with
+quantisation in the loop. That levels are cut at both ends alike is our reading of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_lab.models.rounding import Scheme
+from moe_lab.quantize.base import BitsOption, Job, Quantizer, Quantizing, WhatOption
+from moe_lab.quantize.rounded_alike import RoundedAlike
+
+
+@dataclass(frozen=True)
+class Moqe(Quantizer):
+    """MoQE's scheme; what: its figure of robustness packs another part in the experts' place."""
+
+    bits: BitsOption = 4
+    what: WhatOption = "experts"
+
+    @property
+    def scheme(self) -> Scheme:
+        """That of every matrix."""
+        return Scheme(self.bits)
+
+    def begin(self, job: Job) -> Quantizing:
+        """Nothing has to be found out."""
+        return RoundedAlike(job, self.scheme, grid="restricted")

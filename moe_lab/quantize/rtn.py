@@ -1,0 +1,43 @@
+"""Round to nearest: no calibration, a scale for each group of inputs or each output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from moe_lab.models.rounding import CLIPS, Clip, Scheme
+from moe_lab.option import Option
+from moe_lab.quantize.base import (
+    BitsOption,
+    GroupOption,
+    Job,
+    Quantizer,
+    Quantizing,
+    WhatOption,
+)
+from moe_lab.quantize.rounded_alike import RoundedAlike
+
+
+@dataclass(frozen=True)
+class RoundToNearest(Quantizer):
+    """Each weight becomes the nearest level; levels reach as far as compressed-tensors' observer.
+
+    clip: "mse" searches for each group the range that leaves the least squared error.
+    """
+
+    bits: BitsOption = 4
+    group_size: GroupOption = 128
+    symmetric: Annotated[bool, Option("without zero points")] = True
+    clip: Annotated[
+        str, Option("the range of a group: as it is, or of least squared error", among=CLIPS)
+    ] = "none"
+    what: WhatOption = "experts"
+
+    @property
+    def scheme(self) -> Scheme:
+        """That of every matrix."""
+        return Scheme(self.bits, self.group_size, self.symmetric)
+
+    def begin(self, job: Job) -> Quantizing:
+        """Nothing has to be found out."""
+        return RoundedAlike(job, self.scheme, clip=cast(Clip, self.clip))
