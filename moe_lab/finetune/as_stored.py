@@ -49,8 +49,8 @@ class AsStored(nn.Module):
         self.dtype: torch.dtype | None = None  # in which they are stored; None: the latent ones'
 
     def forward(self, latent: Tensor) -> Tensor:
-        values: Tensor = _StraightThrough.apply(latent, self.stored(latent.detach()))
-        return values
+        apply: Callable[..., Tensor] = _StraightThrough.apply
+        return apply(latent, self.stored(latent.detach()))
 
     @torch.no_grad()
     def stored(self, latent: Tensor) -> Tensor:

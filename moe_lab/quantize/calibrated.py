@@ -1,4 +1,4 @@
-"""GPTQ along a checkpoint: each decoder layer on the states behind the layers already in few bits."""
+"""GPTQ along a checkpoint: each decoder layer on the states behind those already in few bits."""
 
 from __future__ import annotations
 
