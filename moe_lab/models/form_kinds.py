@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_lab.models.layers import COUNT_FIELDS, TOP_K_FIELDS
-from moe_lab.models.own_config import OWN, family_values, is_own_form
+from moe_lab.models.own_config import OWN, QUANTISED, family_values, is_own_form
 
 NATIVE, OWN_FORM = "native", "own form"
 # What each word of a form means; a form is NATIVE or OWN_FORM, and what is unusual about it.
@@ -32,7 +32,10 @@ FEATURES = {
     "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",
     "another's structure": "what an edit of one's own wrote down",
+    "packed matrices": "matrices are whole numbers of few bits and scales (`quantize`)",
+    "FP8 matrices": "matrices are in FP8 with a factor for each block (`quantize=fp8`)",
 }
+QUANTISED_AS = {"compressed-tensors": "packed matrices", "fp8": "FP8 matrices"}
 # What configs call the width of experts; of some also that of dense layers, which only grow.
 WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 LISTS_OF_DENSE = ("mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "num_dense_layers")
@@ -51,6 +54,7 @@ def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     values = family_values(config)
     own: Mapping[str, Any] | None = values[OWN]["layers"] if is_own_form(values) else None
     found = {*_of_config(_text(config), _text(source), own is not None)}
+    found |= _quantised(values) - _quantised(family_values(source))
     if family_named(config) != family_named(source):
         found.add("of another family")
     for layer in (own or {}).values():
@@ -59,6 +63,15 @@ def form_kind(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
         found.add("unequal experts")
     words = [NATIVE if own is None else OWN_FORM, *(name for name in FEATURES if name in found)]
     return ", ".join(words)
+
+
+def _quantised(values: Mapping[str, Any]) -> set[str]:
+    """How a config says that its matrices are stored in few bits."""
+    if (values.get(OWN) or {}).get(QUANTISED):
+        return {"packed matrices"}
+    told = values.get("quantization_config") or {}
+    word = QUANTISED_AS.get(told.get("quant_method", ""))
+    return {word} if word else set()
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

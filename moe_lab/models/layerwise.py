@@ -89,7 +89,7 @@ class LayerwiseModel:
     ):
         self.device = device
         self.keep_bytes = keep_bytes
-        self._instead = instead or {}
+        self._instead = {} if instead is None else instead
         self.dtype = computing_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
         self.path, self.layers = decoder_layers(self.model)

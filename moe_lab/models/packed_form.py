@@ -1,17 +1,18 @@
 """In which form matrices of few bits are written: compressed-tensors', or moe_lab's own.
 
 compressed-tensors' where stock transformers and vLLM read it right: one scheme for all packed
-matrices, without zero points, a matrix for each expert, in a model that the family's own form
-holds. Readers take one scheme for all experts there, and read another one's as garbage in silence;
-of experts with zero points transformers loses these. All else is in our own form, whose model type
-other readers refuse by name, and whose tensors each say their scheme themselves.
+matrices, all experts among them, without zero points, a matrix for each expert, in a model that the
+family's own form holds. Readers take one scheme for all experts there, and read another one's as
+garbage in silence; of experts with zero points transformers loses these, and it looks for packed
+experts alone once something is packed. All else is in our own form, whose model type other readers
+refuse by name, and whose tensors each say their scheme themselves.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,22 +113,29 @@ def packed_form(
 ) -> PackedForm:
     """The form of a checkpoint whose matrices get these schemes; own: ours in any case."""
     chosen = [one for one in matrices.every if one.key in schemes]
-    obstacle = _obstacle(checkpoint, chosen, schemes)
+    others = [one for one in matrices.every if one.key not in schemes]
+    obstacle = _obstacle(checkpoint, chosen, others, schemes)
     obstacle = obstacle or ("it was asked for (quantize.form=own)" if own else None)
-    left = [path for one in matrices.every if one.key not in schemes for path in _paths(one)]
-    every = dict.fromkeys((ALSO_LEFT, *matrices.left, *left))
+    every = dict.fromkeys((ALSO_LEFT, *matrices.left, *left_paths(others)))
     return PackedForm(dict(schemes), tuple(every), obstacle)
 
 
-def _paths(matrix: Matrix) -> tuple[str, ...]:
-    """The module of a matrix in the files and, where that is one of its own, in the model."""
-    path = matrix.key.removesuffix(".weight")
-    named = matrix.name.endswith(".weight")
-    return (path, matrix.name.removesuffix(".weight")) if named else (path,)
+def left_paths(matrices: Iterable[Matrix]) -> Iterator[str]:
+    """The modules of matrices in the files and, where they are modules of their own, in the model.
+
+    By these names readers know which ones are not packed.
+    """
+    for one in matrices:
+        yield one.key.removesuffix(".weight")
+        if one.name.endswith(".weight"):
+            yield one.name.removesuffix(".weight")
 
 
 def _obstacle(
-    checkpoint: Checkpoint, chosen: Sequence[Matrix], schemes: Mapping[str, Scheme]
+    checkpoint: Checkpoint,
+    chosen: Sequence[Matrix],
+    others: Sequence[Matrix],
+    schemes: Mapping[str, Scheme],
 ) -> str | None:
     """Why stock readers would not read the matrices right; None where they do."""
     different = set(schemes.values())
@@ -135,6 +143,8 @@ def _obstacle(
         return "its layers have structures that their family's own form has not"
     if fused := next((one for one in chosen if not _is_own_weight(one)), None):
         return f"its files have the matrices of several experts in one tensor ({fused.key})"
+    if any(one.part == "experts" for one in others):
+        return "transformers finds no experts where other matrices are packed and theirs are not"
     if len(different) > 1:
         words = ", ".join(sorted({f"{one.bits} bits" for one in different}))
         return f"its matrices have different schemes ({words}), and readers take one for all"

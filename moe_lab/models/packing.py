@@ -91,10 +91,17 @@ def unpacked(parts: Mapping[str, Tensor], bits: int | None = None) -> Tensor:
     shape = torch.Size(parts[SHAPE].tolist())
     levels, zero_point = unpack_from_int32(parts[PACKED], bits, shape), None
     if ZERO_POINT in parts:
-        of_zeros = torch.Size((*shape[:-1], parts[SCALE].shape[-1]))
-        zero_point = unpack_from_int32(parts[ZERO_POINT], bits, of_zeros, packed_dim=0)
+        zero_point = _unpacked_zeros(parts[ZERO_POINT], bits, shape[-2])
     read = dequantised(Levels(levels, parts[SCALE], zero_point))
     return read if axis == -1 else read.mT.contiguous()
+
+
+def _unpacked_zeros(words: Tensor, bits: int, out: int) -> Tensor:
+    """Zero points [..., out, groups] from their words, which run along the outputs."""
+    # By hand: of a single word compressed-tensors 0.20.1 cannot undo its own packing of 4 bits.
+    turned = words.mT.clone(memory_format=torch.contiguous_format)
+    found: Tensor = unpack_from_int32(turned, bits, torch.Size((*turned.shape[:-1], out)))
+    return found.mT
 
 
 class Unpacked:

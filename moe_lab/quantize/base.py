@@ -22,6 +22,7 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.matrices import Matrices, Matrix, What
 from moe_lab.models.packed_form import packed_form, vllm_obstacle
 from moe_lab.models.packed_writing import WrittenForm
+from moe_lab.models.quantised import packed_as, quantised_as
 from moe_lab.models.rounding import BITS, Levels, Scheme
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
@@ -116,6 +117,17 @@ class Quantizer(Plugin, ABC):
     def begin(self, job: Job) -> Quantizing:
         """Decide the scheme of each matrix."""
 
+    def chosen(self, matrices: Matrices) -> list[Matrix]:
+        """The matrices that it packs; UserError where there are none."""
+        chosen = [one for one in matrices.chosen(self.what) if self.packs(one)]
+        if not chosen:
+            there = sorted({one.part for one in matrices.every} - {"other"})
+            raise UserError(
+                f"quantize.what={self.what}: the model has no such matrices; it has those of "
+                f"{', '.join(there)}"
+            )
+        return chosen
+
     def check(self, matrices: Sequence[Matrix]) -> None:
         """Refuse matrices that it cannot pack, before any work."""
         check_options(self, "quantize")
@@ -145,6 +157,17 @@ class Quantizer(Plugin, ABC):
         if experts and (obstacle := vllm_obstacle(experts, self.scheme)):
             told.append(f"vLLM will not read it: {obstacle}")
         return told
+
+
+def check_unquantised(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that is in few bits already: rounding twice loses twice."""
+    kind = quantised_as(checkpoint.config) or packed_as(checkpoint.config)
+    if kind:
+        raise UserError(
+            f"{checkpoint.path} is stored in {kind} already, and quantize rounds what is not. Give "
+            "the unquantised weights, or let a method or recipe make others of it, which are "
+            "dequantised; quantize=none keeps it as it is"
+        )
 
 
 def check_groups(matrices: Sequence[Matrix], scheme: Scheme) -> None:

@@ -14,6 +14,7 @@ from moe_lab.measure.speed import Measurement
 from moe_lab.measure.vllm import ThroughVllm, check_plugin
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
+from moe_lab.methods.none import Nothing
 from moe_lab.models.architecture import differences
 from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.edits.base import Edit
@@ -22,10 +23,12 @@ from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
+from moe_lab.models.matrices import matrices_of
 from moe_lab.models.mtp_saving import foresee_mtp
-from moe_lab.models.quantised import quantised_as, result_dtype
+from moe_lab.models.quantised import packed_as, quantised_as, result_dtype
 from moe_lab.models.stored import dtype_name
 from moe_lab.models.weight_files import size_in_bytes
+from moe_lab.quantize.base import Quantizer, check_unquantised
 from moe_lab.types import LayerInfo, UserError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,8 @@ def compare_architecture(checkpoint: Checkpoint, model: Mapping[str, Any]) -> No
 
 def announce_dequantising(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -> None:
     """Say that a quantised model is dequantised, and how large the result will be."""
-    if isinstance(checkpoint, Original) or not (kind := quantised_as(checkpoint.config)):
+    kind = quantised_as(checkpoint.config) or packed_as(checkpoint.config)
+    if isinstance(checkpoint, Original) or not kind:
         return
     dtype = dtype_name(result_dtype(checkpoint.config))
     sizes = size_in_bytes(checkpoint.path), layers[0].model_bytes
@@ -147,3 +151,29 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[Layer
             )
         elif not form.plain:
             logger.info("the result will be saved %s", form.reason)
+
+
+def check_quantizer(
+    checkpoint: Checkpoint,
+    method: Method,
+    recipe: Recipe | None,
+    quantizer: Quantizer | None,
+    layers: Sequence[LayerInfo],
+) -> None:
+    """Refuse what a quantizer cannot pack, as far as it is known, and say in which form it will be.
+
+    What a plan makes narrower is looked at again behind it.
+    """
+    if quantizer is None or isinstance(checkpoint, Original):
+        return
+    if isinstance(method, Nothing) and recipe is None:
+        check_unquantised(checkpoint)
+    narrows = any(isinstance(edit, NarrowExperts) for edit in method.example(layers) or ())
+    matrices = matrices_of(checkpoint)
+    if not matrices.every:  # in few bits: what is made of it has others
+        quantizer.check(())
+        return
+    chosen = quantizer.chosen(matrices)
+    quantizer.check([one for one in chosen if not (narrows and one.part == "experts")])
+    for told in quantizer.announced(checkpoint, matrices):
+        logger.info("%s", told)

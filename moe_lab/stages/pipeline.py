@@ -32,6 +32,7 @@ from moe_lab.stages.checks import (
     announce_form,
     check_mtp,
     check_profile,
+    check_quantizer,
     check_recipe,
     check_served,
     check_steps,
@@ -145,6 +146,7 @@ def check_parts(
     if parts.diagnose:
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
+    check_quantizer(dense, method, parts.finetune, parts.quantize, layers)
     check_mtp(dense, method, layers)
     check_served(dense, method, parts.measure, layers)
     announce_form(dense, method, layers)

@@ -15,14 +15,13 @@ from moe_lab.files import CHECKPOINT, FIGURES_FILE, FORM, PLAN
 from moe_lab.integrity import write_whole
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.edits.plan import Plan
-from moe_lab.models.matrices import Matrices, matrices_of
+from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packed_writing import write_packed
 from moe_lab.models.weight_files import size_in_bytes
-from moe_lab.quantize.base import Job, Quantizer
+from moe_lab.quantize.base import Job, Quantizer, check_unquantised
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
-from moe_lab.types import UserError
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
@@ -71,24 +70,13 @@ def quantize(context: Context, asked: Quantization) -> Artifact:
 
 
 def _job(asked: Quantization, folder: Path, compute: Compute) -> Job:
+    check_unquantised(asked.source)
     matrices = matrices_of(asked.source)
-    chosen = chosen_of(asked.source, matrices, asked.quantizer)
+    chosen = asked.quantizer.chosen(matrices)
     needs_text = asked.quantizer.needs_text
     return Job(
         asked.source, matrices, chosen, folder, asked.tokens, compute if needs_text else None
     )
-
-
-def chosen_of(source: Checkpoint, matrices: Matrices, quantizer: Quantizer) -> list[Any]:
-    """The matrices that a quantizer packs; UserError where the model has none of them."""
-    chosen = [one for one in matrices.chosen(quantizer.what) if quantizer.packs(one)]
-    if not chosen:
-        there = sorted({one.part for one in matrices.every} - {"other"})
-        raise UserError(
-            f"quantize.what={quantizer.what}: {source.path} has no such matrices; it has "
-            f"{', '.join(there)}"
-        )
-    return chosen
 
 
 def _inputs(run: Run) -> dict[str, Quantization]:

@@ -56,6 +56,10 @@ def _check_groups(parts: Parts) -> None:
         raise UserError(
             f"{asked} and no checkpoint that could be fine-tuned: set finetune=none{one}"
         )
+    if parts.quantize:
+        raise UserError(
+            f"{asked} and no checkpoint that could be quantized: set quantize=none{one}"
+        )
     if parts.eval and parts.eval.top_k:
         raise UserError(f"{asked}, evaluated with the model's own number of experts: leave out "
                         f"eval.top_k{one}")  # fmt: skip
