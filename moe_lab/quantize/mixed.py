@@ -97,7 +97,13 @@ class Mixed(Compensating):
                 f"quantize.by=expert: the files have the experts of a layer in one tensor "
                 f"({fused.key}), which has one scheme: quantize.by=layer"
             )
-        self._budget(matrices).check()
+
+        if self.average_bits is not None:
+            self._budget(matrices).check()
+
+    def check_size(self, chosen: Sequence[Matrix]) -> None:
+        """Refuse a size that is less than they take in the fewest bits."""
+        self._budget(chosen).check()
 
     def _budget(self, matrices: Sequence[Matrix]) -> Budget:
         if self.target_gib is None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
+
 from moe_lab.models.matrices import Matrix
 from moe_lab.models.rounding import Scheme
 from moe_lab.option import Option, check_options
-from moe_lab.quantize.base import Job, Quantizer, Quantizing
-from moe_lab.quantize.rounded_each import RoundedEach
+from moe_lab.quantize.base import Job, Quantizer, Quantizing, Reads
+from moe_lab.quantize.rounded_each import RoundedEach, reading
 from moe_lab.types import UserError
 
 NOTE = "quantize"  # in a plan's notes: bits by layer, and group_size
@@ -57,6 +59,11 @@ class Planned(Quantizer):
     def check(self, matrices: Sequence[Matrix]) -> None:
         """Nothing is known before the plan, which has divided widths by groups."""
         check_options(self, "quantize")
+
+    def reader(self, layer: int) -> Reads | None:
+        """By the layer's bits; as they are where these are not rounded."""
+        bits = self.bits[str(layer)] if self.bits else WHOLE
+        return torch.clone if bits == WHOLE else reading(Scheme(bits, self.group_size))
 
     def begin(self, job: Job) -> Quantizing:
         """Nothing has to be found out."""
