@@ -44,7 +44,7 @@ def _arguments(given: Sequence[str] | None) -> tuple[argparse.Namespace, dict[st
     group.add_argument(
         "--tolerance", type=float, help="gguf: largest difference of a logprob; default: 0.002"
     )
-    group.add_argument("--bits", type=int, help="compressed-tensors: 4 (default) or 8")
+    group.add_argument("--bits", type=int, help="compressed-tensors: 2 to 8; default: 4")
     group.add_argument(
         "--group-size", metavar="N", help="compressed-tensors: 128 (default), 64, 32 or channel"
     )

@@ -1,229 +1,180 @@
-"""`--to compressed-tensors`: weights rounded to 4 or 8 bits and packed, as vLLM reads them.
+"""`--to compressed-tensors`: a checkpoint packed as stock transformers and vLLM read it.
 
-Plain rounding to nearest, symmetric, one scale for each group of inputs (or for each output): no
-calibration, which GPTQ and AWQ have. Experts and linear layers are packed; embeddings, the output
-matrix, routers and gates stay. The format is "pack-quantized" of compressed-tensors; for 4 and 8
-bits all its versions pack alike.
+By the code of `quantize=rtn` (docs/quantize.md): rounding to nearest, symmetric, one scale for each
+group of inputs or each output, experts and linear layers inside decoder layers. Of a checkpoint
+that `quantize` packed in moe_lab's own form, because bits differ between layers or experts have
+zero points, the levels stay as they are, and only vLLM reads what comes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lab.export.folder import stored_tensors, write_folder
 from moe_lab.export.given import Given
-from moe_lab.models.checkpoint import Checkpoint, meta_model
-from moe_lab.models.layers import decoders_path, moe_layers
-from moe_lab.models.own_config import is_own_form, read_config
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.matrices import Matrix, matrices_of
+from moe_lab.models.own_config import OWN, QUANTISED, read_config
+from moe_lab.models.packed_form import (
+    ALSO_LEFT,
+    group_values,
+    left_paths,
+    packed_form,
+    stock_values,
+)
+from moe_lab.models.packed_writing import write_packed
+from moe_lab.models.packing import SCHEME, scheme_of
+from moe_lab.models.quantised import packed_as, quantised_as
 from moe_lab.models.reading_back import NotReadBack
-from moe_lab.models.stored import Stored, stored_in
+from moe_lab.models.rounding import BITS, Levels, Scheme, rounded
+from moe_lab.models.stored import stored_in
 from moe_lab.models.weight_files import weight_files
 from moe_lab.types import UserError
 
 ENDING = "-compressed-tensors"
 OPTIONS = ("bits", "group_size")
-TAKES = "checkpoints in their family's own form, with a tensor for each expert"
+TAKES = (
+    "checkpoints in their family's own form, with a tensor for each expert; and those of quantize= "
+    "that are in moe_lab's own form for their bits alone, with one scheme in each layer"
+)
 CHANNEL = "channel"
 GROUP_SIZES = ("128", "64", "32", CHANNEL)
-PARTS = ("packed", "scale", "shape")
-VERSION = "0.17.0"  # of compressed-tensors, whose reading of these files was tried
 
 
-def export(given: Given, out: Path, bits: int = 4, group_size: str = "128") -> list[str]:
+def export(
+    given: Given, out: Path, bits: int | None = None, group_size: str | None = None
+) -> list[str]:
     """Write a checkpoint with its experts and linear layers packed.
 
-    bits: 4 or 8; group_size: inputs that share a scale, one of GROUP_SIZES; channel: all of an
-    output's. Raises UserError for widths that the group size does not divide.
+    bits: 2 to 8, by default 4; group_size: inputs that share a scale, one of GROUP_SIZES, by
+    default 128; channel: all of an output's. Neither of a checkpoint that is packed already. Raises
+    UserError for widths that the group size does not divide.
     """
-    if bits not in (4, 8):
-        raise UserError(f"--bits {bits}: it packs 4 or 8")
-    if group_size not in GROUP_SIZES:
-        raise UserError(f"--group-size {group_size}: there are {', '.join(GROUP_SIZES)}")
     checkpoint = given.checkpoint()
     values = read_config(checkpoint.path / "config.json")
-    _check(checkpoint, values)
-    packed, left = _chosen(checkpoint)
-    size = None if group_size == CHANNEL else int(group_size)
-    _check_widths(packed, size)
-    config = values | {"quantization_config": _quantisation(bits, size, left)}
-    files = _files(checkpoint.path, packed, bits, size)
-    write_folder(out, files, config, checkpoint.path)
-    largest = _compare(packed, out, bits, size)
+    if (values.get(OWN) or {}).get(QUANTISED):
+        if bits or group_size:
+            raise UserError(
+                f"--bits, --group-size: {checkpoint.path} is packed already, and its levels stay"
+            )
+        return _in_other_words(checkpoint, values, out)
+    return _rounded(checkpoint, out, 4 if bits is None else bits, group_size or "128")
+
+
+def _rounded(checkpoint: Checkpoint, out: Path, bits: int, group_size: str) -> list[str]:
+    if bits not in BITS:
+        raise UserError(f"--bits {bits}: it packs {min(BITS)} to {max(BITS)}")
+    if group_size not in GROUP_SIZES:
+        raise UserError(f"--group-size {group_size}: there are {', '.join(GROUP_SIZES)}")
+    if kind := quantised_as(checkpoint.config) or packed_as(checkpoint.config):
+        raise UserError(f"--to compressed-tensors: {checkpoint.path} is stored in {kind} already")
+    matrices = matrices_of(checkpoint)
+    scheme = Scheme(bits, None if group_size == CHANNEL else int(group_size))
+    _check_widths(matrices.every, scheme)
+    form = packed_form(checkpoint, matrices, {one.key: scheme for one in matrices.every})
+    if form.obstacle:
+        raise UserError(
+            f"--to compressed-tensors: {form.obstacle}, which engines would not read; quantize=rtn "
+            "packs such a checkpoint in moe_lab's own form"
+        )
+
+    def found(_: int, these: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+        for one in these:
+            yield one, rounded(one.load(), scheme)
+
+    lost = write_packed(checkpoint, matrices, matrices.every, form, found, out).figures()
     return [
-        f"{len(packed)} matrices are packed in {bits} bits, rounded to nearest without "
-        f"calibration: at most {largest:.1%} of a matrix's norm is lost"
+        f"{lost['packed_matrices']} matrices are packed in {bits} bits, rounded to nearest without "
+        f"calibration: {lost['weight_error']:.1%} of their norm is lost"
     ]
 
 
-def _check(checkpoint: Checkpoint, values: dict[str, Any]) -> None:
-    if is_own_form(values):
-        raise UserError(
-            f"--to compressed-tensors: {checkpoint.path} is in moe_lab's own form, which engines "
-            "read by moe_lab's plugin alone, and unpacked: it takes families' own forms"
-        )
-    if values.get("quantization_config"):
-        raise UserError(f"--to compressed-tensors: {checkpoint.path} is quantised already")
-
-
-def _chosen(checkpoint: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
-    """The matrices to be packed by their names in the files, and the linear modules that stay.
-
-    The latter by their paths in the files and, where these differ, in the model. Packed are those
-    inside decoder layers but routers and the gates of shared experts.
-    """
-    model = meta_model(checkpoint.config)
-    layers = moe_layers(model)
-    decoders = decoders_path(layers[0].info.name)
-    experts = {layer.experts for layer in layers}
-    gates = {
-        module
-        for layer in layers
-        for holder in (layer.router, layer.shared_gate)
-        for module in (holder.modules() if holder else ())
-    }
-    packed: dict[str, Stored] = {}
-    left = {"lm_head": None}  # a dictionary for its order
-    for name, parts in checkpoint.held_by(model).by_name.items():
-        path, _, kind = name.rpartition(".")
-        module = model.get_submodule(path)
-        of_expert = module in experts and kind.endswith("_proj")
-        linear = isinstance(module, nn.Linear) and kind == "weight"
-        if of_expert or (linear and module not in gates and name.startswith(f"{decoders}.")):
-            packed |= {one.key: one for one in parts}
-        elif linear or (module in gates and kind == "weight"):
-            left |= {one.key.removesuffix(".weight"): None for one in parts} | {path: None}
-    return packed, list(left)
-
-
-def _check_widths(packed: dict[str, Stored], size: int | None) -> None:
-    """Refuse what is no matrix of its own, and inputs that groups of this size do not divide."""
-    widths: dict[int, str] = {}
-    for key, one in packed.items():
-        with safe_open(one.file, "pt") as opened:
-            shape = opened.get_slice(key).get_shape()
-        if len(shape) != 2 or not key.endswith(".weight"):
-            raise UserError(
-                f"--to compressed-tensors: this family's files have all experts in one tensor "
-                f"({key}), and the format packs a matrix for each expert"
-            )
-        widths.setdefault(shape[1], key)
-    odd = [width for width in widths if size and width % size]
+def _check_widths(matrices: Sequence[Matrix], scheme: Scheme) -> None:
+    """Refuse inputs that groups of this size do not divide."""
+    size = scheme.group_size
+    odd = next((one for one in matrices if size and one.width % size), None)
     if odd:
         fit = [
-            each
-            for each in GROUP_SIZES
-            if each == CHANNEL or not any(width % int(each) for width in widths)
+            n for n in GROUP_SIZES if n == CHANNEL or not any(m.width % int(n) for m in matrices)
         ]
         raise UserError(
-            f"--group-size {size} does not divide the {odd[0]} inputs of {widths[odd[0]]}; what "
-            f"fits all matrices: {', '.join(fit)}"
+            f"--group-size {size} does not divide the {odd.width} inputs of {odd.key}; what fits "
+            f"all matrices: {', '.join(fit)}"
         )
 
 
-def _quantisation(bits: int, size: int | None, left: list[str]) -> dict[str, Any]:
-    """What config.json says of the packed weights."""
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group" if size else "channel",
-        "group_size": size,
-        "dynamic": False,
-        "actorder": None,
-        "observer": "minmax",
-    }
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-    }
+def _in_other_words(checkpoint: Checkpoint, values: Mapping[str, Any], out: Path) -> list[str]:
+    """The same levels, with a group of the config for each scheme."""
+    if values[OWN]["layers"]:
+        raise UserError(
+            f"--to compressed-tensors: {checkpoint.path} has layers whose structures no family "
+            "has, beside packed matrices; engines would build other layers"
+        )
+    matrices = matrices_of(checkpoint)
+    packed = [one for one in matrices.every if one.stored.parts]
+    schemes = {one.key: scheme_of(dict(one.stored.parts)) for one in packed}
+    groups = _groups(packed, schemes)
+    left = dict.fromkeys((ALSO_LEFT, *matrices.left, *left_paths(
+        one for one in matrices.every if one not in packed)))  # fmt: skip
+    family = {name: value for name, value in values.items() if name != OWN}
+    config = family | {"quantization_config": stock_values(groups, left)}
+    write_folder(out, _without_schemes(checkpoint.path), config, checkpoint.path)
+    _compare(checkpoint.path, out)
+    told = [f"{len(packed)} packed matrices, {len(groups)} schemes; their levels are as they were"]
+    symmetric = all(scheme.symmetric for scheme in schemes.values())
+    if len(groups) > 1 or not symmetric:
+        told.append(
+            "for vLLM alone: transformers and moe_lab take one scheme for all experts, and no zero "
+            "points"
+        )
+    return told
+
+
+def _groups(packed: Sequence[Matrix], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """A group of the config for each scheme; UserError where a layer's experts have several."""
+    layers: dict[int, set[Scheme]] = {}
+    targets: dict[Scheme, list[str]] = {}
+    for one in packed:
+        if len(one.shape) != 2 or not one.key.endswith(".weight"):
+            raise UserError(
+                f"--to compressed-tensors: {one.key} is no matrix of its own, and the format packs "
+                "one for each expert"
+            )
+        scheme, path = schemes[one.key], one.key.removesuffix(".weight")
+        if one.part == "experts":
+            layers.setdefault(one.layer, set()).add(scheme)
+            path = rf"re:.*{_escaped(path.rpartition('.experts.')[0])}\.experts\..*"
+        targets.setdefault(scheme, []).append(path)
+    mixed = [layer for layer, several in layers.items() if len(several) > 1]
+    if mixed:
+        raise UserError(
+            f"--to compressed-tensors: the experts of layer {mixed[0]} have different schemes, and "
+            "vLLM has one for a layer: quantize with bits that differ between layers alone"
+        )
     return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": left,
-        "version": VERSION,
+        f"group_{number}": group_values(scheme, list(dict.fromkeys(paths)))
+        for number, (scheme, paths) in enumerate(targets.items())
     }
 
 
-def _files(
-    folder: Path, packed: dict[str, Stored], bits: int, size: int | None
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _escaped(path: str) -> str:
+    return path.replace(".", r"\.")
+
+
+def _without_schemes(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for file in weight_files(folder):
-        tensors: dict[str, Tensor] = {}
-        for one in stored_in(file):
-            weight = one.load()
-            if one.key not in packed:
-                tensors[one.key] = weight
-                continue
-            levels, scale = rounded(weight, bits, size)
-            tensors[f"{one.key}_packed"] = pack(levels, bits)
-            tensors[f"{one.key}_scale"] = scale
-            tensors[f"{one.key}_shape"] = torch.tensor(weight.shape)
-        yield file.name, tensors
+        kept = (one for one in stored_in(file) if not one.key.endswith(f"_{SCHEME}"))
+        yield file.name, {one.key: one.load() for one in kept}
 
 
-def rounded(weight: Tensor, bits: int, size: int | None) -> tuple[Tensor, Tensor]:
-    """A matrix [out, in] as whole numbers of `bits` bits, int8, and their scales [out, in/size].
-
-    size: inputs that share a scale, None for all. The largest weight of a group is half a level
-    beyond the highest number, as the format's own observer has it; scales have the weight's dtype.
-    """
-    groups = weight.float().unflatten(1, (-1, size or weight.shape[1]))
-    largest = groups.abs().amax(dim=-1)
-    scale = (largest / ((2**bits - 1) / 2)).to(weight.dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    levels = (groups / scale.float()[..., None]).round()
-    return levels.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8).flatten(1), scale
-
-
-def pack(levels: Tensor, bits: int) -> Tensor:
-    """Whole numbers [out, in] as int32 [out, in * bits / 32]: the first ones in the lowest bits."""
-    each = 32 // bits
-    shifted = levels.to(torch.int64) + 2 ** (bits - 1)
-    shifted = nn.functional.pad(shifted, (0, -levels.shape[1] % each)).unflatten(1, (-1, each))
-    words = (shifted << (torch.arange(each) * bits)).sum(dim=-1)
-    signed: Tensor = torch.where(words >= 2**31, words - 2**32, words)
-    packed: Tensor = signed.to(torch.int32)
-    return packed
-
-
-def unpack(words: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `pack`, int8 [out, in]."""
-    shifts = torch.arange(32 // bits) * bits
-    found: Tensor = (words.to(torch.int64)[..., None] >> shifts) & (2**bits - 1)
-    levels: Tensor = found.flatten(1)[:, : shape[1]] - 2 ** (bits - 1)
-    return levels.to(torch.int8)
-
-
-def dequantised(tensors: Mapping[str, Tensor], key: str, bits: int) -> Tensor:
-    """The matrix that a reader makes of what is stored of it."""
-    scale = tensors[f"{key}_scale"]
-    out, width = tensors[f"{key}_shape"].tolist()
-    levels = unpack(tensors[f"{key}_packed"], bits, (out, width))
-    groups = levels.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
-    read: Tensor = (groups * scale[..., None]).flatten(1)
-    return read
-
-
-def _compare(packed: Mapping[str, Stored], out: Path, bits: int, size: int | None) -> float:
-    """Read what was written; the largest share of a matrix's norm that rounding took."""
-    written, lost = stored_tensors(out), 0.0
-    for key, one in packed.items():
-        parts = {name: written[name].load() for name in (f"{key}_{part}" for part in PARTS)}
-        weight, read = one.load().float(), dequantised(parts, key, bits).float()
-        # Half a level, and what the scale and the product lose in their dtype.
-        bound = 0.51 + 2 ** (bits - 1) * torch.finfo(parts[f"{key}_scale"].dtype).eps
-        level = parts[f"{key}_scale"].float().repeat_interleave(size or weight.shape[1], dim=1)
-        if read.shape != weight.shape or ((read - weight).abs() > bound * level).any():
-            raise NotReadBack(f"{out} was read back, and {key} is another matrix. Please report it")
-        lost = max(lost, float((read - weight).norm() / weight.norm().clamp(min=1e-12)))
-    return lost
+def _compare(source: Path, out: Path) -> None:
+    """Read what was written, and compare it byte for byte."""
+    written = stored_tensors(out)
+    for key, one in stored_tensors(source).items():
+        same = key.endswith(f"_{SCHEME}") or one.load().equal(written[key].load())
+        if not same:
+            raise NotReadBack(f"{out} was read back, and {key} is another tensor. Please report it")

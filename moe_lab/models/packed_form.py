@@ -74,38 +74,40 @@ class PackedForm:
         """What config.json says: the source's family values, and how to read the matrices."""
         said = copy.deepcopy(dict(values))
         if self.stock:
-            return said | {"quantization_config": self._stock_values()}
+            group = group_values(next(iter(self.schemes.values())))
+            return said | {"quantization_config": stock_values({"group_0": group}, self.left)}
         bits = Counter(scheme.bits for scheme in self.schemes.values())
         counted = {str(number): count for number, count in sorted(bits.items())}
         own = said.get(OWN) or {"layers": {}}
         return said | {OWN: own | {QUANTISED: {"bits": counted, "packing": VERSION}}}
 
-    def _stock_values(self) -> dict[str, Any]:
-        scheme = next(iter(self.schemes.values()))
-        weights = {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": "group" if scheme.group_size else "channel",
-            "group_size": scheme.group_size,
-            "dynamic": False,
-            "actorder": None,
-            "observer": "minmax",
-        }
-        group = {
-            "targets": ["Linear"],
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": list(self.left),
-            "version": VERSION,
-        }
+
+def group_values(scheme: Scheme, targets: Sequence[str] = ("Linear",)) -> dict[str, Any]:
+    """What compressed-tensors' config says of a scheme and the modules that have it."""
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if scheme.group_size else "channel",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+    }
+    nothing = {"input_activations": None, "output_activations": None}
+    return {"targets": list(targets), "weights": weights} | nothing
+
+
+def stock_values(groups: Mapping[str, Any], left: Iterable[str]) -> dict[str, Any]:
+    """compressed-tensors' config of these groups; left: modules that stay as they are."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": dict(groups),
+        "ignore": list(left),
+        "version": VERSION,
+    }
 
 
 def packed_form(

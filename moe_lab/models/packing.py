@@ -104,6 +104,14 @@ def _unpacked_zeros(words: Tensor, bits: int, out: int) -> Tensor:
     return found.mT
 
 
+def scheme_of(parts: Mapping[str, Any]) -> Scheme:
+    """The scheme of a packed matrix in our own form; parts: its `stored.Stored`."""
+    bits, _ = parts[SCHEME].load().tolist()
+    width, groups = int(parts[SHAPE].load()[-1]), parts[SCALE].shape[-1]
+    # A single scale for all inputs is told as such, also where a group would be as large.
+    return Scheme(bits, None if groups == 1 else width // groups, ZERO_POINT not in parts)
+
+
 class Unpacked:
     """A matrix that is unpacked when it is read, as a slice of a file; parts: their slices."""
 

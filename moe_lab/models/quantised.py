@@ -24,6 +24,10 @@ from moe_lab.types import UserError
 DEQUANTISED = {"fp8": "FP8", "mxfp4": "MXFP4"}
 COMPRESSED = "compressed-tensors"
 PACK_QUANTIZED = "pack-quantized"
+ONLY = (
+    f"Dequantised on loading are only {' and '.join(DEQUANTISED.values())}, and whole numbers that "
+    f"{COMPRESSED} packed"
+)
 FIELDS = ("quantization_config", "compression_config")  # the second is an older name of the first
 UNQUANTISED = (
     "give the unquantised weights, which most publishers have beside (the repository that this one "
@@ -49,8 +53,7 @@ def check_quantisation(config_file: object, values: Mapping[str, Any]) -> None:
         elif method not in DEQUANTISED or field != FIELDS[0]:
             raise UserError(
                 f"{config_file}: the weights are quantised ({field}: {method}), and moe_lab edits "
-                f"weights that are not; {UNQUANTISED}. Dequantised on loading are only "
-                f"{', '.join(DEQUANTISED.values())} and {COMPRESSED}' {PACK_QUANTIZED}"
+                f"weights that are not; {UNQUANTISED}. {ONLY}"
             )
         try:
             AutoHfQuantizer.from_config(told | {"dequantize": True}, pre_quantized=True)
@@ -72,7 +75,7 @@ def _check_packed(config_file: object, told: Mapping[str, Any]) -> None:
     if not isinstance(groups, dict) or not isinstance(weights, dict) or len(groups) != 1:
         raise UserError(
             f"{config_file}: {FIELDS[0]}: {COMPRESSED} with {_number_of(groups)}, and one is read, "
-            f"whose scheme all packed weights have; {UNQUANTISED}"
+            f"whose scheme all packed weights have; {UNQUANTISED}. {ONLY}"
         )
     wanted = {
         "format": (group.get("format") or told.get("format"), (PACK_QUANTIZED,)),

@@ -72,9 +72,18 @@ class Stored:
         """The tensor."""
         if self.parts:
             return unpacked({name: one.load() for name, one in self.parts}, self.bits)
-        with safe_open(self.file, "pt") as opened:
-            tensor: Tensor = opened.get_tensor(self.key)
-        return tensor
+        dtype = STORED_DTYPES.get(self.kind)
+        if dtype is None or not self.num_bytes or not self.offset:
+            with safe_open(self.file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(self.key)
+            return tensor
+        # By hand: safetensors parses the whole header again for each tensor.
+        values = bytearray(self.num_bytes)
+        with self.file.open("rb") as handle:
+            handle.seek(self.offset)
+            if handle.readinto(values) != self.num_bytes:
+                raise OSError(f"{self.file} ends within {self.key}")
+        return torch.frombuffer(values, dtype=dtype).reshape(self.shape)
 
     def files(self) -> set[Path]:
         """Where it lies."""

@@ -76,7 +76,9 @@ class Quantizing(ABC):
         Layers come in order; of an attempt that goes on those that are finished are left out.
         """
 
-    def finished(self, index: int, read: Mapping[str, torch.Tensor]) -> None:
+    def finished(  # noqa: B027  # nothing is to be done by default
+        self, index: int, read: Mapping[str, torch.Tensor]
+    ) -> None:
         """A decoder layer is written, now or by an earlier attempt; called of each in order.
 
         read: what readers make of its matrices, by their keys, as the files had them before.

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from edited_models import edited, prune
 from families import tiny_model
+from in_few_bits import quantised
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_lab.export.compressed_tensors import dequantised, export, pack, rounded, unpack
+from moe_lab.export.compressed_tensors import export
 from moe_lab.export.folder import stored_tensors
 from moe_lab.export.given import Given
-from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint import Checkpoint, load
+from moe_lab.models.matrices import Matrix, matrices_of
+from moe_lab.models.rounding import Levels, Scheme, rounded
+from moe_lab.quantize.base import Job, Quantizing
+from moe_lab.quantize.rounded_alike import RoundedAlike
+from moe_lab.quantize.rtn import RoundToNearest
 from moe_lab.types import UserError
 
 
@@ -38,34 +48,6 @@ def slowly_read(words: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Te
     return read
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size", [8, None])
-def test_rounding_to_nearest_and_every_bit_in_its_place(bits: int, size: int | None) -> None:
-    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    weight[1, 8:16] = 0.0
-    levels, scale = rounded(weight, bits, size)
-    words = pack(levels, bits)
-    assert words.dtype == torch.int32 and words.shape == (3, math.ceil(40 * bits / 32))
-    assert scale.shape == (3, 40 // size if size else 1)
-    assert torch.equal(unpack(words, bits, (3, 40)), levels)
-    assert levels.min() >= -(2 ** (bits - 1)) and levels.max() <= 2 ** (bits - 1) - 1
-    read = slowly_read(words, scale, bits, [3, 40])
-    step = scale.repeat_interleave(size or 40, dim=1)
-    assert ((read - weight).abs() <= 0.501 * step).all(), "the nearest level"
-    largest = weight.unflatten(1, (-1, size or 40)).abs().amax(dim=-1)
-    expected = torch.where(largest > 0, largest / ((2**bits - 1) / 2), 1.0)
-    assert torch.allclose(scale, expected)
-    parts = {"w_packed": words, "w_scale": scale, "w_shape": torch.tensor([3, 40])}
-    assert torch.allclose(dequantised(parts, "w", bits), read, atol=1e-6)
-
-
-def test_a_packed_row_may_end_within_a_word() -> None:
-    levels = torch.tensor([[-8, 7, 0, -1, 5]], dtype=torch.int8)
-    words = pack(levels, 4)
-    assert words.tolist() == [[0xD78F0 | 0]], "0, 15, 8, 7, 13, low bits first"
-    assert torch.equal(unpack(words, 4, (1, 5)), levels)
-
-
 @pytest.mark.parametrize(("family", "dtype"), [
     ("mixtral", torch.bfloat16), ("qwen2_moe", torch.float32), ("deepseek_v3", torch.float32),
 ])  # fmt: skip
@@ -77,7 +59,6 @@ def test_experts_and_linear_layers_are_packed_and_nothing_else(
     assert "matrices are packed in 8 bits, rounded to nearest without calibration" in told
     before, after = ({key: one.load() for key, one in stored_tensors(tmp_path / name).items()}
                      for name in ("dense", "out"))  # fmt: skip
-    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     kept = set()
     for key, weight in before.items():
@@ -106,7 +87,7 @@ def test_widths_that_groups_do_not_divide_are_told_with_what_fits(
     with pytest.raises(UserError, match=r"size 128 does not divide the 160 .*: 32, channel"):
         export(given(shipped), tmp_path / "out")
     for options, message in (
-        ({"bits": 3}, "--bits 3: it packs 4 or 8"),
+        ({"bits": 1}, "--bits 1: it packs 2 to 8"),
         ({"group_size": "96"}, "--group-size 96: there are 128, 64, 32, channel"),
     ):
         with pytest.raises(UserError, match=message):
@@ -116,15 +97,83 @@ def test_widths_that_groups_do_not_divide_are_told_with_what_fits(
 
 def test_what_it_cannot_pack_is_refused(tmp_path: Path) -> None:
     assert not edited("mixtral", [prune(1, [0, 1])], tmp_path / "own")
-    with pytest.raises(UserError, match=r"own form, .* it takes families' own forms"):
+    with pytest.raises(UserError, match=r"structures that their family's own form has not"):
         export(given(tmp_path / "own" / "model"), tmp_path / "out", group_size="channel")
     tiny_model("gpt_oss").save_pretrained(tmp_path / "fused")
-    with pytest.raises(UserError, match="all experts in one tensor"):
+    with pytest.raises(UserError, match="several experts in one tensor"):
         export(given(tmp_path / "fused"), tmp_path / "out", group_size="channel")
     tiny_model("mixtral").save_pretrained(tmp_path / "dense")
     export(given(tmp_path / "dense"), tmp_path / "out", group_size="channel")
-    with pytest.raises(UserError, match="the weights are quantised"):
+    with pytest.raises(UserError, match=r"stored in 4 bits \(compressed-tensors\) already"):
         export(given(tmp_path / "out"), tmp_path / "again", group_size="channel")
+
+
+@dataclass(frozen=True)
+class ByLayer(RoundToNearest):
+    """Bits that differ between layers, or where asked between experts, too."""
+
+    by_expert: bool = False
+
+    @property
+    def scheme(self) -> None:  # type: ignore[override]
+        return None
+
+    def begin(self, job: Job) -> Quantizing:
+        def bits(one: Matrix) -> int:
+            return 3 + (one.layer + (one.expert or 0) * self.by_expert) % 2
+
+        schemes = {one.key: Scheme(bits(one), 8, self.symmetric) for one in job.chosen}
+        found = RoundedAlike(job, Scheme(4))
+        found.schemes = schemes
+
+        def layer(index: int, these: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+            yield from ((one, rounded(one.load(), schemes[one.key])) for one in these)
+
+        found.layer = layer  # type: ignore[method-assign]
+        return found
+
+
+def test_bits_that_differ_by_layer_are_told_as_vllm_reads_them(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "dense")
+    folder = tmp_path / "few" / "checkpoint"
+    form, _ = quantised(tmp_path / "dense", ByLayer(symmetric=False), folder)
+    assert not form.stock
+    told = export(given(folder), tmp_path / "out")
+    assert "192 packed matrices, 2 schemes" not in told[0] and "96 packed matrices" in told[0]
+    assert "for vLLM alone" in told[1]
+    values = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = values["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {3, 4}
+    before, after = load_file(folder / "model.safetensors"), stored_tensors(tmp_path / "out")
+    assert {key for key in before if not key.endswith("_scheme")} == set(after)
+    for number, group in enumerate(groups):
+        (first, *_) = group["targets"]
+        layer = f"model.layers.{number}.block_sparse_moe.experts.5.w1"
+        assert re.match(first.removeprefix("re:"), layer)
+        scheme = QuantizationScheme(
+            targets=["Linear"], weights=QuantizationArgs(**group["weights"])
+        )
+        parts = {
+            f"weight_{name}": after[f"{layer}.weight_{name}"].load()
+            for name in ("packed", "scale", "shape", "zero_point")
+        }
+        read = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+        matrix = next(
+            one for one in matrices_of(Checkpoint(folder)).every if one.key == f"{layer}.weight"
+        )
+        assert torch.equal(read, matrix.load())
+    with pytest.raises(UserError, match=r"2 groups of weights .*, and one is read"):
+        load(tmp_path / "out")
+
+
+def test_bits_that_differ_between_the_experts_of_a_layer_are_refused(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "dense")
+    folder = tmp_path / "few" / "checkpoint"
+    quantised(tmp_path / "dense", ByLayer(by_expert=True), folder)
+    with pytest.raises(UserError, match="the experts of layer 0 have different schemes"):
+        export(given(folder), tmp_path / "out")
+    with pytest.raises(UserError, match="packed already, and its levels stay"):
+        export(given(folder), tmp_path / "out", bits=4)
 
 
 def test_pruned_checkpoints_are_packed(tmp_path: Path) -> None:

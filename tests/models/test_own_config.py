@@ -110,7 +110,7 @@ def test_a_form_that_is_not_known_is_refused_in_words(tmp_path: Path) -> None:
     path = tmp_path / "x" / "model" / "config.json"
     values = json.loads(path.read_text())
     cases = {
-        "version 4, and this version of moe_lab reads up to 3: update": {"version": 4},
+        "version 5, and this version of moe_lab reads up to 4: update": {"version": 5},
         "no family's config stands in moe_lab.config": {"config": {}},
         "the family 'nobody', which this version": {"config": {"model_type": "nobody"}},
     }

@@ -131,7 +131,7 @@ def test_names_are_those_of_the_model_and_layers_of_others_are_none_of_its_own(
     assert len(files.by_name["model.layers.1.mlp.experts.gate_up_proj"]) == 2 * 8
     assert sorted(one.key for parts in files.others.values() for one in parts) == sorted(PASSING)
     opened = LayerwiseModel(checkpoint)
-    assert sorted(part for part in opened._keys if part is not None) == [0, 1, 2, 3]
+    assert sorted(part for part in opened._stored if part is not None) == [0, 1, 2, 3]
     with opened.layer(0) as decoder:
         want = model.model.layers[0].input_layernorm.weight
         assert torch.equal(decoder.input_layernorm.weight, want)
