@@ -68,7 +68,10 @@ class BitsBudget(Budget):
 
 
 class SizeBudget(Budget):
-    """The GiB of the whole checkpoint, of which other tensors take what they take."""
+    """The GiB of the whole checkpoint, of which other tensors take what they take.
+
+    The headers of its files, some hundred bytes a matrix, are not counted.
+    """
 
     def __init__(self, matrices: Sequence[Matrix], schemes: Sequence[Scheme], target_gib: float):
         super().__init__(matrices, schemes)

@@ -76,7 +76,7 @@ class Quantizing(ABC):
         Layers come in order; of an attempt that goes on those that are finished are left out.
         """
 
-    def finished(  # noqa: B027  # nothing is to be done by default
+    def finished(  # nothing is to be done by default
         self, index: int, read: Mapping[str, torch.Tensor]
     ) -> None:
         """A decoder layer is written, now or by an earlier attempt; called of each in order.
