@@ -51,7 +51,7 @@ def test_a_size_in_gib_is_kept_on_disk_and_the_least_is_told(tmp_path: Path) -> 
     job = job_of(checkpoint, quantizer, tmp_path / "job")
     figures = written(job, quantizer).figures()
     tensors = load_file(job.folder / "checkpoint" / "model.safetensors").values()
-    assert 0.45 * whole < sum(one.nbytes for one in tensors) <= 0.5 * whole
+    assert 0.4 * whole < sum(one.nbytes for one in tensors) <= 0.5 * whole
     assert 2 < figures["mean_bits"] < 8 and figures["predicted_error"] > 0
     budget = SizeBudget(job.chosen, SCHEMES, 0.1 * whole / GIB)
     with pytest.raises(UserError, match=r"in 2 bits it takes 0\.\d+ GiB"):
