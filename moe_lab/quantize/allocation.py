@@ -22,7 +22,7 @@ from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
-Unit = tuple[int, int | None]  # a layer, and its expert; None: all of them
+Sharing = tuple[int, int | None]  # a layer, and its expert; None: all of them
 Curves = Mapping[int, Sequence[Sequence[float]]]  # by layer: [experts or 1][schemes]
 
 
@@ -101,8 +101,8 @@ class Allocation:
     """Which scheme each matrix has. errors: of each unit as chosen, by layer and expert."""
 
     schemes: dict[str, Scheme]
-    bits: Mapping[Unit, int]
-    errors: Mapping[Unit, float]
+    bits: Mapping[Sharing, int]
+    errors: Mapping[Sharing, float]
     average_bits: float
 
     def say(self) -> None:
@@ -133,7 +133,7 @@ def allocated(matrices: Sequence[Matrix], budget: Budget, by: str, curves: Curve
 
     curves: by layer, of each expert (by=expert) or of all together, the error in each scheme.
     """
-    units: dict[Unit, list[Matrix]] = {}
+    units: dict[Sharing, list[Matrix]] = {}
     for one in matrices:
         units.setdefault((one.layer, one.expert if by == "expert" else None), []).append(one)
     groups = [

@@ -32,7 +32,7 @@ Curves = dict[int, list[list[float]]]  # by layer: [experts or 1][bits]
 
 
 @dataclass(frozen=True)
-class Measuring:
+class ErrorsInBits:
     """How errors are measured.
 
     given: how levels are chosen in each number of bits; compensated: by GPTQ on the calibration

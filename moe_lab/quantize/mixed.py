@@ -16,7 +16,7 @@ from moe_lab.quantize.allocation import Allocated, BitsBudget, Budget, SizeBudge
 from moe_lab.quantize.base import Job, Quantizing, check_groups
 from moe_lab.quantize.calibrated import Calibrated
 from moe_lab.quantize.gptq import Compensating
-from moe_lab.quantize.measuring import Measuring, predictions
+from moe_lab.quantize.measuring import ErrorsInBits, predictions
 from moe_lab.quantize.rounded_each import RoundedEach
 from moe_lab.types import UserError
 
@@ -116,7 +116,7 @@ class Mixed(Compensating):
             curves = predictions(job, self.schemes, self.num_samples)
         else:
             given = [self.given(scheme) for scheme in self.schemes]
-            measuring = Measuring(
+            measuring = ErrorsInBits(
                 given, self.by, self.levels == "gptq", self.error_weight, self.token_weight,
                 self.least_tokens,
             )  # fmt: skip
