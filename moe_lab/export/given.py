@@ -20,6 +20,9 @@ from moe_lab.models.edits.plan import Plan, check_plan
 from moe_lab.store import DONE, check_undamaged
 from moe_lab.types import LayerInfo, UserError
 
+# What was made behind the plan in a run, the last first, and the stage that wrote it.
+MADE_BY = {"quantized": "quantize", "finetuned": "finetune"}
+
 
 @dataclass(frozen=True)
 class Given:
@@ -92,8 +95,9 @@ def find_given(path: str, plan: str | None = None, model: str | None = None) -> 
         plan_file, run = plan_file or place, place.parent
     elif (place / REPORT).is_file():
         run = place
-        made_by = "finetune" if _told(run, "finetuned/checkpoint") else None
-        checkpoint = _told(run, "finetuned/checkpoint") or _told(run, "compressed/checkpoint")
+        made = {name: _told(run, f"{name}/checkpoint") for name in (*MADE_BY, "compressed")}
+        last = next((name for name, folder in made.items() if folder), "")
+        made_by, checkpoint = MADE_BY.get(last), made.get(last)
         plan_file = plan_file or _if_file(run / PLAN)
     else:
         checkpoint = str(resolve(path).path)

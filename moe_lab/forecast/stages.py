@@ -11,7 +11,7 @@ from dataclasses import replace
 from moe_lab.forecast.costs import FLOAT, Costs, calls_of, parts_of_forward, saved_parts
 from moe_lab.forecast.need import Need
 from moe_lab.forecast.shape import ModelShape
-from moe_lab.forecast.work import Text, Weights, Work
+from moe_lab.forecast.work import QuantizingWork, Text, Weights, Work
 from moe_lab.models.layerwise import layers_read
 
 SUM_BYTES = 8  # sums of a profile are float64
@@ -19,6 +19,7 @@ SUMS_BY_EXPERT = 21  # of its sums, those with a number for each expert
 NEURON_SUMS = 8  # with a number for each hidden unit of an expert
 BACKWARD = 2.0  # a backward pass costs two forwards
 TEACHER_SHARD = 2**28
+ROUNDED = 2e8  # bytes of 16-bit weights that a processor rounds and packs in a second, roughly
 TRAINED = 16  # bytes of a parameter that trains: itself, its gradient and Adam's two, in float32
 
 
@@ -36,6 +37,8 @@ def needs(work: Work, costs: Costs) -> Iterator[Need]:
         yield need_of_teach(work, costs)
     if work.tuning:
         yield need_of_finetune(work, costs)
+    if work.quantizing:
+        yield need_of_quantize(work, work.quantizing)
     if work.evaluating:
         yield from need_of_evaluate(work, costs)
     if work.measuring:
@@ -233,6 +236,28 @@ def need_of_finetune(work: Work, costs: Costs) -> Need:
     )
 
 
+def need_of_quantize(work: Work, asked: QuantizingWork) -> Need:
+    """Each matrix is read and rounded; what is packed is written, and two layers are read again.
+
+    Roughly: seconds are those of rounding to nearest and packing, a forward's where text is read.
+    """
+    model = work.edited or work.dense
+    kept = model.file_bytes - asked.before + asked.after
+    flops = model.shape.flops(asked.text.lengths, with_head=False) if asked.text else 0.0
+    return Need(
+        "quantize",
+        memory=2.0 * model.outside_bytes + 3.0 * model.layer_bytes,
+        read=model.file_bytes + kept,
+        kept=kept,
+        scratch=asked.after if asked.text else 0.0,
+        flops=flops,
+        seconds=asked.before / ROUNDED,
+        itemsize=model.itemsize,
+        on_device=asked.text is not None,
+        note="roughly",
+    )
+
+
 def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
     """Each variant on tasks and on held-out text, there beside the dense model."""
     asked, dense = work.evaluating, work.dense
@@ -240,6 +265,8 @@ def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
     variants = {"dense": dense} | ({"compressed": work.edited} if work.edited else {})
     if work.tuning:
         variants["finetuned"] = work.edited or dense
+    if work.quantizing:
+        variants["quantized"] = work.edited or dense
     for name, model in variants.items():
         assert model is not None
         pair = name != "dense" and asked.held_out is not None
@@ -280,8 +307,7 @@ def need_of_measure(work: Work, costs: Costs) -> Need:
     asked, dense = work.measuring, work.dense
     assert asked is not None
     models = [dense, *([work.edited] if work.edited else [])]
-    if work.tuning:
-        models.append(work.edited or dense)
+    models += [work.edited or dense for one in (work.tuning, work.quantizing) if one]
     *others, last = models
     text = Text((asked.prompt_length,) * asked.batch_size, asked.batch_size)
     parts = parts_of_forward(dense.shape, text)

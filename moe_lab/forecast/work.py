@@ -152,6 +152,18 @@ class MeasuringWork:
 
 
 @dataclass(frozen=True)
+class QuantizingWork:
+    """Matrices that are packed: their bytes before and after.
+
+    text: what a quantizer looks at, None where it needs none.
+    """
+
+    before: float
+    after: float
+    text: Text | None = None
+
+
+@dataclass(frozen=True)
 class Work:
     """A run.
 
@@ -166,5 +178,6 @@ class Work:
     converts: bool = False
     diagnosed: Text | None = None
     tuning: TuningWork | None = None
+    quantizing: QuantizingWork | None = None
     evaluating: EvaluatingWork | None = None
     measuring: MeasuringWork | None = None

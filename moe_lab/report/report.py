@@ -1,6 +1,6 @@
 """A run's result: one flat JSON object, and the tables made from it.
 
-The keys are the contract: `<variant>/<figure>` for dense, compressed and finetuned, and
+The keys are the contract: `<variant>/<figure>` for dense, compressed, finetuned and quantized, and
 `seconds/<stage>`, `cached/<stage>` for the stages.
 """
 

@@ -208,14 +208,24 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
         name: {key: value for key, value in config[name].items() if key != "name"}
         if isinstance(config[name], Mapping)
         else config[name]
-        for name in ("model", "calibration", "method", "finetune", "eval", "measure", "diagnose")
+        for name in (
+            "model",
+            "calibration",
+            "method",
+            "finetune",
+            "quantize",
+            "eval",
+            "measure",
+            "diagnose",
+        )
     }
     seed = config["seed"]
     model = {key: said["model"].get(key) for key in ("path", "revision", "dtype")}
     profile = [model, said["calibration"]]
     plan = [profile, said["method"]]
     tuned = [plan, said["finetune"], seed]
-    variants = {"dense": model, "compressed": plan, "finetuned": tuned}
+    packed = [tuned, said["quantize"]]
+    variants = {"dense": model, "compressed": plan, "finetuned": tuned, "quantized": packed}
     known: dict[str, Any] = {
         "convert": model,
         "profile": profile,
@@ -224,6 +234,7 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
         "compress": plan,
         "teacher": [model, said["finetune"]],
         "finetune": tuned,
+        "quantize": packed,
         "measure": [list(variants.values()), said["measure"]],
     }
     known |= {f"evaluate_{name}": [one, said["eval"]] for name, one in variants.items()}

@@ -21,6 +21,7 @@ from moe_lab.forecast.work import (
     EvaluatingWork,
     MeasuringWork,
     ProfilingWork,
+    QuantizingWork,
     Text,
     TuningWork,
     Weights,
@@ -30,6 +31,9 @@ from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import layer_index, moe_layers
+from moe_lab.models.matrices import matrices_of
+from moe_lab.models.packing import packed_bytes
+from moe_lab.models.rounding import Scheme
 from moe_lab.stages.foreseen import Foreseen, dense_weights, edited_model, foreseen, search_of
 from moe_lab.stages.parts import Parts
 from moe_lab.types import LayerInfo
@@ -85,6 +89,7 @@ def prospect_of(
         converts=isinstance(checkpoint, Original),
         diagnosed=_diagnosed(parts, text),
         tuning=_tuning(checkpoint, layers, parts, behind, dense, lengths, compute),
+        quantizing=_quantizing(checkpoint, layers, parts, behind, text),
         evaluating=_evaluating(checkpoint, layers, parts, lengths, compute),
         measuring=_measuring(parts),
     )
@@ -200,6 +205,25 @@ def _teacher(recipe: Recipe, lengths: Lengths, dense: Weights) -> int:
     row = 4 * vocabulary if kept is None or kept >= vocabulary else 8 * kept + 4
     texts = [lengths[name] for name in sources(recipe.phases)]
     return row * sum(sum(text) - len(text) for text in texts)
+
+
+def _quantizing(
+    checkpoint: Checkpoint,
+    layers: Sequence[LayerInfo],
+    parts: Parts,
+    behind: Foreseen,
+    text: Text,
+) -> QuantizingWork | None:
+    """Of what is left of the model as much is packed as of the intact one."""
+    quantizer = parts.quantize
+    if quantizer is None:
+        return None
+    chosen = matrices_of(checkpoint).chosen(quantizer.what)
+    before = sum(one.stored.num_bytes for one in chosen)
+    scheme = quantizer.scheme or Scheme(8)  # the most that it may be
+    after = sum(packed_bytes(one.shape, one.dtype, scheme) for one in chosen)
+    left = behind.weights.file_bytes / layers[0].model_bytes if behind.weights else 1.0
+    return QuantizingWork(left * before, left * after, text if quantizer.needs_text else None)
 
 
 def _evaluating(

@@ -8,9 +8,9 @@ const VARIANTS = variantsOf([...COLUMNS.keys()]);
 const unpacked = new Map();
 
 function variantsOf(keys) {
-  const pattern = /^(dense|compressed|finetuned)(_top_\d+)?\//;
+  const pattern = /^(dense|compressed|finetuned|quantized)(_top_\d+)?\//;
   const found = new Set(keys.map((key) => key.match(pattern)?.[0].slice(0, -1)).filter(Boolean));
-  const order = ["dense", "compressed", "finetuned"];
+  const order = ["dense", "compressed", "finetuned", "quantized"];
   return order.flatMap((name) =>
     [...found].filter((variant) => variant === name || variant.startsWith(`${name}_top_`)));
 }

@@ -143,7 +143,7 @@ function looks(state, points) {
   const groupOf = ({ row, variant }) => (state.group === "variant" ? variant : textOf(state.group, row));
   const names = [...new Set(points.map(groupOf))].sort(collator.compare);
   const several = new Set(points.map(({ variant }) => variant)).size > 1 && state.group !== "variant";
-  const pale = (variant) => several && !variant.startsWith("finetuned");
+  const pale = (variant) => several && !/^(finetuned|quantized)/.test(variant);
   const of = (point) => {
     const { colour, shape } = markOf(names.indexOf(groupOf(point)));
     return { path: shape(5.5), fill: colour, class: pale(point.variant) ? "pale" : "full", stroke: colour };
@@ -154,7 +154,7 @@ function looks(state, points) {
   });
   if (several) {
     items.push([circle(6), { class: "pale", fill: "gray", stroke: "gray" }, "pale: compressed"]);
-    items.push([circle(6), { class: "full", fill: "gray" }, "full: finetuned"]);
+    items.push([circle(6), { class: "full", fill: "gray" }, "full: finetuned or quantized"]);
   }
   return { of, items };
 }

@@ -22,7 +22,10 @@ from moe_lab.report.plots import cloud, curve, style
 from moe_lab.report.report import OK
 
 LEVEL: dict[str, Any] = {"color": "0.35", "marker": "", "linestyle": (0, (5, 3)), "linewidth": 1.0}
-VARIANT_LABELS = {"compressed": "compressed (hollow)", "finetuned": "fine-tuned (filled)"}
+VARIANT_LABELS = {
+    "compressed": "compressed (hollow)",
+    "finetuned": "fine-tuned or quantized (filled)",
+}
 
 
 DRAWN_COSTS = tuple(cost for cost in figures.COSTS if cost.picture)
