@@ -182,7 +182,6 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
-    "quantize": ("base", "rounded_alike", "calibrated", "column_rounding"),
     "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.

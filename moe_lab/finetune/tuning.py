@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_lab.data.tokens import IGNORED
 from moe_lab.finetune import teacher
-from moe_lab.finetune.as_stored import Reads, compute_as_stored, compute_latent, store_in
+from moe_lab.finetune.as_stored import ReadsMatrices, compute_as_stored, compute_latent, store_in
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import SHARED_NAMES, MoELayer, moe_layers
 from moe_lab.models.predictions import exact, next_token_logits
@@ -36,7 +36,9 @@ class Tuning:
         self.counts = True
 
     def as_stored(
-        self, reader: Callable[[int], Reads | None], dtype_of: Callable[[str], torch.dtype | None]
+        self,
+        reader: Callable[[int], ReadsMatrices | None],
+        dtype_of: Callable[[str], torch.dtype | None],
     ) -> None:
         """Compute with the experts of all MoE layers as they will be stored, until the end.
 

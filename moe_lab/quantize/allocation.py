@@ -143,7 +143,7 @@ def allocated(matrices: Sequence[Matrix], budget: Budget, by: str, curves: Curve
         ]
         for (layer, expert), some in units.items()
     ]
-    places = knapsack.least_error(groups, budget.room)
+    places = knapsack.best_choices(groups, budget.room)
     chosen = dict(zip(units, places, strict=True))
     schemes = {
         one.key: budget.schemes[chosen[unit]] for unit, some in units.items() for one in some

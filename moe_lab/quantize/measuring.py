@@ -22,7 +22,7 @@ from moe_lab.profile.routed_tokens import RoutedTokens
 from moe_lab.progress import progress
 from moe_lab.quantize.base import Job
 from moe_lab.quantize.calibrated import opened
-from moe_lab.quantize.column_rounding import Given
+from moe_lab.quantize.column_rounding import LevelChoice
 from moe_lab.quantize.error_curves import Stored, expert_errors, layer_errors
 from moe_lab.quantize.expert_levels import expert_levels
 from moe_lab.quantize.hessians import expert_hessians
@@ -40,7 +40,7 @@ class ErrorsInBits:
     error, hessian_weight in an expert's Hessian.
     """
 
-    given: Sequence[Given]
+    given: Sequence[LevelChoice]
     by: str
     compensated: bool
     token_weight: str
@@ -84,7 +84,7 @@ class ErrorsInBits:
         return errors
 
     def _levels(
-        self, tokens: RoutedTokens, expert: int, given: Sequence[Given], dtype: torch.dtype
+        self, tokens: RoutedTokens, expert: int, given: Sequence[LevelChoice], dtype: torch.dtype
     ) -> list[Stored]:
         hessians = None
         if self.compensated:

@@ -16,7 +16,7 @@ from moe_lab.models.layers import moe_layers
 from moe_lab.models.rounding import Scheme, dequantised, rounded
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.routed_tokens import RoutedTokens
-from moe_lab.quantize.column_rounding import Given, HessianSum, gptq
+from moe_lab.quantize.column_rounding import HessianSum, LevelChoice, gptq
 from moe_lab.quantize.gptq import Gptq
 
 
@@ -53,7 +53,7 @@ def test_each_layer_is_quantised_on_the_states_behind_the_quantised_ones(
             for name, x in by.items():
                 weight = getattr(layer.experts, name)[expert].detach()
                 matrix = weight.T if turned else weight
-                read = dequantised(gptq(matrix, hessian(x * gate_N1), Given(Scheme(3, 8))))
+                read = dequantised(gptq(matrix, hessian(x * gate_N1), LevelChoice(Scheme(3, 8))))
                 key = f"{layer.info.name}.experts.{name}"
                 ours = found[key][expert].T if turned else found[key][expert]
                 assert (ours != matrix).any()
@@ -75,7 +75,7 @@ def test_linear_layers_by_the_hessian_of_their_inputs(tmp_path: Path) -> None:
     with torch.no_grad():
         source(**batch)
     x = inputs[0][batch["attention_mask"].bool()]
-    expected = dequantised(gptq(first.weight.detach(), hessian(x), Given(Scheme(4, 8))))
+    expected = dequantised(gptq(first.weight.detach(), hessian(x), LevelChoice(Scheme(4, 8))))
     ours = parameters(job.folder / "checkpoint")["model.layers.0.self_attn.k_proj.weight"]
     assert torch.isclose(ours, expected, atol=1e-6).float().mean() > 0.98
 

@@ -13,11 +13,11 @@ from moe_lab.models.layers import moe_layers
 from moe_lab.models.rounding import Scheme
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.routed_tokens import RoutedTokens
-from moe_lab.quantize.column_rounding import Given
+from moe_lab.quantize.column_rounding import LevelChoice
 from moe_lab.quantize.error_curves import expert_errors, layer_errors
 from moe_lab.quantize.expert_levels import expert_levels, put_levels
 
-GIVEN = [Given(Scheme(2, 8)), Given(Scheme(4, 8))]
+GIVEN = [LevelChoice(Scheme(2, 8)), LevelChoice(Scheme(4, 8))]
 
 
 def test_of_an_expert_is_the_gated_change_of_its_outputs() -> None:

@@ -7,13 +7,13 @@ from families import tiny_model
 
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.rounding import Scheme, dequantised, rounded
-from moe_lab.quantize.column_rounding import Given, gptq
+from moe_lab.quantize.column_rounding import LevelChoice, gptq
 from moe_lab.quantize.expert_levels import expert_levels, with_levels
 
 
 def test_levels_of_both_kinds_and_what_is_computed_with_them() -> None:
     layer = moe_layers(tiny_model("gpt_oss"))[0]
-    given, before = Given(Scheme(3, 8)), layer.experts.down_proj.detach().clone()
+    given, before = LevelChoice(Scheme(3, 8)), layer.experts.down_proj.detach().clone()
     plain = expert_levels(layer, 2, given, None, torch.bfloat16)
     matrix = before[2].T.bfloat16()
     assert torch.equal(plain["down_proj"].levels, rounded(matrix, Scheme(3, 8)).levels)

@@ -13,7 +13,7 @@ from moe_lab.models.checkpoint import load
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.rounded_layer import rounded_layer
 from moe_lab.models.rounding import Scheme
-from moe_lab.quantize.column_rounding import Given
+from moe_lab.quantize.column_rounding import LevelChoice
 from moe_lab.quantize.measuring import CURVES, ErrorsInBits, predictions
 from moe_lab.quantize.rtn import RoundToNearest
 
@@ -26,7 +26,9 @@ def test_errors_fall_with_bits_and_are_asked_once(
 ) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "source", "mixtral")
     job = job_of(checkpoint, RoundToNearest(4, 8), tmp_path / "job")
-    measuring = ErrorsInBits([Given(one) for one in SCHEMES], by, compensated, "output", "none", 1)
+    measuring = ErrorsInBits(
+        [LevelChoice(one) for one in SCHEMES], by, compensated, "output", "none", 1
+    )
     found = measuring.outputs(job)
     assert list(found) == [0, 1, 2, 3]
     for errors in found.values():
