@@ -26,6 +26,7 @@ HOMES = {
     "method": "methods",
     "metric": "methods.metrics",
     "model": "models",
+    "quantize": "quantize",
     "ratio": "methods.ratios",
     "trace": "trace",
     "track": "track",
