@@ -923,6 +923,21 @@ def test_the_study_s_front_is_that_of_its_table() -> None:
     assert {float(size): (float(kl), told) for size, told, kl in rows} == best
 
 
+# --------------------------------------------------------------------------- mixed bits
+
+MIXED_BITS = sorted(path.stem for path in (ROOT / "experiments/mixed_bits").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", MIXED_BITS)
+def test_every_job_of_mixed_bits_composes(experiment: str, composed: Compose) -> None:
+    table = f"+mixed_bits={experiment}"
+    for job in jobs(choices(composed("model=tiny_mixtral", table))):
+        found = checked(composed(*job, "model=tiny_mixtral", table))
+        assert found["choices"]["quantize"] != "none" and found["choices"]["measure"] == "none"
+        pruned = experiment == "equal_bytes"
+        assert found["choices"]["method"] == ("prune" if pruned else "none")
+
+
 # --------------------------------------------------------------------------- run.py
 
 
@@ -933,6 +948,7 @@ def test_help_lists_the_tables() -> None:
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
     tables["pareto"] = ["study"]
+    tables["mixed_bits"] = MIXED_BITS
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments
