@@ -383,7 +383,8 @@ LIKE = {
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
+OF_A_REPORT = "model condense method metric ratio grouping calibration finetune quantize".split()
+OF_A_REPORT += ["eval", "seed"]
 OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
