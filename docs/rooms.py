@@ -28,6 +28,7 @@ GROUND = {
     "launching": "starting the processes that a launcher leaves out",
     "locks": "one process at a time, on one machine or many",
     "console": "the terminal, where nothing of a user's is markup",
+    "knapsack": "one choice of each group, the least sum of errors within a budget",
 }
 # Each room: what it is for, and what else it may import; a dotted name is one part of a room.
 ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -133,6 +134,19 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "sharding",
         "teacher",
         "gate_entropy",
+        "as_stored",
+    ),
+    "quantize": (
+        "base",
+        "rounded_alike",
+        "rounded_each",
+        "column_rounding",
+        "hessians",
+        "expert_levels",
+        "error_curves",
+        "measuring",
+        "allocation",
+        "calibrated",
     ),
     "methods": (
         "base",
@@ -149,7 +163,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
         "refit",
     ),
     "methods.metrics": ("base", "by_gradient"),
-    "methods.ratios": ("budget", "neurons", "pairs", "widths"),
+    "methods.ratios": ("bits", "budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
     "methods.condense": (
         "base",
@@ -168,7 +182,6 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
-    "quantize": ("base", "rounded_alike", "calibrated", "column_rounding"),
     "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROUNDS = 100  # of bisection for the multiplier
+BISECTIONS = 100  # of bisection for the multiplier
 SLACK = 1e-12  # of the best sum: what rounding may take from a bound
 
 
@@ -28,7 +28,7 @@ class NoRoom(ValueError):
 Group = Sequence[tuple[int, float]]  # the choices: cost and error of each
 
 
-def least_error(groups: Sequence[Group], budget: int) -> list[int]:
+def best_choices(groups: Sequence[Group], budget: int) -> list[int]:
     """The place of the choice in each group: the least sum of errors with costs up to `budget`.
 
     Raises NoRoom where not even the cheapest choices fit.
@@ -44,12 +44,12 @@ def least_error(groups: Sequence[Group], budget: int) -> list[int]:
     return _searched(tables, budget, multiplier, min(best[1], bound))
 
 
-Table = tuple[
+Undominated = tuple[
     np.ndarray, np.ndarray, np.ndarray
 ]  # costs, errors, places; costs ascend, errors fall
 
 
-def _undominated(group: Group) -> Table:
+def _undominated(group: Group) -> Undominated:
     """The choices that could be best: none that another is neither dearer nor worse than."""
     cost = np.array([one for one, _ in group], dtype=np.int64)
     error = np.array([one for _, one in group], dtype=np.float64)
@@ -65,32 +65,32 @@ def _front(cost: np.ndarray, error: np.ndarray) -> np.ndarray:
     return front
 
 
-def _cheapest_at(tables: Sequence[Table], multiplier: float) -> list[int]:
+def _cheapest_at(tables: Sequence[Undominated], multiplier: float) -> list[int]:
     """Of each group the choice with the least error + multiplier * cost; ties: the cheapest."""
     return [int(np.argmin(error + multiplier * cost)) for cost, error, _ in tables]
 
 
-def _total(tables: Sequence[Table], taken: Sequence[int]) -> tuple[int, float]:
+def _total(tables: Sequence[Undominated], taken: Sequence[int]) -> tuple[int, float]:
     chosen = zip(tables, taken, strict=True)
     pairs = [(int(cost[place]), float(error[place])) for (cost, error, _), place in chosen]
     return sum(cost for cost, _ in pairs), sum(error for _, error in pairs)
 
 
-def _multiplier(tables: Sequence[Table], budget: int) -> float:
+def _multiplier(tables: Sequence[Undominated], budget: int) -> float:
     """The least multiplier, but for rounding, at which the choices fit the budget."""
     if _total(tables, _cheapest_at(tables, 0.0))[0] <= budget:
         return 0.0
     below, above = 0.0, 1.0
     while _total(tables, _cheapest_at(tables, above))[0] > budget:
         above *= 4
-    for _ in range(ROUNDS):
+    for _ in range(BISECTIONS):
         middle = (below + above) / 2
         fits = _total(tables, _cheapest_at(tables, middle))[0] <= budget
         below, above = (below, middle) if fits else (middle, above)
     return above
 
 
-def _filled_up(tables: Sequence[Table], taken: Sequence[int], budget: int) -> float:
+def _filled_up(tables: Sequence[Undominated], taken: Sequence[int], budget: int) -> float:
     """The sum of errors when what is left of the budget is spent greedily: a bound from above."""
     places = list(taken)
     left = budget - _total(tables, places)[0]
@@ -108,7 +108,9 @@ def _filled_up(tables: Sequence[Table], taken: Sequence[int], budget: int) -> fl
     return _total(tables, places)[1]
 
 
-def _searched(tables: Sequence[Table], budget: int, multiplier: float, known: float) -> list[int]:
+def _searched(
+    tables: Sequence[Undominated], budget: int, multiplier: float, known: float
+) -> list[int]:
     """The places of the best choices; known: a sum of errors that can be had."""
     least = [int(cost[0]) for cost, _, _ in tables]
     relaxed = [float((error + multiplier * cost).min()) for cost, error, _ in tables]
@@ -128,7 +130,7 @@ def _searched(tables: Sequence[Table], budget: int, multiplier: float, known: fl
 
 
 def _traced(
-    tables: Sequence[Table], trail: Sequence[tuple[np.ndarray, np.ndarray]], last: int
+    tables: Sequence[Undominated], trail: Sequence[tuple[np.ndarray, np.ndarray]], last: int
 ) -> list[int]:
     """The places in the groups that led to a last state."""
     found = []

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moe_lab.knapsack import NoRoom, least_error
+from moe_lab.knapsack import NoRoom, best_choices
 
 
 def by_trying_all(groups: list, budget: int) -> float:
@@ -27,15 +27,15 @@ def test_is_exact() -> None:
         ]  # fmt: skip
         least = sum(min(cost for cost, _ in group) for group in groups)
         budget = int(drawn.integers(least, least + 60))
-        taken = [group[p] for group, p in zip(groups, least_error(groups, budget), strict=True)]
+        taken = [group[p] for group, p in zip(groups, best_choices(groups, budget), strict=True)]
         assert sum(cost for cost, _ in taken) <= budget
         assert sum(error for _, error in taken) == pytest.approx(by_trying_all(groups, budget))
 
 
 def test_costs_of_gigabytes_differ_by_a_byte() -> None:
     groups = [[(2**40, 1.0), (2**40 + 1, 0.0)], [(2**40, 1.0), (2**40 + 1, 0.5)]]
-    assert least_error(groups, 2**41 + 1) == [1, 0]
-    assert least_error(groups, 2**41) == [0, 0]
+    assert best_choices(groups, 2**41 + 1) == [1, 0]
+    assert best_choices(groups, 2**41) == [0, 0]
 
 
 def test_many_groups_take_seconds() -> None:
@@ -44,7 +44,7 @@ def test_many_groups_take_seconds() -> None:
         [(bits * 1000 + 7, float(scale * 4.0**-bits)) for bits in (2, 3, 4, 8)]
         for scale in drawn.gamma(0.5, size=500)
     ]
-    taken = [group[p] for group, p in zip(groups, least_error(groups, 500 * 3007), strict=True)]
+    taken = [group[p] for group, p in zip(groups, best_choices(groups, 500 * 3007), strict=True)]
     assert sum(cost for cost, _ in taken) <= 500 * 3007
     uniform = sum(group[1][1] for group in groups)
     assert sum(error for _, error in taken) < 0.9 * uniform
@@ -52,5 +52,5 @@ def test_many_groups_take_seconds() -> None:
 
 def test_refuses_what_nothing_fits_into() -> None:
     with pytest.raises(NoRoom) as caught:
-        least_error([[(3, 0.0)], [(5, 1.0), (4, 2.0)]], 6)
+        best_choices([[(3, 0.0)], [(5, 1.0), (4, 2.0)]], 6)
     assert caught.value.least == 7

@@ -24,6 +24,7 @@ HOMES = {
     "method": "methods",
     "metric": "methods.metrics",
     "model": "models",
+    "quantize": "quantize",
     "ratio": "methods.ratios",
     "track": "track",
 }

@@ -15,7 +15,7 @@ import time
 import torch
 
 from moe_lab.models.rounding import Scheme
-from moe_lab.quantize.column_rounding import Given, HessianSum, gptq
+from moe_lab.quantize.column_rounding import HessianSum, LevelChoice, gptq
 
 LIMIT = 2.0
 SHAPES = {"up_proj": (1408, 2048), "down_proj": (2048, 1408)}
@@ -43,7 +43,7 @@ def main() -> int:
             seconds = []
             for _ in range(rounds):
                 started = time.thread_time()
-                gptq(weight, hessian_II, Given(scheme))
+                gptq(weight, hessian_II, LevelChoice(scheme))
                 seconds.append(time.thread_time() - started)
             took = statistics.median(seconds)
             failed |= took > LIMIT

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from moe_lab.finetune.recipe import Distilling
-from moe_lab.finetune.tuning import DistillingTuning, Tuning
+from moe_lab.finetune.recipe import Distilling, check_moe_left
+from moe_lab.finetune.tuning import DistillingTuning, Tuning, trained
 from moe_lab.models.checkpoint import Model, meta_model
 from moe_lab.models.condensing import dense_terms, is_condensed_in_place
 from moe_lab.models.edits.base import Edit, GatedParts
@@ -29,6 +29,9 @@ class Experts(Distilling):
     is made of those experts (its constant gates lie folded in the down projection). Constants that
     stand in for pruned experts train with the experts. Neither padding nor prompts enter the loss.
 
+    quantization_aware: latent weights train while the forward pass computes with what the run's
+    quantizer will store of them; what is saved are the latent ones, which it then rounds just so.
+
     The factors that gates learn are folded back at the end. Distillation (Hinton et al.,
     1503.02531), of which the paper has none, leaves the cross entropy the rest of the loss.
     """
@@ -42,10 +45,28 @@ class Experts(Distilling):
         Option("share of the loss that the divergence from the intact model has", least=0, most=1),
     ] = 0.0
 
+    quantization_aware: Annotated[
+        bool,
+        Option(
+            "compute with the routed experts as quantize=rtn, moqe or planned will store them; "
+            "those of all MoE layers train, whatever a plan edits"
+        ),
+    ] = False
+
     @property
     def distils(self) -> bool:
         """Whether there is a teacher."""
         return self.distillation > 0
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes with the experts as the run's quantizer will store them."""
+        return self.quantization_aware
+
+    @property
+    def needs_edits(self) -> bool:
+        """Not where experts learn to be stored in few bits."""
+        return not self.quantization_aware
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,13 +88,16 @@ class Experts(Distilling):
     def check(self, plan: Plan) -> None:
         """Refuse a plan in which nothing can train, before any weight is read."""
         kinds = {edit.kind for edit in plan.edited()}
-        if all(edit.trains == "nothing" for edit in plan.edited()):
+        untouched = all(edit.trains == "nothing" for edit in plan.edited())
+        if untouched and not self.quantization_aware:
             raise UserError(
                 "fine-tuning trains what stays in layers that a plan prunes, merges or condenses; "
                 f"this one edits none so ({', '.join(sorted(kinds)) or 'it changes nothing'}):"
                 " finetune=none"
             )
         super().check(plan)
+        if self.quantization_aware:
+            check_moe_left(plan)
         if not (self.experts or any(edit.gated_parts for edit in plan.edited())):
             raise UserError(
                 "finetune.gates=true trains the gates of condensed layers, and this plan condenses "
@@ -85,7 +109,9 @@ class Experts(Distilling):
     def prepare(self, model: Model, plan: Plan) -> Tuning:
         """With `gates` their factors are put into the model, until it is finished."""
         self.check(plan)
-        named = {}
+        named: dict[str, nn.Parameter] = {}
+        if self.quantization_aware and self.experts:
+            named = trained(model, moe_layers(model), "experts")
         for edit in plan.edited():
             block = model.get_submodule(edit.name)
             for name, parameter in block.named_parameters() if self.experts else ():
@@ -129,6 +155,7 @@ class ExpertTuning(DistillingTuning):
 
     def finish(self) -> None:
         """Put the learned factors of the gates into the down projections, and take them out."""
+        super().finish()
         for block in list(self.model.modules()):
             gates = block._modules.get("gates")
             if isinstance(gates, Gates):

@@ -108,6 +108,11 @@ class Recipe(Plugin):
         return True
 
     @property
+    def rounds(self) -> bool:
+        """Whether it computes with the experts as the run's quantizer will store them."""
+        return False
+
+    @property
     def distils(self) -> bool:
         """Whether it learns from the intact model; then it is a `Distilling` recipe."""
         return False

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lab.data.tokens import IGNORED
 from moe_lab.finetune import teacher
+from moe_lab.finetune.as_stored import ReadsMatrices, compute_as_stored, compute_latent, store_in
 from moe_lab.models.checkpoint import Model
-from moe_lab.models.layers import SHARED_NAMES, MoELayer
+from moe_lab.models.layers import SHARED_NAMES, MoELayer, moe_layers
 from moe_lab.models.predictions import exact, next_token_logits
 
 CHOOSING = "correction_bias"  # what routers add only to choose: no gradient reaches it
@@ -32,6 +34,21 @@ class Tuning:
         self.trainable = dict(trainable)
         self.weights: dict[str, float] = {}
         self.counts = True
+
+    def as_stored(
+        self,
+        reader: Callable[[int], ReadsMatrices | None],
+        dtype_of: Callable[[str], torch.dtype | None],
+    ) -> None:
+        """Compute with the experts of all MoE layers as they will be stored, until the end.
+
+        reader: by the index of a layer; dtype_of: in which dtype tensors are saved, by name.
+        """
+        for layer in moe_layers(self.model):
+            reads = reader(layer.info.index)
+            assert reads is not None  # `checks.check_rounding` has refused it
+            compute_as_stored(layer, reads)
+        store_in(self.model, dtype_of)
 
     def before_step(self, step: int, num_steps: int) -> None:
         """Make the model ready for a step's forward passes."""
@@ -56,6 +73,7 @@ class Tuning:
 
     def finish(self) -> None:
         """Leave a plain model behind, ready to be saved."""
+        compute_latent(self.model)
 
     @property
     def is_plain(self) -> bool:

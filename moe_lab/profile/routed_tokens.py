@@ -18,7 +18,7 @@ from moe_lab.models.refitting import handing
 from moe_lab.models.stream import States, check_state
 from moe_lab.profile.grams import weights_of_states
 
-NOTED = ("x", "place", "weight", "weighs")
+NOTED_OF_TOKENS = ("x", "place", "weight", "weighs")
 
 
 class OfExpert(NamedTuple):
@@ -64,7 +64,7 @@ class RoutedTokens:
     def close(self) -> None:
         """Forget what was noted."""
         for batch in range(self.stream.num_batches):
-            for name in NOTED:
+            for name in NOTED_OF_TOKENS:
                 self.stream.cache.pop(("routed tokens", name, batch))
 
     @property

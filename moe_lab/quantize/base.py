@@ -9,7 +9,7 @@ is whole, so that a killed run goes on behind the last finished layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -39,6 +39,9 @@ BitsOption = Annotated[int, Option("of a weight", least=min(BITS), most=max(BITS
 GroupOption = Annotated[
     int | None, Option("inputs that share a scale, null for all of an output's", least=2)
 ]
+
+
+Reads = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ class Quantizing(ABC):
         Layers come in order; of an attempt that goes on those that are finished are left out.
         """
 
-    def finished(  # noqa: B027  # nothing is to be done by default
+    def finished(  # nothing is to be done by default
         self, index: int, read: Mapping[str, torch.Tensor]
     ) -> None:
         """A decoder layer is written, now or by an earlier attempt; called of each in order.
 
         read: what readers make of its matrices, by their keys, as the files had them before.
         """
+        del index, read  # only those that look at text ask
 
     def figures(self) -> dict[str, float]:
         """What a report says of it, by name; asked in the end."""
@@ -96,6 +100,10 @@ class Quantizer(Plugin, ABC):
     as they are known then; by default values that are out of the range of their `Option`.
     scheme: that of every matrix where it is one and known before, else None; by it the form and
     what serves it are told before any work.
+    reader(layer): what makes of a weight what a reader will, where that needs no text: by it
+    experts are tuned as they will be stored; by default None.
+    check_size(chosen): refuses, with a UserError, matrices that a budget has no room for, once
+    these are all there are; by default nothing.
     obeying(notes): the quantizer that follows what a plan's notes say; by default itself.
     packs(matrix): whether it packs one of those that `what` asks for; by default it does.
     form(job, quantizing): how what it finds is written; by default packed whole numbers.
@@ -134,6 +142,14 @@ class Quantizer(Plugin, ABC):
         check_options(self, "quantize")
         if self.scheme is not None:
             check_groups(matrices, self.scheme)
+
+    def reader(self, layer: int) -> Reads | None:
+        """What makes of a weight [..., out, in] what a reader will; None where text decides."""
+        return None
+
+    def check_size(self, chosen: Sequence[Matrix]) -> None:
+        """Refuse a budget that has no room for these matrices, which are all that are packed."""
+        del chosen  # only those with a budget ask
 
     def obeying(self, notes: Mapping[str, Any]) -> Quantizer | None:
         """What follows the notes of the run's plan; None where these leave nothing to pack."""

@@ -1,4 +1,4 @@
-"""GPTQ along a checkpoint: each decoder layer on the states behind the layers already in few bits."""
+"""GPTQ along a checkpoint: each decoder layer on the states behind those already in few bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_lab.models.rounding import Levels, Scheme
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.routed_tokens import RoutedTokens
 from moe_lab.quantize.base import Job, Quantizing, joined, slice_by_slice
-from moe_lab.quantize.column_rounding import Given
+from moe_lab.quantize.column_rounding import LevelChoice
 from moe_lab.quantize.expert_levels import levels_of
 from moe_lab.quantize.hessians import expert_hessians, linear_hessians
 
@@ -51,7 +51,7 @@ class Calibrated(Quantizing):
         self,
         job: Job,
         schemes: Mapping[str, Scheme],
-        given: Callable[[Scheme], Given],
+        given: Callable[[Scheme], LevelChoice],
         token_weight: str,
         least_tokens: int,
     ):

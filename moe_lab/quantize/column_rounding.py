@@ -21,12 +21,12 @@ from torch import Tensor
 
 from moe_lab.models.rounding import Clip, Grid, Levels, Scheme, rounded
 
-BLOCK = 128  # columns whose errors reach the columns behind the block in one product
+COLUMNS_AT_ONCE = 128  # columns whose errors reach the columns behind the block in one product
 DAMPING = 0.01  # of the mean of the diagonal
 ACT_ORDERS = ("static", "none")
 
 
-class Given(NamedTuple):
+class LevelChoice(NamedTuple):
     """How levels are chosen: the stored scheme, its grid, clipping of ranges, order of columns."""
 
     scheme: Scheme
@@ -59,7 +59,7 @@ class HessianSum:
         return (self._total * (2 / self.number)).float()
 
 
-def gptq(weight: Tensor, hessian_II: Tensor, given: Given) -> Levels:
+def gptq(weight: Tensor, hessian_II: Tensor, given: LevelChoice) -> Levels:
     """A matrix [out, in], every output at once, for inputs with this Hessian [in, in]."""
     stored = rounded(weight, given.scheme, given.grid, given.clip)
     dead_I = hessian_II.diagonal() == 0
@@ -70,8 +70,8 @@ def gptq(weight: Tensor, hessian_II: Tensor, given: Given) -> Levels:
     columns = weight.float().masked_fill(dead_I, 0.0).T[order_I].contiguous()
     grid = _Grid(stored, given, order_I)
     chosen = torch.empty(columns.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, len(columns), BLOCK):
-        end = min(start + BLOCK, len(columns))
+    for start in range(0, len(columns), COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, len(columns))
         errors = _round_block(columns, chosen, upper, grid, start, end)
         if end < len(columns):
             columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
@@ -108,7 +108,7 @@ def _factor(hessian_II: Tensor, dead_I: Tensor, order_I: Tensor, damping: float)
 class _Grid:
     """Scales and zero points of each column in the order in which they are rounded [in, out]."""
 
-    def __init__(self, stored: Levels, given: Given, order_I: Tensor):
+    def __init__(self, stored: Levels, given: LevelChoice, order_I: Tensor):
         each = len(order_I) // stored.scale.shape[-1]
         self.group_I = (order_I // each).tolist()
         self.scales = stored.scale.T.contiguous()

@@ -3,12 +3,12 @@
 Of an expert alone, the others being whole (x_t its tokens, g_t the router's weights of it, f what
 it computes, f^b the same in b bits, w_t what a token weighs):
 
-    error(e, b) = sum over t of w_t g_t^2 ||f(x_t) - f^b(x_t)||^2
+    error(e, b) = 1/(T D) sum over t of w_t g_t^2 ||f(x_t) - f^b(x_t)||^2
 
-the squared change of what the layer adds to the residual stream; of a layer whose experts are all
-in b bits, with y_t the state that leaves it,
+the squared change of what the layer adds to the residual stream, T all tokens of the text and D the
+hidden size; of a layer whose experts are all in b bits, with y_t the state that leaves it,
 
-    error(l, b) = sum over t of w_t ||y_t - y_t^b||^2
+    error(l, b) = 1/(T D) sum over t of w_t ||y_t - y_t^b||^2
 
 Errors of several experts or layers are added up: that they do not make up for each other is an
 assumption. w_t is 1, or 1 / mean square of y_t, so that layers whose states differ in size by
@@ -43,7 +43,7 @@ def expert_errors(
     for levels in candidates:
         with with_levels(tokens.layer, expert, levels):
             lost_ND = whole_ND - tokens.added(expert, given)
-        errors.append(_weighted_square(lost_ND, weight_N))
+        errors.append(_weighted_square(lost_ND, weight_N) / tokens.num_tokens)
     return errors
 
 
@@ -61,6 +61,7 @@ def layer_errors(
             _changed(replay, tokens, batch, states[batch], one, token_weight)
             for batch in range(stream.num_batches)
         )
+        / tokens.num_tokens
         for one in candidates
     ]
 
@@ -84,4 +85,4 @@ def _changed(
 
 
 def _weighted_square(lost_ND: Tensor, weight_N: Tensor) -> float:
-    return float((lost_ND.double().square().sum(dim=1) * weight_N.double()).sum())
+    return float((lost_ND.double().square().mean(dim=1) * weight_N.double()).sum())

@@ -12,13 +12,13 @@ from moe_lab.models.expert_matrices import expert_matrices, own_part
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer
 from moe_lab.models.rounding import Levels, dequantised, rounded
-from moe_lab.quantize.column_rounding import Given, gptq
+from moe_lab.quantize.column_rounding import LevelChoice, gptq
 
 Hessians = tuple[Tensor, Tensor]  # of an expert's inputs, of its hidden units
 
 
 def expert_levels(
-    layer: MoELayer, expert: int, given: Given, hessians: Hessians | None, dtype: torch.dtype
+    layer: MoELayer, expert: int, given: LevelChoice, hessians: Hessians | None, dtype: torch.dtype
 ) -> dict[str, Levels]:
     """The levels of an expert's matrices by name; rounded to nearest where there are no Hessians.
 
@@ -31,7 +31,7 @@ def expert_levels(
     return found
 
 
-def levels_of(matrix: Tensor, given: Given, hessian_II: Tensor | None) -> Levels:
+def levels_of(matrix: Tensor, given: LevelChoice, hessian_II: Tensor | None) -> Levels:
     """The levels of a matrix [out, in], rounded to nearest where it has no Hessian."""
     if hessian_II is None:
         return rounded(matrix, given.scheme, given.grid, given.clip)

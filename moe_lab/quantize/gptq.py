@@ -16,7 +16,7 @@ from moe_lab.quantize.base import (
     WhatOption,
 )
 from moe_lab.quantize.calibrated import Calibrated
-from moe_lab.quantize.column_rounding import ACT_ORDERS, DAMPING, Given
+from moe_lab.quantize.column_rounding import ACT_ORDERS, DAMPING, LevelChoice
 from moe_lab.quantize.hessians import TOKEN_WEIGHTS
 
 ClipOption = Annotated[
@@ -57,10 +57,10 @@ class Compensating(Quantizer):
     token_weight: TokenWeightOption = "none"
     least_tokens: LeastTokensOption = 1
 
-    def given(self, scheme: Scheme) -> Given:
+    def given(self, scheme: Scheme) -> LevelChoice:
         """How the levels of a scheme are chosen."""
         clip = cast(Clip, self.clip)
-        return Given(scheme, "full", clip, self.act_order, self.damping)
+        return LevelChoice(scheme, "full", clip, self.act_order, self.damping)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_lab.models.rounding import Scheme
-from moe_lab.quantize.base import BitsOption, Job, Quantizer, Quantizing, WhatOption
+from moe_lab.quantize.base import BitsOption, Job, Quantizer, Quantizing, Reads, WhatOption
 from moe_lab.quantize.rounded_alike import RoundedAlike
+from moe_lab.quantize.rounded_each import reading
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Moqe(Quantizer):
     def scheme(self) -> Scheme:
         """That of every matrix."""
         return Scheme(self.bits)
+
+    def reader(self, layer: int) -> Reads:
+        """Each weight becomes the nearest level."""
+        return reading(self.scheme, grid="restricted")
 
     def begin(self, job: Job) -> Quantizing:
         """Nothing has to be found out."""

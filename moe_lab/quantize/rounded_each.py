@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from moe_lab.models.matrices import Matrix
-from moe_lab.models.rounding import Clip, Levels, Scheme, rounded
-from moe_lab.quantize.base import Quantizing, joined, slice_by_slice
+from moe_lab.models.rounding import Clip, Grid, Levels, Scheme, dequantised, rounded
+from moe_lab.quantize.base import Quantizing, Reads, joined, slice_by_slice
+
+
+def reading(scheme: Scheme, grid: Grid = "full", clip: Clip = "none") -> Reads:
+    """What makes of a weight what a reader will, once it is rounded to nearest."""
+    return functools.partial(_read, scheme=scheme, grid=grid, clip=clip)
+
+
+def _read(weight: Tensor, scheme: Scheme, grid: Grid, clip: Clip) -> Tensor:
+    return dequantised(rounded(weight, scheme, grid, clip))
 
 
 @dataclass

@@ -13,9 +13,11 @@ from moe_lab.quantize.base import (
     Job,
     Quantizer,
     Quantizing,
+    Reads,
     WhatOption,
 )
 from moe_lab.quantize.rounded_alike import RoundedAlike
+from moe_lab.quantize.rounded_each import reading
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class RoundToNearest(Quantizer):
     def scheme(self) -> Scheme:
         """That of every matrix."""
         return Scheme(self.bits, self.group_size, self.symmetric)
+
+    def reader(self, layer: int) -> Reads:
+        """Each weight becomes the nearest level."""
+        return reading(self.scheme, clip=cast(Clip, self.clip))
 
     def begin(self, job: Job) -> Quantizing:
         """Nothing has to be found out."""

@@ -86,6 +86,22 @@ def check_recipe(
         recipe.check(Plan((*edits, *kept)))
 
 
+def check_rounding(recipe: Recipe | None, quantizer: Quantizer | None, compute: Compute) -> None:
+    """Refuse to tune experts as they will be stored where it is not known how, or not possible."""
+    if recipe is None or not recipe.rounds:
+        return
+    asked = "finetune.quantization_aware=true"
+    if quantizer is None or quantizer.reader(0) is None:
+        raise UserError(
+            f"{asked} computes with experts as they will be stored, each weight at its nearest "
+            "level: ask for quantize=rtn, quantize=moqe or quantize=planned"
+        )
+    if quantizer.what != "experts":
+        raise UserError(f"{asked} rounds routed experts alone: quantize.what=experts")
+    if compute.sharding == "fsdp":
+        raise UserError(f"{asked} needs each layer whole: compute.sharding=none")
+
+
 def check_steps(recipe: Recipe | None, texts: Mapping[str, Tokens]) -> None:
     """Refuse what a recipe cannot do in as few steps as its text gives."""
     if recipe:
@@ -175,5 +191,7 @@ def check_quantizer(
         return
     chosen = quantizer.chosen(matrices)
     quantizer.check([one for one in chosen if not (narrows and one.part == "experts")])
+    if isinstance(method, Nothing):
+        quantizer.check_size(chosen)
     for told in quantizer.announced(checkpoint, matrices):
         logger.info("%s", told)

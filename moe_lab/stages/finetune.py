@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerSource, OverlaidModel, WholeModel
 from moe_lab.models.streamed import write_model
+from moe_lab.quantize.base import Quantizer
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
@@ -42,7 +43,8 @@ class FineTuning:
     """A checkpoint and the plan that it was made with; a recipe, its composed options and texts.
 
     tokens: by the names that `recipe.sources` gives; taught: what `teach` made, where the recipe
-    distils.
+    distils; quantizer: what will store it, with its composed options `stored`, where the recipe
+    computes so.
     """
 
     compressed: Checkpoint
@@ -52,6 +54,8 @@ class FineTuning:
     tokens: Mapping[str, Tokens]
     seed: int
     taught: Artifact | None = None
+    quantizer: Quantizer | None = None
+    stored: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self, plan: Plan) -> dict[str, Any]:
         """What the tuned checkpoint depends on."""
@@ -61,9 +65,15 @@ class FineTuning:
             "recipe": self.recipe.identity(self.options),
             "data": {name: part.fingerprint for name, part in self.tokens.items()},
             "seed": self.seed,
-            "code": code_version(finetune, self.recipe, *plan.kinds()),
+            "code": code_version(finetune, self.recipe, *plan.kinds(), *self._quantizers),
         }
+        if self.quantizer is not None:
+            identity["quantizer"] = self.quantizer.identity(self.stored)
         return identity | ({"teacher": self.taught.key} if self.taught else {})
+
+    @property
+    def _quantizers(self) -> tuple[Quantizer, ...]:
+        return () if self.quantizer is None else (self.quantizer,)
 
 
 def finetune(context: Context, asked: FineTuning) -> Artifact:
@@ -98,6 +108,9 @@ def _trained(context: Context, asked: FineTuning, plan: Plan, folder: Path) -> L
         training = Training(
             model, plan, recipe, tokens, asked.seed, compute, folder, teacher, context.log
         )
+        if asked.quantizer is not None:
+            files = asked.compressed.held_by(meta_model(asked.compressed.config))
+            training.tuning.as_stored(asked.quantizer.reader, files.dtype)
         training.run()
         return training
 
@@ -140,8 +153,18 @@ def _inputs(run: Run) -> dict[str, FineTuning]:
         "finetune": FineTuning(
             run.compressed, run.results["plan"], recipe, run.config["finetune"],
             run.tuning_texts, run.config["seed"], run.results.get("teacher"),
+            *_quantizer_of(run, recipe),
         )
     }  # fmt: skip
+
+
+def _quantizer_of(run: Run, recipe: Recipe) -> tuple[Quantizer | None, Mapping[str, Any]]:
+    """What will store the result, and its options, where the recipe computes so."""
+    asked = run.parts.quantize
+    if asked is None or not recipe.rounds:
+        return None, {}
+    notes = Plan.load(run.results["plan"].folder / PLAN).notes
+    return asked.obeying(notes), run.config["quantize"]
 
 
 def say_untuned(run: Run) -> None:

@@ -34,6 +34,7 @@ from moe_lab.stages.checks import (
     check_profile,
     check_quantizer,
     check_recipe,
+    check_rounding,
     check_served,
     check_steps,
     compare_architecture,
@@ -147,6 +148,7 @@ def check_parts(
         parts.diagnose.check(compute.profile, layers)
     check_recipe(dense, method, parts.finetune, layers)
     check_quantizer(dense, method, parts.finetune, parts.quantize, layers)
+    check_rounding(parts.finetune, parts.quantize, compute)
     check_mtp(dense, method, layers)
     check_served(dense, method, parts.measure, layers)
     announce_form(dense, method, layers)

@@ -55,6 +55,7 @@ def quantize(context: Context, asked: Quantization) -> Artifact:
     def make(folder: Path) -> None:
         job = _job(asked, folder, context.compute)
         asked.quantizer.check(job.chosen)
+        asked.quantizer.check_size(job.chosen)
         at_work = asked.quantizer.begin(job)
         form = asked.quantizer.form(job, at_work)
         lost = write_packed(

@@ -8,7 +8,7 @@ from families import tiny_batch, tiny_model
 from slow_neurons import seen_by
 
 from moe_lab.models.stream import LayerStream, States
-from moe_lab.profile.routed_tokens import NOTED, RoutedTokens
+from moe_lab.profile.routed_tokens import NOTED_OF_TOKENS, RoutedTokens
 
 BATCHES = [tiny_batch(0), tiny_batch(1)]
 
@@ -39,7 +39,7 @@ def test_experts_get_their_tokens_and_no_padding(family: str) -> None:
     )
     tokens.close()
     with pytest.raises(KeyError):
-        stream.cache["routed tokens", NOTED[0], 0]
+        stream.cache["routed tokens", NOTED_OF_TOKENS[0], 0]
 
 
 def test_tokens_weigh_by_the_state_that_leaves_the_layer() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_lab.models.rounding import Scheme, dequantised, rounded
 from moe_lab.quantize import column_rounding
-from moe_lab.quantize.column_rounding import Given, HessianSum, gptq
+from moe_lab.quantize.column_rounding import HessianSum, LevelChoice, gptq
 
 SCHEMES = [Scheme(2), Scheme(4, 8), Scheme(3, 16, symmetric=False), Scheme(8)]
 
@@ -28,7 +28,7 @@ def matrix(out: int, width: int, seed: int = 1) -> Tensor:
     return torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
 
 
-def by_obq(weight: Tensor, hessian_II: Tensor, given: Given) -> Tensor:
+def by_obq(weight: Tensor, hessian_II: Tensor, given: LevelChoice) -> Tensor:
     """The levels' values: after each rounding the best change of all others, by OBQ's formula.
 
     delta = - (w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_:q, F the columns not rounded yet, each
@@ -64,10 +64,12 @@ def by_obq(weight: Tensor, hessian_II: Tensor, given: Given) -> Tensor:
 def test_equals_the_formula_of_obq(
     scheme: Scheme, act_order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(column_rounding, "BLOCK", 12)  # blocks that do not divide the width
+    monkeypatch.setattr(
+        column_rounding, "COLUMNS_AT_ONCE", 12
+    )  # blocks that do not divide the width
     x = inputs(32).double()
     x[:, 5] = 0
-    weight, given = matrix(6, 32), Given(scheme, act_order=act_order)
+    weight, given = matrix(6, 32), LevelChoice(scheme, act_order=act_order)
     expected = by_obq(weight, hessian(x), given)
     read = dequantised(gptq(weight, hessian(x), given)).double()
     assert torch.allclose(read, expected, atol=1e-6)
@@ -77,7 +79,7 @@ def test_equals_the_formula_of_obq(
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_independent_inputs_of_one_size_are_rounded_to_nearest(scheme: Scheme) -> None:
     weight = matrix(6, 32)
-    ours, plain = gptq(weight, torch.eye(32), Given(scheme)), rounded(weight, scheme)
+    ours, plain = gptq(weight, torch.eye(32), LevelChoice(scheme)), rounded(weight, scheme)
     assert torch.equal(ours.levels, plain.levels) and torch.equal(ours.scale, plain.scale)
 
 
@@ -88,13 +90,13 @@ def test_outputs_are_nearer_than_with_rounding_to_nearest(bits: int) -> None:
     def lost(read: Tensor) -> float:
         return float((x @ (weight - read).T).square().sum())
 
-    ours = lost(dequantised(gptq(weight, hessian(x), Given(scheme))))
+    ours = lost(dequantised(gptq(weight, hessian(x), LevelChoice(scheme))))
     assert ours < 0.7 * lost(dequantised(rounded(weight, scheme)))
 
 
 def test_scales_are_those_of_the_weights_before_any_change() -> None:
     weight, scheme = matrix(6, 32).bfloat16(), Scheme(3, 8, symmetric=False)
-    ours, plain = gptq(weight, hessian(inputs(32)), Given(scheme)), rounded(weight, scheme)
+    ours, plain = gptq(weight, hessian(inputs(32)), LevelChoice(scheme)), rounded(weight, scheme)
     assert torch.equal(ours.scale, plain.scale) and ours.scale.dtype == torch.bfloat16
     assert torch.equal(ours.zero_point, plain.zero_point)
     assert not torch.equal(ours.levels, plain.levels)
@@ -103,7 +105,9 @@ def test_scales_are_those_of_the_weights_before_any_change() -> None:
 def test_a_hessian_without_a_factor_leaves_rounding_to_nearest() -> None:
     weight, scheme = matrix(4, 8), Scheme(3)
     negative = -torch.ones(8, 8) + torch.eye(8) * 2
-    assert torch.equal(gptq(weight, negative, Given(scheme)).levels, rounded(weight, scheme).levels)
+    assert torch.equal(
+        gptq(weight, negative, LevelChoice(scheme)).levels, rounded(weight, scheme).levels
+    )
 
 
 def test_parts_add_up_to_the_hessian_of_all() -> None:

@@ -11,28 +11,32 @@ from moe_lab.models.packing import packed_layout
 from moe_lab.models.rounding import Scheme
 from moe_lab.types import LayerInfo, UserError
 
-WHOLE = 16  # stands for weights as the files have them
-DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by size, which alone counts
+UNROUNDED = 16  # stands for weights as the files have them
+DTYPE_OF_SIZE = {
+    2: torch.bfloat16,
+    4: torch.float32,
+    8: torch.float64,
+}  # by size, which alone counts
 
 
 @dataclass(frozen=True)
 class Bits:
     """The numbers of bits among which is chosen, ascending, and how scales are shared.
 
-    Rounded to nearest, symmetric, on compressed-tensors' grid. WHOLE among them: not rounded.
+    Rounded to nearest, symmetric, on compressed-tensors' grid. UNROUNDED among them: not rounded.
     """
 
-    values: tuple[int, ...] = (WHOLE,)
+    values: tuple[int, ...] = (UNROUNDED,)
     group_size: int | None = None
 
     def scheme(self, bits: int) -> Scheme | None:
         """How that many bits are stored; None: as the files have it."""
-        return None if bits == WHOLE else Scheme(bits, self.group_size)
+        return None if bits == UNROUNDED else Scheme(bits, self.group_size)
 
     def fits(self, info: LayerInfo, width: int, bits: int) -> bool:
         """Whether groups divide the inputs of experts of this width."""
         size = self.group_size
-        return bits == WHOLE or not size or not (width % size or info.hidden_size % size)
+        return bits == UNROUNDED or not size or not (width % size or info.hidden_size % size)
 
     def expert_bytes(self, info: LayerInfo, width: int, bits: int) -> int:
         """What an expert of this width takes, its router row and biases counted."""
@@ -49,7 +53,7 @@ class Bits:
 
 def _packed_bytes(shape: tuple[int, int], scheme: Scheme, itemsize: int) -> int:
     """Of a matrix in our own form, whose scales take so many bytes each."""
-    layout = packed_layout(shape, DTYPES[itemsize], scheme, own=True)
+    layout = packed_layout(shape, DTYPE_OF_SIZE[itemsize], scheme, own=True)
     return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
 
 

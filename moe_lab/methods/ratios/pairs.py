@@ -20,7 +20,7 @@ from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
 from moe_lab import knapsack
-from moe_lab.methods.ratios.bits import WHOLE, Bits
+from moe_lab.methods.ratios.bits import UNROUNDED, Bits
 from moe_lab.methods.ratios.neurons import ranked_by_layer
 from moe_lab.models.narrowing import Cut
 from moe_lab.profile.hidden import digest_of
@@ -67,13 +67,13 @@ class LayerUnits:
         """Bytes of so many experts of this width, each with its router row."""
         number, width, *bits = shape
         used = self.bits or Bits()
-        return number * used.expert_bytes(self.info, width, bits[0] if bits else WHOLE)
+        return number * used.expert_bytes(self.info, width, bits[0] if bits else UNROUNDED)
 
     @property
     def whole(self) -> Shape:
         """The layer as it is."""
         pair = self.info.num_experts, self.info.expert_width
-        return (*pair, WHOLE) if self.bits else pair
+        return (*pair, UNROUNDED) if self.bits else pair
 
     def tried(self) -> tuple[list[int], list[int]]:
         """The numbers and widths at which its error is measured, ascending."""
@@ -137,7 +137,7 @@ def least_error(
     errors: by layer index, at each of `measured` and at the whole. Exact over all shapes.
     """
     tables = [_table(layer, errors[layer.info.index]) for layer in layers]
-    places = knapsack.least_error([[(c, e) for c, e, _ in table] for table in tables], budget)
+    places = knapsack.best_choices([[(c, e) for c, e, _ in table] for table in tables], budget)
     taken = [table[place] for table, place in zip(tables, places, strict=True)]
     chosen = {layer.info.index: shape for layer, (_, _, shape) in zip(layers, taken, strict=True)}
     return chosen, sum(error for _, error, _ in taken)
@@ -148,7 +148,7 @@ def _table(layer: LayerUnits, errors: Mapping[Shape, float]) -> list[tuple[int, 
     found: dict[Shape, float] = {}
     for bits in layer.bits.values if layer.bits else (None,):
         found |= _between(layer, errors, () if bits is None else (bits,))
-    if layer.bits is None or WHOLE in layer.bits.values:
+    if layer.bits is None or UNROUNDED in layer.bits.values:
         found[layer.whole] = 0.0
     return [(layer.cost(shape), error, shape) for shape, error in found.items()]
 

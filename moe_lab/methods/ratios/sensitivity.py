@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_lab.methods.ratios.bits import WHOLE, Bits
+from moe_lab.methods.ratios.bits import UNROUNDED, Bits
 from moe_lab.methods.ratios.budget import GIB, Budget, Numbers, Scores, best, by_index
 from moe_lab.methods.ratios.neurons import Neurons
 from moe_lab.methods.ratios.pairs import LayerUnits, Pairs, Shape, least_error
@@ -60,7 +60,7 @@ class Sensitivity(Budget):
             "of method.unit=both: numbers of bits among which each layer's is chosen, too, for "
             "quantize=planned; 16: not rounded",
             least=2,
-            most=WHOLE,
+            most=UNROUNDED,
         ),
     ] = None
     group_size: Annotated[
@@ -179,8 +179,10 @@ class Sensitivity(Budget):
         if self.bits is None:
             return None
         made = Bits(tuple(sorted(set(self.bits))), self.group_size)
-        if odd := [bits for bits in made.values if bits > 8 and bits != WHOLE]:
-            raise UserError(f"ratio.bits={word_of(odd)}: there are 2 to 8, and {WHOLE} for none")
+        if odd := [bits for bits in made.values if bits > 8 and bits != UNROUNDED]:
+            raise UserError(
+                f"ratio.bits={word_of(odd)}: there are 2 to 8, and {UNROUNDED} for none"
+            )
         if info.hidden_size % (self.group_size or 1):
             raise UserError(
                 f"ratio.group_size={self.group_size} does not divide the hidden size "

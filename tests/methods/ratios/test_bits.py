@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import tiny_model
 
-from moe_lab.methods.ratios.bits import WHOLE, Bits
+from moe_lab.methods.ratios.bits import UNROUNDED, Bits
 from moe_lab.models.expert_matrices import expert_matrices
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.packing import packed
@@ -22,8 +22,8 @@ def packed_bytes(out: int, width: int, scheme: Scheme, dtype: torch.dtype) -> in
 
 def test_an_expert_takes_what_its_matrices_and_its_router_row_take() -> None:
     [layer, *_] = moe_layers(tiny_model("mixtral").bfloat16())
-    info, bits = layer.info, Bits((2, 4, WHOLE), 8)
-    assert bits.expert_bytes(info, info.expert_width, WHOLE) == info.expert_bytes
+    info, bits = layer.info, Bits((2, 4, UNROUNDED), 8)
+    assert bits.expert_bytes(info, info.expert_width, UNROUNDED) == info.expert_bytes
     shapes = [tuple(one.shape[1:]) for one in expert_matrices(layer.experts).values()]
     assert shapes == [(32, 32), (32, 16)]  # gate and up projection as one
     scheme, row = Scheme(4, 8), 32 * 2
@@ -45,7 +45,7 @@ def test_biases_stay_as_they_are() -> None:
 def test_groups_must_divide_what_they_share() -> None:
     info = LayerInfo(0, "x", 4, 1, 32, expert_width=16)
     assert Bits((4,), 8).fits(info, 16, 4) and not Bits((4,), 8).fits(info, 12, 4)
-    assert Bits((4,), 8).fits(info, 12, WHOLE) and Bits((4,)).fits(info, 13, 4)
+    assert Bits((4,), 8).fits(info, 12, UNROUNDED) and Bits((4,)).fits(info, 13, 4)
 
 
 def test_experts_of_another_size_are_refused() -> None:
