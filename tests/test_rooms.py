@@ -16,9 +16,11 @@ HOMES = {
     "calibration": "data",
     "compute": "compute",
     "condense": "methods.condense",
+    "decoding": "evaluate.decoding",
     "diagnose": "diagnose",
     "eval": "evaluate",
     "finetune": "finetune",
+    "form": "methods.factorizing",
     "grouping": "methods.grouping",
     "measure": "measure",
     "method": "methods",
@@ -26,6 +28,7 @@ HOMES = {
     "model": "models",
     "quantize": "quantize",
     "ratio": "methods.ratios",
+    "trace": "trace",
     "track": "track",
 }
 OF_WHOLE_JOBS = "faults/"  # a folder of test files that mirror none

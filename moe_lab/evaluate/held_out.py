@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lab import processes
+from moe_lab.evaluate.experts_used import ExpertsUsed, used_by_layer, used_figures
 from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
@@ -34,11 +35,13 @@ class HeldOut:
     (perplexity: its exponential). Where there are MoE layers, means over them and all valid tokens:
     routing/entropy, in nats, of the router's full distribution (a sigmoid's scores are divided by
     their sum first; left out where a layer's weights follow no known scoring); routing/top_k, how
-    many experts a token got; routing/stand_ins, how many of these only stood in for removed ones
-    (where any do); routing/weight_<k>, the share that a token's k-th heaviest expert has of its
-    routed weight.
+    many experts a token got that no rule left out; routing/stand_ins, how many of these only stood
+    in for removed ones (where any do); routing/weight_<k>, the share that a token's k-th heaviest
+    expert has of its routed weight. Of the experts that are computed (`experts_used.py`):
+    routing/active_parameters and routing/expert_flops, of a token as it was routed;
+    routing/distinct_experts_<batch>, how many different ones so many tokens need.
     routed: "layers", their true indices, and "rank_count" [layer][k - 1][expert], the tokens whose
-    k-th heaviest expert each was.
+    k-th heaviest expert each was; "experts_per_token" and "distinct_experts_<batch>", [layer].
     """
 
     figures: dict[str, float]
@@ -67,8 +70,11 @@ def compare_held_out(
         for layer in moe_layers(model)
     }
 
+    used = {layer.info.index: ExpertsUsed(layer) for layer in moe_layers(model)}
+
     def add(layer: MoELayer, *routed: Tensor) -> None:
         routers[layer.info.index].add_routed(*routed)
+        used[layer.info.index].add(routed[1])
 
     mine = processes.share(range(len(batches)))
     for number in progress(mine, "evaluate: held-out text"):
@@ -102,6 +108,9 @@ def compare_held_out(
         "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
     }
     figures |= _routing_figures(list(routers.values())) | _stand_ins(moe_layers(model), routers)
+    seen = [one.gathered() for one in used.values()]
+    figures |= used_figures(model, seen)
+    routed |= used_by_layer(seen)
     return HeldOut(figures, routed)
 
 
@@ -131,11 +140,19 @@ def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:
         figures["routing/entropy"] = _mean(entropies)
     if routers:
         shares = [(router["rank_share_sum"] / router["tokens"]).tolist() for router in routers]
-        figures["routing/top_k"] = _mean([len(share_K) for share_K in shares])
+        figures["routing/top_k"] = _mean([_experts_per_token(router) for router in routers])
         for rank in range(max(len(share_K) for share_K in shares)):
             share = [share_K[rank] if rank < len(share_K) else 0.0 for share_K in shares]
             figures[f"routing/weight_{rank + 1}"] = _mean(share)
     return figures
+
+
+def _experts_per_token(router: LayerStatistics) -> float:
+    """How many a token was sent to, zero experts and stand-ins counted."""
+    numbers = [router["count"].sum().item()]
+    if router.info.zero_experts:
+        numbers.append(router["zero_count"].item())
+    return sum(numbers) / router["tokens"].item()
 
 
 def _stand_ins(

@@ -29,7 +29,7 @@ def with_top_k(
         every[name] = checkpoint
         layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
         for top_k in wanted if layers else ():
-            own = top_k == layers[0].top_k
+            own = {info.top_k for info in layers} == {top_k}
             possible = top_k <= _most_top_k(layers) and not checkpoint.repeats_experts
             if top_k in (named or ()) if own else possible:
                 every[f"{name}_top_{top_k}"] = replace(checkpoint, top_k=top_k)
@@ -50,7 +50,7 @@ def other_top_k(
     for top_k in wanted:
         if not 1 <= top_k <= most:
             raise UserError(f"eval.top_k={list(wanted)}: a token can get 1 to {most} experts")
-        if top_k != layers[0].top_k:
+        if {info.top_k for info in layers} != {top_k}:
             set_top_k(meta_model(config), top_k)
     return list(dict.fromkeys(wanted))
 

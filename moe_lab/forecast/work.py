@@ -152,6 +152,14 @@ class MeasuringWork:
 
 
 @dataclass(frozen=True)
+class TracingWork:
+    """What `trace` runs: prompts, and the tokens that are generated behind each."""
+
+    prompts: Text
+    new_tokens: int
+
+
+@dataclass(frozen=True)
 class QuantizingWork:
     """Matrices that are packed: their bytes before and after.
 
@@ -181,3 +189,4 @@ class Work:
     quantizing: QuantizingWork | None = None
     evaluating: EvaluatingWork | None = None
     measuring: MeasuringWork | None = None
+    tracing: TracingWork | None = None

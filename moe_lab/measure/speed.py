@@ -10,7 +10,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_lab.models.active import active_parameters, parameters
 from moe_lab.models.checkpoint import Model
-from moe_lab.models.head import repeated_head
-from moe_lab.models.layers import moe_layers, num_parameters
-from moe_lab.models.remapped import RemappedExperts, all_to_experts
+from moe_lab.models.remapped import all_to_experts
+from moe_lab.models.skipping import none_skipped
 from moe_lab.models.weight_files import size_in_bytes
-from moe_lab.models.widths import num_zeros
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.progress import progress
 
@@ -98,30 +97,6 @@ def counted(name: str, model: Model, length: int) -> dict[str, float]:
     }
 
 
-def parameters(model: Model) -> int:
-    """Parameters, tied ones counted once: also a head beside the embedding that it equals."""
-    return num_parameters(model) - repeated_head(model)
-
-
-def active_parameters(model: Model) -> int:
-    """Parameters that one token uses: all but the routed experts, and top_k of those.
-
-    Where router rows lead to stand-ins, it is a token that was sent to none of them.
-    """
-    active = parameters(model)
-    for layer in moe_layers(model):
-        experts, info = layer.experts, layer.info
-        constants = experts.constants if isinstance(experts, RemappedExperts) else None
-        replaced = 0 if constants is None else constants.numel()
-        # By modules: those of some families' experts are their block's (JetMoE).
-        own = [one for module in experts.modules() for one in module._parameters.values()]
-        routed = sum(one.numel() for one in own if one is not None) - replaced
-        routed -= num_zeros(experts)[0]
-        number = info.real_experts or info.num_experts
-        active -= replaced + routed - routed * min(info.top_k, number) // number
-    return active
-
-
 @torch.inference_mode()
 def flops_per_token(model: Model, length: int) -> float:
     """Floating-point operations of a forward over `length` tokens, the head's too, per token.
@@ -130,13 +105,19 @@ def flops_per_token(model: Model, length: int) -> float:
     and experts computed in their plain forms, so that every product is seen. Attention is counted
     over all pairs of positions, as it is computed without a kernel that leaves out the masked ones.
     Where router rows lead to stand-ins, tokens that are sent to none of them are counted: how many
-    are depends on the text (`routing/stand_ins` tells it for the held-out one).
+    are depends on the text (`routing/stand_ins` tells it for the held-out one). Where a rule leaves
+    out some of a token's experts, they are counted as if it did not (`routing/expert_flops` tells
+    what is left of them on the held-out text).
     """
     experts, attention = model.config._experts_implementation, model.config._attn_implementation
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     try:
-        with all_to_experts(model), FlopCounterMode(display=False) as counter:
+        with (
+            all_to_experts(model),
+            none_skipped(model),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(torch.zeros(1, length, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         model.set_experts_implementation(experts)
@@ -252,6 +233,25 @@ def _times(
         )
         for name, measured in turns.items()
     }
+
+
+def seconds_in_turns(
+    model: Model,
+    ways: Mapping[str, Callable[[], AbstractContextManager[Callable[[], object]]]],
+    repeats: int,
+) -> dict[str, float]:
+    """Median seconds of some calls, which take turns as the models of `measure` do.
+
+    ways: what opens each; only the call that it gives is timed.
+    """
+    turns: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-1, repeats):  # the first is a warm-up
+        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+            with ways[name]() as call:
+                started = _now(model)
+                call()
+                turns[name].append(_now(model) - started)
+    return {name: statistics.median(times[1:]) for name, times in turns.items()}
 
 
 def _timed_turn(model: Model, prompt_BL: Tensor, decode_tokens: int) -> tuple[float, float]:

@@ -44,6 +44,7 @@ class Method(Plugin, ABC):
     the result are judged before any work; by default None, not known before.
     foresees_form(layers): whether the form of the example's result is that of the plan's; by
     default true.
+    unforeseen: what to say where that is not so.
     foreseen(layers): how many experts its edits leave, by layer index, where that is known before
     any work; by default None.
     from_routers: whether the routers' statistics are enough for it; by default false.
@@ -66,6 +67,11 @@ class Method(Plugin, ABC):
     messages; by default none.
     """
 
+    unforeseen = (
+        "how wide each expert stays is known with the plan: where widths differ, the result is "
+        "saved in moe_lab's own form, which stock transformers cannot load; with method.padding=1 "
+        "in the family's, filled up with zeros"
+    )
     of_condense: tuple[str, ...] = ()
     mtp: str = "prune"
     lm_head: str = "auto"

@@ -70,7 +70,7 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hex over the config and every byte of the weights, and top_k where it is another."""
-        if self.top_k is not None and self.top_k != self.layers()[0].top_k:
+        if self.top_k is not None and {one.top_k for one in self.layers()} != {self.top_k}:
             whole = replace(self, top_k=None).fingerprint
             return hashlib.sha256(f"{whole} top_k {self.top_k}".encode()).hexdigest()[:12]
         if self.known_fingerprint:

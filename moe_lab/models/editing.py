@@ -24,6 +24,7 @@ from moe_lab.models.layers import (
 )
 from moe_lab.models.probing import hands_state_on, skeleton_output
 from moe_lab.models.remapped import places_of, remap, shared_places
+from moe_lab.models.skipping import check_not_skipping
 from moe_lab.models.widths import keep_widths, widths_of
 from moe_lab.types import UserError
 
@@ -127,6 +128,7 @@ def replace_experts(
 
     stand_in, constants_RD: as of `remapped.remap`, the R removed experts in ascending order.
     """
+    check_not_skipping(layer)
     places = places_of(kept, layer.info.num_experts)
     prune_layer(layer, kept, rows=False)
     remap(layer.experts, places, stand_in, constants_RD)
@@ -135,6 +137,7 @@ def replace_experts(
 @torch.no_grad()
 def share_experts(layer: MoELayer, kept: Sequence[int], groups: Sequence[Sequence[int]]) -> None:
     """Keep only the `kept` experts, in place, and all router rows: groups[i] lead to kept[i]."""
+    check_not_skipping(layer)
     places = shared_places(groups, layer.info.num_experts)
     prune_layer(layer, kept, rows=False)
     remap(layer.experts, places)

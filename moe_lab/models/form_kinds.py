@@ -31,10 +31,13 @@ FEATURES = {
     "experts of different widths": "experts of one layer have different numbers of hidden units",
     "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",
+    "skipped experts": "a rule leaves out some of a token's experts",
+    "factorised experts": "the experts' matrices are computed from factors",
     "another's structure": "what an edit of one's own wrote down",
     "packed matrices": "matrices are whole numbers of few bits and scales (`quantize`)",
     "FP8 matrices": "matrices are in FP8 with a factor for each block (`quantize=fp8`)",
 }
+OWN_FEATURES = {"skip": "skipped experts", "factorize": "factorised experts"}  # by kind of edit
 QUANTISED_AS = {"compressed-tensors": "packed matrices", "fp8": "FP8 matrices"}
 # What configs call the width of experts; of some also that of dense layers, which only grow.
 WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
@@ -128,5 +131,5 @@ def _of_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[s
         yield "narrower shared experts"
     if "top_k" in layer:
         yield "unequal experts per token"
-    if "own" in layer:
-        yield "another's structure"
+    for kind in layer.get("own", {}):
+        yield OWN_FEATURES.get(kind, "another's structure")

@@ -27,10 +27,11 @@ from moe_lab.models.layers import (
 )
 from moe_lab.models.narrowing import GROUPED_BYTES, fits_grouped
 from moe_lab.models.native_dense import config_with_dense, dense_names
+from moe_lab.models.native_top_k import config_of_one_top_k, top_k_obstacle
 from moe_lab.models.native_widths import SHARED_TOO, config_with_widths
 from moe_lab.models.opening import text_config
 from moe_lab.models.own_config import without_structures
-from moe_lab.models.own_form import differing_layers, own_config, own_structures
+from moe_lab.models.own_form import own_config, own_structures
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import takes_twins
 from moe_lab.models.superset import SUPERSET, SUPERSETS, as_superset, obstacle_of
@@ -222,7 +223,8 @@ def _native_config(
     if len(counts) > 1:
         numbers = " and ".join(map(str, counts))
         return None, f"layers have {numbers} experts, {config.model_type} has one number for all"
-    if told := _other_top_k(model.config, layers):
+    config = config_of_one_top_k(config, layers)
+    if told := top_k_obstacle(config, layers):
         return None, f"{told}, {config.model_type} has one number for all"
     for count in counts:
         set_num_experts(config, count)
@@ -235,15 +237,6 @@ def _native_config(
         return None, f"{where} are no gated MLPs, which {config.model_type} has as dense layers"
     native, obstacle = config_with_dense(config, edited)
     return native, obstacle or _other_tensor(model, native, edited)
-
-
-def _other_top_k(config: Any, layers: list[MoELayer]) -> str | None:
-    """In words which layers' routers choose another number of experts."""
-    found = differing_layers(config, layers)
-    if values := {index: one["top_k"] for index, one in found.items() if "top_k" in one}:
-        numbers = " and ".join(map(str, sorted(set(values.values()))))
-        return f"layers {sorted(values)} choose {numbers} experts"
-    return None
 
 
 def _other_tensor(model: PreTrainedModel, config: Any, edited: dict[str, nn.Module]) -> str | None:

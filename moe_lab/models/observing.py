@@ -27,6 +27,7 @@ from moe_lab.models.experts import (
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, Output, further_rows, hidden_of, moe_layers
 from moe_lab.models.remapped import RemappedExperts
+from moe_lab.models.skipping import is_skipping
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
@@ -91,10 +92,13 @@ def observe_routers(
     observation = RoutersObservation()
 
     def hook_of(layer: MoELayer) -> Hook:
+        sends_nowhere = bool(further_rows(layer))  # looked at once: a hook runs at every token
+
         def hook(module: nn.Module, args: Arguments, output: Any) -> None:
             logits = _of_experts(_router_logits(output), layer)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
-            routed: tuple[Tensor, ...] = logits, _without_none(layer, index, weight), weight
+            index = _without_none(layer, index, weight) if sends_nowhere else index
+            routed: tuple[Tensor, ...] = logits, index, weight
             if observation.valid is not None and not bool(observation.valid.all()):
                 valid = observation.valid.reshape(-1).to(logits.device)
                 routed = tuple(part[valid] for part in routed)
@@ -227,8 +231,9 @@ def _of_experts(logits: Tensor, layer: MoELayer) -> Tensor:
 
 
 def _without_none(layer: MoELayer, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The choices, E where a router with further rows chose none (zaya: expert 0, weight 0)."""
-    if not further_rows(layer):
+    """The choices, E where a router with further rows chose none (zaya: expert 0, weight 0), or
+    where a rule left the expert out."""
+    if not further_rows(layer) and not is_skipping(layer):
         return index_TK
     return index_TK.masked_fill(weight_TK == 0, layer.info.num_experts)
 

@@ -25,6 +25,7 @@ from moe_lab.models.layers import (
 )
 from moe_lab.models.opening import text_config
 from moe_lab.models.probing import probe, route, skeleton
+from moe_lab.models.skipping import none_skipped
 from moe_lab.types import UserError
 
 SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
@@ -49,7 +50,8 @@ def scoring(layer: MoELayer) -> str | None:
     for module, field, _ in before:
         setattr(module, field, 2)
     try:
-        logits_TE, weight_TK, index_TK = route(layer, probe(layer))
+        with none_skipped(layer.router):
+            logits_TE, weight_TK, index_TK = route(layer, probe(layer))
     finally:
         for module, field, value in before:
             setattr(module, field, value)
@@ -62,7 +64,8 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
     """Which of SCORINGS gives these weights, up to one factor per token.
 
     The weights of the chosen experts are proportional to softmax(logits) also where they are
-    renormalised, scaled, or a softmax over the chosen logits alone.
+    renormalised, scaled, or a softmax over the chosen logits alone. Of several, a weight of 0 is of
+    an expert that a rule left out (`skipping.py`), and says nothing.
     """
     weight = weight_TK.double()
     for name, score in SCORINGS.items():
@@ -71,6 +74,7 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
             ratio = weight / chosen
             spread = (ratio / ratio[:1] - 1).abs().amax()
         else:
+            chosen = chosen.where(weight > 0, 0.0)
             shares = chosen / chosen.sum(dim=1, keepdim=True)
             spread = (weight / weight.sum(dim=1, keepdim=True) - shares).abs().amax()
         if spread < (1e-4 if weight_TK.dtype in (torch.float32, torch.float64) else 2e-2):
@@ -124,10 +128,7 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
             )
         if why := getattr(layer.experts, "keeps_top_k", None):
             raise UserError(f"top_k={top_k}: {why}")
-    config = text_config(model.config)
-    parts = [getattr(config, name) for name in config.sub_configs]
-    holders: list[Any] = [config, *parts, *(m for layer in layers for m in routed_modules(layer))]
-    before = _top_k_places(holders)
+    config, before = text_config(model.config), _every_place(model)
     for holder, field, _ in before:
         setattr(holder, field, top_k)
     try:
@@ -141,6 +142,14 @@ def set_top_k(model: PreTrainedModel, top_k: int) -> None:
             f"top_k={top_k}: routers of the family {config.model_type!r} choose "
             f"{chosen_by(layers[0])} experts for each token whatever their config says"
         )
+
+
+def _every_place(model: PreTrainedModel) -> list[tuple[Any, str, int]]:
+    """Where a model and its config say how many experts a token gets."""
+    config = text_config(model.config)
+    parts = [getattr(config, name) for name in config.sub_configs]
+    modules = (module for layer in moe_layers(model) for module in routed_modules(layer))
+    return _top_k_places([config, *parts, *modules])
 
 
 def set_top_k_of(layer: MoELayer, top_k: int) -> None:
@@ -159,15 +168,15 @@ def set_top_k_of(layer: MoELayer, top_k: int) -> None:
 
 @contextmanager
 def at_top_k(model: PreTrainedModel, top_k: int | None) -> Iterator[None]:
-    """While open, `set_top_k(model, top_k)`; None changes nothing."""
-    before = moe_layers(model)[0].info.top_k if top_k else None
+    """While open, `set_top_k(model, top_k)`; None changes nothing. Layers may differ before."""
+    before = _every_place(model) if top_k else []
     if top_k:
         set_top_k(model, top_k)
     try:
         yield
     finally:
-        if before:
-            set_top_k(model, before)
+        for holder, field, value in before:
+            setattr(holder, field, value)
 
 
 @torch.no_grad()

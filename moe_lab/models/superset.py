@@ -20,7 +20,7 @@ from moe_lab.models.checkpoint import meta_model
 from moe_lab.models.condensing import edited_blocks
 from moe_lab.models.editing import set_block
 from moe_lab.models.layers import moe_layers
-from moe_lab.models.own_form import own_structures
+from moe_lab.models.own_form import differing_layers, own_structures
 from moe_lab.option import Option
 
 SUPERSET = "superset"  # the option's value
@@ -109,6 +109,8 @@ def obstacle_of(model: PreTrainedModel) -> str | None:
         return "no family says different numbers of experts"
     if own_structures(model, layers) or any(layer.info.real_experts for layer in layers):
         return "no family says what router rows or edits of one's own lead to"
+    if any("top_k" in one for one in differing_layers(model.config, layers).values()):
+        return "its routers choose another number of experts than its config says"
     return _obstacle_of(model.config)
 
 

@@ -74,7 +74,7 @@ def report_head(job: Description) -> dict[str, Any]:
     head |= {"model": _word(config["model"]["name"]), "method": job.choices["method"]}
     head |= {"metric": None, "ratio": None} | _method(job)
     head |= {key: job.choices[key] for key in ("calibration", "finetune", "quantize", "eval")}
-    for group in ("calibration", "finetune", "quantize"):
+    for group in ("calibration", "finetune", "quantize", "eval"):
         head |= _told(group, config[group])
     head |= {"seed": _word(config["seed"]), "commit": commit(), REQUEST: _request(config)}
     head |= {f"versions/{name}": version for name, version in versions().items()}

@@ -9,6 +9,8 @@ from typing import Any
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.decoding.base import PLAIN
+from moe_lab.evaluate.suite import Suite
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.measure.speed import Measurement
 from moe_lab.measure.vllm import ThroughVllm, check_plugin
@@ -16,7 +18,7 @@ from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.methods.none import Nothing
 from moe_lab.models.architecture import differences
-from moe_lab.models.checkpoint import Checkpoint, Original
+from moe_lab.models.checkpoint import Checkpoint, Original, meta_model
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.narrow import NarrowExperts
@@ -84,6 +86,27 @@ def check_recipe(
         others = (info for info in layers if info.index not in indices)
         kept = tuple(KeepLayer(info.index, info.name) for info in others)
         recipe.check(Plan((*edits, *kept)))
+
+
+def check_decoding(
+    checkpoint: Checkpoint, method: Method, suite: Suite | None, layers: Sequence[LayerInfo]
+) -> None:
+    """Refuse a decoding for which the model, or what will be left of it, has too few experts, and
+    one that its routers do not obey."""
+    if not suite or suite.how.name == PLAIN:
+        return
+    suite.how.check(layers)
+    with suite.how.opened(meta_model(checkpoint.config)):
+        pass
+    numbers, example = method.foreseen(layers) or {}, method.example(layers) or ()
+    fewer = {edit.index for edit in example if not edit.keeps_rows and edit.index in numbers}
+    suite.how.check(
+        [
+            replace(info, num_experts=numbers[info.index], real_experts=0)
+            for info in layers
+            if info.index in fewer and numbers[info.index]
+        ]
+    )
 
 
 def check_rounding(recipe: Recipe | None, quantizer: Quantizer | None, compute: Compute) -> None:
@@ -160,11 +183,7 @@ def announce_form(checkpoint: Checkpoint, method: Method, layers: Sequence[Layer
     if edits := method.example(layers):
         form = form_of(checkpoint.config, edits, method.padding, method.convert)
         if not method.foresees_form(layers):
-            logger.info(
-                "how wide each expert stays is known with the plan: where widths differ, the "
-                "result is saved in moe_lab's own form, which stock transformers cannot load; with "
-                "method.padding=1 in the family's, filled up with zeros"
-            )
+            logger.info("%s", method.unforeseen)
         elif not form.plain:
             logger.info("the result will be saved %s", form.reason)
 

@@ -217,6 +217,7 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
             "eval",
             "measure",
             "diagnose",
+            "trace",
         )
     }
     seed = config["seed"]
@@ -238,6 +239,7 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
         "measure": [list(variants.values()), said["measure"]],
     }
     known |= {f"evaluate_{name}": [one, said["eval"]] for name, one in variants.items()}
+    known |= {f"trace_{name}": [one, said["trace"]] for name, one in variants.items()}
     return {need.stage: _digest([need.stage, known[need.stage]]) for need in found}
 
 

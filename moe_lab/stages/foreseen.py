@@ -14,6 +14,7 @@ from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.dropping import Dropping
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.ratios.budget import Budget
+from moe_lab.methods.skip import Skip
 from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.merge import MergeExperts
@@ -128,7 +129,12 @@ def search_of(method: Method, layers: Sequence[LayerInfo]) -> Search:
         return _condensing(method, layers)
     if isinstance(method, (Dropping, Nothing)):
         return Search()
-    parts = (method, *(getattr(method, name, None) for name in ("metric", "ratio", "grouping")))
+    if isinstance(method, Skip):
+        return Search(passes=method.passes(layers))
+    parts = (
+        method,
+        *(getattr(method, name, None) for name in ("metric", "ratio", "grouping", "form")),
+    )
     asks = any(getattr(one, name, False) is True
                for one in parts for name in ("needs_model", "propagate"))  # fmt: skip
     asks = asks or type(getattr(method, "ratio", None)).__module__.endswith(SEARCHING)

@@ -50,3 +50,15 @@ def test_twins_are_no_second_expert(limit: float, named: list[str], tmp_path: Pa
     (tmp_path / "form.json").write_text(json.dumps(form.to_json()))
     found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], [1, 2])
     assert list(found) == named
+
+
+def test_one_number_is_another_where_layers_differ(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    model_routers.set_top_k_of(moe_layers(model)[1], 1)
+    save_checkpoint(model, tmp_path / "several", tmp_path / "source")
+    several = Checkpoint(tmp_path / "several")
+    every = with_top_k({"own": several}, [2], None)
+    assert list(every) == ["own", "own_top_2"]
+    assert every["own_top_2"].fingerprint != several.fingerprint
+    assert other_top_k([2], None, several.config, several.layers()) == [2]

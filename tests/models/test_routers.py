@@ -106,3 +106,13 @@ def test_the_scoring_is_known_whatever_k_is(family: str, top_k: int) -> None:
     expected = "sigmoid" if family in ("deepseek_v3", "glm4_moe") else "softmax"
     assert {model_routers.scoring(layer) for layer in moe_layers(model)} == {expected}
     assert {layer.info.top_k for layer in moe_layers(model)} == {top_k}
+
+
+def test_layers_that_differ_have_their_own_number_again() -> None:
+    model = tiny_model("qwen2_moe")
+    for layer, number in zip(moe_layers(model), (1, 2, 3), strict=True):
+        routers.set_top_k_of(layer, number)
+    with routers.at_top_k(model, 2):
+        assert {layer.info.top_k for layer in moe_layers(model)} == {2}
+    assert [layer.info.top_k for layer in moe_layers(model)] == [1, 2, 3]
+    assert model.config.num_experts_per_tok == 3

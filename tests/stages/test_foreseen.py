@@ -12,6 +12,7 @@ from moe_lab.forecast.work import Search
 from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.drop_layers import DropLayers
 from moe_lab.methods.none import Nothing
+from moe_lab.methods.skip import Skip
 from moe_lab.models.checkpoint import resolve
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.stages.foreseen import dense_weights, foreseen, search_of
@@ -68,3 +69,7 @@ def test_what_a_search_asks(checkpoint: Path) -> None:
     both = Condense(1, 2, layers="greedy_js", experts="greedy_js")
     assert search_of(both, layers) == Search(2.0 + (3 + 2 + 1) / 4 + 1, 3 * (8 + 7), True, True)
     assert not search_of(Condense(1, 2, refit="down_proj"), layers).known
+    lexi = {"rule": "lexi", "average_top_k": 1.5}
+    assert search_of(Skip(**lexi), layers) == search_of(Skip("listed", top_k=1), layers) == Search()
+    assert search_of(Skip(**lexi, inputs="text"), layers).passes == 1 + (layers[0].top_k + 1) / 2
+    assert search_of(Skip("naee"), layers) == Search(1.0)
