@@ -37,6 +37,7 @@ GROUPS = {
     "form": "which factors, for method=factorize",
     "condense": "how layers are condensed, and how many layers other methods take",
     "finetune": "what trains behind the compression",
+    "quantize": "in which few bits the matrices of what was made are stored",
     "eval": "what is evaluated",
     "decoding": "how the text of tasks is decoded, of every variant alike",
     "measure": "what sizes and speeds are measured",

@@ -391,8 +391,8 @@ LIKE = {
     "skip": {},
     "factorize": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune eval".split()
-OF_A_REPORT += ["seed", "cd_moe", "seer_moe", "closed_form", "decoding"]
+OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune".split()
+OF_A_REPORT += ["quantize", "eval", "seed", "cd_moe", "seer_moe", "closed_form", "decoding"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
 
@@ -985,6 +985,21 @@ def test_the_study_s_front_is_that_of_its_table() -> None:
     assert {float(size): (float(kl), told) for size, told, kl in rows} == best
 
 
+# --------------------------------------------------------------------------- mixed bits
+
+MIXED_BITS = sorted(path.stem for path in (ROOT / "experiments/mixed_bits").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", MIXED_BITS)
+def test_every_job_of_mixed_bits_composes(experiment: str, composed: Compose) -> None:
+    table = f"+mixed_bits={experiment}"
+    for job in jobs(choices(composed("model=tiny_mixtral", table))):
+        found = checked(composed(*job, "model=tiny_mixtral", table))
+        assert found["choices"]["quantize"] != "none" and found["choices"]["measure"] == "none"
+        pruned = experiment == "equal_bytes"
+        assert found["choices"]["method"] == ("prune" if pruned else "none")
+
+
 # --------------------------------------------------------------------------- run.py
 
 
@@ -997,6 +1012,7 @@ def test_help_lists_the_tables() -> None:
     tables["skip"] = SKIP_EXPERIMENTS
     tables["factorize"] = FACTOR_EXPERIMENTS
     tables["pareto"] = ["study"]
+    tables["mixed_bits"] = MIXED_BITS
     tables["scmoe"] = SCMOE_EXPERIMENTS
     tables["offload"] = ["variants"]
     for paper, experiments in tables.items():

@@ -81,16 +81,20 @@ def test_a_run_evaluates_what_is_stored_and_tells_of_it(
 def test_8_bits_of_everything_cost_less_than_a_thousandth_of_a_nat(
     name: str, tmp_path: Path
 ) -> None:
-    checkpoint = resolve(f"shipped:{name}")
-    text = "\n".join(mixture("test", 4, 0))
-    ids = checkpoint.tokenizer()(text, return_tensors="pt").input_ids[:, :256]
-    model = checkpoint.load()
-    with torch.no_grad():
-        before = model(ids).logits.double().log_softmax(dim=-1)
-        named = dict(model.named_parameters())
-        changed = meant(checkpoint.path, RoundToNearest(8, None, what="all"), tmp_path)
-        for key, tensor in changed.items():
-            named[key].data = tensor
-        after = model(ids).logits.double().log_softmax(dim=-1)
-    kl = float((before.exp() * (before - after)).sum(dim=-1).mean())
+    # bfloat16 alone is as far off; and in one text of hundreds a near tie of a router may flip.
+    checkpoint = resolve(f"shipped:{name}", dtype="float32")
+    model, tokenizer = checkpoint.load(), checkpoint.tokenizer()
+    texts = [
+        tokenizer(text, return_tensors="pt").input_ids[:, :128] for text in mixture("test", 12, 0)
+    ]
+
+    def logprobs() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model(ids).logits[0].double().log_softmax(dim=-1) for ids in texts])
+
+    before, named = logprobs(), dict(model.named_parameters())
+    changed = meant(checkpoint.path, RoundToNearest(8, None, what="all"), tmp_path)
+    for key, tensor in changed.items():
+        named[key].data = tensor.float()
+    kl = float((before.exp() * (before - logprobs())).sum(dim=-1).mean())
     assert 0 < kl < 1e-3 and math.isfinite(kl)
