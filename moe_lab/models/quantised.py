@@ -74,8 +74,8 @@ def _check_packed(config_file: object, told: Mapping[str, Any]) -> None:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(groups, dict) or not isinstance(weights, dict) or len(groups) != 1:
         raise UserError(
-            f"{config_file}: {FIELDS[0]}: {COMPRESSED_TENSORS} with {_number_of(groups)}, and one is "
-            f"read, whose scheme all packed weights have; {UNQUANTISED}. {ONLY}"
+            f"{config_file}: {FIELDS[0]}: {COMPRESSED_TENSORS} with {_number_of(groups)}, and one "
+            f"is read, whose scheme all packed weights have; {UNQUANTISED}. {ONLY}"
         )
     wanted = {
         "format": (group.get("format") or told.get("format"), (PACK_QUANTIZED,)),

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from moe_lab.models.packing import PARTS, SCALE, SCHEME, SHAPE, LEVEL_WORDS, Unpacked, unpacked
+from moe_lab.models.packing import LEVEL_WORDS, PARTS, SCALE, SCHEME, SHAPE, Unpacked, unpacked
 from moe_lab.models.quantised import conversions, packed_bits
 from moe_lab.models.uneven import name_in_model, uneven_tensors
 
