@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lab.export.folder import stored_tensors, write_folder
 from moe_lab.export.given import Given
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.matrices import Matrix, matrices_of
+from moe_lab.models.matrices import WeightMatrix, matrices_of
 from moe_lab.models.own_config import OWN, QUANTISED, read_config
 from moe_lab.models.packed_form import (
     ALSO_LEFT,
@@ -82,7 +82,7 @@ def _rounded(checkpoint: Checkpoint, out: Path, bits: int, group_size: str) -> l
             "packs such a checkpoint in moe_lab's own form"
         )
 
-    def found(_: int, these: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def found(_: int, these: Sequence[WeightMatrix]) -> Iterator[tuple[WeightMatrix, Levels]]:
         for one in these:
             yield one, rounded(one.load(), scheme)
 
@@ -93,7 +93,7 @@ def _rounded(checkpoint: Checkpoint, out: Path, bits: int, group_size: str) -> l
     ]
 
 
-def _check_widths(matrices: Sequence[Matrix], scheme: Scheme) -> None:
+def _check_widths(matrices: Sequence[WeightMatrix], scheme: Scheme) -> None:
     """Refuse inputs that groups of this size do not divide."""
     size = scheme.group_size
     odd = next((one for one in matrices if size and one.width % size), None)
@@ -134,7 +134,7 @@ def _in_other_words(checkpoint: Checkpoint, values: Mapping[str, Any], out: Path
     return told
 
 
-def _groups(packed: Sequence[Matrix], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+def _groups(packed: Sequence[WeightMatrix], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """A group of the config for each scheme; UserError where a layer's experts have several."""
     layers: dict[int, set[Scheme]] = {}
     targets: dict[Scheme, list[str]] = {}

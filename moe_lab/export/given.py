@@ -21,7 +21,7 @@ from moe_lab.store import DONE, check_undamaged
 from moe_lab.types import LayerInfo, UserError
 
 # What was made behind the plan in a run, the last first, and the stage that wrote it.
-MADE_BY = {"quantized": "quantize", "finetuned": "finetune"}
+WRITTEN_BY = {"quantized": "quantize", "finetuned": "finetune"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def find_given(path: str, plan: str | None = None, model: str | None = None) -> 
         plan_file, run = plan_file or place, place.parent
     elif (place / REPORT).is_file():
         run = place
-        made = {name: _told(run, f"{name}/checkpoint") for name in (*MADE_BY, "compressed")}
+        made = {name: _told(run, f"{name}/checkpoint") for name in (*WRITTEN_BY, "compressed")}
         last = next((name for name, folder in made.items() if folder), "")
-        made_by, checkpoint = MADE_BY.get(last), made.get(last)
+        made_by, checkpoint = WRITTEN_BY.get(last), made.get(last)
         plan_file = plan_file or _if_file(run / PLAN)
     else:
         checkpoint = str(resolve(path).path)

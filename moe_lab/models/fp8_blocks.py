@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lab.models.matrices import Matrices, Matrix
+from moe_lab.models.matrices import WeightMatrices, WeightMatrix
 from moe_lab.models.own_config import is_own_form
 from moe_lab.models.packed_form import ALSO_LEFT, left_paths
 from moe_lab.models.packing import Layout
@@ -70,7 +70,7 @@ class Fp8Form:
     stock: bool
 
     @classmethod
-    def of(cls, config: Any, matrices: Matrices, chosen: set[str], size: int) -> Fp8Form:
+    def of(cls, config: Any, matrices: WeightMatrices, chosen: set[str], size: int) -> Fp8Form:
         """The form in which chosen matrices, by their keys, are in FP8; config: the source's."""
         others = [one for one in matrices.every if one.key not in chosen]
         experts = {one.name.rpartition(".")[0]: None for one in others if one.part == "experts"}
@@ -83,17 +83,17 @@ class Fp8Form:
         told = f"in FP8 with a factor for each {self.size} x {self.size}, as DeepSeek-V3's files"
         return told if self.stock else f"{told}, in moe_lab's own form"
 
-    def layout(self, matrix: Matrix) -> Layout:
+    def layout(self, matrix: WeightMatrix) -> Layout:
         """Dtype and shape of each tensor that is written of a matrix, by the end of its name."""
         out, width = matrix.shape
         factors = out // self.size, width // self.size
         return {"": (KIND, (out, width)), SCALE_INV: (torch.float32, factors)}
 
-    def parts(self, matrix: Matrix, blocks: Blocks) -> dict[str, Tensor]:
+    def parts(self, matrix: WeightMatrix, blocks: Blocks) -> dict[str, Tensor]:
         """These tensors."""
         return {"": blocks.values, SCALE_INV: blocks.scale_inv}
 
-    def read(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor:
+    def read(self, matrix: WeightMatrix, parts: Mapping[str, Tensor]) -> Tensor:
         """The matrix that readers make of what is written."""
         return Blocks(parts[""], parts[SCALE_INV], matrix.dtype).read()
 

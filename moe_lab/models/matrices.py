@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class Matrix:
+class WeightMatrix:
     """One matrix in a checkpoint's files, or those of all experts of a layer in one tensor.
 
     name: of the tensor of the model that it is, or is a part of; part: which of `WHATS` but all, or
@@ -76,35 +76,35 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Matrices:
+class WeightMatrices:
     """All matrices of a checkpoint, and what else its files hold.
 
     left: linear modules that are never packed, by their paths in the files and in the model; rest:
     the keys of all other tensors.
     """
 
-    every: tuple[Matrix, ...]
+    every: tuple[WeightMatrix, ...]
     left: tuple[str, ...]
     rest: tuple[str, ...]
 
-    def chosen(self, what: str) -> list[Matrix]:
+    def chosen(self, what: str) -> list[WeightMatrix]:
         """Those that an option's value asks for."""
         return [one for one in self.every if what in ("all", one.part)]
 
-    def by_layer(self) -> dict[int, list[Matrix]]:
+    def by_layer(self) -> dict[int, list[WeightMatrix]]:
         """By decoder layer, in order."""
-        found: dict[int, list[Matrix]] = {}
+        found: dict[int, list[WeightMatrix]] = {}
         for one in self.every:
             found.setdefault(one.layer, []).append(one)
         return dict(sorted(found.items()))
 
 
-def matrices_of(checkpoint: Checkpoint) -> Matrices:
+def matrices_of(checkpoint: Checkpoint) -> WeightMatrices:
     """The matrices of a checkpoint: only headers are read."""
     model = meta_model(checkpoint.config)
     held = checkpoint.held_by(model)
     sorts = _Sorts(model)
-    every, left, rest = list[Matrix](), dict[str, None](), list[str]()
+    every, left, rest = list[WeightMatrix](), dict[str, None](), list[str]()
     for name, parts in held.by_name.items():
         part = sorts.part_of(name)
         if part and all(len(one.shape) in (2, 3) and one.dtype for one in parts):
@@ -116,7 +116,7 @@ def matrices_of(checkpoint: Checkpoint) -> Matrices:
             left[name.removesuffix(".weight")] = None
     others = [one for parts in held.others.values() for one in parts]
     left |= {one.key.removesuffix(".weight"): None for one in others if len(one.shape) == 2}
-    return Matrices(tuple(every), tuple(left), (*rest, *(one.key for one in others)))
+    return WeightMatrices(tuple(every), tuple(left), (*rest, *(one.key for one in others)))
 
 
 class _Sorts:
@@ -165,7 +165,7 @@ def _gates(layers: Sequence[MoELayer]) -> Iterator[nn.Module]:
             yield from holder.modules() if holder else ()
 
 
-def _matrix(one: Stored, name: str, part: str, sorts: _Sorts) -> Matrix:
+def _matrix(one: Stored, name: str, part: str, sorts: _Sorts) -> WeightMatrix:
     path, _, kind = name.rpartition(".")
     module = sorts.model.get_submodule(path)
     of_experts = module in sorts.experts or isinstance(module, OneExpert)
@@ -179,4 +179,4 @@ def _matrix(one: Stored, name: str, part: str, sorts: _Sorts) -> Matrix:
         expert = int(_NUMBER.findall(one.key)[-1])
     of_units = of_experts and kind == "down_proj"
     layer, axis = sorts.layer_of(name), -2 if transposed else -1
-    return Matrix(one, name, part, layer, shape, axis, expert, of_units)
+    return WeightMatrix(one, name, part, layer, shape, axis, expert, of_units)

@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.matrices import Matrices, Matrix
+from moe_lab.models.matrices import WeightMatrices, WeightMatrix
 from moe_lab.models.own_config import OWN, QUANTISED, is_own_form
-from moe_lab.models.packing import VERSION, Layout, packed, packed_layout, unpacked
+from moe_lab.models.packing import PACKING_VERSION, Layout, packed, packed_layout, unpacked
 from moe_lab.models.rounding import Levels, Scheme, dequantised
 
 ALSO_LEFT = "lm_head"  # also where it is the embedding and no file has it
@@ -49,19 +49,19 @@ class PackedForm:
     def reason(self) -> str:
         """Which form and why, in words."""
         if self.stock:
-            return f"packed as compressed-tensors {VERSION} does"
+            return f"packed as compressed-tensors {PACKING_VERSION} does"
         return f"packed in moe_lab's own form, which no other reader knows: {self.obstacle}"
 
-    def layout(self, matrix: Matrix) -> Layout:
+    def layout(self, matrix: WeightMatrix) -> Layout:
         """Dtype and shape of each tensor that is written of a matrix, by the end of its name."""
         scheme = self.schemes[matrix.key]
         return packed_layout(matrix.shape, matrix.dtype, scheme, own=not self.stock)
 
-    def parts(self, matrix: Matrix, levels: Levels) -> dict[str, Tensor]:
+    def parts(self, matrix: WeightMatrix, levels: Levels) -> dict[str, Tensor]:
         """These tensors."""
         return packed(levels, self.schemes[matrix.key].bits, not self.stock, matrix.axis)
 
-    def read(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor:
+    def read(self, matrix: WeightMatrix, parts: Mapping[str, Tensor]) -> Tensor:
         """The matrix [..., out, in] that readers make of what is written."""
         read = unpacked(parts, self.schemes[matrix.key].bits)
         return read if matrix.axis == -1 else read.mT
@@ -79,7 +79,7 @@ class PackedForm:
         bits = Counter(scheme.bits for scheme in self.schemes.values())
         counted = {str(number): count for number, count in sorted(bits.items())}
         own = said.get(OWN) or {"layers": {}}
-        return said | {OWN: own | {QUANTISED: {"bits": counted, "packing": VERSION}}}
+        return said | {OWN: own | {QUANTISED: {"bits": counted, "packing": PACKING_VERSION}}}
 
 
 def group_values(scheme: Scheme, targets: Sequence[str] = ("Linear",)) -> dict[str, Any]:
@@ -106,12 +106,15 @@ def stock_values(groups: Mapping[str, Any], left: Iterable[str]) -> dict[str, An
         "quantization_status": "compressed",
         "config_groups": dict(groups),
         "ignore": list(left),
-        "version": VERSION,
+        "version": PACKING_VERSION,
     }
 
 
 def packed_form(
-    checkpoint: Checkpoint, matrices: Matrices, schemes: Mapping[str, Scheme], own: bool = False
+    checkpoint: Checkpoint,
+    matrices: WeightMatrices,
+    schemes: Mapping[str, Scheme],
+    own: bool = False,
 ) -> PackedForm:
     """The form of a checkpoint whose matrices get these schemes; own: ours in any case."""
     chosen = [one for one in matrices.every if one.key in schemes]
@@ -122,7 +125,7 @@ def packed_form(
     return PackedForm(dict(schemes), tuple(every), obstacle)
 
 
-def left_paths(matrices: Iterable[Matrix]) -> Iterator[str]:
+def left_paths(matrices: Iterable[WeightMatrix]) -> Iterator[str]:
     """The modules of matrices in the files and, where they are modules of their own, in the model.
 
     By these names readers know which ones are not packed.
@@ -135,8 +138,8 @@ def left_paths(matrices: Iterable[Matrix]) -> Iterator[str]:
 
 def _obstacle(
     checkpoint: Checkpoint,
-    chosen: Sequence[Matrix],
-    others: Sequence[Matrix],
+    chosen: Sequence[WeightMatrix],
+    others: Sequence[WeightMatrix],
     schemes: Mapping[str, Scheme],
 ) -> str | None:
     """Why stock readers would not read the matrices right; None where they do."""
@@ -155,11 +158,11 @@ def _obstacle(
     return None
 
 
-def _is_own_weight(matrix: Matrix) -> bool:
+def _is_own_weight(matrix: WeightMatrix) -> bool:
     return len(matrix.shape) == 2 and matrix.key.endswith(".weight")
 
 
-def vllm_obstacle(matrices: Sequence[Matrix], scheme: Scheme) -> str | None:
+def vllm_obstacle(matrices: Sequence[WeightMatrix], scheme: Scheme) -> str | None:
     """Why vLLM does not read matrices of this scheme, with a scheme that it reads; None if it does.
 
     From its source (0.32): experts of 2, 3, 5, 6 and 7 bits go through one kernel that few

@@ -26,7 +26,7 @@ from moe_lab.models.checking import check_folder
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.finishing import copy_text_files
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.models.matrices import Matrices, Matrix
+from moe_lab.models.matrices import WeightMatrices, WeightMatrix
 from moe_lab.models.own_config import read_config, write_config
 from moe_lab.models.packing import Layout
 from moe_lab.models.promises import check_promises
@@ -38,7 +38,7 @@ from moe_lab.models.weight_files import weight_files
 from moe_lab.progress import progress
 
 logger = logging.getLogger(__name__)
-JOURNAL, LAYERS = "written.json", "layers"  # beside the checkpoint, until it is whole
+WRITTEN, KEPT_LAYERS = "written.json", "layers"  # beside the checkpoint, until it is whole
 
 
 class WrittenForm(Protocol):
@@ -48,15 +48,15 @@ class WrittenForm(Protocol):
     def stock(self) -> bool: ...
     @property
     def reason(self) -> str: ...
-    def layout(self, matrix: Matrix) -> Layout: ...
-    def parts(self, matrix: Matrix, found: Any) -> dict[str, Tensor]: ...
-    def read(self, matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor: ...
+    def layout(self, matrix: WeightMatrix) -> Layout: ...
+    def parts(self, matrix: WeightMatrix, found: Any) -> dict[str, Tensor]: ...
+    def read(self, matrix: WeightMatrix, parts: Mapping[str, Tensor]) -> Tensor: ...
     def meant(self, found: Any) -> Tensor: ...
     def values(self, values: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 # Of a decoder layer, by its number, its packed matrices: what was found for each.
-Found = Callable[[int, Sequence[Matrix]], Iterable[tuple[Matrix, Any]]]
+Found = Callable[[int, Sequence[WeightMatrix]], Iterable[tuple[WeightMatrix, Any]]]
 Finished = Callable[[int, Mapping[str, Tensor]], None]
 
 
@@ -83,8 +83,8 @@ class Lost:
 
 def write_packed(
     checkpoint: Checkpoint,
-    matrices: Matrices,
-    chosen: Sequence[Matrix],
+    matrices: WeightMatrices,
+    chosen: Sequence[WeightMatrix],
     form: WrittenForm,
     found: Found,
     folder: Path,
@@ -108,21 +108,21 @@ class _PackedWriting:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        matrices: Matrices,
-        chosen: Sequence[Matrix],
+        matrices: WeightMatrices,
+        chosen: Sequence[WeightMatrix],
         form: WrittenForm,
         folder: Path,
         keep_layers: bool,
         finished: Finished,
     ):
         self.checkpoint, self.form, self.folder = checkpoint, form, folder
-        self.layers: dict[int, list[Matrix]] = {}
+        self.layers: dict[int, list[WeightMatrix]] = {}
         for one in sorted(chosen, key=lambda one: one.layer):
             self.layers.setdefault(one.layer, []).append(one)
         self.stored = {
             one.key: one for file in weight_files(checkpoint.path) for one in stored_in(file)
         }
-        self.journal, self.kept = folder.parent / JOURNAL, folder.parent / LAYERS
+        self.journal, self.kept = folder.parent / WRITTEN, folder.parent / KEPT_LAYERS
         self.keep_layers, self.finished = keep_layers, finished
         self.entries = {layer: self._entries(these) for layer, these in self.layers.items()}
         packed = {one.key for one in chosen}
@@ -175,7 +175,7 @@ class _PackedWriting:
 
     # ------------------------------------------------------------------ what it will be
 
-    def _entries(self, matrices: Sequence[Matrix]) -> list[Entry]:
+    def _entries(self, matrices: Sequence[WeightMatrix]) -> list[Entry]:
         return [
             Entry(_name(matrix.key, part), dtype, shape)
             for matrix in matrices
@@ -259,7 +259,7 @@ class _PackedWriting:
                         )
 
 
-def _count(lost: Lost, matrix: Matrix, parts: Mapping[str, Tensor], read: Tensor) -> None:
+def _count(lost: Lost, matrix: WeightMatrix, parts: Mapping[str, Tensor], read: Tensor) -> None:
     weight = matrix.load()
     lost.matrices += 1
     lost.weights += matrix.num_weights
@@ -276,7 +276,9 @@ def _named(key: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_name(key, part): tensor for part, tensor in parts.items()}
 
 
-def _parts_of(matrix: Matrix, layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _parts_of(
+    matrix: WeightMatrix, layout: Layout, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     return {part: tensors[_name(matrix.key, part)] for part in layout}
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from moe_lab.models.rounding import Levels, Scheme, dequantised
 
-PACKED, SCALE, SHAPE, ZERO_POINT, SCHEME = "packed", "scale", "shape", "zero_point", "scheme"
-PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT, SCHEME)
-STOCK_PARTS = (PACKED, SCALE, SHAPE)
-VERSION = "0.20.1"  # of compressed-tensors, whose packing this is
+LEVEL_WORDS, SCALE, SHAPE, ZERO_POINT, SCHEME = "packed", "scale", "shape", "zero_point", "scheme"
+PARTS = (LEVEL_WORDS, SCALE, SHAPE, ZERO_POINT, SCHEME)
+STOCK_PARTS = (LEVEL_WORDS, SCALE, SHAPE)
+PACKING_VERSION = "0.20.1"  # of compressed-tensors, whose packing this is
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of each part
 
 
@@ -34,7 +34,7 @@ def packed_layout(
     groups = scheme.num_groups(width)
     words = math.ceil(width * scheme.bits / 32)
     found: Layout = {
-        PACKED: (torch.int32, (*front, out, words)),
+        LEVEL_WORDS: (torch.int32, (*front, out, words)),
         SCALE: (dtype, (*front, out, groups)),
         SHAPE: (torch.int64, (len(shape),)),
     }
@@ -54,7 +54,7 @@ def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> 
 def packed(levels: Levels, bits: int, own: bool = False, axis: int = -1) -> dict[str, Tensor]:
     """The parts of a matrix; axis: of the file's tensor, along which its inputs run."""
     found = {
-        PACKED: pack(levels.levels.contiguous(), bits),
+        LEVEL_WORDS: pack(levels.levels.contiguous(), bits),
         SCALE: levels.scale.contiguous(),
         SHAPE: torch.tensor(levels.levels.shape),
     }
@@ -89,7 +89,7 @@ def unpacked(parts: Mapping[str, Tensor], bits: int | None = None) -> Tensor:
         bits, axis = parts[SCHEME].tolist()
     assert bits is not None
     shape = torch.Size(parts[SHAPE].tolist())
-    levels, zero_point = unpack_from_int32(parts[PACKED], bits, shape), None
+    levels, zero_point = unpack_from_int32(parts[LEVEL_WORDS], bits, shape), None
     if ZERO_POINT in parts:
         zero_point = _unpacked_zeros(parts[ZERO_POINT], bits, shape[-2])
     read = dequantised(Levels(levels, parts[SCALE], zero_point))

@@ -22,11 +22,11 @@ from moe_lab.models.rounding import BITS
 from moe_lab.types import UserError
 
 DEQUANTISED = {"fp8": "FP8", "mxfp4": "MXFP4"}
-COMPRESSED = "compressed-tensors"
+COMPRESSED_TENSORS = "compressed-tensors"
 PACK_QUANTIZED = "pack-quantized"
 ONLY = (
     f"Dequantised on loading are only {' and '.join(DEQUANTISED.values())}, and whole numbers that "
-    f"{COMPRESSED} packed"
+    f"{COMPRESSED_TENSORS} packed"
 )
 FIELDS = ("quantization_config", "compression_config")  # the second is an older name of the first
 UNQUANTISED = (
@@ -48,7 +48,7 @@ def check_quantisation(config_file: object, values: Mapping[str, Any]) -> None:
         if not isinstance(told, dict):
             raise UserError(f"{config_file}: {field}={told!r} must be an object or null")
         method = _method(told)
-        if method == COMPRESSED and field == FIELDS[0]:
+        if method == COMPRESSED_TENSORS and field == FIELDS[0]:
             _check_packed(config_file, told)
         elif method not in DEQUANTISED or field != FIELDS[0]:
             raise UserError(
@@ -74,8 +74,8 @@ def _check_packed(config_file: object, told: Mapping[str, Any]) -> None:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(groups, dict) or not isinstance(weights, dict) or len(groups) != 1:
         raise UserError(
-            f"{config_file}: {FIELDS[0]}: {COMPRESSED} with {_number_of(groups)}, and one is read, "
-            f"whose scheme all packed weights have; {UNQUANTISED}. {ONLY}"
+            f"{config_file}: {FIELDS[0]}: {COMPRESSED_TENSORS} with {_number_of(groups)}, and one "
+            f"is read, whose scheme all packed weights have; {UNQUANTISED}. {ONLY}"
         )
     wanted = {
         "format": (group.get("format") or told.get("format"), (PACK_QUANTIZED,)),
@@ -89,8 +89,8 @@ def _check_packed(config_file: object, told: Mapping[str, Any]) -> None:
     for name, (value, possible) in wanted.items():
         if value not in possible:
             raise UserError(
-                f"{config_file}: {FIELDS[0]}: {COMPRESSED} with {name}={value!r}, and read is "
-                f"{' or '.join(map(str, possible))}; {UNQUANTISED}"
+                f"{config_file}: {FIELDS[0]}: {COMPRESSED_TENSORS} with {name}={value!r}, and read "
+                f"is {' or '.join(map(str, possible))}; {UNQUANTISED}"
             )
 
 
@@ -102,7 +102,7 @@ def _number_of(groups: Any) -> str:
 def packed_bits(config: Any) -> int | None:
     """Bits of the whole numbers that compressed-tensors packed of this config's weights, if any."""
     told = _told(config)
-    if told is None or _method(told) != COMPRESSED:
+    if told is None or _method(told) != COMPRESSED_TENSORS:
         return None
     (group,) = told["config_groups"].values()
     return int(group["weights"]["num_bits"])
@@ -120,7 +120,7 @@ def dequantising(config: Any) -> Any:
 def quantizer_of(config: Any) -> Any:
     """What transformers dequantises tensors of a checkpoint of this config with; None for none."""
     told = _told(config)
-    if told is None or _method(told) == COMPRESSED:  # that is unpacked as it is read
+    if told is None or _method(told) == COMPRESSED_TENSORS:  # that is unpacked as it is read
         return None
     return AutoHfQuantizer.from_config(told | {"dequantize": True}, pre_quantized=True)
 
@@ -146,7 +146,7 @@ def packed_as(config: Any) -> str | None:
     """In how many bits matrices of a checkpoint of this config are packed, in words; else None."""
     bits = packed_bits(config)
     if bits is not None:
-        return f"{bits} bits ({COMPRESSED})"
+        return f"{bits} bits ({COMPRESSED_TENSORS})"
     own = (getattr(config, OWN, None) or {}).get(QUANTISED)
     return f"{', '.join(sorted(own['bits']))} bits (moe_lab's own form)" if own else None
 

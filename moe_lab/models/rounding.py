@@ -25,7 +25,7 @@ CLIPS = ("none", "mse")
 Grid = Literal["full", "restricted"]
 Clip = Literal["none", "mse"]
 # What `clip="mse"` tries of each group's largest weight: 1, 0.98, ..., 0.3.
-SHARES = tuple(1 - step / 50 for step in range(36))
+RANGE_SHARES = tuple(1 - step / 50 for step in range(36))
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Levels:
 def rounded(weight: Tensor, scheme: Scheme, grid: Grid = "full", clip: Clip = "none") -> Levels:
     """A matrix [out, in], rounded to nearest.
 
-    clip: "mse" makes the range of each group smaller, by that of SHARES which leaves the least
-    squared error. A group of zeros has the scale eps, and stays zeros.
+    clip: "mse" makes the range of each group smaller, by that of RANGE_SHARES which leaves the
+    least squared error. A group of zeros has the scale eps, and stays zeros.
     """
     lowest, highest = _range_of(weight, scheme)
     if clip == "mse":
@@ -132,11 +132,11 @@ def _not_zero(scale: Tensor) -> Tensor:
 def _best_shares(
     weight: Tensor, lowest: Tensor, highest: Tensor, scheme: Scheme, grid: Grid
 ) -> Tensor:
-    """Of each group that of SHARES which leaves the least squared error; the first of equals."""
+    """Of each group that of RANGE_SHARES with the least squared error; the first of equals."""
     groups = _wide(weight).unflatten(-1, (lowest.shape[-1], -1))
     best = torch.full_like(lowest, torch.inf)
     shares = torch.ones_like(lowest)
-    for share in SHARES:
+    for share in RANGE_SHARES:
         scale, zero_point = _scales(lowest * share, highest * share, weight.dtype, scheme, grid)
         levels = nearest(weight, scale, zero_point, scheme, grid)
         read = dequantised(Levels(levels, scale, zero_point)).unflatten(-1, (lowest.shape[-1], -1))

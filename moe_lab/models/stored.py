@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from moe_lab.models.packing import PACKED, PARTS, SCALE, SCHEME, SHAPE, Unpacked, unpacked
+from moe_lab.models.packing import LEVEL_WORDS, PARTS, SCALE, SCHEME, SHAPE, Unpacked, unpacked
 from moe_lab.models.quantised import conversions, packed_bits
 from moe_lab.models.uneven import name_in_model, uneven_tensors
 
@@ -193,8 +193,8 @@ def folded(found: Mapping[str, Stored], bits: int | None = None) -> dict[str, St
     bits: as the config says; without, only those that say it themselves are put together.
     """
     rest, parts = dict(found), dict[str, dict[str, Stored]]()
-    for key in (key for key in found if key.endswith(f"_{PACKED}")):
-        whole = key.removesuffix(f"_{PACKED}")
+    for key in (key for key in found if key.endswith(f"_{LEVEL_WORDS}")):
+        whole = key.removesuffix(f"_{LEVEL_WORDS}")
         own = {name: found[f"{whole}_{name}"] for name in PARTS if f"{whole}_{name}" in found}
         if {SCALE, SHAPE} <= own.keys() and (bits or SCHEME in own):
             parts[whole] = own

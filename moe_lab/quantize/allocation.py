@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lab import knapsack
-from moe_lab.models.matrices import Matrix
+from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.packing import packed_layout
 from moe_lab.models.rounding import Levels, Scheme
 from moe_lab.models.weight_files import size_in_bytes
@@ -29,12 +29,12 @@ Curves = Mapping[int, Sequence[Sequence[float]]]  # by layer: [experts or 1][sch
 class Budget:
     """What may be spent on some matrices, and what one takes in each scheme."""
 
-    def __init__(self, matrices: Sequence[Matrix], schemes: Sequence[Scheme]):
+    def __init__(self, matrices: Sequence[WeightMatrix], schemes: Sequence[Scheme]):
         self.matrices, self.schemes = matrices, schemes
 
     room: int
 
-    def cost(self, one: Matrix, scheme: Scheme) -> int:
+    def cost(self, one: WeightMatrix, scheme: Scheme) -> int:
         """What a matrix takes of it."""
         raise NotImplementedError
 
@@ -52,12 +52,12 @@ class Budget:
 class BitsBudget(Budget):
     """A mean number of bits of all weights, without scales; costs are bits."""
 
-    def __init__(self, matrices: Sequence[Matrix], schemes: Sequence[Scheme], average: float):
+    def __init__(self, matrices: Sequence[WeightMatrix], schemes: Sequence[Scheme], average: float):
         super().__init__(matrices, schemes)
         self.average = average
         self.room = math.floor(average * sum(one.num_weights for one in matrices))
 
-    def cost(self, one: Matrix, scheme: Scheme) -> int:
+    def cost(self, one: WeightMatrix, scheme: Scheme) -> int:
         """Bits of its weights."""
         return scheme.bits * one.num_weights
 
@@ -73,7 +73,9 @@ class SizeBudget(Budget):
     The headers of its files, some hundred bytes a matrix, are not counted.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], schemes: Sequence[Scheme], target_gib: float):
+    def __init__(
+        self, matrices: Sequence[WeightMatrix], schemes: Sequence[Scheme], target_gib: float
+    ):
         super().__init__(matrices, schemes)
         self.target_gib = target_gib
         self.others = 0
@@ -82,7 +84,7 @@ class SizeBudget(Budget):
             self.others = whole - sum(one.stored.num_bytes for one in matrices)
         self.room = math.floor(target_gib * GIB) - self.others
 
-    def cost(self, one: Matrix, scheme: Scheme) -> int:
+    def cost(self, one: WeightMatrix, scheme: Scheme) -> int:
         """Bytes of its levels, scales and zero points, and of what says how it is read."""
         layout = packed_layout(one.shape, one.dtype, scheme, own=True).values()
         return sum(dtype.itemsize * math.prod(size) for dtype, size in layout)
@@ -128,12 +130,14 @@ class Allocation:
         return {"mean_bits": self.average_bits, "predicted_error": sum(self.errors.values())}
 
 
-def allocated(matrices: Sequence[Matrix], budget: Budget, by: str, curves: Curves) -> Allocation:
+def allocated(
+    matrices: Sequence[WeightMatrix], budget: Budget, by: str, curves: Curves
+) -> Allocation:
     """The schemes with the least sum of errors that fit the budget.
 
     curves: by layer, of each expert (by=expert) or of all together, the error in each scheme.
     """
-    units: dict[Sharing, list[Matrix]] = {}
+    units: dict[Sharing, list[WeightMatrix]] = {}
     for one in matrices:
         units.setdefault((one.layer, one.expert if by == "expert" else None), []).append(one)
     groups = [
@@ -164,7 +168,9 @@ class Allocated(Quantizing):
         self.at_work, self.allocation = at_work, allocation
         self.schemes = allocation.schemes
 
-    def layer(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def layer(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         """The levels of a layer's matrices."""
         return self.at_work.layer(index, matrices)
 

@@ -19,7 +19,7 @@ import torch
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.matrices import Matrices, Matrix, What
+from moe_lab.models.matrices import WeightMatrices, WeightMatrix, What
 from moe_lab.models.packed_form import packed_form, vllm_obstacle
 from moe_lab.models.packed_writing import WrittenForm
 from moe_lab.models.quantised import packed_as, quantised_as
@@ -45,7 +45,7 @@ Reads = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizeJob:
     """What a quantizer works on.
 
     checkpoint: its source, whole and unquantised; matrices: all there are in it, chosen: those that
@@ -54,8 +54,8 @@ class Job:
     """
 
     checkpoint: Checkpoint
-    matrices: Matrices
-    chosen: Sequence[Matrix]
+    matrices: WeightMatrices
+    chosen: Sequence[WeightMatrix]
     folder: Path
     tokens: Tokens | None = None
     compute: Compute | None = None
@@ -70,7 +70,9 @@ class Quantizing(ABC):
     schemes: Mapping[str, Scheme]
 
     @abstractmethod
-    def layer(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def layer(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         """The levels of each of the matrices of a decoder layer, in any order.
 
         Layers come in order; of an attempt that goes on those that are finished are left out.
@@ -123,10 +125,10 @@ class Quantizer(Plugin, ABC):
         return None
 
     @abstractmethod
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """Decide the scheme of each matrix."""
 
-    def chosen(self, matrices: Matrices) -> list[Matrix]:
+    def chosen(self, matrices: WeightMatrices) -> list[WeightMatrix]:
         """The matrices that it packs; UserError where there are none."""
         chosen = [one for one in matrices.chosen(self.what) if self.packs(one)]
         if not chosen:
@@ -137,7 +139,7 @@ class Quantizer(Plugin, ABC):
             )
         return chosen
 
-    def check(self, matrices: Sequence[Matrix]) -> None:
+    def check(self, matrices: Sequence[WeightMatrix]) -> None:
         """Refuse matrices that it cannot pack, before any work."""
         check_options(self, "quantize")
         if self.scheme is not None:
@@ -147,7 +149,7 @@ class Quantizer(Plugin, ABC):
         """What makes of a weight [..., out, in] what a reader will; None where text decides."""
         return None
 
-    def check_size(self, chosen: Sequence[Matrix]) -> None:
+    def check_size(self, chosen: Sequence[WeightMatrix]) -> None:
         """Refuse a budget that has no room for these matrices, which are all that are packed."""
         del chosen  # only those with a budget ask
 
@@ -155,15 +157,15 @@ class Quantizer(Plugin, ABC):
         """What follows the notes of the run's plan; None where these leave nothing to pack."""
         return self
 
-    def packs(self, matrix: Matrix) -> bool:
+    def packs(self, matrix: WeightMatrix) -> bool:
         """Whether one of the matrices that `what` asks for is packed."""
         return True
 
-    def form(self, job: Job, quantizing: Any) -> WrittenForm:
+    def form(self, job: QuantizeJob, quantizing: Any) -> WrittenForm:
         """How what it finds is written."""
         return packed_form(job.checkpoint, job.matrices, quantizing.schemes)
 
-    def announced(self, checkpoint: Checkpoint, matrices: Matrices) -> list[str]:
+    def announced(self, checkpoint: Checkpoint, matrices: WeightMatrices) -> list[str]:
         """What is said before any work: the form, and whether vLLM reads it."""
         chosen = matrices.chosen(self.what)
         if self.scheme is None:
@@ -187,7 +189,7 @@ def check_unquantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_groups(matrices: Sequence[Matrix], scheme: Scheme) -> None:
+def check_groups(matrices: Sequence[WeightMatrix], scheme: Scheme) -> None:
     """Refuse groups that do not divide the inputs of a matrix, with those that divide all."""
     size = scheme.group_size
     odd = next((one for one in matrices if size and one.width % size), None)
@@ -201,13 +203,13 @@ def check_groups(matrices: Sequence[Matrix], scheme: Scheme) -> None:
     )
 
 
-def slice_by_slice(one: Matrix) -> Iterator[torch.Tensor]:
+def slice_by_slice(one: WeightMatrix) -> Iterator[torch.Tensor]:
     """The matrices [out, in] of each expert in a tensor of all, or the one that it is."""
     weight = one.load()
     yield from weight if weight.dim() == 3 else (weight,)
 
 
-def joined(parts: Sequence[Levels], matrix: Matrix) -> Levels:
+def joined_levels(parts: Sequence[Levels], matrix: WeightMatrix) -> Levels:
     """The levels of a tensor from those of its slices."""
     if len(matrix.shape) == 2:
         return parts[0]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from moe_lab.integrity import write_whole
 from moe_lab.models.activations import Activations
 from moe_lab.models.layerwise import LayerwiseModel
-from moe_lab.models.matrices import Matrix
+from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.rounding import Levels, Scheme
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.routed_tokens import RoutedTokens
-from moe_lab.quantize.base import Job, Quantizing, joined, slice_by_slice
+from moe_lab.quantize.base import QuantizeJob, Quantizing, joined_levels, slice_by_slice
 from moe_lab.quantize.column_rounding import LevelChoice
 from moe_lab.quantize.expert_levels import levels_of
 from moe_lab.quantize.hessians import expert_hessians, linear_hessians
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 STARVED = "starved.json"  # by layer, the experts that were rounded to nearest
 
 
-def opened(job: Job, instead: Mapping[str, Tensor] | None = None) -> LayerStream:
+def opened(job: QuantizeJob, instead: Mapping[str, Tensor] | None = None) -> LayerStream:
     """The checkpoint's decoder layers over the calibration tokens, one in memory at a time.
 
     instead: what is read for tensors of the files, by their keys, whenever a layer is opened.
@@ -49,7 +49,7 @@ class Calibrated(Quantizing):
 
     def __init__(
         self,
-        job: Job,
+        job: QuantizeJob,
         schemes: Mapping[str, Scheme],
         given: Callable[[Scheme], LevelChoice],
         token_weight: str,
@@ -62,7 +62,9 @@ class Calibrated(Quantizing):
         self.stream.cache.announce({"hidden states": 2 * self.stream.state_bytes()})
         self.states = States(self.stream)
 
-    def layer(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def layer(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         """The levels of a layer's matrices, expert by expert."""
         self.states.move_to(index)
         with self.stream.layer(index):
@@ -75,17 +77,19 @@ class Calibrated(Quantizing):
         self.instead.clear()
         self.instead.update(read)
 
-    def _routed(self, one: Matrix) -> bool:
+    def _routed(self, one: WeightMatrix) -> bool:
         return one.part == "experts"
 
-    def _levels(self, weight: Tensor, one: Matrix, hessian_II: Tensor | None) -> Levels:
+    def _levels(self, weight: Tensor, one: WeightMatrix, hessian_II: Tensor | None) -> Levels:
         found = levels_of(
             weight.to(self.stream.valid[0].device), self.given(self.schemes[one.key]), hessian_II
         )
         zero = None if found.zero_point is None else found.zero_point.cpu()
         return Levels(found.levels.cpu(), found.scale.cpu(), zero)
 
-    def _linear(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def _linear(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         modules = {one.key: _module(self.stream.model, one) for one in matrices}
         seen = {key: module for key, module in modules.items() if module is not None}
         found = linear_hessians(self.states, index, seen) if seen else {}
@@ -96,7 +100,9 @@ class Calibrated(Quantizing):
             logger.info("layer %d: no tokens are seen at %s: rounded to nearest", index, unseen)
 
     @torch.no_grad()
-    def _experts(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def _experts(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         """Expert by expert, so that one's Hessians are in memory."""
         if not matrices:
             return
@@ -115,7 +121,7 @@ class Calibrated(Quantizing):
             for one in (each for each in apart.values() if each.expert == expert):
                 yield one, self._levels(one.load(), one, found and found[one.of_units])
         for one in together:
-            yield one, joined(parts[one.key], one)
+            yield one, joined_levels(parts[one.key], one)
         tokens.close()
         self._say_starved(index, starved)
 
@@ -140,7 +146,7 @@ class Calibrated(Quantizing):
         return {"starved_experts": sum(map(len, known.values()))}
 
 
-def _module(model: nn.Module, one: Matrix) -> nn.Linear | None:
+def _module(model: nn.Module, one: WeightMatrix) -> nn.Linear | None:
     """The linear module whose weight a matrix is; None where it is no such module's."""
     path, _, kind = one.name.rpartition(".")
     module = model.get_submodule(path)

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.fp8_blocks import Blocks, Fp8Form
-from moe_lab.models.matrices import Matrices, Matrix
+from moe_lab.models.matrices import WeightMatrices, WeightMatrix
 from moe_lab.models.packed_writing import WrittenForm
 from moe_lab.option import Option, check_options
-from moe_lab.quantize.base import Job, Quantizer, Quantizing, WhatOption
+from moe_lab.quantize.base import QuantizeJob, Quantizer, Quantizing, WhatOption
 from moe_lab.types import UserError
 
 SIZES = (128, 64, 32, 16, 8)
@@ -24,11 +24,11 @@ class Fp8(Quantizer):
     block: Annotated[int, Option("outputs and inputs that share a factor", among=SIZES)] = 128
     what: WhatOption = "experts"
 
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """Nothing has to be found out."""
         return _InBlocks(self.block)
 
-    def check(self, matrices: Sequence[Matrix]) -> None:
+    def check(self, matrices: Sequence[WeightMatrix]) -> None:
         """Refuse matrices that blocks do not divide, and tensors of several experts."""
         check_options(self, "quantize")
         for one in matrices:
@@ -44,12 +44,12 @@ class Fp8(Quantizer):
                     f"{', '.join(map(str, _that_divide(matrices))) or 'none: quantize=rtn'}"
                 )
 
-    def form(self, job: Job, quantizing: Any) -> WrittenForm:
+    def form(self, job: QuantizeJob, quantizing: Any) -> WrittenForm:
         """As DeepSeek-V3's files."""
         chosen = {one.key for one in job.chosen}
         return Fp8Form.of(job.checkpoint.config, job.matrices, chosen, self.block)
 
-    def announced(self, checkpoint: Checkpoint, matrices: Matrices) -> list[str]:
+    def announced(self, checkpoint: Checkpoint, matrices: WeightMatrices) -> list[str]:
         """The form, and that engines ask for blocks of 128."""
         form = Fp8Form.of(checkpoint.config, matrices, set(), self.block)
         told = [f"quantized, it will be {form.reason}"]
@@ -58,7 +58,7 @@ class Fp8(Quantizer):
         return told
 
 
-def _that_divide(matrices: Sequence[Matrix]) -> list[int]:
+def _that_divide(matrices: Sequence[WeightMatrix]) -> list[int]:
     sides = {side for one in matrices for side in one.shape}
     return [size for size in SIZES if not any(side % size for side in sides)]
 
@@ -67,7 +67,9 @@ class _InBlocks(Quantizing):
     def __init__(self, size: int):
         self.size, self.schemes = size, {}
 
-    def layer(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Any]]:
+    def layer(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Any]]:
         """Each matrix by itself."""
         for one in matrices:
             yield one, Blocks.of(one.load(), self.size)

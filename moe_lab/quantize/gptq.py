@@ -10,7 +10,7 @@ from moe_lab.option import Option
 from moe_lab.quantize.base import (
     BitsOption,
     GroupOption,
-    Job,
+    QuantizeJob,
     Quantizer,
     Quantizing,
     WhatOption,
@@ -84,7 +84,7 @@ class Gptq(Compensating):
         """That of every matrix."""
         return Scheme(self.bits, self.group_size, self.symmetric)
 
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """From the first layer on."""
         schemes = {one.key: self.scheme for one in job.chosen}
         return Calibrated(job, schemes, self.given, self.token_weight, self.least_tokens)

@@ -20,7 +20,7 @@ from moe_lab.models.stream import States
 from moe_lab.profile.intact_predictions import IntactPredictions
 from moe_lab.profile.routed_tokens import RoutedTokens
 from moe_lab.progress import progress
-from moe_lab.quantize.base import Job
+from moe_lab.quantize.base import QuantizeJob
 from moe_lab.quantize.calibrated import opened
 from moe_lab.quantize.column_rounding import LevelChoice
 from moe_lab.quantize.error_curves import Stored, expert_errors, layer_errors
@@ -47,7 +47,7 @@ class ErrorsInBits:
     hessian_weight: str
     least_tokens: int
 
-    def outputs(self, job: Job) -> Curves:
+    def outputs(self, job: QuantizeJob) -> Curves:
         """The error of what leaves each layer; see `error_curves.py`."""
         folder = job.folder / CURVES
         folder.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ class ErrorsInBits:
         return [expert_levels(tokens.layer, expert, one, hessians, dtype) for one in given]
 
 
-def predictions(job: Job, schemes: Sequence[Scheme], num_samples: int) -> Curves:
+def predictions(job: QuantizeJob, schemes: Sequence[Scheme], num_samples: int) -> Curves:
     """KL(intact || with one layer's experts in so many bits), nats a token; rounded to nearest.
 
     On the first `num_samples` calibration samples. What is measured of a layer is kept.
@@ -113,7 +113,7 @@ def predictions(job: Job, schemes: Sequence[Scheme], num_samples: int) -> Curves
     return {index: json.loads(file.read_text()) for index, file in files.items()}
 
 
-def _intact(job: Job, num_samples: int) -> IntactPredictions:
+def _intact(job: QuantizeJob, num_samples: int) -> IntactPredictions:
     compute, tokens = job.compute, job.tokens
     assert compute is not None and tokens is not None
     sample = tokens.take(range(len(tokens.samples))[:num_samples])

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from moe_lab.integrity import write_whole
-from moe_lab.models.matrices import Matrix
+from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.rounding import BITS, Scheme
 from moe_lab.option import Option, check_options
 from moe_lab.profile.grams import TOKEN_WEIGHTS
 from moe_lab.quantize.allocation import Allocated, BitsBudget, Budget, SizeBudget, allocated
-from moe_lab.quantize.base import Job, Quantizing, check_groups
+from moe_lab.quantize.base import QuantizeJob, Quantizing, check_groups
 from moe_lab.quantize.calibrated import Calibrated
 from moe_lab.quantize.gptq import Compensating
 from moe_lab.quantize.measuring import ErrorsInBits, predictions
@@ -73,7 +73,7 @@ class Mixed(Compensating):
         """Those among which is chosen, ascending."""
         return [Scheme(b, self.group_size, self.symmetric) for b in sorted(set(self.bits))]
 
-    def check(self, matrices: Sequence[Matrix]) -> None:
+    def check(self, matrices: Sequence[WeightMatrix]) -> None:
         """Refuse options that do not go together, and a budget below what the fewest bits take."""
         check_options(self, "quantize")
         if not self.bits:
@@ -101,16 +101,16 @@ class Mixed(Compensating):
         if self.average_bits is not None:
             self._budget(matrices).check()
 
-    def check_size(self, chosen: Sequence[Matrix]) -> None:
+    def check_size(self, chosen: Sequence[WeightMatrix]) -> None:
         """Refuse a size that is less than they take in the fewest bits."""
         self._budget(chosen).check()
 
-    def _budget(self, matrices: Sequence[Matrix]) -> Budget:
+    def _budget(self, matrices: Sequence[WeightMatrix]) -> Budget:
         if self.target_gib is None:
             return BitsBudget(matrices, self.schemes, self.average_bits or 0.0)
         return SizeBudget(matrices, self.schemes, self.target_gib)
 
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """Measure what was not measured yet, and decide."""
         if self.error == "kl":
             curves = predictions(job, self.schemes, self.num_samples)

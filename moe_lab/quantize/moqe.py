@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_lab.models.rounding import Scheme
-from moe_lab.quantize.base import BitsOption, Job, Quantizer, Quantizing, Reads, WhatOption
+from moe_lab.quantize.base import BitsOption, QuantizeJob, Quantizer, Quantizing, Reads, WhatOption
 from moe_lab.quantize.rounded_alike import RoundedAlike
 from moe_lab.quantize.rounded_each import reading
 
@@ -31,6 +31,6 @@ class Moqe(Quantizer):
         """Each weight becomes the nearest level."""
         return reading(self.scheme, grid="restricted")
 
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """Nothing has to be found out."""
         return RoundedAlike(job, self.scheme, grid="restricted")

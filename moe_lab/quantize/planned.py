@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import torch
 
-from moe_lab.models.matrices import Matrix
+from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.rounding import Scheme
 from moe_lab.option import Option, check_options
-from moe_lab.quantize.base import Job, Quantizer, Quantizing, Reads
+from moe_lab.quantize.base import QuantizeJob, Quantizer, Quantizing, Reads
 from moe_lab.quantize.rounded_each import RoundedEach, reading
 from moe_lab.types import UserError
 
@@ -49,14 +49,14 @@ class Planned(Quantizer):
         """With what the plan says."""
         return dict(options) | {"bits": dict(self.bits or {}), "group_size": self.group_size}
 
-    def packs(self, matrix: Matrix) -> bool:
+    def packs(self, matrix: WeightMatrix) -> bool:
         """Not the layers that stay as they are."""
         return self._bits_of(matrix) != WHOLE
 
-    def _bits_of(self, matrix: Matrix) -> int | None:
+    def _bits_of(self, matrix: WeightMatrix) -> int | None:
         return None if self.bits is None else self.bits[str(matrix.layer)]
 
-    def check(self, matrices: Sequence[Matrix]) -> None:
+    def check(self, matrices: Sequence[WeightMatrix]) -> None:
         """Nothing is known before the plan, which has divided widths by groups."""
         check_options(self, "quantize")
 
@@ -65,7 +65,7 @@ class Planned(Quantizer):
         bits = self.bits[str(layer)] if self.bits else WHOLE
         return torch.clone if bits == WHOLE else reading(Scheme(bits, self.group_size))
 
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """Nothing has to be found out."""
         assert self.bits is not None
         by_layer = {int(layer): bits for layer, bits in self.bits.items()}

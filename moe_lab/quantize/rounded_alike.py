@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_lab.models.matrices import Matrix
+from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.rounding import Clip, Grid, Levels, Scheme, rounded
-from moe_lab.quantize.base import Job, Quantizing, joined, slice_by_slice
+from moe_lab.quantize.base import QuantizeJob, Quantizing, joined_levels, slice_by_slice
 
 
 @dataclass
 class RoundedAlike(Quantizing):
     """All matrices of a job rounded to nearest by one scheme."""
 
-    job: Job
+    job: QuantizeJob
     scheme: Scheme
     grid: Grid = "full"
     clip: Clip = "none"
@@ -22,8 +22,10 @@ class RoundedAlike(Quantizing):
     def __post_init__(self) -> None:
         self.schemes = {one.key: self.scheme for one in self.job.chosen}
 
-    def layer(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def layer(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         """Each matrix by itself, slices of experts one by one."""
         for one in matrices:
             parts = [rounded(w, self.scheme, self.grid, self.clip) for w in slice_by_slice(one)]
-            yield one, joined(parts, one)
+            yield one, joined_levels(parts, one)

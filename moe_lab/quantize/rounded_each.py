@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_lab.models.matrices import Matrix
+from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.rounding import Clip, Grid, Levels, Scheme, dequantised, rounded
-from moe_lab.quantize.base import Quantizing, Reads, joined, slice_by_slice
+from moe_lab.quantize.base import Quantizing, Reads, joined_levels, slice_by_slice
 
 
 def reading(scheme: Scheme, grid: Grid = "full", clip: Clip = "none") -> Reads:
@@ -29,9 +29,11 @@ class RoundedEach(Quantizing):
     schemes: Mapping[str, Scheme]
     clip: Clip = "none"
 
-    def layer(self, index: int, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+    def layer(
+        self, index: int, matrices: Sequence[WeightMatrix]
+    ) -> Iterator[tuple[WeightMatrix, Levels]]:
         """Each matrix by itself, slices of experts one by one."""
         for one in matrices:
             scheme = self.schemes[one.key]
             parts = [rounded(w, scheme, clip=self.clip) for w in slice_by_slice(one)]
-            yield one, joined(parts, one)
+            yield one, joined_levels(parts, one)

@@ -10,7 +10,7 @@ from moe_lab.option import Option
 from moe_lab.quantize.base import (
     BitsOption,
     GroupOption,
-    Job,
+    QuantizeJob,
     Quantizer,
     Quantizing,
     Reads,
@@ -44,6 +44,6 @@ class RoundToNearest(Quantizer):
         """Each weight becomes the nearest level."""
         return reading(self.scheme, clip=cast(Clip, self.clip))
 
-    def begin(self, job: Job) -> Quantizing:
+    def begin(self, job: QuantizeJob) -> Quantizing:
         """Nothing has to be found out."""
         return RoundedAlike(job, self.scheme, clip=cast(Clip, self.clip))

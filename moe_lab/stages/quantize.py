@@ -18,7 +18,7 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packed_writing import write_packed
 from moe_lab.models.weight_files import size_in_bytes
-from moe_lab.quantize.base import Job, Quantizer, check_unquantised
+from moe_lab.quantize.base import QuantizeJob, Quantizer, check_unquantised
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
@@ -70,12 +70,12 @@ def quantize(context: Context, asked: Quantization) -> Artifact:
     return context.store.get("quantize", asked.identity(), make)
 
 
-def _job(asked: Quantization, folder: Path, compute: Compute) -> Job:
+def _job(asked: Quantization, folder: Path, compute: Compute) -> QuantizeJob:
     check_unquantised(asked.source)
     matrices = matrices_of(asked.source)
     chosen = asked.quantizer.chosen(matrices)
     needs_text = asked.quantizer.needs_text
-    return Job(
+    return QuantizeJob(
         asked.source, matrices, chosen, folder, asked.tokens, compute if needs_text else None
     )
 

@@ -22,9 +22,9 @@ from moe_lab.export.compressed_tensors import export
 from moe_lab.export.folder import stored_tensors
 from moe_lab.export.given import Given
 from moe_lab.models.checkpoint import Checkpoint, load
-from moe_lab.models.matrices import Matrix, matrices_of
+from moe_lab.models.matrices import WeightMatrix, matrices_of
 from moe_lab.models.rounding import Levels, Scheme, rounded
-from moe_lab.quantize.base import Job, Quantizing
+from moe_lab.quantize.base import QuantizeJob, Quantizing
 from moe_lab.quantize.rounded_alike import RoundedAlike
 from moe_lab.quantize.rtn import RoundToNearest
 from moe_lab.types import UserError
@@ -118,15 +118,17 @@ class ByLayer(RoundToNearest):
     def scheme(self) -> None:  # type: ignore[override]
         return None
 
-    def begin(self, job: Job) -> Quantizing:
-        def bits(one: Matrix) -> int:
+    def begin(self, job: QuantizeJob) -> Quantizing:
+        def bits(one: WeightMatrix) -> int:
             return 3 + (one.layer + (one.expert or 0) * self.by_expert) % 2
 
         schemes = {one.key: Scheme(bits(one), 8, self.symmetric) for one in job.chosen}
         found = RoundedAlike(job, Scheme(4))
         found.schemes = schemes
 
-        def layer(index: int, these: Sequence[Matrix]) -> Iterator[tuple[Matrix, Levels]]:
+        def layer(
+            index: int, these: Sequence[WeightMatrix]
+        ) -> Iterator[tuple[WeightMatrix, Levels]]:
             yield from ((one, rounded(one.load(), schemes[one.key])) for one in these)
 
         found.layer = layer  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ import pytest
 from families import tiny_model
 
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.matrices import Matrices, matrices_of
+from moe_lab.models.matrices import WeightMatrices, matrices_of
 from moe_lab.models.packed_form import PackedForm, packed_form, vllm_obstacle
 from moe_lab.models.rounding import Scheme
 
@@ -20,7 +20,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(folder)
 
 
-def form_of(checkpoint: Checkpoint, what: str, *schemes: Scheme) -> tuple[PackedForm, Matrices]:
+def form_of(
+    checkpoint: Checkpoint, what: str, *schemes: Scheme
+) -> tuple[PackedForm, WeightMatrices]:
     matrices = matrices_of(checkpoint)
     chosen = matrices.chosen(what)
     by_key = {one.key: schemes[number % len(schemes)] for number, one in enumerate(chosen)}

@@ -22,7 +22,7 @@ from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.rounding import Levels
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.streamed import write_edited
-from moe_lab.quantize.base import Job, Quantizer
+from moe_lab.quantize.base import QuantizeJob, Quantizer
 from moe_lab.quantize.fp8 import Fp8
 from moe_lab.quantize.moqe import Moqe
 from moe_lab.quantize.rtn import RoundToNearest
@@ -108,7 +108,7 @@ def test_what_is_not_packed_stays_byte_for_byte_and_whole_files_come_along(tmp_p
 class Counted(RoundToNearest):
     """Keeps what it found of each layer, and breaks off where it is told to."""
 
-    def begin(self, job: Job):  # type: ignore[no-untyped-def]
+    def begin(self, job: QuantizeJob):  # type: ignore[no-untyped-def]
         at_work = super().begin(job)
         inner = at_work.layer
         at_work.asked = []  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def test_a_broken_attempt_goes_on_behind_the_last_finished_layer(tmp_path: Path)
     checkpoint = Checkpoint(tmp_path / "dense")
     matrices, quantizer = matrices_of(checkpoint), Counted(4, 8)
     chosen = quantizer.chosen(matrices)
-    job, out = Job(checkpoint, matrices, chosen, tmp_path), tmp_path / "one" / "checkpoint"
+    job, out = QuantizeJob(checkpoint, matrices, chosen, tmp_path), tmp_path / "one" / "checkpoint"
 
     def attempt() -> list[int]:
         at_work = quantizer.begin(job)
@@ -159,13 +159,13 @@ def test_levels_that_readers_would_read_otherwise_are_noticed(tmp_path: Path) ->
     checkpoint = Checkpoint(tmp_path / "dense")
     matrices, quantizer = matrices_of(checkpoint), RoundToNearest(4, 8)
     chosen = quantizer.chosen(matrices)
-    at_work = quantizer.begin(Job(checkpoint, matrices, chosen, tmp_path))
+    at_work = quantizer.begin(QuantizeJob(checkpoint, matrices, chosen, tmp_path))
 
     def too_large(index, these):  # type: ignore[no-untyped-def]
         for matrix, one in at_work.layer(index, these):
             yield matrix, Levels(one.levels + 9, one.scale)  # beyond 4 bits
 
-    form = quantizer.form(Job(checkpoint, matrices, chosen, tmp_path), at_work)
+    form = quantizer.form(QuantizeJob(checkpoint, matrices, chosen, tmp_path), at_work)
     with pytest.raises(NotReadBack, match="another matrix once packed"):
         write_packed(checkpoint, matrices, chosen, form, too_large, tmp_path / "one" / "checkpoint")
 

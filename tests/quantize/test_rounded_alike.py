@@ -10,7 +10,7 @@ from families import tiny_model
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.rounding import Scheme, rounded
-from moe_lab.quantize.base import Job
+from moe_lab.quantize.base import QuantizeJob
 from moe_lab.quantize.rounded_alike import RoundedAlike
 
 
@@ -20,7 +20,7 @@ def test_slices_are_rounded_each_by_itself(tmp_path: Path) -> None:
     matrices = matrices_of(checkpoint)
     chosen = matrices.chosen("all")
     scheme = Scheme(3, 8, False)
-    at_work = RoundedAlike(Job(checkpoint, matrices, chosen, tmp_path), scheme, clip="mse")
+    at_work = RoundedAlike(QuantizeJob(checkpoint, matrices, chosen, tmp_path), scheme, clip="mse")
     assert set(at_work.schemes) == {one.key for one in chosen}
     first = [one for one in chosen if one.layer == 0]
     found = dict(at_work.layer(0, first))

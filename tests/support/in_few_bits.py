@@ -16,7 +16,7 @@ from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packed_writing import Lost, WrittenForm, write_packed
-from moe_lab.quantize.base import Job, Quantizer
+from moe_lab.quantize.base import QuantizeJob, Quantizer
 
 # Loads folders as a plain user does, and writes all tensors that each model has behind a forward.
 PLAIN = """
@@ -49,7 +49,7 @@ def quantised(source: Path, quantizer: Quantizer, out: Path) -> tuple[WrittenFor
     matrices = matrices_of(checkpoint)
     chosen = quantizer.chosen(matrices)
     quantizer.check(chosen)
-    job = Job(checkpoint, matrices, chosen, out.parent)
+    job = QuantizeJob(checkpoint, matrices, chosen, out.parent)
     at_work = quantizer.begin(job)
     form = quantizer.form(job, at_work)
     return form, write_packed(checkpoint, matrices, chosen, form, at_work.layer, out)
@@ -60,7 +60,7 @@ def meant(source: Path, quantizer: Quantizer, folder: Path) -> dict[str, Tensor]
     checkpoint = Checkpoint(source)
     matrices = matrices_of(checkpoint)
     chosen = matrices.chosen(quantizer.what)
-    job = Job(checkpoint, matrices, chosen, folder)
+    job = QuantizeJob(checkpoint, matrices, chosen, folder)
     at_work = quantizer.begin(job)
     form, instead = quantizer.form(job, at_work), dict[str, Tensor]()
     for layer, these in matrices.by_layer().items():

@@ -12,7 +12,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packed_writing import write_packed
-from moe_lab.quantize.base import Job, Quantizer, Quantizing
+from moe_lab.quantize.base import QuantizeJob, Quantizer, Quantizing
 
 
 def tokens(number: int = 6, length: int = 12) -> Tokens:
@@ -26,16 +26,18 @@ def tiny_checkpoint(folder: Path, family: str, **changes: object) -> Checkpoint:
     return Checkpoint(folder)
 
 
-def job_of(checkpoint: Checkpoint, quantizer: Quantizer, folder: Path) -> Job:
+def job_of(checkpoint: Checkpoint, quantizer: Quantizer, folder: Path) -> QuantizeJob:
     matrices = matrices_of(checkpoint)
     chosen = quantizer.chosen(matrices)
     quantizer.check(chosen)
     quantizer.check_size(chosen)
     folder.mkdir(exist_ok=True)
-    return Job(checkpoint, matrices, chosen, folder, tokens(), Compute("cpu", batch_size=2))
+    return QuantizeJob(checkpoint, matrices, chosen, folder, tokens(), Compute("cpu", batch_size=2))
 
 
-def written(job: Job, quantizer: Quantizer, at_work: Quantizing | None = None) -> Quantizing:
+def written(
+    job: QuantizeJob, quantizer: Quantizer, at_work: Quantizing | None = None
+) -> Quantizing:
     """The checkpoint is in the job's folder, as its stage writes it."""
     at_work = at_work or quantizer.begin(job)
     write_packed(
