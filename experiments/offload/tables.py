@@ -2,9 +2,10 @@
 
     python experiments/offload/tables.py outputs/offload
 
-reads the reports of <folder>/<model> and replays the traces that they name. `<model>/policies` has
-every policy on the intact model over sizes of the cache; `<model>/compression` what each variant
-needs at the same memory. Means and deviations are over the seeds that are there.
+reads the reports of <folder>/<model>, at any depth, and replays the traces that they name.
+`<model>/policies` has every policy on the intact model over sizes of the cache,
+`<model>/compression` what each variant needs at the same memory, `<model>/routing.csv` what the
+intact model's traces tell. Means and deviations are over the seeds that are there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moe_lab.lookup import names_in
 from moe_lab.offload.accesses import accesses_of
 from moe_lab.offload.memory import BYTES_OF_GIB, Device
 from moe_lab.offload.pictures import draw_policies
+from moe_lab.offload.policies.hobbit import Hobbit
 from moe_lab.offload.simulating import Question, simulate
 from moe_lab.trace.file import read_trace
 from moe_lab.trace.header import TraceHeader
@@ -29,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 BITS = 16  # of an expert's weights, but for the row of 4
 TRANSFER = 1e-3  # seconds that an expert of the intact model takes over the link
 SIZES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-MEMORY = (0.25, 0.5, 0.75)  # beside the rest of the intact model, the share of its experts
-REPLAYED = ("lru", "lru_prefetch", "min")
+MEMORY = (0.125, 0.25, 0.5)  # beside the rest of the intact model, the share of its experts
+REPLAYED = ("lru", "lfu_sequence", "min")  # of which the table for people has the first
 # Each row: the sweep's row, the variant of that run, and the bits of an expert's weights.
 ROWS = {
     "intact": ("dense", "dense", BITS),
@@ -48,7 +50,7 @@ FIGURES = ("decode/hit_rate", "decode/bytes_per_token", "decode/seconds_per_toke
 
 def reports(folder: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Of each job: the row of the sweep, the seed, the report."""
-    for file in sorted(folder.glob("*/report.json")):
+    for file in sorted(folder.rglob("report.json")):
         report = json.loads(file.read_text())
         row = report["job"].partition("row=")[2].partition(",")[0].split()[0]
         if report["status"] == "ok":
@@ -93,6 +95,26 @@ def compression(found: list[tuple[str, int, dict[str, Any]]]) -> pd.DataFrame:
     return over_seeds(whole, keys, (*FIGURES, "kl"))
 
 
+def routing(found: list[tuple[str, int, dict[str, Any]]]) -> pd.DataFrame:
+    """What the intact model's traces tell: predictions, experts of a request, HOBBIT's precisions.
+
+    high, low, skipped: of all choices of decoding, by the unimportance at HOBBIT's t1 and t2.
+    """
+    rows = []
+    for row, seed, report in found:
+        if row == "dense":
+            told = {key.removeprefix("dense/trace/"): value for key, value in report.items()
+                    if key.startswith("dense/trace/") and not key.endswith("file")}  # fmt: skip
+            accesses = accesses_of(read_trace(Path(report["dense/trace/file"])))
+            share = accesses.unimportance_A[accesses.decode_V[accesses.visit_A]]
+            how = Hobbit()
+            told["high"] = float((share <= how.t1).mean())
+            told["low"] = float(((share > how.t1) & (share <= how.t2)).mean())
+            told["skipped"] = float((share > how.t2).mean())
+            rows.append({"seed": seed} | told)
+    return pd.DataFrame(rows)
+
+
 def over_seeds(
     frame: pd.DataFrame, keys: list[str], figures: tuple[str, ...] = FIGURES
 ) -> pd.DataFrame:
@@ -129,16 +151,18 @@ def markdown(frame: pd.DataFrame, names: list[str]) -> str:
 
 
 def main(folder: Path) -> None:
-    for model in sorted(path for path in folder.iterdir() if any(path.glob("*/report.json"))):
+    for model in sorted(path for path in folder.iterdir() if any(path.rglob("report.json"))):
         found, home = list(reports(model)), HERE / model.name
         home.mkdir(exist_ok=True)
+        routing(found).to_csv(home / "routing.csv", index=False, float_format="%.4g")
         by_policy, by_variant = policies(found), compression(found)
         for name, frame, keys in (
             ("policies", by_policy, ["policy", "share", "slots"]),
             ("compression", by_variant, ["variant", "share", "policy", "experts_that_fit"]),
         ):
             frame.to_csv(home / f"{name}.csv", index=False, float_format="%.6g")
-            (home / f"{name}.md").write_text(markdown(frame, keys))
+            shown = frame[frame["policy"] == "lru"] if name == "compression" else frame
+            (home / f"{name}.md").write_text(markdown(shown, keys))
         draw_policies(by_policy, home / "policies.png", f"{model.name}, intact")
         lru = by_variant[by_variant["policy"] == "lru"]
         title = f"{model.name}, LRU, at the same memory"
