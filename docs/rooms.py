@@ -146,7 +146,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.metrics": ("base", "by_gradient"),
     "methods.ratios": ("budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
-    "methods.skipping": ("base", "by_ratio", "thresholds"),
+    "methods.skipping": ("base", "by_weight", "thresholds"),
     "methods.condense": (
         "base",
         "divergence",
@@ -171,7 +171,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.metrics": (),
     "methods.ratios": (),
     "methods.grouping": ("methods.metrics", "methods.ratios"),
-    "methods.skipping": ("base", "by_ratio", "thresholds"),
+    "methods.skipping": ("base", "by_weight", "thresholds"),
     "methods.condense": (),
     "methods.merge": ("methods.grouping", "methods.ratios"),
     "methods.dern": ("methods.metrics", "methods.ratios"),
