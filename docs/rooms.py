@@ -48,11 +48,19 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
     "tables": ("many reports as one table", ("report",)),
     "diagnose": ("what experts do", ("profile", "models", "report.plots")),
+    "trace": (
+        "which experts each token was sent to, while a model generates",
+        ("models", "data.source", "data.tokens"),
+    ),
+    "offload": (
+        "experts that do not fit on the device: caches, simulated on traces",
+        ("trace", "models.checkpoint", "report.plots"),
+    ),
     "track": ("W&B, TensorBoard", ("store",)),
     "stages": (
         "the pipeline, and each of its stages",
         ("store", "dependencies", "compute", "data", "models", "measure", "profile", "methods",
-         "finetune", "evaluate", "report", "diagnose", "forecast"),
+         "finetune", "evaluate", "report", "diagnose", "trace", "forecast"),
     ),
     "families": (
         "what works for each model type of transformers",
@@ -102,7 +110,7 @@ LIBRARIES = {
     ),
     "jinja2": ("report",),
     "lm_eval": ("evaluate",),
-    "matplotlib": ("report.plots", "diagnose.pictures"),
+    "matplotlib": ("report.plots", "diagnose.pictures", "offload.pictures"),
     "tensorboardX": ("track.tensorboard",),
     "vllm": ("serving.in_vllm", "measure.vllm_script"),
     "wandb": ("track.wandb",),
@@ -112,6 +120,7 @@ LIBRARIES = {
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "data": ("source", "rows", "reading", "chat", "standard_library", "tokens"),
+    "evaluate.decoding": ("base",),
     "export": (
         "__main__",
         "folder",
@@ -131,6 +140,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "methods": (
         "base",
+        "chosen",
         "layer_choice",
         "dropping",
         "narrowing",
@@ -147,6 +157,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.ratios": ("budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
     "methods.skipping": ("base", "by_weight", "thresholds"),
+    "methods.factorizing": ("base", "alternating", "low_rank", "whitening"),
     "methods.condense": (
         "base",
         "divergence",
@@ -164,6 +175,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "models.adapters": ("base",),
     "models.edits": ("base", "chain", "plan"),
     "models.families": ("base",),
+    "offload.policies": ("base",),
     "track": ("tracker", "artifacts", "switches"),
 }
 # Kinds of plug-ins inside methods/, and which other kinds each may import.
@@ -171,8 +183,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "methods.metrics": (),
     "methods.ratios": (),
     "methods.grouping": ("methods.metrics", "methods.ratios"),
-    "methods.skipping": ("base", "by_weight", "thresholds"),
+    "methods.skipping": (),
     "methods.condense": (),
+    "methods.factorizing": (),
+    "methods.factorize": ("methods.factorizing", "methods.ratios"),
     "methods.merge": ("methods.grouping", "methods.ratios"),
     "methods.dern": ("methods.metrics", "methods.ratios"),
     "methods.prune": ("methods.metrics", "methods.ratios"),

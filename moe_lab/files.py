@@ -34,4 +34,5 @@ FORM = "form.json"  # how a checkpoint was saved: `models.forms.Form`
 MODEL_CARD = "README.md"  # in a checkpoint's folder; written when its run has ended
 CHECKPOINT = "checkpoint"  # the folder of a checkpoint within a result
 FIGURES_FILE = "figures.json"  # figures of a measurement or a diagnosis, flat
+TRACE = "trace.parquet"  # which experts each token was sent to, pass by pass
 LAYERS = "layers.json"  # of a profile: what each MoE layer is

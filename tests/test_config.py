@@ -29,6 +29,8 @@ MIRRORED = {
     "metric": "methods.metrics",
     "ratio": "methods.ratios",
     "grouping": "methods.grouping",
+    "decoding": "evaluate.decoding",
+    "form": "methods.factorizing",
     "method": "methods",
     "finetune": "finetune",
 }
@@ -76,7 +78,7 @@ def test_composes_and_instantiates(group: str, option: str, composed: Compose) -
     parts = {name: targets(config[name]) for name in GROUPS if name in config}
     for part in (part for found in parts.values() for part in found):
         assert instantiate(part, _convert_="object") is not None
-    code = {"none": 0} if group in ("finetune", "eval", "measure", "diagnose") else {}
+    code = {"none": 0} if group in ("finetune", "eval", "measure", "diagnose", "trace") else {}
     expected = 0 if group in ("model", "condense") else code.get(option, 1)
     assert len(parts[group]) == expected
 

@@ -31,7 +31,9 @@ EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SEER_EXPERIMENTS = sorted(path.stem for path in SEER.glob("*.yaml"))
 FIELD_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "tiny").glob("*.yaml"))
 INSIDE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/inside").glob("*.yaml"))
+SCMOE_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/scmoe").glob("*.yaml"))
 INSIDE_TABLES = [name for name in INSIDE_EXPERIMENTS if name != "published"]
+FACTOR_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/factorize").glob("*.yaml"))
 CLOSED_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/closed_form").glob("*.yaml"))
 SKIP_EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments/skip").glob("*.yaml"))
 SEER_EACH = pytest.mark.parametrize("experiment", SEER_EXPERIMENTS)
@@ -188,7 +190,7 @@ LABELS = ("table", "variant", "figure", "value", "std", "tolerance", "provenance
 FIGURE = re.compile(
     r"(?P<variant>dense|compressed|finetuned)(_top_(?P<top_k>\d+))?/"
     r"(kl|eval/average|eval/(?P<task>\w+)/(?P<metric>acc|acc_norm|exact_match)"
-    r"|(?P<measured>parameter_ratio|prefill_speedup|active_parameters)|trainable_share)"
+    r"|(?P<measured>parameter_ratio|prefill_speedup|decoding_slowdown|active_parameters)|trainable_share)"
 )
 PLAIN = {
     *EIGHT,
@@ -200,6 +202,7 @@ PLAIN = {
     "share_of_dense_average",
 }
 PLAIN |= {"wikitext_perplexity", "ptb_perplexity", "c4_perplexity", "arc_easy"}
+PLAIN |= {"gsm8k", "strategyqa", "mbpp", "humaneval", "seconds_for_512_tokens"}
 PLAIN |= {"distinct_experts_16"}
 PLAIN |= {"mmlu_drop", "sst5_generate_top_1", "flops_saved", "expert_flops_share"}
 ITEMS = dict(arc_challenge=1172, boolq=3270, hellaswag=10042, mmlu=14042, openbookqa=500)
@@ -384,10 +387,12 @@ LIKE = {
     "tiny": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "inside": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "closed_form": {"tiny_qwen2_moe": "tiny_deepseek"},
+    "scmoe": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
     "skip": {},
+    "factorize": {"tiny_deepseek": "tiny_mixtral", "tiny_qwen2_moe": "tiny_mixtral"},
 }
-OF_A_REPORT = "model condense method metric ratio grouping calibration finetune eval seed".split()
-OF_A_REPORT += ["cd_moe", "seer_moe", "closed_form"]
+OF_A_REPORT = "model condense method metric ratio grouping form calibration finetune eval".split()
+OF_A_REPORT += ["seed", "cd_moe", "seer_moe", "closed_form", "decoding"]
 Head = dict[str, Any]
 HEADS: dict[tuple[str, str], list[tuple[Head, dict[str, Any]]]] = {}
 
@@ -862,6 +867,17 @@ def test_rows_of_closed_form_are_swept_and_differ(composed: Compose) -> None:
         ours[asked] = name
 
 
+@pytest.mark.parametrize("experiment", SCMOE_EXPERIMENTS)
+def test_every_job_of_scmoe_composes(experiment: str, composed: Compose) -> None:
+    model = "mixtral_8x7b" if experiment == "published" else "tiny_mixtral"
+    table, decoded = f"+scmoe={experiment}", set()
+    for job in jobs(choices(composed(f"model={model}", table))):
+        found = checked(composed(*job, f"model={model}", table))
+        assert found["eval"]["decoding"] == found["decoding"]
+        decoded.add(json.dumps(found["decoding"]))
+    assert len(decoded) > 3
+
+
 # --------------------------------------------------------------------------- fewer per token
 
 
@@ -877,6 +893,26 @@ def test_every_job_of_skip_composes(experiment: str, composed: Compose) -> None:
     assert rules and table in told
 
 
+def test_rows_of_factorize_compose_and_differ(composed: Compose) -> None:
+    folder, asked = ROOT / "experiments" / "factorize", dict[str, str]()
+    names = sorted(path.stem for path in (folder / "row").glob("*.yaml"))
+    params = choices(composed("model=tiny_mixtral", "+factorize=forms"))
+    assert sorted(value.partition("=")[2] for value in params["+factorize/row"]) == names
+    for name in names:
+        asking = (f"+factorize/row={name}", "model=tiny_mixtral", "+factorize=forms")
+        found = checked(composed(*asking))
+        assert found["calibration"]["seed"] == found["seed"]
+        chosen = found["choices"]
+        assert chosen["method"] == ("prune" if name[:4] in ("expe", "neur") else "factorize")
+        if chosen["method"] == "factorize":
+            assert name.startswith(chosen["form"]) and chosen["metric"]
+        what = json.dumps(found["method"])
+        assert what not in asked, f"{name} and {asked[what]} ask for the same"
+        asked[what] = name
+    number = math.prod(len(values) for values in params.values())
+    assert f"{number} jobs" in (folder / "README.md").read_text()
+
+
 # --------------------------------------------------------------------------- tables
 
 SWEEPS = [
@@ -886,10 +922,14 @@ SWEEPS = [
     *(("inside", experiment, "tiny_mixtral") for experiment in INSIDE_TABLES),
     ("inside", "published", "deepseek_moe_16b"),
     *(("closed_form", experiment, TINY[0]) for experiment in CLOSED_EXPERIMENTS),
+    *(("scmoe", experiment, "tiny_mixtral") for experiment in SCMOE_EXPERIMENTS[:-1]),
+    ("scmoe", "published", "mixtral_8x7b"),
     *(("skip", experiment, "tiny_mixtral") for experiment in SKIP_EXPERIMENTS),
+    ("factorize", "forms", "tiny_mixtral"),
+    ("factorize", "published", "deepseek_moe_16b"),
 ]
 VALUE = re.compile(
-    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)"
+    rf"{FIGURE.pattern}|finetuned/eval/routing/entropy|seconds/(plan|finetune)|plan/ratio"
     r"|compressed/eval/routing/(top_k|active_parameters|distinct_experts_16)"
 )
 
@@ -955,7 +995,10 @@ def test_help_lists_the_tables() -> None:
     tables["inside"] = INSIDE_EXPERIMENTS
     tables["closed_form"] = CLOSED_EXPERIMENTS
     tables["skip"] = SKIP_EXPERIMENTS
+    tables["factorize"] = FACTOR_EXPERIMENTS
     tables["pareto"] = ["study"]
+    tables["scmoe"] = SCMOE_EXPERIMENTS
+    tables["offload"] = ["variants"]
     for paper, experiments in tables.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"+{paper}="))
         assert sorted(line.removeprefix(f"+{paper}=").split(" | ")) == experiments

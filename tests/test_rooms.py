@@ -16,15 +16,18 @@ HOMES = {
     "calibration": "data",
     "compute": "compute",
     "condense": "methods.condense",
+    "decoding": "evaluate.decoding",
     "diagnose": "diagnose",
     "eval": "evaluate",
     "finetune": "finetune",
+    "form": "methods.factorizing",
     "grouping": "methods.grouping",
     "measure": "measure",
     "method": "methods",
     "metric": "methods.metrics",
     "model": "models",
     "ratio": "methods.ratios",
+    "trace": "trace",
     "track": "track",
 }
 OF_WHOLE_JOBS = "faults/"  # a folder of test files that mirror none

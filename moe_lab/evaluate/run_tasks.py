@@ -25,20 +25,22 @@ def run_tasks(
 ) -> dict[str, float]:
     """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average.
 
-    The same in each of several processes, which share the requests (`WatchedLM`).
+    The same in each of several processes, which share the requests (`WatchedLM`). UserError where
+    the model's routers do not obey the suite's decoding.
     """
     others = others_of(suite.tasks)
     embedded = [name for name in suite.tasks if name not in others]
     local = not others or suite.mirror is not None
     results: dict[str, dict[str, Any]] = {}
-    with harness.offline() if local else contextlib.nullcontext(), _quiet():
+    offline = harness.offline() if local else contextlib.nullcontext()
+    with suite.how.opened(model) as decoder, offline, _quiet():
         from lm_eval import evaluator, simple_evaluate
         from lm_eval.tasks import TaskManager
 
         from moe_lab.evaluate.watched import WatchedLM
 
         evaluator.get_git_commit_hash = str  # it asks git of where we are, which may complain
-        wrapped = WatchedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = WatchedLM(decoder, tokenizer=tokenizer, batch_size=batch_size)
         common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
         if embedded:
             if processes.is_main():

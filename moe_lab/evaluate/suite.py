@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from moe_lab.data.source import Source
+from moe_lab.evaluate.decoding.base import (
+    DECODING_FILES,
+    PLAIN,
+    Decoding,
+    as_decoding,
+    decoding_told,
+)
 from moe_lab.evaluate.tasks import harness
 from moe_lab.evaluate.tasks.tiny.tasks import TINY_NAMES
 from moe_lab.option import Option, Plugin, check_options
@@ -45,6 +53,21 @@ class Suite(Plugin):
     held_out: Annotated[
         Source | None, Option("text for the divergence from the dense model, null for none")
     ] = None
+    decoding: Annotated[
+        Decoding | str,
+        Option("how the tasks' text is decoded, and what log-likelihoods are of",
+               files_of=DECODING_FILES),
+    ] = PLAIN  # fmt: skip
+
+    @functools.cached_property
+    def how(self) -> Decoding:
+        """The decoding, which may be given by its name."""
+        return as_decoding(self.decoding)
+
+    @classmethod
+    def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of its options a report says the decoding: its name and its own options."""
+        return decoding_told(options.get("decoding", PLAIN))
 
     def check(self) -> None:
         """Refuse tasks that do not exist, data that cannot be had and impossible numbers."""
@@ -53,6 +76,12 @@ class Suite(Plugin):
             raise UserError(
                 "eval.tasks=[] eval.held_out=null evaluates nothing: name tasks or a text, or "
                 "leave it out (eval=none)"
+            )
+        if self.how.name != PLAIN and not (self.tasks or self.group_task):
+            raise UserError(
+                f"eval.decoding={self.how.name} decodes the text of tasks, and eval.tasks=[] names "
+                "none: figures on held-out text are the model's own. Name tasks "
+                "(eval=tiny_generate), or decode greedily (decoding=greedy)"
             )
         if twice := sorted({name for name in self.tasks if list(self.tasks).count(name) > 1}):
             raise UserError(f"eval.tasks names {', '.join(twice)} twice: name each once")

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
-from torch import nn
+from torch import Tensor, nn
 
 from moe_lab import processes
+from moe_lab.evaluate.decoding.base import Decoder
 from moe_lab.finite import number_word
 from moe_lab.types import NotFinite
 
@@ -22,9 +24,27 @@ from moe_lab.types import NotFinite
 class WatchedLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """Refuses what is not finite: NotFinite names the task and its document.
 
+    decoder: how the model's text is decoded, and of which logits log-likelihoods are.
+
     Several processes answer a share of the requests each, and have all answers; lm-eval's own way
     pads their shares and has the figures in one process alone.
     """
+
+    def __init__(self, decoder: Decoder, **options: Any):
+        super().__init__(pretrained=decoder.model, **options)
+        self.decoder = decoder
+
+    def _model_call(self, inps: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """Logits [B, L, V]; what else lm-eval hands over is for other kinds of models."""
+        with torch.no_grad():
+            return self.decoder.logits(inps)
+
+    def _model_generate(self, *arguments: Any, **named: Any) -> Tensor:
+        """Token ids, prompts included."""
+        ids: Tensor = super()._model_generate(
+            *arguments, **named, custom_generate=self.decoder.loop
+        )
+        return ids
 
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         """The log-likelihoods of continuations."""

@@ -12,7 +12,8 @@ from moe_lab.forecast.work import Text, TuningWork, Work
 
 Remedy = tuple[str, Work]
 LEFT_OUT = {"diagnose": "diagnose=none", "finetune": "finetune=none", "measure": "measure=none",
-            "evaluate": "eval=none", "teacher": "finetune.distillation=0"}  # fmt: skip
+            "evaluate": "eval=none", "teacher": "finetune.distillation=0",
+            "trace": "trace=none"}  # fmt: skip
 
 
 def remedy_of(need: Need, work: Work, costs: Costs, fits: Callable[[Need], bool]) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from moe_lab.forecast.costs import FLOAT, Costs, calls_of, parts_of_forward, saved_parts
 from moe_lab.forecast.need import Need
 from moe_lab.forecast.shape import ModelShape
-from moe_lab.forecast.work import Text, Weights, Work
+from moe_lab.forecast.work import Text, TracingWork, Weights, Work
 from moe_lab.models.layerwise import layers_read
 
 SUM_BYTES = 8  # sums of a profile are float64
@@ -38,6 +38,8 @@ def needs(work: Work, costs: Costs) -> Iterator[Need]:
         yield need_of_finetune(work, costs)
     if work.evaluating:
         yield from need_of_evaluate(work, costs)
+    if work.tracing:
+        yield from need_of_trace(work, work.tracing, costs)
     if work.measuring:
         yield need_of_measure(work, costs)
 
@@ -273,6 +275,28 @@ def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
             seconds=seconds * asked.variants,
             itemsize=model.itemsize,
         )
+
+
+def need_of_trace(work: Work, asked: TracingWork, costs: Costs) -> Iterator[Need]:
+    """Each variant continues the prompts; roughly, since a token behind a prompt is one call."""
+    variants = {"dense": work.dense} | ({"compressed": work.edited} if work.edited else {})
+    if work.tuning:
+        variants["finetuned"] = work.edited or work.dense
+    prompts, steps = asked.prompts, asked.new_tokens - 1
+    one = Text((1,) * len(prompts.lengths), prompts.batch_size)
+    tokens = prompts.at_once + steps * prompts.rows
+    for name, model in variants.items():
+        shape = model.shape
+        inputs = FLOAT * tokens * (shape.hidden_size + 4.0) * len(shape.decoders)
+        memory, mapped = loaded(
+            model, inputs + costs.bytes_of("measure", parts_of_forward(shape, prompts)), costs
+        )
+        flops = shape.flops(prompts.lengths, False) + steps * shape.flops(one.lengths)
+        calls = calls_of(shape, prompts) + steps * calls_of(shape, one)
+        seconds = costs.seconds_of(_typed("forward", model.itemsize),
+                                   {"flops": flops, "calls": calls})  # fmt: skip
+        yield Need(f"trace_{name}", memory=memory, mapped=mapped, read=model.file_bytes,
+                   flops=flops, seconds=seconds, itemsize=model.itemsize)  # fmt: skip
 
 
 def need_of_measure(work: Work, costs: Costs) -> Need:

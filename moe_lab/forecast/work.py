@@ -152,6 +152,14 @@ class MeasuringWork:
 
 
 @dataclass(frozen=True)
+class TracingWork:
+    """What `trace` runs: prompts, and the tokens that are generated behind each."""
+
+    prompts: Text
+    new_tokens: int
+
+
+@dataclass(frozen=True)
 class Work:
     """A run.
 
@@ -168,3 +176,4 @@ class Work:
     tuning: TuningWork | None = None
     evaluating: EvaluatingWork | None = None
     measuring: MeasuringWork | None = None
+    tracing: TracingWork | None = None

@@ -10,7 +10,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -233,6 +233,25 @@ def _times(
         )
         for name, measured in turns.items()
     }
+
+
+def seconds_in_turns(
+    model: Model,
+    ways: Mapping[str, Callable[[], AbstractContextManager[Callable[[], object]]]],
+    repeats: int,
+) -> dict[str, float]:
+    """Median seconds of some calls, which take turns as the models of `measure` do.
+
+    ways: what opens each; only the call that it gives is timed.
+    """
+    turns: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-1, repeats):  # the first is a warm-up
+        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+            with ways[name]() as call:
+                started = _now(model)
+                call()
+                turns[name].append(_now(model) - started)
+    return {name: statistics.median(times[1:]) for name, times in turns.items()}
 
 
 def _timed_turn(model: Model, prompt_BL: Tensor, decode_tokens: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
+from moe_lab.models.factorized import idle_parameters
 from moe_lab.models.head import repeated_head
 from moe_lab.models.layers import MoELayer, moe_layers, num_parameters
 from moe_lab.models.remapped import RemappedExperts
@@ -24,7 +25,7 @@ def active_parameters(model: PreTrainedModel, used: Mapping[int, float] | None =
     router chooses, though a rule may leave some of them out (`skipping.py`). Where router rows lead
     to stand-ins, without `used` it is a token that was sent to none of them.
     """
-    active = float(parameters(model))
+    active = float(parameters(model) - idle_parameters(model))
     for layer in moe_layers(model):
         routed, replaced = _routed_parameters(layer)
         number = num_real_experts(layer)

@@ -32,8 +32,10 @@ FEATURES = {
     "narrower shared experts": "the shared experts of some layers have fewer hidden units",
     "unequal experts per token": "the routers of some layers choose another number of experts",
     "skipped experts": "a rule leaves out some of a token's experts",
+    "factorised experts": "the experts' matrices are computed from factors",
     "another's structure": "what an edit of one's own wrote down",
 }
+OWN_FEATURES = {"skip": "skipped experts", "factorize": "factorised experts"}  # by kind of edit
 # What configs call the width of experts; of some also that of dense layers, which only grow.
 WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 LISTS_OF_DENSE = ("mlp_only_layers", "mlp_layer_types", "first_k_dense_replace", "num_dense_layers")
@@ -116,8 +118,5 @@ def _of_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[s
         yield "narrower shared experts"
     if "top_k" in layer:
         yield "unequal experts per token"
-    own = layer.get("own", {})
-    if "skip" in own:
-        yield "skipped experts"
-    if own.keys() - {"skip"}:
-        yield "another's structure"
+    for kind in layer.get("own", {}):
+        yield OWN_FEATURES.get(kind, "another's structure")

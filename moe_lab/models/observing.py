@@ -92,10 +92,13 @@ def observe_routers(
     observation = RoutersObservation()
 
     def hook_of(layer: MoELayer) -> Hook:
+        sends_nowhere = bool(further_rows(layer))  # looked at once: a hook runs at every token
+
         def hook(module: nn.Module, args: Arguments, output: Any) -> None:
             logits = _of_experts(_router_logits(output), layer)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
-            routed: tuple[Tensor, ...] = logits, _without_none(layer, index, weight), weight
+            index = _without_none(layer, index, weight) if sends_nowhere else index
+            routed: tuple[Tensor, ...] = logits, index, weight
             if observation.valid is not None and not bool(observation.valid.all()):
                 valid = observation.valid.reshape(-1).to(logits.device)
                 routed = tuple(part[valid] for part in routed)

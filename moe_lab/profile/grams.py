@@ -36,13 +36,7 @@ class Grams:
         self.profile, self.num_samples, self.token_weight = profile, num_samples, token_weight
         self._states: HiddenStates | None = None
         self._stream: LayerStream | None = None
-        for layer in profile.statistics if token_weight == "output" else ():
-            if not layer.has_cosine("layer"):
-                raise UserError(
-                    f"metric.token_weight=output weighs tokens by the state that leaves a layer, "
-                    f"and around layer {layer.info.index} there is not one hidden state for each "
-                    f"token ({layer.info.family}): metric.token_weight=none"
-                )
+        check_token_weight(profile, token_weight, "metric.token_weight")
 
     def of(self, index: int, joint: bool) -> Tensor:
         """The Gram matrix [E I, E I] (joint) or matrices [E, I, I] of one layer, float32."""
@@ -78,6 +72,17 @@ class Grams:
         if not bool(total.isfinite().all()):
             raise NotFinite(f"layer {index}: products of its hidden units are not finite", index)
         return total.cpu()
+
+
+def check_token_weight(profile: Profile, token_weight: str, option: str) -> None:
+    """Refuse what cannot be weighed in one of its layers; option: as users name it."""
+    for layer in profile.statistics if token_weight == "output" else ():
+        if not layer.has_cosine("layer"):
+            raise UserError(
+                f"{option}=output weighs tokens by the state that leaves a layer, "
+                f"and around layer {layer.info.index} there is not one hidden state for each "
+                f"token ({layer.info.family}): {option}=none"
+            )
 
 
 def token_weights(routing: Routing, kind: str) -> Tensor:

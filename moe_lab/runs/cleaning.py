@@ -26,7 +26,7 @@ from moe_lab.types import UserError
 
 KINDS = (
     "convert", "profile", "search", "plan", "compress", "teacher", "finetune", "evaluate",
-    "measure", "measure_vllm", "similarity", "diagnose", "serving", "served",
+    "measure", "measure_vllm", "similarity", "diagnose", "trace", "serving", "served",
 )  # fmt: skip
 UNNAMED = ("search", "similarity")
 UNUSED, CHECKPOINTS, SEARCH = CHOICES = ("unused", "checkpoints", "search")

@@ -25,8 +25,9 @@ from moe_lab.runs.moved import refusal_of_option, refusal_of_target
 from moe_lab.runs.quoting import for_shell, override
 from moe_lab.types import UserError
 
-REQUIRED = ("model", "calibration", "metric", "ratio", "grouping", "condense", "method", "finetune",
-            "eval", "measure", "diagnose", "compute", "track")  # fmt: skip
+REQUIRED = ("model", "calibration", "metric", "ratio", "grouping", "form", "condense", "method",
+            "finetune", "eval", "decoding", "measure", "diagnose", "trace", "compute",
+            "track")  # fmt: skip
 NODES = ("table",)  # beside the groups, checked as they are
 PLURALS = {int: "whole numbers", float: "numbers", str: "text"}
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")

@@ -75,6 +75,7 @@ def report_head(job: Description) -> dict[str, Any]:
     head |= {"metric": None, "ratio": None} | _method(job)
     head |= {key: job.choices[key] for key in ("calibration", "finetune", "eval")}
     head |= _told("calibration", config["calibration"]) | _told("finetune", config["finetune"])
+    head |= _told("eval", config["eval"])
     head |= {"seed": _word(config["seed"]), "commit": commit(), REQUEST: _request(config)}
     head |= {f"versions/{name}": version for name, version in versions().items()}
     return head | {"sweep": job.sweep, "job": job.name}

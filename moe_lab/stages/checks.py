@@ -9,13 +9,15 @@ from typing import Any
 
 from moe_lab.compute import Compute
 from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.decoding.base import PLAIN
+from moe_lab.evaluate.suite import Suite
 from moe_lab.finetune.recipe import Recipe
 from moe_lab.measure.speed import Measurement
 from moe_lab.measure.vllm import ThroughVllm, check_plugin
 from moe_lab.methods.base import Method
 from moe_lab.methods.metrics.base import names_from_routers
 from moe_lab.models.architecture import differences
-from moe_lab.models.checkpoint import Checkpoint, Original
+from moe_lab.models.checkpoint import Checkpoint, Original, meta_model
 from moe_lab.models.edits.base import Edit
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.narrow import NarrowExperts
@@ -80,6 +82,27 @@ def check_recipe(
         others = (info for info in layers if info.index not in indices)
         kept = tuple(KeepLayer(info.index, info.name) for info in others)
         recipe.check(Plan((*edits, *kept)))
+
+
+def check_decoding(
+    checkpoint: Checkpoint, method: Method, suite: Suite | None, layers: Sequence[LayerInfo]
+) -> None:
+    """Refuse a decoding for which the model, or what will be left of it, has too few experts, and
+    one that its routers do not obey."""
+    if not suite or suite.how.name == PLAIN:
+        return
+    suite.how.check(layers)
+    with suite.how.opened(meta_model(checkpoint.config)):
+        pass
+    numbers, example = method.foreseen(layers) or {}, method.example(layers) or ()
+    fewer = {edit.index for edit in example if not edit.keeps_rows and edit.index in numbers}
+    suite.how.check(
+        [
+            replace(info, num_experts=numbers[info.index], real_experts=0)
+            for info in layers
+            if info.index in fewer and numbers[info.index]
+        ]
+    )
 
 
 def check_steps(recipe: Recipe | None, texts: Mapping[str, Tokens]) -> None:

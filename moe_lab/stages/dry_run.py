@@ -208,7 +208,16 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
         name: {key: value for key, value in config[name].items() if key != "name"}
         if isinstance(config[name], Mapping)
         else config[name]
-        for name in ("model", "calibration", "method", "finetune", "eval", "measure", "diagnose")
+        for name in (
+            "model",
+            "calibration",
+            "method",
+            "finetune",
+            "eval",
+            "measure",
+            "diagnose",
+            "trace",
+        )
     }
     seed = config["seed"]
     model = {key: said["model"].get(key) for key in ("path", "revision", "dtype")}
@@ -227,6 +236,7 @@ def _work_keys(config: Mapping[str, Any], found: Sequence[Need]) -> dict[str, st
         "measure": [list(variants.values()), said["measure"]],
     }
     known |= {f"evaluate_{name}": [one, said["eval"]] for name, one in variants.items()}
+    known |= {f"trace_{name}": [one, said["trace"]] for name, one in variants.items()}
     return {need.stage: _digest([need.stage, known[need.stage]]) for need in found}
 
 

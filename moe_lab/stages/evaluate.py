@@ -14,12 +14,14 @@ from moe_lab.compute import Compute
 from moe_lab.data.embedded import standard_library_fingerprint
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
+from moe_lab.evaluate.decoding.base import PLAIN, Decoding, decoding_identity
 from moe_lab.evaluate.held_out import HeldOut, compare_held_out
 from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
 from moe_lab.integrity import write_whole
-from moe_lab.models.checkpoint import Checkpoint, Model
+from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
+from moe_lab.models.layers import moe_layers
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
 from moe_lab.store import Artifact
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 RESULTS_FILE = "results.json"
 ROUTING = "routing.json"
 # Of a suite's options: what these name enters by its content, or by what is evaluated.
-NAMED = ("tasks", "group_task", "mirror", "held_out", "top_k")
+NAMED = ("tasks", "group_task", "mirror", "held_out", "top_k", "decoding")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Evaluation:
             "dtype": self.variant.dtype,
             "texts": self.variant.texts_fingerprint if self.suite.tasks else None,
             "held_out": self.held_out.fingerprint if self.held_out else None,
-            "code": code_version(evaluate, type(self.suite)),
+            "code": code_version(evaluate, type(self.suite), self.suite.how),
         } | asked_of(self.suite.tasks, self.suite.mirror, self.options)
 
 
@@ -64,6 +66,7 @@ def evaluate(context: Context, asked: Evaluation) -> Artifact:
 
     def make(folder: Path) -> None:
         suite, compute = asked.suite, context.compute
+        _check_left(suite.how, asked.variant)
         model = asked.variant.load(compute.device)
         logger.info("evaluate: %s", ", ".join(suite.tasks) or "held-out text")
         results: dict[str, float] = {}
@@ -89,6 +92,19 @@ def _compared(asked: Evaluation, text: Tokens, model: Model, compute: Compute) -
     return compare_held_out(reference, model, batches, top_k, text.positions_by_length())
 
 
+def _check_left(how: Decoding, variant: Checkpoint) -> None:
+    """Refuse what the MoE layers that are left have too few experts for; say where none is left."""
+    if how.name == PLAIN:
+        return
+    layers = [layer.info for layer in moe_layers(meta_model(variant.config))]
+    how.check(layers)
+    if not layers:
+        logger.warning(
+            "decoding=%s: the model has no MoE layer any more, so that no token can be routed "
+            "otherwise", how.name,
+        )  # fmt: skip
+
+
 def asked_of(
     tasks: Sequence[str], mirror: str | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -103,6 +119,7 @@ def asked_of(
     return {
         "tasks": list(tasks),
         "suite": {name: value for name, value in options.items() if name not in NAMED},
+        "decoding": decoding_identity(options.get("decoding", PLAIN)) if tasks else None,
         "text": standard_library_fingerprint("test") if embedded else None,
         "datasets": harness.fingerprint(others, mirror) if others and mirror else None,
         "own": {name: own[name] for name in others if name in own},

@@ -50,7 +50,7 @@ class GroupEvaluation:
             "texts": self.dense.texts_fingerprint,
             "dtype": self.dense.dtype,
             "plan": self.plans.key,
-            "code": code_version(evaluate_groups, type(self.suite)),
+            "code": code_version(evaluate_groups, type(self.suite), self.suite.how),
         } | asked_of(tasks, self.suite.mirror, self.options)
 
 

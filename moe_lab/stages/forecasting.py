@@ -22,6 +22,7 @@ from moe_lab.forecast.work import (
     MeasuringWork,
     ProfilingWork,
     Text,
+    TracingWork,
     TuningWork,
     Weights,
     Work,
@@ -87,6 +88,7 @@ def prospect_of(
         tuning=_tuning(checkpoint, layers, parts, behind, dense, lengths, compute),
         evaluating=_evaluating(checkpoint, layers, parts, lengths, compute),
         measuring=_measuring(parts),
+        tracing=_tracing(parts, lengths),
     )
     return Prospect(checkpoint, layers, behind, work, tuple(told))
 
@@ -112,6 +114,8 @@ def all_sources(parts: Parts) -> dict[str, Source]:
         texts |= sources(parts.finetune.phases)
     if parts.eval and parts.eval.held_out:
         texts["held_out"] = parts.eval.held_out
+    if parts.trace:
+        texts["prompts"] = parts.trace.prompts
     return texts
 
 
@@ -251,3 +255,10 @@ def _measuring(parts: Parts) -> MeasuringWork | None:
     if how is None:
         return None
     return MeasuringWork(how.batch_size, how.prompt_length, how.decode_tokens, how.repeats)
+
+
+def _tracing(parts: Parts, lengths: Lengths) -> TracingWork | None:
+    how = parts.trace
+    if how is None:
+        return None
+    return TracingWork(Text(tuple(lengths["prompts"]), how.batch_size), how.new_tokens)

@@ -131,7 +131,10 @@ def search_of(method: Method, layers: Sequence[LayerInfo]) -> Search:
         return Search()
     if isinstance(method, Skip):
         return Search(passes=method.passes(layers))
-    parts = (method, *(getattr(method, name, None) for name in ("metric", "ratio", "grouping")))
+    parts = (
+        method,
+        *(getattr(method, name, None) for name in ("metric", "ratio", "grouping", "form")),
+    )
     asks = any(getattr(one, name, False) is True
                for one in parts for name in ("needs_model", "propagate"))  # fmt: skip
     asks = asks or type(getattr(method, "ratio", None)).__module__.endswith(SEARCHING)

@@ -14,6 +14,7 @@ from moe_lab.finetune.recipe import Recipe
 from moe_lab.lookup import require_kind
 from moe_lab.measure.speed import Measurement
 from moe_lab.methods.base import Method
+from moe_lab.trace.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Parts:
     eval: Suite | None = None
     measure: Measurement | None = None
     diagnose: Diagnosis | None = None
+    trace: Tracing | None = None
 
     @classmethod
     def made(cls, config: Mapping[str, Any], make: Callable[[Any], Any]) -> Parts:

@@ -30,6 +30,7 @@ from moe_lab.stages import forecasting, teach
 from moe_lab.stages.checks import (
     announce_dequantising,
     announce_form,
+    check_decoding,
     check_mtp,
     check_profile,
     check_recipe,
@@ -57,6 +58,7 @@ STAGES = (
     "finetune",  # what is left learns
     "evaluate",  # each variant on tasks and held-out text
     "evaluate_groups",  # each group of the calibration set with its own experts
+    "trace",  # which experts each token is sent to, while each variant generates
     "measure",  # size, memory and speed of all variants, side by side
     "measure_vllm",  # what vLLM serves of each in a second
 )
@@ -146,6 +148,7 @@ def check_parts(
     check_recipe(dense, method, parts.finetune, layers)
     check_mtp(dense, method, layers)
     check_served(dense, method, parts.measure, layers)
+    check_decoding(dense, method, parts.eval, layers)
     announce_form(dense, method, layers)
     told = parts.eval.top_k if parts.eval else None
     final = parts.finetune.final_top_k if parts.finetune else None

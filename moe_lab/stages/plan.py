@@ -239,6 +239,7 @@ def _read(run: Run, name: str, result: Artifact) -> None:
 
 WHOLE = {  # what given has in words -> what goes, one of it, and what keeps a share from its size
     "experts": ("experts", "expert", "whole experts and what routers need"),
+    "expert_parameters": ("parameters of experts", "parameter", "whole ranks"),
     "hidden_units": ("", "hidden unit", "whole hidden units, floors and multiples"),
 }
 

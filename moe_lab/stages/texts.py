@@ -12,13 +12,15 @@ from moe_lab.stages.parts import Parts
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-TEXT_NAMES = {"calibration": "calibration", "held_out": "eval.held_out"}  # as users know them
+TEXT_NAMES = {  # as users know them
+    "calibration": "calibration", "held_out": "eval.held_out", "prompts": "trace.prompts",
+}  # fmt: skip
 
 
 def tokenize(
     parts: Parts, tokenizer: Tokenizer, positions: int | None = None, vocabulary: int | None = None
 ) -> dict[str, Tokens]:
-    """All text of a run: calibration, and where they are asked for <phase>/data, held_out.
+    """All text of a run: calibration, and where they are asked for <phase>/data, held_out, prompts.
 
     positions: where the model ends, which no sample is longer than; None where it says no number.
     vocabulary: rows of its embedding, in which each token of the text must have one.
@@ -29,6 +31,9 @@ def tokenize(
         texts |= sources(parts.finetune.phases)
     if parts.eval and parts.eval.held_out:
         texts["held_out"] = parts.eval.held_out
+    if parts.trace:
+        texts["prompts"] = parts.trace.prompts
+        parts.trace.check_positions(positions)
     if parts.eval:
         parts.eval.check()
     texts = {name: _within(positions, name, source) for name, source in texts.items()}

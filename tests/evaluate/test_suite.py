@@ -10,6 +10,7 @@ from mirrors import suite
 from running import Job
 from small_suites import GROUPS, SUITE
 
+from moe_lab.data.files import Files
 from moe_lab.evaluate.suite import Suite
 from moe_lab.types import UserError
 
@@ -53,3 +54,17 @@ def test_names(sst5: Path) -> None:
     suite(sst5, tasks=["sst5", "sst5_generate"]).check()
     with pytest.raises(UserError, match=r"\['sst6'\].*sst5, sst5_generate"):
         replace(suite(sst5), tasks=["sst5", "sst6"]).check()
+
+
+def test_what_decodes_needs_something_to_decode() -> None:
+    text = suite_text()
+    with pytest.raises(UserError, match=r"eval.decoding=scmoe decodes the text of tasks.*none:"):
+        Suite(held_out=text, decoding="scmoe").check()
+    Suite(held_out=text).check()
+    Suite(tasks=["tiny_recall_generate"], decoding="scmoe").check()
+    with pytest.raises(UserError, match=r"eval.decoding='beams' does not exist; there are"):
+        Suite(tasks=["tiny_recall_generate"], decoding="beams").check()
+
+
+def suite_text() -> Files:
+    return Files(num_samples=1, max_length=8, files=["a.txt"])

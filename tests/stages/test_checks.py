@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mtp_checkpoints import write_with_mtp
 
 from moe_lab.compute import Compute
+from moe_lab.evaluate.decoding.scmoe import SCMoE
+from moe_lab.evaluate.suite import Suite
 from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.drop_blocks import DropBlocks
 from moe_lab.methods.merge import Merge
@@ -20,7 +23,13 @@ from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.stages.checks import announce_form, check_mtp, check_profile, compare_architecture
+from moe_lab.stages.checks import (
+    announce_form,
+    check_decoding,
+    check_mtp,
+    check_profile,
+    compare_architecture,
+)
 from moe_lab.types import UserError
 
 
@@ -87,3 +96,18 @@ def test_mtp_layers_left_whole_are_refused_where_fewer_experts_are_foreseen(tmp_
         DropBlocks(1, mtp="keep"),
     ):
         check_mtp(dense, method, layers)
+
+
+def test_a_rank_beyond_the_experts_that_will_be_left_is_refused(checkpoint: Path) -> None:
+    """Where the plan's numbers are known; a decoding that is greedy asks for nothing."""
+    dense = Checkpoint(checkpoint)
+    layers = dense.layers()
+    half = Prune(functools.partial(reap), Uniform(0.5))
+    suite = Suite(tasks=["tiny_recall_generate"], decoding=SCMoE(rank=5))
+    check_decoding(dense, Nothing(), suite, layers)
+    with pytest.raises(UserError, match=r"^decoding.rank=5: layer 1 has 4 experts.*1 to 4 is"):
+        check_decoding(dense, half, suite, layers)
+    check_decoding(dense, half, Suite(tasks=["tiny_recall_generate"]), layers)
+    check_decoding(dense, half, None, layers)
+    with pytest.raises(UserError, match=r"^decoding.rank=9: layer 1 has 8 experts"):
+        check_decoding(dense, Nothing(), replace(suite, decoding=SCMoE(rank=9)), layers)

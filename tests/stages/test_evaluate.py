@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from mirrors import (
 )
 from running import SENTENCES, Job, Outcome
 from small_suites import GROUPS, SUITE
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moe_lab.compute import Compute
 from moe_lab.data.files import Files
 from moe_lab.data.tokens import Tokens
+from moe_lab.evaluate.decoding.scmoe import SCMoE
 from moe_lab.evaluate.suite import Suite
 from moe_lab.methods.metrics import frequency
 from moe_lab.methods.prune import Prune
@@ -36,7 +38,14 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.stages.compress import Compression, compress
 from moe_lab.stages.context import Context
-from moe_lab.stages.evaluate import Evaluation, evaluate, results_of, tell_scores
+from moe_lab.stages.evaluate import (
+    Evaluation,
+    _check_left,
+    asked_of,
+    evaluate,
+    results_of,
+    tell_scores,
+)
 from moe_lab.stages.evaluate_groups import GroupEvaluation, evaluate_groups
 from moe_lab.stages.plan import Planning, plan
 from moe_lab.stages.profile import Profiling, profile
@@ -206,3 +215,37 @@ def test_the_entropy_of_repeated_experts_is_not_told() -> None:
     assert {key for key in report if "entropy" in key} == {"dense/eval/routing/entropy"}
     assert report["compressed_top_1/kl"] == 0.5
     assert report["compressed/eval/average"] == 0.7
+
+
+def test_what_decodes_enters_the_key_by_what_it_decides() -> None:
+    """By name or by its node; what it does not use, and held-out text alone, change nothing."""
+
+    def asked(given: Any, tasks: tuple[str, ...] = ("sst5",)) -> Any:
+        return asked_of(tasks, None, {"num_items": 2, "decoding": given})
+
+    node = {"_target_": "moe_lab.evaluate.decoding.scmoe.SCMoE"}
+    assert asked("scmoe") == asked(node) == asked(node | {"seed": 3})
+    assert asked("greedy") == asked_of(["sst5"], None, {"num_items": 2})
+    every = [asked(one) for one in ("greedy", "scmoe", node | {"beta": 0.3}, "dynamic")]
+    assert all(one not in every[:number] for number, one in enumerate(every))
+    assert asked("scmoe", ()) == asked("greedy", ())
+
+
+def test_a_model_without_moe_layers_is_said_to_have_nothing_to_contrast(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    variant: Any = SimpleNamespace(config=LlamaConfig(intermediate_size=8, **small))
+    _check_left(SCMoE(rank=7), variant)
+    assert "decoding=scmoe: the model has no MoE layer any more" in caplog.text
+
+
+def test_a_job_that_is_decoded_by_self_contrast(job: Job) -> None:
+    """Every variant; the report says how."""
+    few = ["eval=tiny_generate", "eval.num_items=3"]
+    done = job(*few, "decoding=scmoe", "decoding.beta=0.3", "finetune=none")
+    assert done.code == 0, done.text
+    told = {name: done.report[f"eval/{name}"] for name in ("decoding", "beta", "alpha", "rank")}
+    assert told == {"decoding": "scmoe", "beta": 0.3, "alpha": 0.1, "rank": 2}
+    for variant in ("dense", "compressed"):
+        assert f"{variant}/eval/tiny_recall_generate/exact_match" in done.report

@@ -8,20 +8,19 @@ keep the same number in each.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from moe_lab.lookup import named, require_kind
+from moe_lab.methods.chosen import ChosenBy, all_options
 from moe_lab.methods.ratios import budget
-from moe_lab.option import Plugin, check_options, declared_by, plain_options
+from moe_lab.option import Plugin, check_options
 from moe_lab.profile.all_experts import AllExperts
 from moe_lab.profile.layer import LayerStatistics
-from moe_lab.types import AlignName, LayerInfo, RouterName, UserError
+from moe_lab.types import AlignName, LayerInfo, RouterName
 
 BASES = ("alignment", "base")  # the files of this package that are no groupings
 GROUPING_FILES = (str(__package__), *BASES)
@@ -106,32 +105,17 @@ class Grouping(Plugin, ABC):
         check_options(self, "grouping")
 
 
+GROUPINGS: ChosenBy[Grouping] = ChosenBy("grouping", str(__package__), Grouping, BASES)
+
+
 def as_grouping(given: Grouping | str) -> Grouping:
     """A grouping, also by name (a file of this package, or a dotted path), with its defaults."""
-    found: object = given
-    if isinstance(given, str):
-        found = named("method.grouping", given, __package__, Grouping, BASES)
-    made = _with_defaults(found, given) if inspect.isclass(found) else found
-    grouping: Grouping = require_kind("grouping", made, Grouping)
-    return grouping
-
-
-def _with_defaults(kind: Callable[[], object], given: object) -> object:
-    declared = declared_by(kind).items()
-    required = [name for name, one in declared if one.default is inspect.Parameter.empty]
-    if required:
-        raise UserError(
-            f"method.grouping={given} has no default for {', '.join(required)}: write a yaml for "
-            "it in a folder of options, grouping/<name>.yaml, and choose grouping=<name>"
-        )
-    return kind()
+    return GROUPINGS.made(given)
 
 
 def grouping_options(grouping: Grouping, given: object) -> dict[str, Any]:
     """All its own options; given: its composed node, or its name, which leaves the defaults."""
-    chosen = given if isinstance(given, Mapping) else {}
-    declared = declared_by(type(grouping)).items()
-    return {name: chosen.get(name, one.default) for name, one in declared}
+    return all_options(grouping, given)
 
 
 def described(given: object) -> dict[str, Any]:
@@ -139,14 +123,7 @@ def described(given: object) -> dict[str, Any]:
 
     given: as for `grouping_options`.
     """
-    if isinstance(given, Mapping):
-        file = str(given.get("_target_")).rpartition(".")[0]
-        return {"grouping": file.rpartition(".")[2]} | plain_options(given)
-    try:
-        grouping = as_grouping(str(given))
-    except UserError:  # told when the method is checked
-        return {"grouping": given}
-    return {"grouping": grouping.name} | plain_options(grouping_options(grouping, given))
+    return GROUPINGS.described(given)
 
 
 def grouped(

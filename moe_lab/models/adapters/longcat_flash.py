@@ -58,6 +58,8 @@ class LongcatExperts(AdaptedExperts, stock.LongcatFlashExperts):
         super().set_matrices(made | {"gate_up_proj": whole}, width)
 
     def forward(self, hidden_states: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        if index_TK.shape[1] == 1 and not self.is_ours():  # the stock code needs two columns
+            index_TK, weight_TK = index_TK.expand(-1, 2), pad(weight_TK, (0, 1))
         out_TD = super().forward(hidden_states, index_TK, weight_TK)
         if not self.is_ours():  # the stock code adds the copies itself
             return out_TD

@@ -67,3 +67,13 @@ def test_what_layers_are_without_some_experts_is_refused() -> None:
     stream = LayerStream(odd_model("longcat_flash"), [tiny_batch()])
     with pytest.raises(UserError, match="longcat_flash has zero experts"):
         ExpertSample(stream)
+
+
+def test_one_expert_a_token() -> None:
+    """Which the stock loop over experts cannot do: as two of which one weighs nothing."""
+    experts = moe_layers(odd_model("longcat_flash"))[0].experts
+    x_TD = torch.randn(5, 32)
+    index_T1, weight_T1 = torch.tensor([[0], [9], [3], [3], [11]]), torch.rand(5, 1)
+    other = torch.cat([index_T1, (index_T1 + 1) % 12], dim=1)
+    two = experts(x_TD, other, torch.cat([weight_T1, torch.zeros(5, 1)], dim=1))
+    torch.testing.assert_close(experts(x_TD, index_T1, weight_T1), two)

@@ -45,6 +45,19 @@ def multiple_choice(domain: str, num_items: int, seed: int, split: str = "test")
     return _continuations(domain, split, generator, num_items)
 
 
+def generative(domain: str, num_items: int, seed: int, split: str = "test") -> list[Item]:
+    """The items of `multiple_choice` with `context` and the `answer`'s own text, without choices.
+
+    Raises ValueError for a domain whose questions have no answer of their own.
+    """
+    if domain not in standard_library.QUESTION_DOMAINS:
+        raise ValueError(f"{domain!r} asks no questions: {standard_library.QUESTION_DOMAINS} do")
+    return [
+        {"context": item["context"], "answer": item["choices"][item["answer"]].strip()}
+        for item in multiple_choice(domain, num_items, seed, split)
+    ]
+
+
 def perplexity_passages(
     domain: str, num_passages: int, seed: int, split: str = "test"
 ) -> list[Item]:

@@ -1,7 +1,8 @@
 """Small offline evaluation tasks, made at run time from the embedded text's test split.
 
-Four four-way multiple-choice tasks and four perplexity tasks, one per text domain, as
-configurations for the Language Model Evaluation Harness. Nothing is downloaded.
+Four four-way multiple-choice tasks and four perplexity tasks, one per text domain, and two whose
+answers are generated, as configurations for the Language Model Evaluation Harness. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_lab.data.standard_library import DOMAINS
+from moe_lab.data.standard_library import DOMAINS, QUESTION_DOMAINS
 
 MULTIPLE_CHOICE = tuple(f"tiny_{domain}" for domain in DOMAINS)
 PERPLEXITY_TASKS = tuple(f"tiny_perplexity_{domain}" for domain in DOMAINS)
-TINY_NAMES = MULTIPLE_CHOICE + PERPLEXITY_TASKS
+GENERATIVE_TASKS = tuple(f"tiny_{domain}_generate" for domain in QUESTION_DOMAINS)
+TINY_NAMES = MULTIPLE_CHOICE + PERPLEXITY_TASKS + GENERATIVE_TASKS
 # A perplexity sample scores a whole passage, so fewer are needed than multiple-choice items.
 ITEMS_PER_PERPLEXITY_SAMPLE = 5
 
@@ -22,9 +24,9 @@ ITEMS_PER_PERPLEXITY_SAMPLE = 5
 def write_items(folder: Path, num_items: int = 200, seed: int = 0) -> dict[str, Path]:
     """Write `<task>.jsonl` for every task into `folder` and return the paths by task.
 
-    `num_items` is the number of items of each multiple-choice task; a perplexity task has a fifth
-    as many passages. The same arguments always give the same files. Raises ValueError for fewer
-    than one item.
+    `num_items` is the number of items of each task with one answer; a perplexity task has a fifth
+    as many passages. A task that generates has the items of the multiple-choice task of its domain.
+    The same arguments always give the same files. Raises ValueError for fewer than one item.
     """
     from moe_lab.evaluate.tasks.tiny import items
 
@@ -38,6 +40,8 @@ def write_items(folder: Path, num_items: int = 200, seed: int = 0) -> dict[str, 
         paths[perplexity] = _write(
             folder, perplexity, items.perplexity_passages(domain, num_passages, seed)
         )
+    for domain, task in zip(QUESTION_DOMAINS, GENERATIVE_TASKS, strict=True):
+        paths[task] = _write(folder, task, items.generative(domain, num_items, seed))
     return paths
 
 

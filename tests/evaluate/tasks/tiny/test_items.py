@@ -62,6 +62,16 @@ def test_arithmetic_answers_are_right_and_unseen(written: dict[str, Path]) -> No
         assert f"{problem}={answer}" not in train
 
 
+def test_answers_that_are_generated_are_those_that_are_chosen(written: dict[str, Path]) -> None:
+    for domain in ("arithmetic", "recall"):
+        chosen, generated = (_read(written[f"tiny_{domain}{kind}"]) for kind in ("", "_generate"))
+        assert [row["context"] for row in chosen] == [row["context"] for row in generated]
+        for row, other in zip(chosen, generated, strict=True):
+            assert row["choices"][row["answer"]].strip() == other["answer"]
+    with pytest.raises(ValueError, match="'prose' asks no questions"):
+        items.generative("prose", 1, 0)
+
+
 def test_recall_answers_follow_from_the_list(written: dict[str, Path]) -> None:
     for row in _read(written["tiny_recall"]):
         *lines, question = row["context"].splitlines()

@@ -1,0 +1,1 @@
+"""How a model's text is decoded in evaluation: a file each."""

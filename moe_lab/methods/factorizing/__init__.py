@@ -1,0 +1,1 @@
+"""Forms in which method=factorize writes the matrices of a layer's experts: a class each."""
