@@ -20,7 +20,7 @@ from moe_lab.types import LayerInfo, SkipName, UserError
 
 @dataclass(frozen=True)
 class Below:
-    """Skip what is below a quantile of what `compared` says of a layer's tokens.
+    """Skip what is below a quantile of what `behind_heaviest` says of a layer's tokens.
 
     rule: ratio or weight; share: which quantile; or average: such that a token has so many experts
     on average.
@@ -36,11 +36,11 @@ class Below:
         share = self.share
         if self.average is not None:
             share = (info.top_k - min(self.average, info.top_k)) / max(1, info.top_k - 1)
-        value = quantile(compared(self.rule, routed.weight_TK), share)
+        value = quantile(behind_heaviest(self.rule, routed.weight_TK), share)
         return Skipping(self.rule, value, renormalizes(self.renormalize, routed))
 
 
-def compared(rule: SkipName, weight_TK: Tensor) -> Tensor:
+def behind_heaviest(rule: SkipName, weight_TK: Tensor) -> Tensor:
     """Of the experts behind each token's heaviest, g_1, in order: g_j / g_1, or g_j, [T, K - 1]."""
     ranked_TK = weight_TK.double().sort(dim=1, descending=True)[0]
     return ranked_TK[:, 1:] / (ranked_TK[:, :1] if rule == "ratio" else 1.0)

@@ -9,7 +9,7 @@ import torch
 from expert_sets import Case
 
 from moe_lab.methods.skip import Skip
-from moe_lab.methods.skipping.by_weight import compared
+from moe_lab.methods.skipping.by_weight import behind_heaviest
 from moe_lab.models.edits.skip import SkipExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.probing import route
@@ -34,8 +34,8 @@ def test_naees_threshold_is_the_median_of_the_text(family: str) -> None:
 
 def test_what_is_compared_is_behind_the_heaviest() -> None:
     weight_TK = torch.tensor([[0.1, 0.4, 0.2]])
-    assert compared("ratio", weight_TK)[0].tolist() == pytest.approx([0.5, 0.25])
-    assert compared("weight", weight_TK)[0].tolist() == pytest.approx([0.2, 0.1])
+    assert behind_heaviest("ratio", weight_TK)[0].tolist() == pytest.approx([0.5, 0.25])
+    assert behind_heaviest("weight", weight_TK)[0].tolist() == pytest.approx([0.2, 0.1])
 
 
 @pytest.mark.parametrize("rule", ["ratio", "weight"])
@@ -46,6 +46,6 @@ def test_the_median_unless_another_quantile_is_asked_for(rule: str) -> None:
         assert plan.notes["quantile"] == share
         for edit, layer in zip(plan.edits, moe_layers(case.model), strict=True):
             _, weight_TK, _ = route(layer, case.inputs(layer.info.index))
-            values = compared(rule, weight_TK).flatten()
+            values = behind_heaviest(rule, weight_TK).flatten()
             expected = torch.quantile(values, share)
             assert edit.value == pytest.approx(float(expected.detach()), rel=1e-5)
