@@ -22,7 +22,7 @@ OF_DISTRIBUTION = ("entropy", "top_p")  # the rules that look at the router's wh
 
 @dataclass(frozen=True)
 class Skipping:
-    """A rule of one layer. With g_1 >= g_2 >= ... a token's weights, p the router's distribution:
+    """A rule of one layer. With g_1 >= g_2 >= ... a token's weights (their sizes), p the router's distribution:
 
     ratio: of those behind the first, experts with g_j >= value * g_1 stay (NAEE 2402.14800).
     weight: of those behind the first, experts with g_j >= value stay.
@@ -65,7 +65,7 @@ class Skipping:
     @torch.no_grad()
     def kept(self, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
         """Which of a token's experts stay, bool [T, K], in the order of the router's choice."""
-        weight_TK, order_TK = weight_TK.float().sort(dim=1, descending=True, stable=True)
+        weight_TK, order_TK = weight_TK.float().abs().sort(dim=1, descending=True, stable=True)
         if self.rule == "ratio":
             ranked_TK = weight_TK >= self.value * weight_TK[:, :1]
         elif self.rule == "weight":

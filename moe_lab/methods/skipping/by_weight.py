@@ -42,7 +42,7 @@ class Below:
 
 def behind_heaviest(rule: SkipName, weight_TK: Tensor) -> Tensor:
     """Of the experts behind each token's heaviest, g_1, in order: g_j / g_1, or g_j, [T, K - 1]."""
-    ranked_TK = weight_TK.double().sort(dim=1, descending=True)[0]
+    ranked_TK = weight_TK.double().abs().sort(dim=1, descending=True)[0]
     return ranked_TK[:, 1:] / (ranked_TK[:, :1] if rule == "ratio" else 1.0)
 
 
