@@ -22,7 +22,8 @@ OF_DISTRIBUTION = ("entropy", "top_p")  # the rules that look at the router's wh
 
 @dataclass(frozen=True)
 class Skipping:
-    """A rule of one layer. With g_1 >= g_2 >= ... a token's weights (their sizes), p the router's distribution:
+    """A rule of one layer. With g_1 >= g_2 >= ... the absolute values of a token's weights, which
+    some families scale, and p the router's distribution:
 
     ratio: of those behind the first, experts with g_j >= value * g_1 stay (NAEE 2402.14800).
     weight: of those behind the first, experts with g_j >= value stay.
