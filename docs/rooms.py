@@ -175,7 +175,7 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     "methods.metrics": ("base", "by_gradient"),
     "methods.ratios": ("bits", "budget", "neurons", "pairs", "widths"),
     "methods.grouping": ("base", "alignment"),
-    "methods.skipping": ("base", "by_ratio", "thresholds"),
+    "methods.skipping": ("base", "by_weight", "thresholds"),
     "methods.factorizing": ("base", "alternating", "low_rank", "whitening"),
     "methods.condense": (
         "base",

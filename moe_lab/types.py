@@ -135,7 +135,7 @@ class Choice:
 
 AlignName = Literal["none", "weights", "activations", "both"]
 RouterName = Literal["all", "dominant", "mean", "sum"]
-SkipName = Literal["ratio", "entropy", "top_p", "first"]
+SkipName = Literal["ratio", "weight", "entropy", "top_p", "first"]
 ReplacementName = Literal["nothing", "zero", "constant", "copy"]
 MtpName = Literal["prune", "keep", "drop"]
 LmHeadName = Literal["auto", "tied", "untied"]

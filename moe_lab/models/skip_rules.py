@@ -22,9 +22,11 @@ OF_DISTRIBUTION = ("entropy", "top_p")  # the rules that look at the router's wh
 
 @dataclass(frozen=True)
 class Skipping:
-    """A rule of one layer. With g_1 >= g_2 >= ... a token's weights, p the router's distribution:
+    """A rule of one layer. With g_1 >= g_2 >= ... the absolute values of a token's weights, which
+    some families scale, and p the router's distribution:
 
     ratio: of those behind the first, experts with g_j >= value * g_1 stay (NAEE 2402.14800).
+    weight: of those behind the first, experts with g_j >= value stay.
     entropy: the first k_t = value + ceil(H / ln N * (K - value)), H the entropy of p over the N
     experts, K how many the router chose.
     top_p: the smallest set of the first ones that has sum p >= value, or all K.
@@ -64,9 +66,11 @@ class Skipping:
     @torch.no_grad()
     def kept(self, logits_TE: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
         """Which of a token's experts stay, bool [T, K], in the order of the router's choice."""
-        weight_TK, order_TK = weight_TK.float().sort(dim=1, descending=True, stable=True)
+        weight_TK, order_TK = weight_TK.float().abs().sort(dim=1, descending=True, stable=True)
         if self.rule == "ratio":
             ranked_TK = weight_TK >= self.value * weight_TK[:, :1]
+        elif self.rule == "weight":
+            ranked_TK = weight_TK >= self.value
         elif self.rule == "top_p":
             share_TE = distribution(logits_TE, cast(str, self.scoring))
             ranked_TK = shares_before(share_TE, index_TK.gather(1, order_TK)) < self.value

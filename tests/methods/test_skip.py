@@ -62,7 +62,9 @@ def test_the_seed_counts_only_where_something_is_drawn() -> None:
 
 def test_a_rule_that_does_not_exist_is_refused(case: Case) -> None:
     assert SKIPPING_FILES[0] == "moe_lab.methods.skipping"
-    with pytest.raises(UserError, match="there are entropy, lexi, listed, naee, ratio, top_p"):
+    with pytest.raises(
+        UserError, match="there are entropy, lexi, listed, naee, ratio, top_p, weight"
+    ):
         Skip("best").check(list(case.infos.values()))
 
 

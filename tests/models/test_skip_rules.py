@@ -32,6 +32,8 @@ def stays(rule: str, value: float, p: list[float], chosen: list[int]) -> set[int
     ranked = sorted(chosen, key=lambda expert: -p[expert])
     if rule == "ratio":
         return {e for e in ranked if not p[e] < value * p[ranked[0]]}
+    if rule == "weight":
+        return {e for e in ranked if not p[e] < value} | {ranked[0]}
     if rule == "first":
         return set(ranked[: int(value)])
     if rule == "entropy":
@@ -45,7 +47,13 @@ def stays(rule: str, value: float, p: list[float], chosen: list[int]) -> set[int
 
 @pytest.mark.parametrize(
     ("rule", "values"),
-    [("ratio", (0.0, 0.3, 1.0)), ("first", (1, 2, 4)), ("entropy", (1, 2)), ("top_p", (0.2, 0.7))],
+    [
+        ("weight", (0.05, 0.3)),
+        ("ratio", (0.0, 0.3, 1.0)),
+        ("first", (1, 2, 4)),
+        ("entropy", (1, 2)),
+        ("top_p", (0.2, 0.7)),
+    ],
 )
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_every_rule_is_its_formula(rule: str, values: tuple[float, ...], renormalize: bool) -> None:
@@ -91,7 +99,7 @@ def test_shares_of_scores_that_are_no_probabilities() -> None:
 
 
 def test_what_is_no_rule_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a rule 'last' .* ratio, entropy, top_p, first"):
+    with pytest.raises(UserError, match=r"a rule 'last' .* ratio, weight, entropy, top_p, first"):
         Skipping("last", 1)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="a rule 'entropy' of the scoring None"):
         Skipping("entropy", 1)

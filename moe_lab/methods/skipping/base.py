@@ -15,7 +15,7 @@ from moe_lab.option import Option, declared_by, word_of
 from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
-SKIPPING_FILES = (str(__package__), "base", "by_ratio", "thresholds")
+SKIPPING_FILES = (str(__package__), "base", "by_weight", "thresholds")
 EVERY_RULE = ("rule", "renormalize", "mtp", "lm_head")  # the options that all rules take
 
 
@@ -40,7 +40,11 @@ class SkipOptions:
     ] = None
     quantile: Annotated[
         float | None,
-        Option("of rule=ratio: which quantile of g_j / g_1 is the threshold", least=0, most=1),
+        Option(
+            "of rule=ratio, weight: which quantile of g_j / g_1, or of g_j, is the threshold",
+            least=0,
+            most=1,
+        ),
     ] = None
     mass: Annotated[
         float | None,

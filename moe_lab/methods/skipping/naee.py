@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from moe_lab.methods.skipping.by_ratio import ByRatio
+from moe_lab.methods.skipping.by_weight import ByWeight
 from moe_lab.types import LayerInfo, UserError
 
 
-class Naee(ByRatio):
+class Naee(ByWeight):
     """The median, and two experts per token; `ratio` is ours for others."""
 
+    kind = "ratio"
     takes = ("num_samples",)
     defaults: ClassVar = {"renormalize": True}
     told = "the second expert is skipped where g_2 < value * g_1"

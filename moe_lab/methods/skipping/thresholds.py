@@ -50,12 +50,6 @@ def renormalizes(wanted: bool | None, routed: RoutedText) -> bool:
     return bool((high - low) <= 1e-2 * high)
 
 
-def ratios(weight_TK: Tensor) -> Tensor:
-    """g_j / g_1 of each token's weights behind its heaviest, g_1: [T, K - 1], largest first."""
-    ranked_TK = weight_TK.double().sort(dim=1, descending=True)[0]
-    return ranked_TK[:, 1:] / ranked_TK[:, :1]
-
-
 def quantile(values: Tensor, share: float) -> float:
     """The value below which this share lies, between two of them by their distance: 0.5 the median.
 

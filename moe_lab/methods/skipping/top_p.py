@@ -51,7 +51,7 @@ class Smallest:
 
 def _before(routed: RoutedText, scoring: str) -> Tensor:
     """What the experts before each one have, behind each token's heaviest: [T, K - 1]."""
-    order_TK = routed.weight_TK.float().sort(dim=1, descending=True, stable=True)[1]
+    order_TK = routed.weight_TK.float().abs().sort(dim=1, descending=True, stable=True)[1]
     share_TE = distribution(routed.logits_TE, scoring)
     return shares_before(share_TE, routed.index_TK.gather(1, order_TK))[:, 1:]
 

@@ -117,5 +117,5 @@ def test_a_rule_in_a_file_that_is_none_is_refused() -> None:
     for written in ({"rule": "ratio"}, {"rule": "ratio", "value": 1.0, "least": 2}):
         with pytest.raises(UserError, match="of this checkpoint is none"):
             SkipExperts.replay(layer, written)
-    with pytest.raises(UserError, match="there are ratio, entropy"):
+    with pytest.raises(UserError, match="there are ratio, weight, entropy"):
         SkipExperts.replay(layer, {"rule": "ratio", "value": "half"})
