@@ -88,7 +88,12 @@ FACE = ("models.checkpoint", "models.hook")
 
 # Who alone may import what: the first match counts, so insides come before the whole.
 LIBRARIES = {
-    "transformers.integrations": ("models.adapters", "models.condensing", "models.observing"),
+    "transformers.integrations": (
+        "models.adapters",
+        "models.condensing",
+        "models.factorized",
+        "models.observing",
+    ),
     "transformers.core_model_loading": ("models.stored", "models.uneven"),
     "transformers.conversion_mapping": ("models.quantised",),
     "transformers.modeling_utils": (

@@ -21,12 +21,12 @@ from moe_lab.quantize.base import Quantizing
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
-GIB = 2**30
+_GIB = 2**30
 Sharing = tuple[int, int | None]  # a layer, and its expert; None: all of them
 Curves = Mapping[int, Sequence[Sequence[float]]]  # by layer: [experts or 1][schemes]
 
 
-class Budget:
+class LevelsBudget:
     """What may be spent on some matrices, and what one takes in each scheme."""
 
     def __init__(self, matrices: Sequence[WeightMatrix], schemes: Sequence[Scheme]):
@@ -49,7 +49,7 @@ class Budget:
             raise UserError(self.refusal(least))
 
 
-class BitsBudget(Budget):
+class BitsBudget(LevelsBudget):
     """A mean number of bits of all weights, without scales; costs are bits."""
 
     def __init__(self, matrices: Sequence[WeightMatrix], schemes: Sequence[Scheme], average: float):
@@ -67,7 +67,7 @@ class BitsBudget(Budget):
         return f"quantize.average_bits={self.average:g}: the fewest of quantize.bits are {few}"
 
 
-class SizeBudget(Budget):
+class SizeBudget(LevelsBudget):
     """The GiB of the whole checkpoint, of which other tensors take what they take.
 
     The headers of its files, some hundred bytes a matrix, are not counted.
@@ -82,7 +82,7 @@ class SizeBudget(Budget):
         if matrices:
             whole = size_in_bytes(matrices[0].stored.file.parent)
             self.others = whole - sum(one.stored.num_bytes for one in matrices)
-        self.room = math.floor(target_gib * GIB) - self.others
+        self.room = math.floor(target_gib * _GIB) - self.others
 
     def cost(self, one: WeightMatrix, scheme: Scheme) -> int:
         """Bytes of its levels, scales and zero points, and of what says how it is read."""
@@ -93,8 +93,8 @@ class SizeBudget(Budget):
         """What it takes in the fewest bits."""
         return (
             f"quantize.target_gib={self.target_gib:g}: with all of these matrices in "
-            f"{self.schemes[0].bits} bits it takes {(self.others + least) / GIB:.6g} GiB, of which "
-            f"{self.others / GIB:.6g} are other tensors"
+            f"{self.schemes[0].bits} bits it takes {(self.others + least) / _GIB:.6g} GiB, of "
+            f"which {self.others / _GIB:.6g} are other tensors"
         )
 
 
@@ -131,7 +131,7 @@ class Allocation:
 
 
 def allocated(
-    matrices: Sequence[WeightMatrix], budget: Budget, by: str, curves: Curves
+    matrices: Sequence[WeightMatrix], budget: LevelsBudget, by: str, curves: Curves
 ) -> Allocation:
     """The schemes with the least sum of errors that fit the budget.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +16,66 @@ from moe_lab.integrity import write_whole
 from moe_lab.models.activations import Activations
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.matrices import WeightMatrix
-from moe_lab.models.rounding import Levels, Scheme
+from moe_lab.models.rounding import CLIPS, Clip, Levels, Scheme
 from moe_lab.models.stream import LayerStream, States
+from moe_lab.option import Option
 from moe_lab.profile.routed_tokens import RoutedTokens
-from moe_lab.quantize.base import QuantizeJob, Quantizing, joined_levels, slice_by_slice
-from moe_lab.quantize.column_rounding import LevelChoice
+from moe_lab.quantize.base import (
+    GroupOption,
+    QuantizeJob,
+    Quantizer,
+    Quantizing,
+    joined_levels,
+    slice_by_slice,
+)
+from moe_lab.quantize.column_rounding import ACT_ORDERS, DAMPING, LevelChoice
 from moe_lab.quantize.expert_levels import levels_of
-from moe_lab.quantize.hessians import expert_hessians, linear_hessians
+from moe_lab.quantize.hessians import HESSIAN_WEIGHTS, expert_hessians, linear_hessians
 
 logger = logging.getLogger(__name__)
 STARVED = "starved.json"  # by layer, the experts that were rounded to nearest
+ClipOption = Annotated[
+    str, Option("the range of a group: as it is, or of least squared error", among=CLIPS)
+]
+SymmetricOption = Annotated[bool, Option("without zero points")]
+ActOrderOption = Annotated[
+    str,
+    Option(
+        "of columns: those of the largest inputs first (scales as without), or as they stand",
+        among=ACT_ORDERS,
+    ),
+]
+DampingOption = Annotated[
+    float, Option("what is added to the Hessian's diagonal, of its mean", above=0)
+]
+TokenWeightOption = Annotated[
+    str,
+    Option(
+        "of a token in an expert's Hessian: 1, or the square of its router weight",
+        among=HESSIAN_WEIGHTS,
+    ),
+]
+LeastTokensOption = Annotated[
+    int, Option("an expert with fewer tokens is rounded to nearest", least=1)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensating(Quantizer):
+    """What quantizers have in common that may choose levels by GPTQ."""
+
+    group_size: GroupOption = 128
+    symmetric: SymmetricOption = True
+    clip: ClipOption = "none"
+    act_order: ActOrderOption = "static"
+    damping: DampingOption = DAMPING
+    token_weight: TokenWeightOption = "none"
+    least_tokens: LeastTokensOption = 1
+
+    def given(self, scheme: Scheme) -> LevelChoice:
+        """How the levels of a scheme are chosen."""
+        clip = cast(Clip, self.clip)
+        return LevelChoice(scheme, "full", clip, self.act_order, self.damping)
 
 
 def opened(job: QuantizeJob, instead: Mapping[str, Tensor] | None = None) -> LayerStream:

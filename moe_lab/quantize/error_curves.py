@@ -30,11 +30,11 @@ from moe_lab.profile.grams import weights_of_states
 from moe_lab.profile.routed_tokens import OfExpert, RoutedTokens
 from moe_lab.quantize.expert_levels import with_levels
 
-Stored = Mapping[str, Levels]  # an expert's matrices by name
+ExpertLevels = Mapping[str, Levels]  # an expert's matrices by name
 
 
 def expert_errors(
-    tokens: RoutedTokens, expert: int, given: OfExpert, candidates: Sequence[Stored]
+    tokens: RoutedTokens, expert: int, given: OfExpert, candidates: Sequence[ExpertLevels]
 ) -> list[float]:
     """The error of one expert with each of these levels; 0 where it gets no token."""
     weight_N = tokens.weighs()[given.row_N]
@@ -50,7 +50,7 @@ def expert_errors(
 def layer_errors(
     tokens: RoutedTokens,
     states: States,
-    candidates: Sequence[Sequence[Stored]],
+    candidates: Sequence[Sequence[ExpertLevels]],
     token_weight: str,
 ) -> list[float]:
     """The error of a layer with each of these levels of all of its experts."""
@@ -72,7 +72,7 @@ def _changed(
     tokens: RoutedTokens,
     batch: int,
     hidden: Tensor,
-    candidate: Sequence[Stored],
+    candidate: Sequence[ExpertLevels],
     token_weight: str,
 ) -> float:
     valid = tokens.stream.valid[batch]

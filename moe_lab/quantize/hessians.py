@@ -15,7 +15,7 @@ from moe_lab.models.stream import States
 from moe_lab.profile.routed_tokens import RoutedTokens
 from moe_lab.quantize.column_rounding import HessianSum
 
-TOKEN_WEIGHTS = ("none", "gate_squared")
+HESSIAN_WEIGHTS = ("none", "gate_squared")
 
 
 def expert_hessians(

@@ -23,12 +23,12 @@ from moe_lab.progress import progress
 from moe_lab.quantize.base import QuantizeJob
 from moe_lab.quantize.calibrated import opened
 from moe_lab.quantize.column_rounding import LevelChoice
-from moe_lab.quantize.error_curves import Stored, expert_errors, layer_errors
+from moe_lab.quantize.error_curves import ExpertLevels, expert_errors, layer_errors
 from moe_lab.quantize.expert_levels import expert_levels
 from moe_lab.quantize.hessians import expert_hessians
 
 CURVES = "curves"  # a file a layer: its experts' errors, or its own, in each number of bits
-Curves = dict[int, list[list[float]]]  # by layer: [experts or 1][bits]
+Measured = dict[int, list[list[float]]]  # by layer: [experts or 1][bits]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class ErrorsInBits:
     hessian_weight: str
     least_tokens: int
 
-    def outputs(self, job: QuantizeJob) -> Curves:
+    def outputs(self, job: QuantizeJob) -> Measured:
         """The error of what leaves each layer; see `error_curves.py`."""
         folder = job.folder / CURVES
         folder.mkdir(exist_ok=True)
         stream = opened(job)
-        states, found = States(stream), Curves()
+        states, found = States(stream), Measured()
         dtypes = {one.layer: one.dtype for one in job.chosen}
         for index in progress(sorted(dtypes), "errors of layers in few bits"):
             file = folder / f"{index}.json"
@@ -85,7 +85,7 @@ class ErrorsInBits:
 
     def _levels(
         self, tokens: RoutedTokens, expert: int, given: Sequence[LevelChoice], dtype: torch.dtype
-    ) -> list[Stored]:
+    ) -> list[ExpertLevels]:
         hessians = None
         if self.compensated:
             weight, least = self.hessian_weight, self.least_tokens
@@ -93,7 +93,7 @@ class ErrorsInBits:
         return [expert_levels(tokens.layer, expert, one, hessians, dtype) for one in given]
 
 
-def predictions(job: QuantizeJob, schemes: Sequence[Scheme], num_samples: int) -> Curves:
+def predictions(job: QuantizeJob, schemes: Sequence[Scheme], num_samples: int) -> Measured:
     """KL(intact || with one layer's experts in so many bits), nats a token; rounded to nearest.
 
     On the first `num_samples` calibration samples. What is measured of a layer is kept.

@@ -12,10 +12,9 @@ from moe_lab.models.matrices import WeightMatrix
 from moe_lab.models.rounding import BITS, Scheme
 from moe_lab.option import Option, check_options
 from moe_lab.profile.grams import TOKEN_WEIGHTS
-from moe_lab.quantize.allocation import Allocated, BitsBudget, Budget, SizeBudget, allocated
+from moe_lab.quantize.allocation import Allocated, BitsBudget, LevelsBudget, SizeBudget, allocated
 from moe_lab.quantize.base import QuantizeJob, Quantizing, check_groups
-from moe_lab.quantize.calibrated import Calibrated
-from moe_lab.quantize.gptq import Compensating
+from moe_lab.quantize.calibrated import Calibrated, Compensating
 from moe_lab.quantize.measuring import ErrorsInBits, predictions
 from moe_lab.quantize.rounded_each import RoundedEach
 from moe_lab.types import UserError
@@ -105,7 +104,7 @@ class Mixed(Compensating):
         """Refuse a size that is less than they take in the fewest bits."""
         self._budget(chosen).check()
 
-    def _budget(self, matrices: Sequence[WeightMatrix]) -> Budget:
+    def _budget(self, matrices: Sequence[WeightMatrix]) -> LevelsBudget:
         if self.target_gib is None:
             return BitsBudget(matrices, self.schemes, self.average_bits or 0.0)
         return SizeBudget(matrices, self.schemes, self.target_gib)

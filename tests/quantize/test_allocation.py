@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from moe_lab.models.checkpoint import load
 from moe_lab.models.rounding import Scheme, dequantised, rounded
 from moe_lab.models.weight_files import size_in_bytes
-from moe_lab.quantize.allocation import GIB, BitsBudget, SizeBudget, allocated
+from moe_lab.quantize.allocation import BitsBudget, SizeBudget, allocated
 from moe_lab.quantize.mixed import Mixed
 from moe_lab.quantize.planned import Planned
 from moe_lab.quantize.rtn import RoundToNearest
@@ -46,14 +46,14 @@ def test_a_size_in_gib_is_kept_on_disk_and_the_least_is_told(tmp_path: Path) -> 
     checkpoint = tiny_checkpoint(tmp_path / "source", "mixtral")
     whole = size_in_bytes(checkpoint.path)
     quantizer = Mixed(
-        target_gib=0.5 * whole / GIB, group_size=8, by="expert", bits=[2, 8], error_weight="none"
+        target_gib=0.5 * whole / 2**30, group_size=8, by="expert", bits=[2, 8], error_weight="none"
     )
     job = job_of(checkpoint, quantizer, tmp_path / "job")
     figures = written(job, quantizer).figures()
     tensors = load_file(job.folder / "checkpoint" / "model.safetensors").values()
     assert 0.4 * whole < sum(one.nbytes for one in tensors) <= 0.5 * whole
     assert 2 < figures["mean_bits"] < 8 and figures["predicted_error"] > 0
-    budget = SizeBudget(job.chosen, SCHEMES, 0.1 * whole / GIB)
+    budget = SizeBudget(job.chosen, SCHEMES, 0.1 * whole / 2**30)
     with pytest.raises(UserError, match=r"in 2 bits it takes 0\.\d+ GiB"):
         budget.check()
     read = load(job.folder / "checkpoint").model.layers[1].mlp.experts.down_proj[3]
