@@ -211,8 +211,8 @@ def plan_of(home: Path) -> Plan:
 
 
 def test_the_page_has_a_section_for_each_kind() -> None:
-    kinds = "metric units ratio grouping condensing recipe source edit model family".split()
-    kinds += ["family", "figure", "stage", "experiment"]
+    kinds = "metric units ratio grouping rule condensing recipe quantizer decoding source".split()
+    kinds += "edit model family family figure stage experiment".split()
     assert [title.split()[-1] for title in SECTIONS if title != "A condensing choice"] == [
         kind for kind in kinds if kind != "condensing"
     ]
@@ -322,6 +322,30 @@ def test_a_recipe(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None
     for value, words in (("-1", "it must be at least 0"), ("x", "it must be a whole number")):
         refused = job(*given, *LM[:3], f"finetune.first_layer={value}")
         assert refused.code == 2 and f"finetune.first_layer={value}: {words}" in refused.text
+
+
+def test_a_skipping_rule(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("A skipping rule", home)
+    outcome = run_one(command, job, home, monkeypatch, "eval=none")
+    assert outcome.report["skip/rule"] == "research.thinned"
+    numbers = {edit.index: edit.to_json().get("top_k") for edit in plan_of(home).edits}
+    assert set(list(numbers.values())[1::2]) == {1}
+
+
+def test_a_quantizer(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("A quantizer", home)
+    outcome = run_one(command, job, home, monkeypatch, *HELD_OUT, "eval=perplexity")
+    assert outcome.report["quantize"] == "ternary" and outcome.report["quantized/kl"] > 0
+    assert outcome.report["quantized/bits_per_weight"] < 4
+
+
+def test_a_decoding(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = follow("A decoding", home)
+    given = given_to_run(command, home, monkeypatch)
+    refused = job(*given, "decoding.top_k=0", "eval.held_out=null")
+    assert refused.code == 2 and "decoding.top_k=0: it must be at least 1" in refused.text
+    outcome = job(*given, "eval.held_out=null", "dry_run=true")
+    assert outcome.code == 0, outcome.text
 
 
 def test_a_calibration_source(home: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
