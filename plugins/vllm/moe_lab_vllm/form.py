@@ -52,6 +52,13 @@ def read_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
             "method.padding=1 fills them up with zeros in their family's form, which vLLM serves "
             "by itself; method.widths=by_layer makes experts equally wide; moe_lab.load reads it"
         )
+    if form.get("version") == 4:
+        raise ValueError(
+            "this checkpoint is packed in few bits in a way that is moe_lab's own (version 4 of its "
+            "form), which moe_lab_vllm does not serve. quantize=rtn quantize.bits=4 of a model in "
+            "its family's form is compressed-tensors', which vLLM serves by itself; moe_lab.load "
+            "reads it"
+        )
     if form.get("version") != VERSION:
         raise ValueError(
             f"this checkpoint has version {form.get('version')} of moe_lab's own form, and this "

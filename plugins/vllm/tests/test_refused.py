@@ -23,7 +23,8 @@ def _say(index: str, **values: Any) -> Change:
 
 
 CONFIGS: dict[str, tuple[Change, str]] = {
-    "newer": (lambda c: c["moe_lab"].update(version=4), "reads version 2: install"),
+    "newer": (lambda c: c["moe_lab"].update(version=5), "reads version 2: install"),
+    "packed": (lambda c: c["moe_lab"].update(version=4), "packed in few bits"),
     "uneven": (lambda c: c["moe_lab"].update(version=3), "not equally wide"),
     "in place": (_say("1", in_place=True, width=8), "says in_place, which moe_lab_vllm does not"),
     "of others": (_say("1", own={"tucker": {}}), "says own, which moe_lab_vllm does not serve"),
