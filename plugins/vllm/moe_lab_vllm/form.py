@@ -54,7 +54,7 @@ def read_form(config: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     if form.get("version") == 4:
         raise ValueError(
-            "this checkpoint is packed in few bits in a way that is moe_lab's own (version 4 of its "
+            "this checkpoint is packed in few bits in a way of moe_lab's own (version 4 of its "
             "form), which moe_lab_vllm does not serve. quantize=rtn quantize.bits=4 of a model in "
             "its family's form is compressed-tensors', which vLLM serves by itself; moe_lab.load "
             "reads it"
