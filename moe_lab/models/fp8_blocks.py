@@ -1,8 +1,9 @@
 """Matrices in FP8 with a factor for each block, as DeepSeek-V3's files have them.
 
 A block of `size` outputs and inputs (128 there) shares s = max|W| / 448, kept in float32 as
-`_scale_inv`; numbers are W / s in float8_e4m3fn, and a reader computes q * s. transformers divides
-a matrix evenly by its factors, so that blocks have to divide both sides.
+`_scale_inv`; numbers are W / s in float8_e4m3fn, and a reader computes q * s in float32, of which
+it keeps what its own dtype holds. transformers divides a matrix evenly by its factors, so that
+blocks have to divide both sides.
 """
 
 from __future__ import annotations
@@ -26,14 +27,10 @@ SCALE_INV = "scale_inv"
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix in FP8: values [out, in], scale_inv float32 [out / size, in / size].
-
-    dtype: of what is read of it.
-    """
+    """A matrix in FP8: values [out, in], scale_inv float32 [out / size, in / size]."""
 
     values: Tensor
     scale_inv: Tensor
-    dtype: torch.dtype
 
     @classmethod
     def of(cls, weight: Tensor, size: int) -> Blocks:
@@ -42,13 +39,13 @@ class Blocks:
         scale = blocks.abs().amax(dim=(1, 3)) / MOST
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         values = (blocks / scale[:, None, :, None]).clamp(-MOST, MOST).to(KIND)
-        return cls(values.reshape(weight.shape), scale, weight.dtype)
+        return cls(values.reshape(weight.shape), scale)
 
     def read(self) -> Tensor:
-        """The matrix that a reader makes of it."""
+        """The matrix that a reader makes of it, in float32, before its own dtype."""
         size = self.values.shape[0] // self.scale_inv.shape[0]
         blocks = _blocks(self.values.float(), size) * self.scale_inv[:, None, :, None]
-        return blocks.reshape(self.values.shape).to(self.dtype)
+        return blocks.reshape(self.values.shape)
 
 
 def _blocks(matrix: Tensor, size: int) -> Tensor:
@@ -95,7 +92,7 @@ class Fp8Form:
 
     def read(self, matrix: WeightMatrix, parts: Mapping[str, Tensor]) -> Tensor:
         """The matrix that readers make of what is written."""
-        return Blocks(parts[""], parts[SCALE_INV], matrix.dtype).read()
+        return Blocks(parts[""], parts[SCALE_INV]).read()
 
     def meant(self, blocks: Blocks) -> Tensor:
         """The same, of what was to be written."""

@@ -31,7 +31,8 @@ def test_each_block_is_scaled_to_the_largest_number() -> None:
 
 def test_a_reader_is_transformers() -> None:
     found = Blocks.of(some_weights(), 8)
-    theirs = Fp8Dequantize(None)._dequantize_one(found.values, found.scale_inv, torch.bfloat16)
-    assert torch.equal(found.read(), theirs)
-    relative = (found.read().float() - some_weights().float()).norm() / some_weights().norm()
+    for dtype in (torch.bfloat16, torch.float32):
+        theirs = Fp8Dequantize(None)._dequantize_one(found.values, found.scale_inv, dtype)
+        assert torch.equal(found.read().to(dtype), theirs)
+    relative = (found.read() - some_weights().float()).norm() / some_weights().norm()
     assert relative < 0.04
