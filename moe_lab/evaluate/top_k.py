@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_lab.models.checkpoint import Checkpoint, meta_model
+from moe_lab.models.factorized import FactorizedExperts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.routers import set_top_k
 from moe_lab.types import LayerInfo, UserError
@@ -19,15 +20,18 @@ def with_top_k(
 
     Those are named <variant>_top_<k>. A variant that has fewer experts, or no MoE layer any more,
     has no such follower, nor has one with repeated experts, where a token's second would be its
-    first once more; one that has that k as its own only where it is among the named, which a
-    suite asks for, so that all can be compared.
+    first once more, nor one with factorised layers, whose routers would keep their own number; one
+    that has that k as its own only where it is among the named, which a suite asks for, so that all
+    can be compared.
     """
     if not wanted:
         return variants
     every = {}
     for name, checkpoint in variants.items():
         every[name] = checkpoint
-        layers = [layer.info for layer in moe_layers(meta_model(checkpoint.config))]
+        model = meta_model(checkpoint.config)
+        factors = any(isinstance(module, FactorizedExperts) for module in model.modules())
+        layers = [] if factors else [layer.info for layer in moe_layers(model)]
         for top_k in wanted if layers else ():
             own = {info.top_k for info in layers} == {top_k}
             possible = top_k <= _most_top_k(layers) and not checkpoint.repeats_experts

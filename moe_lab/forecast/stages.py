@@ -309,6 +309,8 @@ def need_of_trace(work: Work, asked: TracingWork, costs: Costs) -> Iterator[Need
     variants = {"dense": work.dense} | ({"compressed": work.edited} if work.edited else {})
     if work.tuning:
         variants["finetuned"] = work.edited or work.dense
+    if work.quantizing:
+        variants["quantized"] = work.edited or work.dense
     prompts, steps = asked.prompts, asked.new_tokens - 1
     one = Text((1,) * len(prompts.lengths), prompts.batch_size)
     tokens = prompts.at_once + steps * prompts.rows

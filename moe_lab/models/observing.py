@@ -92,12 +92,12 @@ def observe_routers(
     observation = RoutersObservation()
 
     def hook_of(layer: MoELayer) -> Hook:
-        sends_nowhere = bool(further_rows(layer))  # looked at once: a hook runs at every token
+        leaves_out = _leaves_out(layer)  # looked at once: a hook runs at every token
 
         def hook(module: nn.Module, args: Arguments, output: Any) -> None:
             logits = _of_experts(_router_logits(output), layer)
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
-            index = _without_none(layer, index, weight) if sends_nowhere else index
+            index = without_none(layer, index, weight) if leaves_out else index
             routed: tuple[Tensor, ...] = logits, index, weight
             if observation.valid is not None and not bool(observation.valid.all()):
                 valid = observation.valid.reshape(-1).to(logits.device)
@@ -230,10 +230,15 @@ def _of_experts(logits: Tensor, layer: MoELayer) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])[:, : layer.info.num_rows]
 
 
-def _without_none(layer: MoELayer, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def _leaves_out(layer: MoELayer) -> bool:
+    """Whether what has the weight 0 is no choice: of routers with further rows, or with a rule."""
+    return bool(further_rows(layer)) or is_skipping(layer)
+
+
+def without_none(layer: MoELayer, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The choices, E where a router with further rows chose none (zaya: expert 0, weight 0), or
     where a rule left the expert out."""
-    if not further_rows(layer) and not is_skipping(layer):
+    if not _leaves_out(layer):
         return index_TK
     return index_TK.masked_fill(weight_TK == 0, layer.info.num_experts)
 
@@ -244,7 +249,7 @@ def _chosen(layer: MoELayer, routed: list[Tensor]) -> list[Tensor]:
         return routed
     x, index, weight, *pairs = routed
     there = pairs[3] != 0  # their weights
-    return [x, _without_none(layer, index, weight), weight, *(part[there] for part in pairs)]
+    return [x, without_none(layer, index, weight), weight, *(part[there] for part in pairs)]
 
 
 def _around(

@@ -16,9 +16,9 @@ from moe_lab.types import UserError
 DEFAULT = "lru,lfu,lfu_sequence,min"
 SHOWN_COLUMNS = {
     "policy": "policy", "slots": "experts", "decode/hit_rate": "hits",
-    "decode/bytes_per_token": "MB per token", "decode/seconds_per_token": "ms per token",
-    "prefill/hit_rate": "hits, prefill", "prefill/bytes_per_token": "MB per token, prefill",
-    "prefill/seconds_per_token": "ms per token, prefill",
+    "decode/bytes_per_token": "MB per\ntoken", "decode/seconds_per_token": "ms per\ntoken",
+    "prefill/hit_rate": "prefill\nhits", "prefill/bytes_per_token": "prefill\nMB per\ntoken",
+    "prefill/seconds_per_token": "prefill\nms per\ntoken",
 }  # fmt: skip
 
 
@@ -183,14 +183,17 @@ def _check_model(asked: str, traced: str) -> None:
 
 
 def _show(frame: Any) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from moe_lab.console import terminal
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns hold it
     for name in SHOWN_COLUMNS.values():
         first = name == "policy"
-        table.add_column(name, justify="left" if first else "right", no_wrap=first)
+        table.add_column(
+            name, justify="left" if first else "right", no_wrap=not first, overflow="fold"
+        )
     for _, row in frame.iterrows():
         table.add_row(*(_written(key, row[key]) for key in SHOWN_COLUMNS))
     terminal().print(table)

@@ -33,7 +33,10 @@ def policy_of(asked: str) -> Policy:
 
 def _value(asked: str, key: str, text: str, default: object) -> Any:
     """The value, of the kind that the default has."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):

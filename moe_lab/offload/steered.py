@@ -7,7 +7,7 @@ to what is needed, and is asked for anew. There is one cache for all layers, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -170,10 +170,10 @@ class Simulation:
         first = int(self.accesses.start_V[visit.number])
         keys, missing = visit.keys.tolist(), []
         precisions = self.guide.precisions(visit)
+        needed = self._needed(keys, precisions)
         together = self.memory.atomic and all(
-            precisions.count(number) <= pool.slots for number, pool in enumerate(self.pools.pools)
+            len(mine) <= pool.slots for mine, pool in zip(needed, self.pools.pools, strict=True)
         )
-        needed = set(keys) if together else set()
         for place, (key, precision) in enumerate(zip(keys, precisions, strict=True)):
             outcome = self._looked_up(key, precision)
             if outcome in (MISS, LOW_MISS):
@@ -183,7 +183,18 @@ class Simulation:
             self.outcome_A[first + place] = outcome
         if together:
             for key, precision in missing:
-                self._fetch(key, precision, visit, needed)
+                self._fetch(key, precision, visit, needed[precision])
+
+    def _needed(self, keys: Sequence[int], precisions: Sequence[int]) -> list[set[int]]:
+        """What a visit computes with of each pool: a high copy that is there, whatever is due."""
+        high = self.pools.pools[HIGH]
+        needed: list[set[int]] = [set() for _ in self.pools.pools]
+        for key, precision in zip(keys, precisions, strict=True):
+            if key in high or precision == HIGH:
+                needed[HIGH].add(key)
+            elif precision == LOW:
+                needed[LOW].add(key)
+        return needed
 
     def _looked_up(self, key: int, precision: int) -> int:
         """What becomes of an access before anything is fetched; waits for what is on its way."""

@@ -20,6 +20,7 @@ from moe_lab.methods.none import Nothing
 from moe_lab.models.architecture import differences
 from moe_lab.models.checkpoint import Checkpoint, Original, meta_model
 from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.factorize import FactorizeExperts
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
@@ -203,12 +204,20 @@ def check_quantizer(
         return
     if isinstance(method, Nothing) and recipe is None:
         check_unquantised(checkpoint)
-    narrows = any(isinstance(edit, NarrowExperts) for edit in method.example(layers) or ())
+    edits = method.example(layers) or ()
+    narrows = any(isinstance(edit, NarrowExperts) for edit in edits)
     matrices = matrices_of(checkpoint)
     if not matrices.every:  # in few bits: what is made of it has others
         quantizer.check(())
         return
     chosen = quantizer.chosen(matrices)
+    factors = {edit.index for edit in edits if isinstance(edit, FactorizeExperts)}
+    if all(one.part == "experts" and one.layer in factors for one in chosen):
+        raise UserError(
+            f"quantize.what={quantizer.what}: method=factorize makes factors of all these, "
+            "and factors are not packed: leave some layers as they are (method.layers), or "
+            "quantize.what=dense or attention"
+        )
     quantizer.check([one for one in chosen if not (narrows and one.part == "experts")])
     if isinstance(method, Nothing):
         quantizer.check_size(chosen)

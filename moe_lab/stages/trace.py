@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.files import FIGURES_FILE, TRACE
 from moe_lab.integrity import write_whole
-from moe_lab.models.checkpoint import Checkpoint, Model
+from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.stored import dtype_name
 from moe_lab.stages.context import Context
@@ -26,6 +27,8 @@ from moe_lab.trace.tracing import Tracing, prompts_of
 
 if TYPE_CHECKING:
     from moe_lab.stages.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,19 @@ def _inputs(run: Run) -> dict[str, TraceOf]:
     return {
         f"trace_{name}": TraceOf(variant, run.texts["prompts"], how)
         for name, variant in run.all_variants.items()
+        if _is_routed(name, variant)
     }
+
+
+def _is_routed(name: str, variant: Checkpoint) -> bool:
+    """Whether there is an MoE layer left; said where there is none."""
+    if moe_layers(meta_model(variant.config)):
+        return True
+    logger.warning(
+        "trace=full: %s has no MoE layer that could be watched (condensed, dropped or factorised "
+        "ones are none), so that it has no trace", name,
+    )  # fmt: skip
+    return False
 
 
 def _read(run: Run, name: str, result: Artifact) -> None:

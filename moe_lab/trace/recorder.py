@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.hashed import is_hashed
 from moe_lab.models.layers import MoELayer, by_expert, moe_layers, num_rows_each
-from moe_lab.models.observing import observe_routers
+from moe_lab.models.observing import observe_routers, without_none
 from moe_lab.models.probing import route
 from moe_lab.models.remapped import RemappedExperts
 from moe_lab.models.routers import SCORINGS, scoring
@@ -143,6 +143,7 @@ def predicted_by(layer: MoELayer, x_TD: Tensor) -> Tensor | None:
     if is_hashed(layer):
         return None
     _, weight_TK, index_TK = route(layer, x_TD)
+    index_TK = without_none(layer, index_TK, weight_TK)
     return experts_of(layer, heaviest_first(index_TK, weight_TK)[0])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from factorized import full_rank_plan
 from families import tiny_model
 from running import Outcome
 
@@ -14,6 +15,7 @@ from moe_lab.evaluate.top_k import other_top_k, with_top_k
 from moe_lab.models import routers as model_routers
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.editing import prune_layer
+from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.types import UserError
@@ -50,6 +52,14 @@ def test_twins_are_no_second_expert(limit: float, named: list[str], tmp_path: Pa
     (tmp_path / "form.json").write_text(json.dumps(form.to_json()))
     found = with_top_k({"own": Checkpoint(tmp_path / "checkpoint")}, [1, 2], [1, 2])
     assert list(found) == named
+
+
+def test_routers_of_factorised_layers_follow_no_other_number(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    apply_plan(model, full_rank_plan(model, indices=[1]))
+    save_checkpoint(model, tmp_path / "own", tmp_path / "source")
+    assert list(with_top_k({"own": Checkpoint(tmp_path / "own")}, [1, 2], [1, 2])) == ["own"]
 
 
 def test_one_number_is_another_where_layers_differ(tmp_path: Path) -> None:

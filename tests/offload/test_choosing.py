@@ -28,6 +28,7 @@ def test_every_file_is_a_policy() -> None:
         ("hobbit:t1", r"'t1' is no option"),
         ("hobbit:low_bits=5", r"low_bits=5: there are 8, 4, 3, 2"),
         ("moe_infinity:prefetch=2", r"prefetch=2 must be of the kind of True"),
+        ("hobbit:t1=[", r"t1=\[ must be of the kind of 0.6"),
         ("moe_infinity:size=0", r"size=0: it must be at least 1"),
     ],
 )

@@ -21,12 +21,13 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tables_and_files(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     given = [str(trace.parent), "--experts", "6,12", "--policy", "lru,min", "--policy",
              "hobbit:t1=0.5", "--output", str(tmp_path / "out"), "--bandwidth", "2"]  # fmt: skip
     assert main(given) == 0
     shown = capsys.readouterr().out
     assert "hobbit:t1=0.5" in shown and "lru" in shown and "%" in shown
+    assert "…" not in shown, "80 columns hold every digit"
     frame = pd.read_csv(tmp_path / "out" / "offload.csv")
     told = json.loads((tmp_path / "out" / "offload.json").read_text())
     assert len(frame) == len(told["rows"]) == 6 and told["trace"]["model"] == "0123456789ab"

@@ -163,6 +163,28 @@ def test_hobbit_looks_for_the_first_layer_ahead_that_lacks_some() -> None:
     assert list(guide.wanted(visit, pools)) == [(41, LOW)]
 
 
+def test_two_pools_hold_no_more_than_fits_where_a_prompt_needs_most_experts() -> None:
+    rng = np.random.default_rng(0)
+    passes = [[rng.permutation(8)[: 2 if one % 3 else 7].tolist()] * 3 for one in range(30)]
+    gates = [sorted([0.0, *rng.random(len(one) - 1)]) for layers in passes for one in layers]
+    accesses = stream(passes, 8, 2, unimportance=list(itertools.chain.from_iterable(gates)))
+    how = Hobbit()
+    simulation = steered.Simulation(
+        accesses, at := memory(accesses, 18, per_layer=True), SLOW_LINK, how.guide(accesses),
+        how.pools(at, accesses),
+    )  # fmt: skip
+    moved, sizes = simulation._moved, set()
+
+    def watched(pool, *arguments):
+        arrival = moved(pool, *arguments)
+        sizes.add(max(map(len, pool.rooms)) <= pool.slots)
+        return arrival
+
+    simulation._moved = watched
+    simulation.run()
+    assert sizes == {True}
+
+
 def test_pools_too_small_are_refused() -> None:
     accesses = by_chance(0)
     with pytest.raises(UserError, match=r"1 slots of one precision, and a token needs 2 at once"):

@@ -14,6 +14,7 @@ from moe_lab.evaluate.decoding.scmoe import SCMoE
 from moe_lab.evaluate.suite import Suite
 from moe_lab.methods.condense.method import Condense
 from moe_lab.methods.drop_blocks import DropBlocks
+from moe_lab.methods.factorize import Factorize
 from moe_lab.methods.merge import Merge
 from moe_lab.methods.metrics.energy import energy
 from moe_lab.methods.metrics.frequency import frequency
@@ -23,11 +24,13 @@ from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.all_layers import Global
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.quantize.rtn import RoundToNearest
 from moe_lab.stages.checks import (
     announce_form,
     check_decoding,
     check_mtp,
     check_profile,
+    check_quantizer,
     compare_architecture,
 )
 from moe_lab.types import UserError
@@ -72,6 +75,16 @@ def test_a_checkpoint_of_another_structure_is_warned_of(
     compare_architecture(found, {"name": "mine", "architecture": stated | {"num_experts": 60}})
     assert "is not model=mine as published: num_experts 8 (not 60)." in caplog.text
     assert "model.architecture=null" in caplog.text
+
+
+def test_factors_are_not_packed(checkpoint: Path) -> None:
+    dense = Checkpoint(checkpoint)
+    layers, half = dense.layers(), Uniform(0.5)
+    rounding = RoundToNearest(bits=4, group_size=None)
+    check_quantizer(dense, Factorize(half, layers=[layers[0].index]), None, rounding, layers)
+    check_quantizer(dense, Factorize(half), None, replace(rounding, what="all"), layers)
+    with pytest.raises(UserError, match=r"quantize.what=experts: .* factors are not packed"):
+        check_quantizer(dense, Factorize(half), None, rounding, layers)
 
 
 def test_mtp_layers_left_whole_are_refused_where_fewer_experts_are_foreseen(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from traced import PROMPTS, header, routings, traced
 
 from moe_lab.models.edits.plan import apply_plan
 from moe_lab.models.layers import moe_layers
+from moe_lab.models.skip_rules import Skipping
+from moe_lab.models.skipping import skip
 from moe_lab.trace.recorder import NO_EXPERT, Recorder, heaviest_first, traced_layer
 from moe_lab.trace.recording import continue_greedily
 
@@ -67,6 +69,20 @@ def test_stand_ins_are_no_experts(tmp_path: Path) -> None:
     assert (trace.lists("experts").values == NO_EXPERT).any()
     kept = [len(KEPT["constant"]), len(KEPT["copy"]), 8, 8]
     assert [layer.experts for layer in trace.header.layers] == kept
+
+
+def test_what_a_rule_leaves_out_is_neither_chosen_nor_predicted(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    for layer in moe_layers(model):
+        skip(layer, Skipping("ratio", 0.8))
+    trace = traced(model, tmp_path, PROMPTS[:1])
+    for column, weights in (("experts", "weights"), ("ahead_1", None)):
+        for row in trace.table.to_pylist():
+            first, second = row[column] or (0, 0)
+            assert first != NO_EXPERT
+            assert weights is None or (second == NO_EXPERT) == (row[weights][1] == 0.0)
+        left_out = trace.lists(column).values == NO_EXPERT
+        assert left_out.any() and not left_out.all()
 
 
 def test_what_an_expert_is() -> None:
