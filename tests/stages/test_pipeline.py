@@ -13,6 +13,7 @@ from running import Outcome
 
 from moe_lab import dependencies
 from moe_lab.dependencies import code_version, modules_of
+from moe_lab.evaluate.decoding.greedy import Greedy
 from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
@@ -137,5 +138,6 @@ def test_every_result_is_kept_by_all_code_that_it_depends_on(job: Callable[..., 
     for name in ("profile", "compress", "evaluate", "measure"):
         for file in outcome.store.glob(f"{name}/*/artifact.json"):
             identity: dict[str, Any] = json.loads(file.read_text())["identity"]
-            kinds = {PruneExperts} if name == "compress" else set()
+            kinds: set[type] = {PruneExperts} if name == "compress" else set()
+            kinds |= {Greedy} if name == "evaluate" else set()
             assert identity["code"] == code_version(MAKERS[name], *kinds), name
