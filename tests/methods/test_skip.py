@@ -68,6 +68,14 @@ def test_a_rule_that_does_not_exist_is_refused(case: Case) -> None:
         Skip("best").check(list(case.infos.values()))
 
 
+@pytest.mark.parametrize(
+    "given", [1.5, True, "2", [1, 2], [1, "a", 1], {1: 1.5}, {1: None}, {9: 1}]
+)
+def test_numbers_that_are_none_are_refused(case: Case, given: object) -> None:
+    with pytest.raises(UserError, match=r"method.top_k="):
+        Skip("listed", top_k=given).check(list(case.infos.values()))
+
+
 def test_a_whole_run(job: Callable[..., Outcome]) -> None:
     done = job("method=skip", "method.rule=ratio", "eval=perplexity", "finetune=none")
     assert done.code == 0, done.text

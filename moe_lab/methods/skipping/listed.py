@@ -25,11 +25,11 @@ class Listed(SkipRule):
         """Refuse numbers that are not there, too many or too large, and layers that are none."""
         super().check(layers)
         for info, number in zip(layers, self._numbers(layers), strict=True):
-            if not 1 <= number <= info.top_k:
+            if type(number) is not int or not 1 <= number <= info.top_k:
                 raise UserError(
                     f"method.top_k={_word(self.options.top_k)}: layer {info.index} chooses "
                     f"{info.top_k} experts for each token, and can choose 1 to {info.top_k}, not "
-                    f"{number}"
+                    f"{word_of(number)}"
                 )
 
     def _numbers(self, layers: Sequence[LayerInfo]) -> list[int]:
@@ -46,7 +46,7 @@ class Listed(SkipRule):
             return [named.get(info.index, info.top_k) for info in layers]
         if isinstance(given, int):
             return [given] * len(layers)
-        if given is None or len(given) != len(layers):
+        if not isinstance(given, Sequence) or len(given) != len(layers):
             raise UserError(
                 f"method.top_k={_word(given)}: method.rule=listed needs one number, or one "
                 f"for each of the {len(layers)} MoE layers "
