@@ -162,8 +162,8 @@ def test_the_options_that_decide() -> None:
 def test_a_whole_run_with_tuning(job: Callable[..., Any]) -> None:
     """The factors train, and what is written says what was asked and given."""
     done = job(
-        "method=factorize", "form=shared_basis", "form.gated=true", "ratio.ratio=0.4",
-        "finetune=experts", *FEW, "eval=none", "measure=none",
+        *FEW, "method=factorize", "form=shared_basis", "form.gated=true", "ratio.ratio=0.4",
+        "finetune=experts", "eval=none", "measure=none",
     )  # fmt: skip
     assert done.code == 0, done.text
     report = done.report

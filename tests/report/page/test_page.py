@@ -168,7 +168,7 @@ def test_the_head_and_the_table_tell_the_sweep(shown: Any, sweep: Path) -> None:
         *(
             key
             for key in DEFAULT_VALUES
-            if not any(word in key for word in ("memory", "decode", "vllm"))
+            if not any(word in key for word in ("memory", "decode", "vllm", "quantized"))
         ),
     ]
     assert "it has not ended" in column_of(shown, "status")[RUNNING]
