@@ -20,6 +20,7 @@ from moe_lab.methods.none import Nothing
 from moe_lab.models.architecture import differences
 from moe_lab.models.checkpoint import Checkpoint, Original, meta_model
 from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.factorize import FactorizeExperts
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.narrow import NarrowExperts
 from moe_lab.models.edits.plan import Plan
@@ -203,12 +204,21 @@ def check_quantizer(
         return
     if isinstance(method, Nothing) and recipe is None:
         check_unquantised(checkpoint)
-    narrows = any(isinstance(edit, NarrowExperts) for edit in method.example(layers) or ())
+    if getattr(getattr(method, "ratio", None), "bits", None) is None:
+        quantizer.obeying({})  # what follows a plan's bits is refused where the plan decides none
+    example = method.example(layers) or ()
+    narrows = any(isinstance(edit, NarrowExperts) for edit in example)
+    factorized = {edit.index for edit in example if isinstance(edit, FactorizeExperts)}
     matrices = matrices_of(checkpoint)
     if not matrices.every:  # in few bits: what is made of it has others
         quantizer.check(())
         return
     chosen = quantizer.chosen(matrices)
+    if all(one.part == "experts" and one.layer in factorized for one in chosen):
+        raise UserError(
+            f"quantize.what={quantizer.what}: the method makes factors of these matrices, and "
+            "factors are not packed: quantize.what=attention packs others, quantize=none nothing"
+        )
     quantizer.check([one for one in chosen if not (narrows and one.part == "experts")])
     if isinstance(method, Nothing):
         quantizer.check_size(chosen)
