@@ -40,6 +40,7 @@ from moe_lab.models.opening import (
     stored_dtype,
     text_config,
 )
+from moe_lab.models.quantised import quantised_as, widen
 from moe_lab.models.routers import set_top_k
 from moe_lab.models.stored import INDEX, Held, held_by
 from moe_lab.models.weight_files import SINGLE, header_bytes, weight_files, weight_map
@@ -302,6 +303,7 @@ def load(
     check_folder(folder, ignore_tensors)
     _refuse_original(folder)
     config = built_config(folder)
+    quantised = quantised_as(config)  # of which a dequantised model's config says nothing
     try:
         with no_bars(), empty_tensors(), blamed_on(folder / NAME, config_values(folder)):
             loaded: Any = model_class(config).from_pretrained(
@@ -316,6 +318,8 @@ def load(
         raise UserError(
             f"{path} lacks {len(names)} tensors that its config asks for, such as {names[0]}"
         )
+    if quantised and dtype != "auto":
+        widen(model, getattr(torch, dtype))
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the default one knows no float64
     fit_implementation(model)

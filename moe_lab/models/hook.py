@@ -6,6 +6,7 @@ the standard library is imported here.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.abc
 import importlib.util
 import sys
@@ -94,6 +95,9 @@ def _build(modeling: ModuleType) -> None:
             from moe_lab.models.uneven import joined
 
             state_dict = joined(model, unpacking(state_dict))
+        elif _is_unpacked_here(model.config):
+            state_dict = _unpacked(model, state_dict)
+            named["load_config"] = _without_quantizer(model, named["load_config"])
         return load(model, state_dict, *further, **named)
 
     def reverted_and_cut(model: Any, state_dict: Any) -> Any:
@@ -106,3 +110,32 @@ def _build(modeling: ModuleType) -> None:
 
     for name, function in zip(PASSED, (joined_and_loaded, reverted_and_cut), strict=True):
         setattr(modeling, name, function)
+
+
+def _is_unpacked_here(config: Any) -> bool:
+    """Whether a config says that what compressed-tensors packed is to be dequantised."""
+    told = getattr(config, "quantization_config", None)
+    asked = told.get("dequantize") if isinstance(told, dict) else getattr(told, "dequantize", False)
+    if not asked:
+        return False
+    from moe_lab.models.quantised import packed_bits
+
+    return packed_bits(config) is not None
+
+
+def _unpacked(model: Any, state_dict: Any) -> Any:
+    """What compressed-tensors packed is unpacked as it is read, in the dtype that computes.
+
+    transformers' own way multiplies in the dtype of the scales, and leaves experts in that.
+    """
+    from moe_lab.models.packing import unpacking
+    from moe_lab.models.quantised import packed_bits
+
+    return unpacking(state_dict, packed_bits(model.config))
+
+
+def _without_quantizer(model: Any, load_config: Any) -> Any:
+    """How plain tensors are loaded."""
+    from moe_lab.models.quantised import conversions
+
+    return dataclasses.replace(load_config, weight_mapping=conversions(model), hf_quantizer=None)

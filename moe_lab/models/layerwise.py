@@ -29,7 +29,7 @@ from moe_lab.models.free_memory import free_memory
 from moe_lab.models.layers import decoders_path, module_list, moe_layers, num_parameters
 from moe_lab.models.narrowing import fit_implementation
 from moe_lab.models.opening import empty_model, no_bars, stored_dtype, text_config
-from moe_lab.models.quantised import conversions, quantizer_of
+from moe_lab.models.quantised import conversions, quantised_as, quantizer_of, widen
 from moe_lab.models.stored import Stored, held_by, model_names
 from moe_lab.models.uneven import load_tensors
 from moe_lab.models.weight_files import weight_files
@@ -360,6 +360,8 @@ def _load_into(
                 hf_quantizer=quantizer_of(model.config),
             ),
         )
+    if quantised_as(model.config):
+        widen(model, dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 

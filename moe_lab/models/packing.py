@@ -83,7 +83,10 @@ def pack(levels: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(parts: Mapping[str, Tensor], bits: int | None = None) -> Tensor:
-    """The matrix that parts are, as the file had it before; bits: where no scheme is among them."""
+    """The matrix that parts are, in the shape of the file before; see `rounding.dequantised`.
+
+    bits: where no scheme is among them.
+    """
     axis = -1
     if SCHEME in parts:
         bits, axis = parts[SCHEME].tolist()
@@ -126,20 +129,23 @@ class Unpacked:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """As of a slice: its scales'."""
+        """As of a slice: its scales', though what is read is wider, for whatever dtype computes."""
         dtype: str = self.parts[SCALE].get_dtype()
         return dtype
 
 
-def unpacking(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors or slices of files in our own form, the parts of each matrix as one that unpacks."""
-    found = dict(tensors)
-    for key in (key for key in tensors if key.endswith(f"_{SCHEME}")):
-        whole = key.removesuffix(f"_{SCHEME}")
+def unpacking(tensors: Mapping[str, Any], bits: int | None = None) -> dict[str, Any]:
+    """Tensors or slices of files, the parts of each packed matrix as one that unpacks.
+
+    bits: as the config says; without, those in our own form, which say it themselves.
+    """
+    found, last = dict(tensors), LEVEL_WORDS if bits else SCHEME
+    for key in (key for key in tensors if key.endswith(f"_{last}")):
+        whole = key.removesuffix(f"_{last}")
         names = [name for name in PARTS if f"{whole}_{name}" in tensors]
         parts = {name: found.pop(f"{whole}_{name}") for name in names}
-        (_, axis), shape = (parts[name][...].tolist() for name in (SCHEME, SHAPE))
-        *front, out, width = shape
+        axis = parts[SCHEME][...].tolist()[1] if SCHEME in parts else -1
+        *front, out, width = parts[SHAPE][...].tolist()
         unpacks = (*front, out, width) if axis == -1 else (*front, width, out)
-        found[whole] = Unpacked(parts, None, unpacks)
+        found[whole] = Unpacked(parts, bits, unpacks)
     return found

@@ -151,6 +151,17 @@ def packed_as(config: Any) -> str | None:
     return f"{', '.join(sorted(own['bits']))} bits (moe_lab's own form)" if own else None
 
 
+@torch.no_grad()
+def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a model whose files are quantised compute in a wider dtype than theirs, in place.
+
+    transformers leaves what FP8 files hold beside quantised matrices in the files' dtype.
+    """
+    for parameter in model.parameters():
+        if torch.promote_types(parameter.dtype, dtype) != parameter.dtype and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)
+
+
 def is_quantised(kind: str) -> bool:
     """Whether a tensor of this dtype, as safetensors call it, may be of quantised weights."""
     return kind.startswith(("F8", "F4", "U8", "I8"))

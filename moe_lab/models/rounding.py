@@ -8,7 +8,8 @@ point s = (max W - min W) / (2^b - 1), z = -2^(b-1) - min W / s; `restricted` is
 
 Scales have the weight's dtype, as they are stored; levels are the nearest for these very scales,
 computed in float32. The operations are compressed-tensors' in its order, so that `dequantised`
-gives the bits that its readers give.
+gives the bits that its readers give. A reader in bfloat16 or float16 multiplies in that dtype, one
+in float32 loses nothing of bfloat16 scales: products are float32's, which each rounds to its own.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ def nearest(
 
 
 def dequantised(stored: Levels) -> Tensor:
-    """The matrix that a reader makes of what is stored, in the dtype of the scales."""
-    dtype = stored.scale.dtype
-    groups = stored.levels.to(dtype).unflatten(-1, (stored.scale.shape[-1], -1))
+    """The matrix that a reader makes of what is stored, in float32 or better, before its dtype."""
+    scale = _wide(stored.scale)
+    groups = stored.levels.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
     if stored.zero_point is not None:
-        groups = groups - stored.zero_point.to(dtype)[..., None]
-    read: Tensor = (groups * stored.scale[..., None]).flatten(-2)
+        groups = groups - stored.zero_point.to(scale.dtype)[..., None]
+    read: Tensor = (groups * scale[..., None]).flatten(-2)
     return read
 
 

@@ -71,7 +71,8 @@ class Stored:
     def load(self) -> Tensor:
         """The tensor."""
         if self.parts:
-            return unpacked({name: one.load() for name, one in self.parts}, self.bits)
+            parts = {name: one.load() for name, one in self.parts}
+            return unpacked(parts, self.bits).to(self.dtype)
         dtype = STORED_DTYPES.get(self.kind)
         if dtype is None or not self.num_bytes or not self.offset:
             with safe_open(self.file, "pt") as opened:

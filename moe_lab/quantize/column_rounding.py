@@ -124,7 +124,7 @@ class _Grid:
         levels = levels if zero is None else levels.add_(zero)
         levels = levels.clamp_(self.least, self.most).round_()
         offset = levels if zero is None else levels - zero
-        return levels, (offset.to(scale.dtype) * scale).float()
+        return levels, offset * scale.float()
 
 
 def _round_block(

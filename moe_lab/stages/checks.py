@@ -204,6 +204,8 @@ def check_quantizer(
         return
     if isinstance(method, Nothing) and recipe is None:
         check_unquantised(checkpoint)
+    if getattr(getattr(method, "ratio", None), "bits", None) is None:
+        quantizer.obeying({})  # what follows a plan's bits is refused where the plan decides none
     edits = method.example(layers) or ()
     narrows = any(isinstance(edit, NarrowExperts) for edit in edits)
     matrices = matrices_of(checkpoint)
@@ -221,5 +223,14 @@ def check_quantizer(
     quantizer.check([one for one in chosen if not (narrows and one.part == "experts")])
     if isinstance(method, Nothing):
         quantizer.check_size(chosen)
+    known = method.foresees_form(layers)
+    if edits and not (
+        known and form_of(checkpoint.config, edits, method.padding, method.convert).stock
+    ):
+        logger.info(
+            "quantized, it will be packed in moe_lab's own form, which no other reader knows%s",
+            "" if known else ", unless the plan leaves what its family's form holds",
+        )
+        return
     for told in quantizer.announced(checkpoint, matrices):
         logger.info("%s", told)

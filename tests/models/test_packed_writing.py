@@ -12,7 +12,7 @@ from in_few_bits import by_layer, meant, quantised, read_plainly, read_whole, sa
 from narrowing import UNEVEN, narrow_plan
 from safetensors.torch import load_file, save_file
 
-from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layerwise import LayerwiseModel
@@ -89,6 +89,22 @@ def test_every_reader_reads_what_was_meant_or_refuses_by_name(
             assert same(wanted[name], read[name]), name  # type: ignore[arg-type]
         else:
             assert "model type `moe_lab`" in read[name], name
+
+
+@pytest.mark.parametrize("quantizer", [RoundToNearest(8, 8, what="all"), Moqe(3), Fp8(8)])
+def test_files_in_bfloat16_are_the_same_weights_whole_and_by_layer_in_float32(
+    quantizer: Quantizer, tmp_path: Path
+) -> None:
+    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    folder = tmp_path / "few" / "checkpoint"
+    form, _ = quantised(tmp_path / "dense", quantizer, folder)
+    assert form.stock
+    whole = dict(load(folder, dtype="float32").named_parameters())
+    layered = by_layer(LayerwiseModel(Checkpoint(folder, "float32")))
+    assert all(tensor.dtype == torch.float32 for tensor in whole.values())
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in layered.items())
+    rounded = read_whole(folder)  # in the files' dtype
+    assert all(torch.equal(t, whole[name].to(t.dtype)) for name, t in rounded.items())
 
 
 def test_what_is_not_packed_stays_byte_for_byte_and_whole_files_come_along(tmp_path: Path) -> None:
