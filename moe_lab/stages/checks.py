@@ -200,11 +200,17 @@ def check_quantizer(
 
     What a plan makes narrower is looked at again behind it.
     """
+    planned = getattr(getattr(method, "ratio", None), "bits", None) is not None
+    if planned and not (quantizer and type(quantizer).obeying is not Quantizer.obeying):
+        raise UserError(
+            "ratio.bits counts matrices in so many bits, and nothing stores them so: "
+            "quantize=planned does, or leave it out (ratio.bits=null)"
+        )
     if quantizer is None or isinstance(checkpoint, Original):
         return
     if isinstance(method, Nothing) and recipe is None:
         check_unquantised(checkpoint)
-    if getattr(getattr(method, "ratio", None), "bits", None) is None:
+    if not planned:
         quantizer.obeying({})  # what follows a plan's bits is refused where the plan decides none
     edits = method.example(layers) or ()
     narrows = any(isinstance(edit, NarrowExperts) for edit in edits)
