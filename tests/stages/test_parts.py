@@ -20,7 +20,7 @@ make = partial(instantiate, _convert_="object")
 
 
 def test_each_group_that_names_code_is_an_object(composed: Callable[..., Any]) -> None:
-    whole = ("eval=tiny", "diagnose=full", "trace=full")
+    whole = ("eval=tiny", "diagnose=full", "trace=full", "quantize=rtn")
     config = composed("method=prune", "finetune=experts", *whole)
     parts = Parts.made(config, make)
     assert isinstance(parts.compute, Compute) and type(parts.calibration) is StandardLibrary
@@ -28,11 +28,11 @@ def test_each_group_that_names_code_is_an_object(composed: Callable[..., Any]) -
     hints = get_type_hints(Parts)
     left_out = [field.name for field in fields(Parts) if getattr(parts, field.name) is None]
     assert left_out == []
-    for name in ("finetune", "eval", "measure", "diagnose", "trace"):
+    for name in ("finetune", "quantize", "eval", "measure", "diagnose", "trace"):
         assert isinstance(getattr(parts, name), hints[name])
 
 
-@pytest.mark.parametrize("group", ["finetune", "eval", "measure", "diagnose", "trace"])
+@pytest.mark.parametrize("group", ["finetune", "quantize", "eval", "measure", "diagnose", "trace"])
 def test_what_is_left_out_is_none(group: str, composed: Callable[..., Any]) -> None:
     parts = Parts.made(composed(f"{group}=none"), make)
     assert getattr(parts, group) is None

@@ -109,7 +109,7 @@ def test_reading_plans_is_light(tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = [one.kind for one in known_kinds().values() if one.__module__.startswith("moe_lab.")]
     assert found.stdout.strip() == f"{sorted(ours)} bare (not known here) set()"
-    assert len(ours) == 10
+    assert len(ours) == 13
 
 
 FRESH = """
