@@ -152,7 +152,6 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "quantize": (
         "base",
-        "rounded_alike",
         "rounded_each",
         "column_rounding",
         "hessians",

@@ -139,7 +139,7 @@ def _groups(packed: Sequence[WeightMatrix], schemes: Mapping[str, Scheme]) -> di
     layers: dict[int, set[Scheme]] = {}
     targets: dict[Scheme, list[str]] = {}
     for one in packed:
-        if len(one.shape) != 2 or not one.key.endswith(".weight"):
+        if not one.is_own:
             raise UserError(
                 f"--to compressed-tensors: {one.key} is no matrix of its own, and the format packs "
                 "one for each expert"

@@ -18,12 +18,9 @@ from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.expert_matrices import expert_matrices
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer
+from moe_lab.models.rounding import Reads
 from moe_lab.models.widths import widths_of
 from moe_lab.types import UserError
-
-ReadsMatrices = Callable[
-    [Tensor], Tensor
-]  # a matrix [..., out, in] to what a reader makes of its levels
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -45,7 +42,7 @@ class AsStored(nn.Module):
     outputs; widths: how many inputs of each expert are its own, where they are not all the same.
     """
 
-    def __init__(self, reads: ReadsMatrices, turned: bool, widths: tuple[int, ...] | None):
+    def __init__(self, reads: Reads, turned: bool, widths: tuple[int, ...] | None):
         super().__init__()
         self.reads, self.turned, self.widths = reads, turned, widths
         self.dtype: torch.dtype | None = None  # in which they are stored; None: the latent ones'
@@ -70,7 +67,7 @@ class AsStored(nn.Module):
         return read
 
 
-def compute_as_stored(layer: MoELayer, reads: ReadsMatrices) -> None:
+def compute_as_stored(layer: MoELayer, reads: Reads) -> None:
     """Let the experts of a layer compute with what a reader makes of their weights, in place.
 
     Their parameters stay the same objects, under other names until `compute_latent`.

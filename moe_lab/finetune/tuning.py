@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from moe_lab.data.tokens import IGNORED
 from moe_lab.finetune import teacher
-from moe_lab.finetune.as_stored import ReadsMatrices, compute_as_stored, compute_latent, store_in
+from moe_lab.finetune.as_stored import compute_as_stored, compute_latent, store_in
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import SHARED_NAMES, MoELayer, moe_layers
 from moe_lab.models.predictions import exact, next_token_logits
+from moe_lab.models.rounding import Reads
 
 CHOOSING = "correction_bias"  # what routers add only to choose: no gradient reaches it
 OVER_TARGETS = ("loss", "distillation")  # losses that are means over targets, not valid tokens
@@ -37,7 +38,7 @@ class Tuning:
 
     def as_stored(
         self,
-        reader: Callable[[int], ReadsMatrices | None],
+        reader: Callable[[int], Reads | None],
         dtype_of: Callable[[str], torch.dtype | None],
     ) -> None:
         """Compute with the experts of all MoE layers as they will be stored, until the end.

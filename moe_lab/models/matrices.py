@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from moe_lab.models.layerwise import decoder_layers
 from moe_lab.models.stored import Stored
 
 What = Literal["experts", "dense", "attention", "all"]
-WHATS: tuple[What, ...] = get_args(What)
 _FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|expert")
 _ATTENTION = re.compile(r"attn|attention")
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
@@ -33,7 +32,7 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 class WeightMatrix:
     """One matrix in a checkpoint's files, or those of all experts of a layer in one tensor.
 
-    name: of the tensor of the model that it is, or is a part of; part: which of `WHATS` but all, or
+    name: of the tensor of the model that it is, or is a part of; part: which `What` but all, or
     "other", as of layers with a state; layer: its decoder layer; expert: its number there, None
     where it is none's or all's. shape: [out, in] or [experts, out, in]; axis: of the file's tensor
     along which the inputs run, -1 or -2. of_units: whether its inputs are an expert's hidden units.
@@ -68,6 +67,11 @@ class WeightMatrix:
     def num_weights(self) -> int:
         """How many numbers it has."""
         return torch.Size(self.shape).numel()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a tensor of its own, named as a linear module's: so others pack them."""
+        return len(self.shape) == 2 and self.key.endswith(".weight")
 
     def load(self) -> Tensor:
         """It, [..., out, in]."""
@@ -124,8 +128,7 @@ class _Sorts:
 
     def __init__(self, model: PreTrainedModel):
         self.model, layers = model, moe_layers(model)
-        self.path, decoders = decoder_layers(model)
-        self.num_decoders = len(decoders)
+        self.path, _ = decoder_layers(model)
         self.experts: Mapping[nn.Module, MoELayer] = {layer.experts: layer for layer in layers}
         self.gates = set(_gates(layers))
         self.blocks = {layer.info.name.rpartition(".")[2] for layer in layers}

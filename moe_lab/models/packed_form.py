@@ -111,16 +111,12 @@ def stock_values(groups: Mapping[str, Any], left: Iterable[str]) -> dict[str, An
 
 
 def packed_form(
-    checkpoint: Checkpoint,
-    matrices: WeightMatrices,
-    schemes: Mapping[str, Scheme],
-    own: bool = False,
+    checkpoint: Checkpoint, matrices: WeightMatrices, schemes: Mapping[str, Scheme]
 ) -> PackedForm:
-    """The form of a checkpoint whose matrices get these schemes; own: ours in any case."""
+    """The form of a checkpoint whose matrices get these schemes."""
     chosen = [one for one in matrices.every if one.key in schemes]
     others = [one for one in matrices.every if one.key not in schemes]
     obstacle = _obstacle(checkpoint, chosen, others, schemes)
-    obstacle = obstacle or ("it was asked for (quantize.form=own)" if own else None)
     every = dict.fromkeys((ALSO_LEFT, *matrices.left, *left_paths(others)))
     return PackedForm(dict(schemes), tuple(every), obstacle)
 
@@ -146,7 +142,7 @@ def _obstacle(
     different = set(schemes.values())
     if is_own_form(vars(checkpoint.config)):
         return "its layers have structures that their family's own form has not"
-    if fused := next((one for one in chosen if not _is_own_weight(one)), None):
+    if fused := next((one for one in chosen if not one.is_own), None):
         return f"its files have the matrices of several experts in one tensor ({fused.key})"
     if any(one.part == "experts" for one in others):
         return "transformers finds no experts where other matrices are packed and theirs are not"
@@ -156,10 +152,6 @@ def _obstacle(
     if not all(scheme.symmetric for scheme in different):
         return "transformers drops the zero points of experts"
     return None
-
-
-def _is_own_weight(matrix: WeightMatrix) -> bool:
-    return len(matrix.shape) == 2 and matrix.key.endswith(".weight")
 
 
 def vllm_obstacle(matrices: Sequence[WeightMatrix], scheme: Scheme) -> str | None:

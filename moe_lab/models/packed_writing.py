@@ -125,8 +125,8 @@ class _PackedWriting:
         self.journal, self.kept = folder.parent / WRITTEN, folder.parent / KEPT_LAYERS
         self.keep_layers, self.finished = keep_layers, finished
         self.entries = {layer: self._entries(these) for layer, these in self.layers.items()}
-        packed = {one.key for one in chosen}
-        self.rest = [one for key, one in self.stored.items() if key not in packed]
+        self.packed = {one.key for one in chosen}
+        self.rest = [one for key, one in self.stored.items() if key not in self.packed]
 
     def write(self, found: Found) -> Lost:
         """Everything that is not there yet."""
@@ -184,11 +184,9 @@ class _PackedWriting:
 
     def _planned(self) -> list[Shard]:
         """The rest first, then layer by layer; whole files of which nothing is packed."""
-        packed = {one.key for these in self.layers.values() for one in these}
-        files = weight_files(self.checkpoint.path)
-        inside = {file: {one.key for one in stored_in(file)} for file in files}
-        whole = [file for file in files if len(files) > 1 and not inside[file] & packed]
         held = {key: one.file for key, one in self.stored.items()}
+        files, touched = weight_files(self.checkpoint.path), {held[key] for key in self.packed}
+        whole = [file for file in files if len(files) > 1 and file not in touched]
         rest = [_entry(one) for one in self.rest]
         return plan_shards([rest, *self.entries.values()], whole, held)
 

@@ -21,7 +21,6 @@ from moe_lab.models.rounding import Levels, Scheme, dequantised
 
 LEVEL_WORDS, SCALE, SHAPE, ZERO_POINT, SCHEME = "packed", "scale", "shape", "zero_point", "scheme"
 PARTS = (LEVEL_WORDS, SCALE, SHAPE, ZERO_POINT, SCHEME)
-STOCK_PARTS = (LEVEL_WORDS, SCALE, SHAPE)
 PACKING_VERSION = "0.20.1"  # of compressed-tensors, whose packing this is
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of each part
 

@@ -14,6 +14,7 @@ in float32 loses nothing of bfloat16 scales: products are float32's, which each 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 BITS = range(2, 9)
-GRIDS = ("full", "restricted")
 CLIPS = ("none", "mse")
 Grid = Literal["full", "restricted"]
 Clip = Literal["none", "mse"]
+Reads = Callable[[Tensor], Tensor]  # a matrix [..., out, in] to what a reader makes of its levels
 # What `clip="mse"` tries of each group's largest weight: 1, 0.98, ..., 0.3.
 RANGE_SHARES = tuple(1 - step / 50 for step in range(36))
 

@@ -9,7 +9,7 @@ is whole, so that a killed run goes on behind the last finished layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -23,7 +23,7 @@ from moe_lab.models.matrices import WeightMatrices, WeightMatrix, What
 from moe_lab.models.packed_form import packed_form, vllm_obstacle
 from moe_lab.models.packed_writing import WrittenForm
 from moe_lab.models.quantised import packed_as, quantised_as
-from moe_lab.models.rounding import BITS, Levels, Scheme
+from moe_lab.models.rounding import BITS, Levels, Reads, Scheme
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
 
@@ -41,9 +41,6 @@ GroupOption = Annotated[
 ]
 
 
-Reads = Callable[[torch.Tensor], torch.Tensor]
-
-
 @dataclass(frozen=True)
 class QuantizeJob:
     """What a quantizer works on.
@@ -59,6 +56,10 @@ class QuantizeJob:
     folder: Path
     tokens: Tokens | None = None
     compute: Compute | None = None
+
+    def alike(self, scheme: Scheme) -> dict[str, Scheme]:
+        """One scheme for all chosen matrices, by their keys."""
+        return {one.key: scheme for one in self.chosen}
 
 
 class Quantizing(ABC):

@@ -32,7 +32,7 @@ class Fp8(Quantizer):
         """Refuse matrices that blocks do not divide, and tensors of several experts."""
         check_options(self, "quantize")
         for one in matrices:
-            if len(one.shape) != 2 or not one.key.endswith(".weight"):
+            if not one.is_own:
                 raise UserError(
                     f"quantize=fp8: {one.key} is no matrix of its own in the files, and FP8 files "
                     "have one for each expert; quantize=rtn packs it in moe_lab's own form"

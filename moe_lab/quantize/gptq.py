@@ -32,5 +32,5 @@ class Gptq(Compensating):
 
     def begin(self, job: QuantizeJob) -> Quantizing:
         """From the first layer on."""
-        schemes = {one.key: self.scheme for one in job.chosen}
+        schemes = job.alike(self.scheme)
         return Calibrated(job, schemes, self.given, self.token_weight, self.least_tokens)

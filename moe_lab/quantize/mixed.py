@@ -96,7 +96,6 @@ class Mixed(Compensating):
                 f"quantize.by=expert: the files have the experts of a layer in one tensor "
                 f"({fused.key}), which has one scheme: quantize.by=layer"
             )
-
         if self.average_bits is not None:
             self._budget(matrices).check()
 
@@ -129,5 +128,5 @@ class Mixed(Compensating):
                 job, allocation.schemes, self.given, self.token_weight, self.least_tokens
             )
         else:
-            at_work = RoundedEach(allocation.schemes, self.given(self.schemes[0]).clip)
+            at_work = RoundedEach(allocation.schemes, clip=self.given(self.schemes[0]).clip)
         return Allocated(at_work, allocation)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_lab.models.rounding import Scheme
-from moe_lab.quantize.base import BitsOption, QuantizeJob, Quantizer, Quantizing, Reads, WhatOption
-from moe_lab.quantize.rounded_alike import RoundedAlike
-from moe_lab.quantize.rounded_each import reading
+from moe_lab.models.rounding import Reads, Scheme
+from moe_lab.quantize.base import BitsOption, QuantizeJob, Quantizer, Quantizing, WhatOption
+from moe_lab.quantize.rounded_each import RoundedEach, reading
 
 
 @dataclass(frozen=True)
@@ -33,4 +32,4 @@ class Moqe(Quantizer):
 
     def begin(self, job: QuantizeJob) -> Quantizing:
         """Nothing has to be found out."""
-        return RoundedAlike(job, self.scheme, grid="restricted")
+        return RoundedEach(job.alike(self.scheme), grid="restricted")

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 
 from moe_lab.models.matrices import WeightMatrix
-from moe_lab.models.rounding import Scheme
+from moe_lab.models.rounding import Reads, Scheme
 from moe_lab.option import Option, check_options
-from moe_lab.quantize.base import QuantizeJob, Quantizer, Quantizing, Reads
+from moe_lab.quantize.base import QuantizeJob, Quantizer, Quantizing
 from moe_lab.quantize.rounded_each import RoundedEach, reading
 from moe_lab.types import UserError
 

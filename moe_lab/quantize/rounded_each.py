@@ -1,4 +1,4 @@
-"""Matrices rounded to nearest, each by a scheme of its own."""
+"""What looks at nothing but each weight: matrices rounded to nearest, each by its scheme."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_lab.models.matrices import WeightMatrix
-from moe_lab.models.rounding import Clip, Grid, Levels, Scheme, dequantised, rounded
-from moe_lab.quantize.base import Quantizing, Reads, joined_levels, slice_by_slice
+from moe_lab.models.rounding import Clip, Grid, Levels, Reads, Scheme, dequantised, rounded
+from moe_lab.quantize.base import Quantizing, joined_levels, slice_by_slice
 
 
 def reading(scheme: Scheme, grid: Grid = "full", clip: Clip = "none") -> Reads:
@@ -24,9 +24,10 @@ def _read(weight: Tensor, scheme: Scheme, grid: Grid, clip: Clip) -> Tensor:
 
 @dataclass
 class RoundedEach(Quantizing):
-    """schemes: by the keys of the matrices."""
+    """schemes: by the keys of the matrices, of several or one for all."""
 
     schemes: Mapping[str, Scheme]
+    grid: Grid = "full"
     clip: Clip = "none"
 
     def layer(
@@ -35,5 +36,5 @@ class RoundedEach(Quantizing):
         """Each matrix by itself, slices of experts one by one."""
         for one in matrices:
             scheme = self.schemes[one.key]
-            parts = [rounded(w, scheme, clip=self.clip) for w in slice_by_slice(one)]
+            parts = [rounded(w, scheme, self.grid, self.clip) for w in slice_by_slice(one)]
             yield one, joined_levels(parts, one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, cast
 
-from moe_lab.models.rounding import CLIPS, Clip, Scheme
+from moe_lab.models.rounding import CLIPS, Clip, Reads, Scheme
 from moe_lab.option import Option
 from moe_lab.quantize.base import (
     BitsOption,
@@ -13,11 +13,9 @@ from moe_lab.quantize.base import (
     QuantizeJob,
     Quantizer,
     Quantizing,
-    Reads,
     WhatOption,
 )
-from moe_lab.quantize.rounded_alike import RoundedAlike
-from moe_lab.quantize.rounded_each import reading
+from moe_lab.quantize.rounded_each import RoundedEach, reading
 
 
 @dataclass(frozen=True)
@@ -46,4 +44,4 @@ class RoundToNearest(Quantizer):
 
     def begin(self, job: QuantizeJob) -> Quantizing:
         """Nothing has to be found out."""
-        return RoundedAlike(job, self.scheme, clip=cast(Clip, self.clip))
+        return RoundedEach(job.alike(self.scheme), clip=cast(Clip, self.clip))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from moe_lab.export.folder import stored_tensors
 from moe_lab.export.given import Given
 from moe_lab.models.checkpoint import Checkpoint, load
 from moe_lab.models.matrices import WeightMatrix, matrices_of
-from moe_lab.models.rounding import Levels, Scheme, rounded
+from moe_lab.models.rounding import Scheme
 from moe_lab.quantize.base import QuantizeJob, Quantizing
-from moe_lab.quantize.rounded_alike import RoundedAlike
+from moe_lab.quantize.rounded_each import RoundedEach
 from moe_lab.quantize.rtn import RoundToNearest
 from moe_lab.types import UserError
 
@@ -123,16 +122,7 @@ class ByLayer(RoundToNearest):
             return 3 + (one.layer + (one.expert or 0) * self.by_expert) % 2
 
         schemes = {one.key: Scheme(bits(one), 8, self.symmetric) for one in job.chosen}
-        found = RoundedAlike(job, Scheme(4))
-        found.schemes = schemes
-
-        def layer(
-            index: int, these: Sequence[WeightMatrix]
-        ) -> Iterator[tuple[WeightMatrix, Levels]]:
-            yield from ((one, rounded(one.load(), schemes[one.key])) for one in these)
-
-        found.layer = layer  # type: ignore[method-assign]
-        return found
+        return RoundedEach(schemes)
 
 
 def test_bits_that_differ_by_layer_are_told_as_vllm_reads_them(tmp_path: Path) -> None:
