@@ -81,10 +81,13 @@ def flush(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there in full or not at all, also after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(text, encoding="utf-8")
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Have a file that is written become `path`: in full or not at all, also after a power cut."""
+    flush(partial)
     os.replace(partial, path)
     flush(path.parent)
 

@@ -264,13 +264,7 @@ def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
     """Each variant on tasks and on held-out text, there beside the dense model."""
     asked, dense = work.evaluating, work.dense
     assert asked is not None
-    variants = {"dense": dense} | ({"compressed": work.edited} if work.edited else {})
-    if work.tuning:
-        variants["finetuned"] = work.edited or dense
-    if work.quantizing:
-        variants["quantized"] = work.edited or dense
-    for name, model in variants.items():
-        assert model is not None
+    for name, model in work.variants.items():
         pair = name != "dense" and asked.held_out is not None
         workspaces, flops, calls = [0.0], 0.0, 0.0
         mapped = model.mapped_bytes + pair * dense.mapped_bytes
@@ -306,15 +300,10 @@ def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
 
 def need_of_trace(work: Work, asked: TracingWork, costs: Costs) -> Iterator[Need]:
     """Each variant continues the prompts; roughly, since a token behind a prompt is one call."""
-    variants = {"dense": work.dense} | ({"compressed": work.edited} if work.edited else {})
-    if work.tuning:
-        variants["finetuned"] = work.edited or work.dense
-    if work.quantizing:
-        variants["quantized"] = work.edited or work.dense
     prompts, steps = asked.prompts, asked.new_tokens - 1
     one = Text((1,) * len(prompts.lengths), prompts.batch_size)
     tokens = prompts.at_once + steps * prompts.rows
-    for name, model in variants.items():
+    for name, model in work.variants.items():
         shape = model.shape
         inputs = FLOAT * tokens * (shape.hidden_size + 4.0) * len(shape.decoders)
         memory, mapped = loaded(
@@ -332,8 +321,7 @@ def need_of_measure(work: Work, costs: Costs) -> Need:
     """All variants side by side in one process."""
     asked, dense = work.measuring, work.dense
     assert asked is not None
-    models = [dense, *([work.edited] if work.edited else [])]
-    models += [work.edited or dense for one in (work.tuning, work.quantizing) if one]
+    models = list(work.variants.values())
     *others, last = models
     text = Text((asked.prompt_length,) * asked.batch_size, asked.batch_size)
     parts = parts_of_forward(dense.shape, text)

@@ -190,3 +190,11 @@ class Work:
     evaluating: EvaluatingWork | None = None
     measuring: MeasuringWork | None = None
     tracing: TracingWork | None = None
+
+    @property
+    def variants(self) -> dict[str, Weights]:
+        """The checkpoints that there will be, by name."""
+        behind = self.edited or self.dense
+        found = {"dense": self.dense} | ({"compressed": self.edited} if self.edited else {})
+        made = {"finetuned": self.tuning, "quantized": self.quantizing}
+        return found | {name: behind for name, asked in made.items() if asked}

@@ -8,9 +8,6 @@ on behind the last finished file, or where what is packed is dear behind the las
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lab.integrity import PARTIAL, flush, write_whole
+from moe_lab.integrity import PARTIAL, put_in_place
 from moe_lab.models.checking import check_folder
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.finishing import copy_text_files
@@ -35,10 +32,10 @@ from moe_lab.models.shard_writer import ShardWriter
 from moe_lab.models.shards import Entry, Shard, Span, layout_digest, plan_shards
 from moe_lab.models.stored import STORED_DTYPES, Stored, stored_in
 from moe_lab.models.weight_files import weight_files
+from moe_lab.models.write_journal import JOURNAL, WriteJournal
 from moe_lab.progress import progress
 
-logger = logging.getLogger(__name__)
-WRITTEN, KEPT_LAYERS = "written.json", "layers"  # beside the checkpoint, until it is whole
+KEPT_LAYERS = "layers"  # beside the checkpoint, until it is whole
 
 
 class WrittenForm(Protocol):
@@ -122,7 +119,7 @@ class _PackedWriting:
         self.stored = {
             one.key: one for file in weight_files(checkpoint.path) for one in stored_in(file)
         }
-        self.journal, self.kept = folder.parent / WRITTEN, folder.parent / KEPT_LAYERS
+        self.journal, self.kept = WriteJournal(folder.parent / JOURNAL), folder.parent / KEPT_LAYERS
         self.keep_layers, self.finished = keep_layers, finished
         self.entries = {layer: self._entries(these) for layer, these in self.layers.items()}
         self.packed = {one.key for one in chosen}
@@ -134,16 +131,18 @@ class _PackedWriting:
         digest = layout_digest(shards, self._made_of())
         expected: dict[int, dict[str, Tensor]] = {}
         lost = Lost()
-        with ShardWriter(self.folder, shards, self._done(digest)) as writer:
+        if not self.journal.of(digest):
+            shutil.rmtree(self.kept, ignore_errors=True)
+        with ShardWriter(self.folder, shards, self.journal.done) as writer:
             writer.share_whole()
-            self._note(digest, writer.done)
+            self.journal.note(writer.done)
             left = [one for one in self.rest if writer.lacks([_entry(one)])]
             writer.copy({one.key: [_span(one)] for one in left})
             for layer in progress(list(self.layers), "quantize, layer by layer"):
                 expected[layer] = self._layer(layer, writer, found, lost)
                 if layer not in self._compared():
                     del expected[layer]
-                self._note(digest, writer.settle())
+                self.journal.note(writer.settle())
             writer.finish()
         self._finish(expected)
         return lost
@@ -199,20 +198,6 @@ class _PackedWriting:
 
     # ------------------------------------------------------------------ attempts
 
-    def _done(self, digest: str) -> list[str]:
-        try:
-            noted = json.loads(self.journal.read_text())
-        except (OSError, ValueError):
-            noted = {}
-        if noted.get("digest") != digest:
-            shutil.rmtree(self.kept, ignore_errors=True)
-            return []
-        logger.info("quantizing goes on: %d files are written", len(noted["done"]))
-        return list(noted["done"])
-
-    def _note(self, digest: str, done: Iterable[str]) -> None:
-        write_whole(self.journal, json.dumps({"digest": digest, "done": sorted(done)}))
-
     def _kept_file(self, layer: int) -> Path:
         return self.kept / f"{layer:03}.safetensors"
 
@@ -222,8 +207,7 @@ class _PackedWriting:
         self.kept.mkdir(exist_ok=True)
         partial = self._kept_file(layer).with_suffix(PARTIAL)
         save_file(dict(tensors), partial)
-        flush(partial)
-        os.replace(partial, self._kept_file(layer))
+        put_in_place(partial, self._kept_file(layer))
 
     def _read_kept(self, layer: int) -> dict[str, Tensor] | None:
         file = self._kept_file(layer)
@@ -239,7 +223,7 @@ class _PackedWriting:
         check_folder(self.folder)
         self._compare(expected)
         check_promises(self.folder, source)
-        self.journal.unlink(missing_ok=True)
+        self.journal.remove()
         shutil.rmtree(self.kept, ignore_errors=True)
 
     def _compare(self, expected: Mapping[int, Mapping[str, Tensor]]) -> None:

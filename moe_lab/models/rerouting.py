@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_lab.models.layers import TOP_K_FIELDS, MoELayer, moe_layers, routed_modules
+from moe_lab.models.layers import MoELayer, moe_layers, routed_modules
 from moe_lab.models.probing import PROBES, probe, route
+from moe_lab.models.routers import top_k_places
 from moe_lab.models.skipping import none_skipped
 from moe_lab.types import LayerInfo, UserError
 
@@ -36,12 +37,7 @@ class AskedRouter:
         self.layer, self.skips = layer, False
         self.inner: Choosing = layer.router.forward
         self.usable = usable_rows(layer.info, route(layer, probe(layer, tokens=1))[0].shape[-1])
-        self.places = [
-            (module, field, getattr(module, field))
-            for module in routed_modules(layer)
-            for field in TOP_K_FIELDS
-            if type(getattr(module, field, None)) is int
-        ]
+        self.places = top_k_places(routed_modules(layer))
         self.renormalises = self._gives_one_weight()
 
     def __call__(self, number: int, *arguments: Any, **named: Any) -> Routed:

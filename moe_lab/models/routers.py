@@ -46,7 +46,7 @@ def scoring(layer: MoELayer) -> str | None:
     """
     if layer.info.num_experts == 1:
         return "softmax"
-    before = [place for place in _top_k_places(layer.router.modules()) if place[2] == 1]
+    before = [place for place in top_k_places(layer.router.modules()) if place[2] == 1]
     for module, field, _ in before:
         setattr(module, field, 2)
     try:
@@ -82,7 +82,7 @@ def matching_scoring(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> 
     return None
 
 
-def _top_k_places(holders: Iterable[Any]) -> list[tuple[Any, str, int]]:
+def top_k_places(holders: Iterable[Any]) -> list[tuple[Any, str, int]]:
     """Where modules or a config say how many experts a token gets: (holder, field, number)."""
     return [
         (holder, field, getattr(holder, field))
@@ -149,7 +149,7 @@ def _every_place(model: PreTrainedModel) -> list[tuple[Any, str, int]]:
     config = text_config(model.config)
     parts = [getattr(config, name) for name in config.sub_configs]
     modules = (module for layer in moe_layers(model) for module in routed_modules(layer))
-    return _top_k_places([config, *parts, *modules])
+    return top_k_places([config, *parts, *modules])
 
 
 def set_top_k_of(layer: MoELayer, top_k: int) -> None:
@@ -157,7 +157,7 @@ def set_top_k_of(layer: MoELayer, top_k: int) -> None:
 
     The layer may be on the meta device.
     """
-    for holder, field, _ in _top_k_places(routed_modules(layer)):
+    for holder, field, _ in top_k_places(routed_modules(layer)):
         setattr(holder, field, top_k)
     if (chosen := chosen_by(layer)) != top_k:
         raise UserError(
@@ -187,7 +187,7 @@ def learns_with_one(layer: MoELayer) -> bool:
     rows and tokens; the layer may be on the meta device, and is not changed.
     """
     bare = skeleton(layer)
-    for holder, field, _ in _top_k_places(bare.router.modules()):
+    for holder, field, _ in top_k_places(bare.router.modules()):
         setattr(holder, field, 1)
     _, weight_TK, _ = route(bare, probe(bare))
     return not torch.allclose(weight_TK, weight_TK[:1].expand_as(weight_TK))

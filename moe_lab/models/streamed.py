@@ -50,13 +50,12 @@ from moe_lab.models.stored import (
 from moe_lab.models.superset import SUPERSETS
 from moe_lab.models.verbatim import Moved, Spans, spans_of
 from moe_lab.models.weight_files import weight_files
-from moe_lab.models.write_journal import Replay, WriteJournal
+from moe_lab.models.write_journal import JOURNAL, Replay, WriteJournal
 from moe_lab.progress import progress
 
 logger = logging.getLogger(__name__)
 
 CHECKED_BYTES = 2**30  # of so many bytes decoder layers are compared by what they compute
-JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
 
 
 def write_edited(checkpoint: Checkpoint, plan: Plan, folder: Path, how: Saving) -> Form:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_lab.integrity import PARTIAL, flush
+from moe_lab.integrity import PARTIAL, put_in_place
 from moe_lab.models.layerwise import LayerSource
 from moe_lab.models.reading_back import FewTokens
 from moe_lab.models.stream import check_state
 from moe_lab.types import UserError
 
 logger = logging.getLogger(__name__)
+JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
 
 
 class WriteJournal:
@@ -36,32 +36,34 @@ class WriteJournal:
         self.next_layer = 0
         self.hidden: Tensor | None = None
 
-    def of(self, digest: str) -> None:
-        """Read what was noted of these files by an earlier attempt, if there is something."""
+    def of(self, digest: str) -> bool:
+        """Read what an earlier attempt noted of these files; whether there is something."""
         self.digest = digest
         if self.path is None:
-            return
+            return False
         try:
             with safe_open(self.path, "pt") as file:
                 noted = json.loads(file.metadata()["written"])
                 hidden = file.get_tensor("hidden")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return
-        if noted["digest"] == digest:
-            self.done, self.next_layer = noted["done"], noted["next_layer"]
-            self.hidden = hidden if hidden.numel() else None
-            logger.info("compressing goes on: %d files are written", len(self.done))
+            return False
+        if noted["digest"] != digest:
+            return False
+        self.done, self.next_layer = noted["done"], noted["next_layer"]
+        self.hidden = hidden if hidden.numel() else None
+        logger.info("writing goes on: %d files are written", len(self.done))
+        return True
 
-    def note(self, done: Iterable[str], replay: Replay) -> None:
-        """Note what is done by now."""
+    def note(self, done: Iterable[str], replay: Replay | None = None) -> None:
+        """Note what is done by now; replay: the few tokens, where some are on their way."""
         if self.path is None:
             return
-        noted = {"digest": self.digest, "done": sorted(done), "next_layer": replay.next_layer}
-        hidden = replay.hidden if replay.resumable else torch.empty(0)
+        next_layer = replay.next_layer if replay else 0
+        noted = {"digest": self.digest, "done": sorted(done), "next_layer": next_layer}
+        hidden = replay.hidden if replay and replay.resumable else torch.empty(0)
         partial = self.path.with_name(self.path.name + PARTIAL)
         save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})
-        flush(partial)
-        os.replace(partial, self.path)
+        put_in_place(partial, self.path)
 
     def remove(self) -> None:
         """Forget all, when the checkpoint is whole."""

@@ -33,7 +33,6 @@ from moe_lab.stages.context import Context
 from moe_lab.stages.forecasting import (
     Lengths,
     Prospect,
-    all_sources,
     is_downloaded,
     lengths_of,
     longest_lengths,
@@ -42,7 +41,7 @@ from moe_lab.stages.forecasting import (
 from moe_lab.stages.parts import Parts
 from moe_lab.stages.pipeline import cached_results, check_parts
 from moe_lab.stages.run import Run
-from moe_lab.stages.texts import tokenize
+from moe_lab.stages.texts import all_sources, tokenize
 from moe_lab.store import Store
 from moe_lab.types import UserError
 

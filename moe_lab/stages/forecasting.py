@@ -37,6 +37,7 @@ from moe_lab.models.packing import packed_bytes
 from moe_lab.models.rounding import Scheme
 from moe_lab.stages.foreseen import Foreseen, dense_weights, edited_model, foreseen, search_of
 from moe_lab.stages.parts import Parts
+from moe_lab.stages.texts import all_sources
 from moe_lab.types import LayerInfo
 
 Lengths = Mapping[str, Sequence[int]]  # tokens of each sample, by the use of the text
@@ -110,18 +111,6 @@ def longest_lengths(parts: Parts, positions: int | None) -> dict[str, Sequence[i
         name: [min(source.max_length, most)] * source.num_samples
         for name, source in all_sources(parts).items()
     }
-
-
-def all_sources(parts: Parts) -> dict[str, Source]:
-    """Where all text of a run comes from, by its use."""
-    texts: dict[str, Source] = {"calibration": parts.calibration}
-    if parts.finetune:
-        texts |= sources(parts.finetune.phases)
-    if parts.eval and parts.eval.held_out:
-        texts["held_out"] = parts.eval.held_out
-    if parts.trace:
-        texts["prompts"] = parts.trace.prompts
-    return texts
 
 
 def is_downloaded(source: Source) -> bool:

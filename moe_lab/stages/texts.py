@@ -26,6 +26,22 @@ def tokenize(
     vocabulary: rows of its embedding, in which each token of the text must have one.
     """
     _check_groups(parts)
+    if parts.trace:
+        parts.trace.check_positions(positions)
+    if parts.eval:
+        parts.eval.check()
+    every = all_sources(parts).items()
+    texts = {name: _within(positions, name, source) for name, source in every}
+    tokens = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
+    for name, part in tokens.items() if vocabulary else ():
+        _check_ids(name, part, vocabulary or 0)
+    if parts.eval and tokens["calibration"].groups:
+        parts.eval.check_groups(list(tokens["calibration"].by_group()))
+    return tokens
+
+
+def all_sources(parts: Parts) -> dict[str, Source]:
+    """Where all text of a run comes from, by its use."""
     texts: dict[str, Source] = {"calibration": parts.calibration}
     if parts.finetune:
         texts |= sources(parts.finetune.phases)
@@ -33,16 +49,7 @@ def tokenize(
         texts["held_out"] = parts.eval.held_out
     if parts.trace:
         texts["prompts"] = parts.trace.prompts
-        parts.trace.check_positions(positions)
-    if parts.eval:
-        parts.eval.check()
-    texts = {name: _within(positions, name, source) for name, source in texts.items()}
-    tokens = {name: _tokens(name, source, tokenizer) for name, source in texts.items()}
-    for name, part in tokens.items() if vocabulary else ():
-        _check_ids(name, part, vocabulary or 0)
-    if parts.eval and tokens["calibration"].groups:
-        parts.eval.check_groups(list(tokens["calibration"].by_group()))
-    return tokens
+    return texts
 
 
 def _check_groups(parts: Parts) -> None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_lab.files import TRACE
-from moe_lab.integrity import PARTIAL
+from moe_lab.integrity import PARTIAL, put_in_place
 from moe_lab.trace.header import HEADER_KEY, TraceHeader
 from moe_lab.types import UserError
 
@@ -48,7 +48,7 @@ def write_part(table: pa.Table, path: Path) -> None:
     """A table as a file of its own, which is there whole or not at all."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     pq.write_table(table, partial)
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def join_parts(parts: Sequence[Path], path: Path, header: TraceHeader) -> None:
@@ -66,7 +66,7 @@ def join_parts(parts: Sequence[Path], path: Path, header: TraceHeader) -> None:
         for number, part in enumerate(parts)
     ):
         raise RuntimeError(f"{path} was written, and reads as something else")
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 @dataclass(frozen=True)

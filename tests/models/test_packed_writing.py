@@ -22,6 +22,7 @@ from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.rounding import Levels
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.streamed import write_edited
+from moe_lab.models.write_journal import JOURNAL
 from moe_lab.quantize.base import QuantizeJob, Quantizer
 from moe_lab.quantize.fp8 import Fp8
 from moe_lab.quantize.moqe import Moqe
@@ -118,7 +119,7 @@ def test_what_is_not_packed_stays_byte_for_byte_and_whole_files_come_along(tmp_p
     kept = before.keys() & after.keys()
     assert all(torch.equal(before[key], after[key]) for key in kept)
     assert {key for key in before if ".experts." not in key} == kept
-    assert not (tmp_path / "one" / "written.json").exists()
+    assert not (tmp_path / "one" / JOURNAL).exists()
 
 
 class Counted(RoundToNearest):

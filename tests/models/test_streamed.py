@@ -30,8 +30,9 @@ from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.saving import save_checkpoint
 from moe_lab.models.shard_writer import ShardWriter
 from moe_lab.models.shards import plan_shards
-from moe_lab.models.streamed import JOURNAL, write_edited
+from moe_lab.models.streamed import write_edited
 from moe_lab.models.weight_files import checked_weights, weight_files
+from moe_lab.models.write_journal import JOURNAL
 
 KEPT = (0, 1, 4, 5)
 

@@ -13,12 +13,12 @@ from hydra.utils import instantiate
 from moe_lab.models.checkpoint import resolve
 from moe_lab.stages.forecasting import (
     Prospect,
-    all_sources,
     is_downloaded,
     longest_lengths,
     prospect_of,
 )
 from moe_lab.stages.parts import Parts
+from moe_lab.stages.texts import all_sources
 
 
 def parts_of(composed: Any, *overrides: str) -> Parts:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from moe_lab.models.edits.base import Edit
@@ -55,13 +56,7 @@ def quantile(values: Tensor, share: float) -> float:
 
     0 of none.
     """
-    ranked, last = values.double().flatten().sort()[0], values.numel() - 1
-    if last < 0:
-        return 0.0
-    place = share * last
-    low = int(place)
-    high = min(low + 1, last)
-    return float(ranked[low] + (place - low) * (ranked[high] - ranked[low]))
+    return float(np.quantile(values.double().numpy(), share)) if values.numel() else 0.0
 
 
 def scoring_of(info: LayerInfo, routed: RoutedText, rule: str) -> str:
