@@ -20,6 +20,7 @@ GROUND = {
     "files": "the names of the files that moe_lab writes",
     "option": "plug-ins and their options: type, range, help",
     "lookup": "what a name in an option stands for",
+    "chosen": "plug-ins by a config group of their own, or by their name alone",
     "integrity": "whether files are still what was written",
     "provenance": "where a result came from: commit, versions, machine",
     "progress": "progress bars, and times in words",
@@ -163,7 +164,6 @@ PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "methods": (
         "base",
-        "chosen",
         "layer_choice",
         "dropping",
         "narrowing",

@@ -65,23 +65,13 @@ def compare_held_out(
     divergence, loss, count = 0.0, 0.0, 0
     sizes = (len(batch["input_ids"]) for batch in batches)
     first_rows = list(itertools.accumulate(sizes, initial=0))
-    routers = {
-        layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
-        for layer in moe_layers(model)
-    }
-
-    used = {layer.info.index: ExpertsUsed(layer) for layer in moe_layers(model)}
-
-    def add(layer: MoELayer, *routed: Tensor) -> None:
-        routers[layer.info.index].add_routed(*routed)
-        used[layer.info.index].add(routed[1])
-
+    routing = _Routing(model)
     mine = processes.share(range(len(batches)))
     for number in progress(mine, "evaluate: held-out text"):
         batch = batches[number]
         valid = batch["attention_mask"][:, 1:].bool()
         target = batch["input_ids"][:, 1:][valid]
-        with observe_routers(model, add, whole=True) as observation:
+        with observe_routers(model, routing.add, whole=True) as observation:
             observation.valid = batch["attention_mask"].bool()
             q = log_probabilities(next_token_logits(model, batch, valid))
         p = q
@@ -100,18 +90,39 @@ def compare_held_out(
         count += len(target)
     parts = processes.gather((divergence, loss, count))
     divergence, loss, count = (sum(values) for values in zip(*parts, strict=True))
-    heard = [one for one in routers.values() if one.sums]  # none where there was no batch
-    routers = {one.info.index: one for one in added(processes.gather(heard))}
+    told = routing.told()
     figures = {"held_out/perplexity": perplexity(loss / count), "kl": divergence / count}
-    routed = {
-        "layers": list(routers),
-        "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
-    }
-    figures |= _routing_figures(list(routers.values())) | _stand_ins(moe_layers(model), routers)
-    seen = [one.gathered() for one in used.values()]
-    figures |= used_figures(model, seen)
-    routed |= used_by_layer(seen)
-    return HeldOut(figures, routed)
+    return HeldOut(figures | told.figures, told.routed)
+
+
+class _Routing:
+    """What a model's routers do on the text, layer by layer."""
+
+    def __init__(self, model: Model):
+        self.model, layers = model, moe_layers(model)
+        self.routers = {
+            layer.info.index: LayerStatistics(layer.info, scoring=scoring(layer))
+            for layer in layers
+        }
+        self.used = {layer.info.index: ExpertsUsed(layer) for layer in layers}
+
+    def add(self, layer: MoELayer, *routed: Tensor) -> None:
+        """What `observe_routers` tells of a batch."""
+        self.routers[layer.info.index].add_routed(*routed)
+        self.used[layer.info.index].add(routed[1])
+
+    def told(self) -> HeldOut:
+        """Its part of what the pass found, in all processes together."""
+        heard = [one for one in self.routers.values() if one.sums]  # none where there was no batch
+        routers = {one.info.index: one for one in added(processes.gather(heard))}
+        seen = [one.gathered() for one in self.used.values()]
+        figures = _routing_figures(list(routers.values()))
+        figures |= _stand_ins(moe_layers(self.model), routers) | used_figures(self.model, seen)
+        routed = {
+            "layers": list(routers),
+            "rank_count": [router["rank_count"].int().tolist() for router in routers.values()],
+        }
+        return HeldOut(figures, routed | used_by_layer(seen))
 
 
 def perplexity(loss: float) -> float:

@@ -57,6 +57,8 @@ class Method(Plugin, ABC):
     default their experts are pruned to the number of the others'.
     lm_head: whether a head that is the embedding is written beside it (`models/head.py`); by
     default where llama.cpp needs it.
+    decides_bits: whether its plan says in how many bits each layer is to be stored; by default
+    false.
     parts(): plug-ins that decide the plan and are in no field, such as those looked up by a name;
     by default none.
     settings(options), groups(options): what a report says of its composed options, and the config
@@ -84,6 +86,11 @@ class Method(Plugin, ABC):
     @property
     def of_neurons(self) -> bool:
         """Whether it looks at the statistics of hidden units."""
+        return False
+
+    @property
+    def decides_bits(self) -> bool:
+        """Whether its plan says in how many bits each layer is to be stored."""
         return False
 
     @property

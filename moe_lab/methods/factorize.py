@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from moe_lab.chosen import all_options
 from moe_lab.lookup import require_kind
 from moe_lab.methods.base import LmHead, Method, Mtp
-from moe_lab.methods.chosen import all_options
 from moe_lab.methods.factorizing.base import (
     FORM_FILES,
     FORMS,

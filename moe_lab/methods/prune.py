@@ -206,6 +206,11 @@ class Prune(Refitting, ByScores):
         return not more and self._metric.from_routers
 
     @property
+    def decides_bits(self) -> bool:
+        """Where its ratio does."""
+        return self.ratio.decides_bits
+
+    @property
     def takes_groups(self) -> bool:
         """Whether a plan for a group's statistics is one for that group, and can be evaluated."""
         whole = self.propagate or self.replacement != "nothing" or self.shared or self.refit

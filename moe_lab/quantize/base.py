@@ -107,6 +107,7 @@ class Quantizer(Plugin, ABC):
     experts are tuned as they will be stored; by default None.
     check_size(chosen): refuses, with a UserError, matrices that a budget has no room for, once
     these are all there are; by default nothing.
+    follows_plan: whether it stores what the run's plan decides; by default false.
     obeying(notes): the quantizer that follows what a plan's notes say; by default itself.
     packs(matrix): whether it packs one of those that `what` asks for; by default it does.
     form(job, quantizing): how what it finds is written; by default packed whole numbers.
@@ -153,6 +154,11 @@ class Quantizer(Plugin, ABC):
     def check_size(self, chosen: Sequence[WeightMatrix]) -> None:
         """Refuse a budget that has no room for these matrices, which are all that are packed."""
         del chosen  # only those with a budget ask
+
+    @property
+    def follows_plan(self) -> bool:
+        """Whether it stores what the run's plan decides."""
+        return False
 
     def obeying(self, notes: Mapping[str, Any]) -> Quantizer | None:
         """What follows the notes of the run's plan; None where these leave nothing to pack."""

@@ -32,6 +32,11 @@ class Planned(Quantizer):
     )
     group_size: Annotated[int | None, Option("of the run's plan, with its bits", least=1)] = None
 
+    @property
+    def follows_plan(self) -> bool:
+        """It knows nothing by itself."""
+        return True
+
     def obeying(self, notes: Mapping[str, Any]) -> Quantizer | None:
         """With the bits of the plan; None where these leave every layer as it is."""
         told = notes.get(NOTE)

@@ -200,8 +200,7 @@ def check_quantizer(
 
     What a plan makes narrower is looked at again behind it.
     """
-    planned = getattr(getattr(method, "ratio", None), "bits", None) is not None
-    if planned and not (quantizer and type(quantizer).obeying is not Quantizer.obeying):
+    if method.decides_bits and not (quantizer and quantizer.follows_plan):
         raise UserError(
             "ratio.bits counts matrices in so many bits, and nothing stores them so: "
             "quantize=planned does, or leave it out (ratio.bits=null)"
@@ -210,7 +209,7 @@ def check_quantizer(
         return
     if isinstance(method, Nothing) and recipe is None:
         check_unquantised(checkpoint)
-    if not planned:
+    if not method.decides_bits:
         quantizer.obeying({})  # what follows a plan's bits is refused where the plan decides none
     edits = method.example(layers) or ()
     narrows = any(isinstance(edit, NarrowExperts) for edit in edits)

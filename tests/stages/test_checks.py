@@ -22,8 +22,10 @@ from moe_lab.methods.metrics.reap import reap
 from moe_lab.methods.none import Nothing
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.all_layers import Global
+from moe_lab.methods.ratios.sensitivity import Sensitivity
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.quantize.planned import Planned
 from moe_lab.quantize.rtn import RoundToNearest
 from moe_lab.stages.checks import (
     announce_form,
@@ -85,6 +87,21 @@ def test_factors_are_not_packed(checkpoint: Path) -> None:
     check_quantizer(dense, Factorize(half), None, replace(rounding, what="all"), layers)
     with pytest.raises(UserError, match=r"quantize.what=experts: .* factors are not packed"):
         check_quantizer(dense, Factorize(half), None, rounding, layers)
+
+
+def test_bits_that_a_ratio_decides_and_what_stores_them_go_together(checkpoint: Path) -> None:
+    dense = Checkpoint(checkpoint)
+    layers = dense.layers()
+    rounding = RoundToNearest(bits=4, group_size=None)
+    of_bits = Prune(reap, Sensitivity(0.4, bits=[16, 4]))
+    check_quantizer(dense, of_bits, None, Planned(), layers)
+    for other in (None, rounding):
+        with pytest.raises(UserError, match=r"^ratio.bits .*: quantize=planned does, or leave"):
+            check_quantizer(dense, of_bits, None, other, layers)
+    for without in (Prune(reap, Sensitivity(0.4)), Prune(reap, Uniform(0.5)), Nothing()):
+        check_quantizer(dense, without, None, rounding, layers)
+        with pytest.raises(UserError, match=r"^quantize=planned"):
+            check_quantizer(dense, without, None, Planned(), layers)
 
 
 def test_mtp_layers_left_whole_are_refused_where_fewer_experts_are_foreseen(tmp_path: Path) -> None:

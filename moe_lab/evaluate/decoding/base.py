@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lab.lookup import named, require_kind
+from moe_lab.chosen import ChosenBy, all_options
+from moe_lab.lookup import named
 from moe_lab.models.checkpoint import Model
-from moe_lab.option import Plugin, check_options, declared_by, plain_options
+from moe_lab.option import Plugin, check_options, plain_options
 from moe_lab.types import LayerInfo, UserError
 
 DECODING_FILES = (str(__package__), "base")  # and the file there that is no decoding
@@ -76,14 +77,14 @@ class Decoding(Plugin, ABC):
         """While open, the model is decoded so; UserError where its routers do not obey."""
 
 
+DECODINGS: ChosenBy[Decoding] = ChosenBy(
+    "decoding", str(__package__), Decoding, ("base",), of="eval"
+)
+
+
 def as_decoding(given: Decoding | str) -> Decoding:
     """A decoding, also by name (a file of this package, or a dotted path), with its defaults."""
-    found: object = given
-    if isinstance(given, str):
-        found = named("eval.decoding", given, __package__, Decoding)
-    made = found() if isinstance(found, type) else found
-    decoding: Decoding = require_kind("decoding", made, Decoding)
-    return decoding
+    return DECODINGS.made(given)
 
 
 def decoding_identity(given: object) -> dict[str, Any]:
@@ -106,15 +107,10 @@ def decoding_told(given: object) -> dict[str, Any]:
 
 def _with_options(given: object) -> tuple[Decoding, dict[str, Any]]:
     """A decoding, and all its options by name."""
-    if not isinstance(given, Mapping):
+    if isinstance(given, Mapping):
+        chosen = {name: value for name, value in given.items() if not name.startswith("_")}
+        kind = named("decoding", str(given.get("_target_")), __package__, Decoding)
+        decoding: Decoding = kind(**chosen)
+    else:
         decoding = as_decoding(str(given))
-        return decoding, _options_of(decoding, {})
-    file, _, kind = str(given.get("_target_")).rpartition(".")
-    chosen = {name: value for name, value in given.items() if not name.startswith("_")}
-    decoding = named("decoding", f"{file}.{kind}", __package__, Decoding)(**chosen)
-    return decoding, _options_of(decoding, chosen)
-
-
-def _options_of(decoding: Decoding, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    declared = declared_by(type(decoding)).items()
-    return {name: chosen.get(name, one.default) for name, one in declared}
+    return decoding, all_options(decoding, given)

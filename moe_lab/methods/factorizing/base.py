@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_lab.methods.chosen import ChosenBy
+from moe_lab.chosen import ChosenBy
 from moe_lab.models.factors import Spec, StackShape, factors_of
 from moe_lab.option import Plugin, check_options
 from moe_lab.types import UserError

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lab.methods.chosen import ChosenBy, all_options
+from moe_lab.chosen import ChosenBy, all_options
 from moe_lab.methods.ratios import budget
 from moe_lab.option import Plugin, check_options
 from moe_lab.profile.all_experts import AllExperts

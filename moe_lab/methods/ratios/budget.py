@@ -42,6 +42,8 @@ class Ratio(Plugin, ABC):
     notes(scores, numbers): facts about its decision for the plan; by default none.
     decides_widths: whether it says by `widths(layers, profile)` how many hidden units each expert
     keeps, and not by `numbers` how many a layer keeps of all; by default false.
+    decides_bits: whether what it chooses says in how many bits each layer is to be stored, too; by
+    default false.
     takes_groups: whether a group's statistics are all that it looks at, and not the model on the
     whole calibration set; by default true.
     identity(options): what of its composed options the numbers depend on; by default all.
@@ -49,6 +51,7 @@ class Ratio(Plugin, ABC):
 
     takes_groups: bool = True
     decides_widths: bool = False
+    decides_bits: bool = False
 
     @abstractmethod
     def numbers(self, scores: Scores, profile: Profile) -> Mapping[int, int]:

@@ -69,6 +69,11 @@ class Sensitivity(Budget):
 
     takes_groups = False
 
+    @property
+    def decides_bits(self) -> bool:  # type: ignore[override]  # as its option says
+        """Where there are bits among which is chosen."""
+        return self.bits is not None
+
     def check(self, layers: Sequence[LayerInfo]) -> None:
         """Refuse an impossible budget and unknown options; say what the measuring costs."""
         super().check(layers)

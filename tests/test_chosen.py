@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from moe_lab.methods.chosen import ChosenBy, all_options
+from moe_lab.chosen import ChosenBy, all_options
 from moe_lab.methods.factorizing.base import NO_FORMS, Factorization
 from moe_lab.methods.factorizing.cp import CP
 from moe_lab.types import UserError

@@ -1,14 +1,14 @@
-"""One pass of stack distances gives LRU's hits at every size: computed both ways."""
+"""LRU at every size agrees with one pass of stack distances: computed both ways."""
 
 from __future__ import annotations
 
 import numpy as np
+from stack_distance import lru_hit_rates, stack_distances
 from streams import by_chance, memory
 
 from moe_lab.offload.choosing import policy_of
 from moe_lab.offload.memory import Device
 from moe_lab.offload.replay import HIT
-from moe_lab.offload.stack_distance import lru_hit_rates, stack_distances
 
 
 def test_distances_are_counted_as_they_are_defined() -> None:

@@ -1,4 +1,4 @@
-"""Plug-ins of a method that are chosen by a config group of their own, or by their name alone."""
+"""Plug-ins that are chosen by a config group of their own, or by their name alone."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ One = TypeVar("One", bound=Plugin)
 
 @dataclass(frozen=True)
 class ChosenBy(Generic[One]):
-    """How such plug-ins are asked for: method.<group>=<name>, or <group>=<name> with its options.
+    """How such plug-ins are asked for: <of>.<group>=<name>, or <group>=<name> with its options.
 
-    package: whose files they are, but for the ones named `others`; base: what all are.
+    package: whose files they are, but for the ones named `others`; base: what all are; of: the
+    group whose option they are.
     """
 
     group: str
     package: str
     base: Any  # a type, which may be abstract
     others: tuple[str, ...]
+    of: str = "method"
 
     def made(self, given: object) -> One:
         """A plug-in, also by name (a file of the package, or a dotted path), with its defaults."""
         found = given
         if isinstance(given, str):
-            found = named(f"method.{self.group}", given, self.package, self.base, self.others)
+            found = named(f"{self.of}.{self.group}", given, self.package, self.base, self.others)
         if inspect.isclass(found):
             found = self._with_defaults(found, given)
         one: One = require_kind(self.group, found, self.base)
@@ -41,7 +43,7 @@ class ChosenBy(Generic[One]):
         required = [name for name, one in declared if one.default is inspect.Parameter.empty]
         if required:
             raise UserError(
-                f"method.{self.group}={given} has no default for {', '.join(required)}: write a "
+                f"{self.of}.{self.group}={given} has no default for {', '.join(required)}: write a "
                 f"yaml for it in a folder of options, {self.group}/<name>.yaml, and choose "
                 f"{self.group}=<name>"
             )
@@ -57,7 +59,7 @@ class ChosenBy(Generic[One]):
             return {self.group: file.rpartition(".")[2]} | plain_options(given)
         try:
             one = self.made(str(given))
-        except UserError:  # told when the method is checked
+        except UserError:  # told when it is checked
             return {self.group: given}
         name = getattr(one, "name", type(one).__module__.rpartition(".")[2])
         return {self.group: name} | plain_options(all_options(one, given))
