@@ -8,20 +8,18 @@ on behind the last finished file, or where what is packed is dear behind the las
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lab.integrity import PARTIAL, put_in_place
 from moe_lab.models.checking import check_folder
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.finishing import copy_text_files
+from moe_lab.models.kept_layers import KeptLayers
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.matrices import WeightMatrices, WeightMatrix
 from moe_lab.models.own_config import read_config, write_config
@@ -85,17 +83,19 @@ def write_packed(
     form: WrittenForm,
     found: Found,
     folder: Path,
-    keep_layers: bool = False,
+    notes: MutableMapping[int, Any] | None = None,
     finished: Finished = lambda layer, read: None,
 ) -> Lost:
     """Write a checkpoint of which the chosen matrices are packed into `folder`; what that took.
 
-    found: called for one decoder layer after another, in order. keep_layers: what it found of each
-    is kept beside until all is written, so that a further attempt does not ask for it again.
-    finished: called behind each layer, in order, with what readers make of its matrices.
+    found: called for one decoder layer after another, in order. notes: what it says of each layer,
+    by its number, in the words of JSON; where it is given, that and what was found of each layer is
+    kept beside until all is written, so that a further attempt does not ask for it again, and gets
+    the notes from there. finished: called behind each layer, in order, with what readers make of
+    its matrices.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    writing = _PackedWriting(checkpoint, matrices, chosen, form, folder, keep_layers, finished)
+    writing = _PackedWriting(checkpoint, matrices, chosen, form, folder, notes, finished)
     return writing.write(found)
 
 
@@ -109,7 +109,7 @@ class _PackedWriting:
         chosen: Sequence[WeightMatrix],
         form: WrittenForm,
         folder: Path,
-        keep_layers: bool,
+        notes: MutableMapping[int, Any] | None,
         finished: Finished,
     ):
         self.checkpoint, self.form, self.folder = checkpoint, form, folder
@@ -119,8 +119,9 @@ class _PackedWriting:
         self.stored = {
             one.key: one for file in weight_files(checkpoint.path) for one in stored_in(file)
         }
-        self.journal, self.kept = WriteJournal(folder.parent / JOURNAL), folder.parent / KEPT_LAYERS
-        self.keep_layers, self.finished = keep_layers, finished
+        self.journal = WriteJournal(folder.parent / JOURNAL)
+        self.kept = KeptLayers(None if notes is None else folder.parent / KEPT_LAYERS)
+        self.notes, self.finished = {} if notes is None else notes, finished
         self.entries = {layer: self._entries(these) for layer, these in self.layers.items()}
         self.packed = {one.key for one in chosen}
         self.rest = [one for key, one in self.stored.items() if key not in self.packed]
@@ -132,7 +133,7 @@ class _PackedWriting:
         expected: dict[int, dict[str, Tensor]] = {}
         lost = Lost()
         if not self.journal.of(digest):
-            shutil.rmtree(self.kept, ignore_errors=True)
+            self.kept.remove()
         with ShardWriter(self.folder, shards, self.journal.done) as writer:
             writer.share_whole()
             self.journal.note(writer.done)
@@ -152,15 +153,16 @@ class _PackedWriting:
     ) -> dict[str, Tensor]:
         """Write a decoder layer's matrices; what readers will make of them, by their keys."""
         read: dict[str, Tensor] = {}
-        there = self._read_kept(layer)
-        if there is None:
-            there = {}
+        there: dict[str, Tensor] = {}
+        if (kept := self.kept.read(layer)) is not None:
+            there, self.notes[layer] = kept
+        else:
             for matrix, one in found(layer, self.layers[layer]):
                 parts = self.form.parts(matrix, one)
                 if not torch.equal(self.form.read(matrix, parts), self.form.meant(one)):
                     raise NotReadBack(f"{matrix.key} is another matrix once packed")
                 there |= _named(matrix.key, parts)
-            self._keep(layer, there)
+            self.kept.keep(layer, there, self.notes.get(layer))
         if writer.lacks(self.entries[layer]):
             writer.write(there)
         for matrix in self.layers[layer]:
@@ -196,23 +198,6 @@ class _PackedWriting:
         """The layers that are opened at the end: the first and the last."""
         return {min(self.layers), max(self.layers)}
 
-    # ------------------------------------------------------------------ attempts
-
-    def _kept_file(self, layer: int) -> Path:
-        return self.kept / f"{layer:03}.safetensors"
-
-    def _keep(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        if not self.keep_layers:
-            return
-        self.kept.mkdir(exist_ok=True)
-        partial = self._kept_file(layer).with_suffix(PARTIAL)
-        save_file(dict(tensors), partial)
-        put_in_place(partial, self._kept_file(layer))
-
-    def _read_kept(self, layer: int) -> dict[str, Tensor] | None:
-        file = self._kept_file(layer)
-        return load_file(file) if file.is_file() else None
-
     # ------------------------------------------------------------------ the end
 
     def _finish(self, expected: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -224,7 +209,7 @@ class _PackedWriting:
         self._compare(expected)
         check_promises(self.folder, source)
         self.journal.remove()
-        shutil.rmtree(self.kept, ignore_errors=True)
+        self.kept.remove()
 
     def _compare(self, expected: Mapping[int, Mapping[str, Tensor]]) -> None:
         instead = {key: one for layer in expected.values() for key, one in layer.items()}

@@ -15,13 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_lab.integrity import flush
+from moe_lab.integrity import Seals, damage, flush, seal_of
 from moe_lab.models.shards import Entry, Shard, Span
 from moe_lab.models.stored import INDEX
 
@@ -29,6 +30,7 @@ FICLONE = 0x40049409  # Linux: let a file share another one's blocks until one o
 STRETCH = 2**24  # bytes that are copied or read back at a time
 THREADS = 4  # so many stretches at once: one is read while others are written and read back
 Stretch = Callable[[], None]  # writes one
+NOTHING_DONE: Seals = MappingProxyType({})
 
 
 class NotWritten(RuntimeError):
@@ -45,15 +47,17 @@ class _Buffers(threading.local):
 class ShardWriter:
     """Fills the planned files of a folder; what was finished by an earlier attempt stays.
 
-    To be used in a `with`, which closes its files. done: the names of those that are finished.
+    To be used in a `with`, which closes its files. done: the seals of those that are finished, by
+    their names; what an earlier attempt noted of them is taken where they are still the same.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], done: Iterable[str] = ()):
+    def __init__(self, folder: Path, shards: Sequence[Shard], done: Seals = NOTHING_DONE):
         self.folder, self.shards = folder, list(shards)
-        self.done = {one.name for one in shards if one.name in done and self._is_whole(one)}
+        whole = (one.name for one in shards if one.name in done and self._is_whole(one, done))
+        self.done: dict[str, Mapping[str, Any]] = {name: done[name] for name in whole}
         self._open: dict[str, FileIO] = {}
         self._flusher = ThreadPoolExecutor(1, "flush")  # the disk works while the next file fills
-        self._flushing: dict[str, Future[None]] = {}
+        self._flushing: dict[str, Future[dict[str, Any]]] = {}
         self._workers = ThreadPoolExecutor(THREADS, "write")
         self._buffers = _Buffers()
         self._missing = {one.name: {entry.name for entry in one.entries} for one in shards}
@@ -78,7 +82,7 @@ class ShardWriter:
             if shard.source is not None and shard.name not in self.done:
                 ways.add(share_file(shard.source, self.folder / shard.name))
                 flush(self.folder / shard.name)
-                self.done.add(shard.name)
+                self.done[shard.name] = {"bytes": shard.source.stat().st_size}
         return (len(shards), ", ".join(filter(None, sorted(ways))) or "before") if shards else None
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -156,18 +160,17 @@ class ShardWriter:
         if not self._missing[shard.name]:
             self._open.pop(shard.name).close()
             place = self.folder / shard.name
-            self._flushing[shard.name] = self._flusher.submit(flush, place)
+            self._flushing[shard.name] = self._flusher.submit(seal_of, place)
 
     def __enter__(self) -> Self:
         return self
 
-    def settle(self, all_of_them: bool = False) -> set[str]:
-        """The names of the files that are finished and on disk; all: once the others are, too."""
+    def settle(self, all_of_them: bool = False) -> Seals:
+        """Of the files that are finished and on disk; all: once the others are, too."""
         for name, flushing in list(self._flushing.items()):
             if all_of_them or flushing.done():
-                flushing.result()
+                self.done[name] = flushing.result()
                 del self._flushing[name]
-                self.done.add(name)
         return self.done
 
     def __exit__(self, *_: object) -> None:
@@ -189,12 +192,11 @@ class ShardWriter:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _is_whole(self, shard: Shard) -> bool:
+    def _is_whole(self, shard: Shard, done: Seals) -> bool:
         file = self.folder / shard.name
-        size = len(shard.header()) + shard.num_bytes
-        if shard.source is not None:
-            size = shard.source.stat().st_size
-        return file.is_file() and file.stat().st_size == size
+        if shard.source is not None:  # as it is: the same file, where the disk can
+            return file.is_file() and file.stat().st_size == shard.source.stat().st_size
+        return damage(self.folder, {shard.name: done[shard.name]}, quick=False) is None
 
     def _clean(self) -> None:
         """Remove what an attempt that was broken off left behind, and others would read."""

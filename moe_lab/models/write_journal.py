@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_lab.integrity import PARTIAL, put_in_place
+from moe_lab.integrity import PARTIAL, Seals, put_in_place
 from moe_lab.models.layerwise import LayerSource
 from moe_lab.models.reading_back import FewTokens
 from moe_lab.models.stream import check_state
@@ -25,14 +25,14 @@ JOURNAL = "written.safetensors"  # beside the checkpoint, until it is whole
 class WriteJournal:
     """What is done of a checkpoint that is being written, in a file that is there whole or not.
 
-    done: the names of finished files; next_layer: the decoder layer that the few tokens come to,
-    and hidden, what it gets of them: None where nothing was noted. They are those of an attempt at
-    the very same files. path: None, and nothing is noted.
+    done: the seals of finished files, by their names; next_layer: the decoder layer that the few
+    tokens come to, and hidden, what it gets of them: None where nothing was noted. They are those
+    of an attempt at the very same files. path: None, and nothing is noted.
     """
 
     def __init__(self, path: Path | None):
         self.path, self.digest = path, ""
-        self.done: list[str] = []
+        self.done: Seals = {}
         self.next_layer = 0
         self.hidden: Tensor | None = None
 
@@ -54,12 +54,16 @@ class WriteJournal:
         logger.info("writing goes on: %d files are written", len(self.done))
         return True
 
-    def note(self, done: Iterable[str], replay: Replay | None = None) -> None:
+    def note(self, done: Seals, replay: Replay | None = None) -> None:
         """Note what is done by now; replay: the few tokens, where some are on their way."""
         if self.path is None:
             return
         next_layer = replay.next_layer if replay else 0
-        noted = {"digest": self.digest, "done": sorted(done), "next_layer": next_layer}
+        noted = {
+            "digest": self.digest,
+            "done": dict(sorted(done.items())),
+            "next_layer": next_layer,
+        }
         hidden = replay.hidden if replay and replay.resumable else torch.empty(0)
         partial = self.path.with_name(self.path.name + PARTIAL)
         save_file({"hidden": hidden.contiguous()}, partial, {"written": json.dumps(noted)})

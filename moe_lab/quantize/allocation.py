@@ -168,6 +168,11 @@ class Allocated(Quantizing):
         self.at_work, self.allocation = at_work, allocation
         self.schemes = allocation.schemes
 
+    @property
+    def notes(self) -> dict[int, Any]:
+        """Those of the other."""
+        return self.at_work.notes
+
     def layer(
         self, index: int, matrices: Sequence[WeightMatrix]
     ) -> Iterator[tuple[WeightMatrix, Levels]]:

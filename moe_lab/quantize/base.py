@@ -8,6 +8,7 @@ is whole, so that a killed run goes on behind the last finished layer.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,16 @@ class Quantizing(ABC):
     """A quantizer at work on one checkpoint.
 
     schemes: of each matrix that it packs, by its key: all are known when it begins.
+    notes: what is to be told of decoder layers, by their numbers, in the words of JSON. Of layers
+    that an earlier attempt finished they are those of then.
     """
 
     schemes: Mapping[str, Scheme]
+
+    @functools.cached_property
+    def notes(self) -> dict[int, Any]:
+        """None at first."""
+        return {}
 
     @abstractmethod
     def layer(

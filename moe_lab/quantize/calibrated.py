@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 
-from moe_lab.integrity import write_whole
 from moe_lab.models.activations import Activations
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.matrices import WeightMatrix
@@ -33,7 +30,6 @@ from moe_lab.quantize.expert_levels import levels_of
 from moe_lab.quantize.hessians import HESSIAN_WEIGHTS, expert_hessians, linear_hessians
 
 logger = logging.getLogger(__name__)
-STARVED = "starved.json"  # by layer, the experts that were rounded to nearest
 ClipOption = Annotated[
     str, Option("the range of a group: as it is, or of least squared error", among=CLIPS)
 ]
@@ -175,27 +171,19 @@ class Calibrated(Quantizing):
         for one in together:
             yield one, joined_levels(parts[one.key], one)
         tokens.close()
-        self._say_starved(index, starved)
+        self._note_starved(index, starved)
 
-    def _say_starved(self, index: int, starved: Sequence[int]) -> None:
+    def _note_starved(self, index: int, starved: Sequence[int]) -> None:
         if starved:
             logger.info(
                 "layer %d: experts %s get fewer than %d tokens of the calibration text: rounded "
                 "to nearest", index, list(starved), self.least_tokens,
             )  # fmt: skip
-        path = self._starved_file
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        write_whole(path, json.dumps(known | {str(index): list(starved)}) + "\n")
-
-    @property
-    def _starved_file(self) -> Path:
-        return self.job.folder / STARVED
+        self.notes[index] = list(starved)
 
     def figures(self) -> dict[str, float]:
         """How many experts were rounded to nearest for want of tokens."""
-        path = self._starved_file
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        return {"starved_experts": sum(map(len, known.values()))}
+        return {"starved_experts": sum(map(len, self.notes.values()))}
 
 
 def _module(model: nn.Module, one: WeightMatrix) -> nn.Linear | None:

@@ -60,7 +60,7 @@ def quantize(context: Context, asked: Quantization) -> Artifact:
         form = asked.quantizer.form(job, at_work)
         lost = write_packed(
             job.checkpoint, job.matrices, job.chosen, form, at_work.layer, folder / CHECKPOINT,
-            keep_layers=asked.quantizer.needs_text, finished=at_work.finished,
+            notes=at_work.notes if asked.quantizer.needs_text else None, finished=at_work.finished,
         )  # fmt: skip
         figures = lost.figures() | at_work.figures()
         write_whole(folder / FIGURES_FILE, json.dumps(figures, indent=1) + "\n")

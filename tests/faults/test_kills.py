@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fault_subjects import Subject, Subjects
 from fuzzed import Tally
 
 from moe_lab.finetune.training import STATE
+from moe_lab.models.write_journal import JOURNAL
 from moe_lab.stages.journal import RECORD
 
 SEEDS = range(12)
@@ -70,7 +72,7 @@ def test_a_kill_at_each_boundary(subjects: Subjects, tmp_path: Path, tally: Tall
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["recovered", "condensed", "sweep"])
+@pytest.mark.parametrize("name", ["recovered", "condensed", "quantized", "sweep"])
 def test_kills_at_every_boundary(
     name: str, subjects: Subjects, tmp_path: Path, tally: Tally
 ) -> None:
@@ -106,6 +108,25 @@ def test_a_kill_in_a_profile(subjects: Subjects, tmp_path: Path, tally: Tally) -
         tally.judge(True, "")
     wrong = judge_end(subject, tmp_path, {}, job)
     tally.judge(number > 2 and not wrong, wrong)
+    tally.check()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kill", ["before", "after"])
+def test_a_kill_in_quantizing(kill: str, subjects: Subjects, tmp_path: Path, tally: Tally) -> None:
+    """At what is noted of each layer, in an attempt of its own each time."""
+    subject = subjects["quantized"]
+    for number in range(1, 100):
+        home = tmp_path / str(number)
+        shutil.copytree(subject.home, home)
+        shutil.rmtree(home / "store" / "quantize")  # all else is there
+        killed = fault_jobs.run(home, subject.overrides(), Fault(JOURNAL, number=number, kill=kill))
+        if not killed.killed:
+            break
+        known = fault_jobs.stamps(home / "store")
+        wrong = judge_end(subject, home, known, fault_jobs.run(home, subject.overrides()))
+        tally.judge(not wrong, f"at note {number}: {wrong}")
+    assert number > 2
     tally.check()
 
 

@@ -15,6 +15,7 @@ from fault_subjects import Subject, Subjects
 from fuzzed import Tally
 
 from moe_lab.finetune.training import STATE
+from moe_lab.models.write_journal import JOURNAL
 from moe_lab.store import damage_of
 
 NOT_RESULTS = (".lock",)
@@ -130,7 +131,8 @@ def test_every_kind_of_file_rots(
     damage: str, subjects: Subjects, tmp_path: Path, tally: Tally
 ) -> None:
     """The kinds are those that stores have, so that a new one is among them."""
-    starts = {name: (subjects[name], subjects[name].home) for name in ("recovered", "condensed")}
+    whole = ("recovered", "condensed", "quantized")
+    starts = {name: (subjects[name], subjects[name].home) for name in whole}
     cases = list(every_kind(starts))
     assert len(cases) > 30
     for subject, home, kind in cases:
@@ -145,9 +147,16 @@ def test_what_killed_runs_leave_rots(
     damage: str, subjects: Subjects, tmp_path: Path, tally: Tally
 ) -> None:
     """Files of results that are not finished: a killed fine-tuning's state, and the like."""
-    for name in ("recovered", "condensed"):
+    for name, fault in (
+        ("recovered", Fault(STATE, kill="after")),
+        ("condensed", Fault(STATE, kill="after")),
+        ("quantized", Fault(JOURNAL, number=4, kill="after")),
+    ):
         subject, home = subjects[name], tmp_path / name
-        killed = fault_jobs.run(home, subject.overrides(), Fault(STATE, kill="after"))
+        if name == "quantized":  # all before that is there
+            shutil.copytree(subject.home, home)
+            shutil.rmtree(home / "store" / "quantize")
+        killed = fault_jobs.run(home, subject.overrides(), fault)
         assert killed.killed
         unfinished = {path.parent for path in home.glob("store/*/*.lock")}
         assert unfinished

@@ -155,7 +155,7 @@ def test_a_broken_attempt_goes_on_behind_the_last_finished_layer(tmp_path: Path)
         form, finished = quantizer.form(job, at_work), list[int]()
         try:
             write_packed(
-                checkpoint, matrices, chosen, form, at_work.layer, out, True,
+                checkpoint, matrices, chosen, form, at_work.layer, out, {},
                 lambda index, _: finished.append(index),
             )  # fmt: skip
             assert finished == [0, 1, 2, 3]

@@ -26,10 +26,10 @@ def test_what_was_noted_goes_on_where_it_was(tmp_path: Path) -> None:
     whole = replayed(WriteJournal(None), EVERY)
     first = WriteJournal(tmp_path / "journal")
     first.of("these files")
-    first.note(["b", "a"], replayed(first, range(2)))
+    first.note({"b": {"bytes": 2}, "a": {"bytes": 1}}, replayed(first, range(2)))
     again = WriteJournal(tmp_path / "journal")
     again.of("these files")
-    assert again.done == ["a", "b"]
+    assert again.done == {"a": {"bytes": 1}, "b": {"bytes": 2}}
     assert again.next_layer == 2
     rest = Replay(WholeModel(tiny_model("qwen3_moe")), EVERY, EVERY, again)
     assert [rest.awaits(index) for index in EVERY] == [False, False, True, True]
@@ -44,14 +44,14 @@ def test_what_was_noted_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_what_is_of_other_files_or_torn_is_nothing(damage: str, tmp_path: Path) -> None:
     journal = WriteJournal(tmp_path / "journal")
     journal.of("other files" if damage == "other files" else "these files")
-    journal.note(["a"], replayed(journal, range(1)))
+    journal.note({"a": {"bytes": 1}}, replayed(journal, range(1)))
     if damage == "torn":
         (tmp_path / "journal").write_bytes((tmp_path / "journal").read_bytes()[:50])
     if damage == "no journal":
         (tmp_path / "journal").write_bytes(b"{}")
     again = WriteJournal(tmp_path / "journal")
     again.of("these files")
-    assert (again.done, again.next_layer, again.hidden) == ([], 0, None)
+    assert (again.done, again.next_layer, again.hidden) == ({}, 0, None)
 
 
 def test_layers_that_are_not_compared_are_passed_by() -> None:

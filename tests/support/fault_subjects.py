@@ -62,7 +62,7 @@ class Subjects:
 
     "small": profile, plan, compress. "recovered": through every stage but the searches, a
     conversion, a teacher and the pictures among them. "condensed": by the searches of CD-MoE.
-    "sweep": two jobs.
+    "quantized": stored in few bits by GPTQ, and traced. "sweep": two jobs.
     """
 
     folder: Path
@@ -86,6 +86,9 @@ class Subjects:
             return small
         if name == "sweep":
             return [*small, "ratio.ratio=0.25,0.5"]
+        if name == "quantized":
+            traced = [*self._files("trace.prompts", 2), "trace.new_tokens=4"]
+            return [*small, "quantize=gptq", "quantize.group_size=8", "trace=full", *traced]
         whole = [*small_options(self.published, self.texts), *self._measured()]
         if name == "recovered":
             return [*whole, "method=prune", *self._tuned("router_kd"), "diagnose=full"]

@@ -42,6 +42,6 @@ def written(
     at_work = at_work or quantizer.begin(job)
     write_packed(
         job.checkpoint, job.matrices, job.chosen, quantizer.form(job, at_work), at_work.layer,
-        job.folder / "checkpoint", keep_layers=True, finished=at_work.finished,
+        job.folder / "checkpoint", notes=at_work.notes, finished=at_work.finished,
     )  # fmt: skip
     return at_work
