@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from edited_models import FRESH, edited
@@ -128,11 +127,7 @@ def test_stock_transformers_refuses_it(tmp_path: Path) -> None:
     export(given, tmp_path / "model")
     batch = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=int)}
     save_file(batch | {"logits": logits_of(model)}, tmp_path / "expected.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, "stock", str(tmp_path)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    (said,) = json.loads(done.stdout.split("RESULT")[1]).values()
+    (said,) = fresh.result(FRESH, "stock", tmp_path).values()
     assert str(said).startswith("refused: ")
 
 

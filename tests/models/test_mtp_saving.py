@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from families import logits_of, tiny_batch
@@ -97,9 +96,7 @@ print("RESULT" + json.dumps(read))
 def in_fresh_process(*folders: Path) -> list[tuple[list[str], Tensor]]:
     """What stock transformers does not take of each, and the logits of a batch."""
     ids = tiny_batch(padding=False)["input_ids"].tolist()
-    arguments = [sys.executable, "-c", FRESH, json.dumps(ids), *map(str, folders)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    read = json.loads(done.stdout.split("RESULT")[1])
+    read = fresh.result(FRESH, json.dumps(ids), *folders)
     return [(unexpected, torch.tensor(logits)) for unexpected, logits in read]
 
 

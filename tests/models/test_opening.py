@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from families import logits_of, tiny_batch, tiny_model
@@ -92,9 +91,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_stock_transformers_computes_the_same_on_text_and_on_images(saved: Path) -> None:
     folders = [str(saved / f"{kind}_{how}") for kind in WRAPPERS for how in ("whole", "pruned")]
-    command = [sys.executable, "-c", FRESH, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.split("RESULT")[1])
+    found = fresh.result(FRESH, *folders)
     assert found == {folder: [0.0, 0.0] for folder in folders}
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import torch
 from families import tiny_batch, tiny_model
 from safetensors import safe_open
@@ -70,9 +68,7 @@ print("RESULT" + json.dumps(found))
 
 def in_fresh_process(which: str, folders: list[Path]) -> dict[str, object]:
     """Difference of logits per folder name, or a text where it did not load."""
-    arguments = [sys.executable, "-c", FRESH, which, *map(str, folders)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    values = json.loads(done.stdout.split("RESULT")[1])
+    values = fresh.result(FRESH, which, *folders)
     return {Path(folder).name: value for folder, value in values.items()}
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import fresh
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -91,10 +89,7 @@ def read_plainly(which: str, folders: list[Path]) -> dict[str, dict[str, Tensor]
 
     which: "stock" without moe_lab, "ours" behind `import moe_lab`.
     """
-    arguments = [sys.executable, "-c", PLAIN, which, *map(str, folders)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.split("RESULT")[1])
+    told = fresh.result(PLAIN, which, *folders)
     return {
         f"{folder.parent.name}": load_file(f"{folder}.read")
         if told[str(folder)] == "read"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from families import COMMON, logits_of, tiny_batch
@@ -133,9 +131,7 @@ def in_stock(*folders: Path, kind: str = "AutoModelForCausalLM") -> list[tuple[s
     """What a process without moe_lab says of each folder, and its logits on `tiny_batch`."""
     batch = folders[0].parent / "batch.safetensors"
     save_file(tiny_batch(), batch)
-    arguments = [sys.executable, "-c", STOCK, kind, str(batch), *map(str, folders)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    said = json.loads(done.stdout.split("RESULT")[1])
+    said = fresh.result(STOCK, kind, batch, *folders)
     logits = [folder / "stock.logits" for folder in folders]
     return [
         (said[str(folder)], load_file(file)["logits"] if file.is_file() else None)

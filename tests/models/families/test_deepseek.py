@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import deepseek_original
+import fresh
 import pytest
 import torch
 from deepseek_original import BOS, CONFIG, TEXTS, VOCABULARY, Condensed, Original, encode
@@ -66,10 +65,7 @@ LAYOUTS = {
 
 
 def in_fresh_process(folder: Path, out: Path, which: str = "stock") -> dict[str, Tensor]:
-    command = [sys.executable, "-c", FRESH, str(folder), str(out), json.dumps(TEXTS), which]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "remote code" not in done.stdout + done.stderr
+    assert "remote code" not in fresh.run(FRESH, folder, out, json.dumps(TEXTS), which)
     return load_file(out)
 
 
