@@ -65,7 +65,7 @@ class Skip(SkipOptions, Method):
 
     def identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options, without the seed where nothing is drawn."""
-        drawn = "seed" in self._rule.takes and self._rule.option("inputs") == "random"
+        drawn = "inputs" in self._rule.takes and self._rule.option("inputs") == "random"
         return {name: value for name, value in options.items() if name != "seed" or drawn}
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -58,6 +59,18 @@ def test_the_seed_counts_only_where_something_is_drawn() -> None:
     for changed in ({"inputs": "text"}, {"rule": "ratio"}):
         assert "seed" not in Skip(**given | changed).identity(given | changed)
     assert Skip.settings({"rule": "listed", "top_k": {3: 1, 4: 2}})["top_k"] == "3: 1, 4: 2"
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("naee", {}), ("listed", {"top_k": 1}), ("entropy", {}), ("ratio", {}), ("weight", {}),
+     ("lexi", {"average_top_k": 1.5}), ("top_p", {"mass": 0.5})],
+)  # fmt: skip
+def test_every_rule_takes_the_run_s_seed(case: Case, rule: str, options: dict) -> None:
+    infos = list(case.infos.values())[:1]
+    if rule == "naee":
+        infos = [dataclasses.replace(info, top_k=2) for info in infos]
+    Skip(rule, seed=7, **options).check(infos)
 
 
 def test_a_rule_that_does_not_exist_is_refused(case: Case) -> None:

@@ -16,7 +16,8 @@ from moe_lab.profile.profile import Profile
 from moe_lab.types import LayerInfo, UserError
 
 SKIPPING_FILES = (str(__package__), "base", "by_weight", "thresholds")
-EVERY_RULE = ("rule", "renormalize", "mtp", "lm_head")  # the options that all rules take
+# The options that all rules take: the seed, too, which is the run's where nobody gives one.
+EVERY_RULE = ("rule", "renormalize", "seed", "mtp", "lm_head")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moe_lab.types import LayerInfo, UserError
 class Lexi(SkipRule):
     """The budget is B = average_top_k * layers, rounded."""
 
-    takes = ("average_top_k", "inputs", "damage", "num_inputs", "num_samples", "seed")
+    takes = ("average_top_k", "inputs", "damage", "num_inputs", "num_samples")
     defaults: ClassVar = {"inputs": "random", "damage": "norm", "num_inputs": 1024}
     told = "each layer its own number of experts per token, sum D_l(k_l) minimal under the budget"
 
