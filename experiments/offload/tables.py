@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 BITS = 16  # of an expert's weights, but for the row of 4
 TRANSFER = 1e-3  # seconds that an expert of the intact model takes over the link
 SIZES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-MEMORY = (0.125, 0.25, 0.5)  # beside the rest of the intact model, the share of its experts
+MEMORY = (0.125, 0.25, 0.5)  # beside the rest of the model, the share of the intact one's experts
 REPLAYED = ("lru", "lfu_sequence", "min")  # of which the table for people has the first
 # Each row: the sweep's row, the variant of that run, and the bits of an expert's weights.
 ROWS = {
@@ -76,7 +76,10 @@ def policies(found: list[tuple[str, int, dict[str, Any]]]) -> pd.DataFrame:
 
 
 def compression(found: list[tuple[str, int, dict[str, Any]]]) -> pd.DataFrame:
-    """Every row at the memory that is MEMORY of the intact model's experts and the rest of it."""
+    """Every row with room for MEMORY of the intact model's experts beside the rest of its own.
+
+    The rest is the same but for a head that is stored beside the embedding.
+    """
     frames = []
     for title, (wanted, variant, bits) in ROWS.items():
         for row, seed, report in found:
@@ -85,7 +88,8 @@ def compression(found: list[tuple[str, int, dict[str, Any]]]) -> pd.DataFrame:
             intact = read_trace(Path(report["dense/trace/file"])).header
             accesses = accesses_of(read_trace(Path(report[f"{variant}/trace/file"])))
             for share in MEMORY:
-                gib = (intact.resident_bytes + share * intact.experts_bytes(BITS)) / BYTES_OF_GIB
+                room = accesses.header.resident_bytes + share * intact.experts_bytes(BITS)
+                gib = room / BYTES_OF_GIB
                 asked = Question(REPLAYED, machine(intact), memory=[gib], bits=bits)
                 told = simulate(accesses, asked).rename(columns={"share": "experts_that_fit"})
                 kl = report.get(f"{variant}/kl") if bits == BITS else None
