@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Annotated, cast
 import torch
 from torch import Tensor, nn
 
+from moe_lab.integrity import write_whole
 from moe_lab.models.activations import Activations
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.models.matrices import WeightMatrix
@@ -30,6 +32,7 @@ from moe_lab.quantize.expert_levels import levels_of
 from moe_lab.quantize.hessians import HESSIAN_WEIGHTS, expert_hessians, linear_hessians
 
 logger = logging.getLogger(__name__)
+STARVED = "starved.json"  # by layer, the experts that were rounded to nearest
 ClipOption = Annotated[
     str, Option("the range of a group: as it is, or of least squared error", among=CLIPS)
 ]
@@ -124,6 +127,7 @@ class Calibrated(Quantizing):
         self.states.move_to(index)
         self.instead.clear()
         self.instead.update(read)
+        write_whole(self.job.folder / STARVED, json.dumps(self.notes) + "\n")
 
     def _routed(self, one: WeightMatrix) -> bool:
         return one.part == "experts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moe_lab.models.layers import moe_layers
 from moe_lab.models.rounding import Scheme, dequantised, rounded
 from moe_lab.models.stream import LayerStream, States
 from moe_lab.profile.routed_tokens import RoutedTokens
+from moe_lab.quantize.calibrated import STARVED
 from moe_lab.quantize.column_rounding import HessianSum, LevelChoice, gptq
 from moe_lab.quantize.gptq import Gptq
 
@@ -88,6 +90,8 @@ def test_starved_experts_are_rounded_to_nearest_and_counted(
     job = job_of(checkpoint, quantizer, tmp_path / "job")
     with caplog.at_level("INFO"):
         assert written(job, quantizer).figures() == {"starved_experts": 32}
+    told = json.loads((job.folder / STARVED).read_text())
+    assert told == {str(layer): list(range(8)) for layer in range(4)}
     assert "layer 3: experts [0, 1, 2, 3, 4, 5, 6, 7] get fewer than 1000 tokens" in caplog.text
     source, found = parameters(checkpoint.path), parameters(job.folder / "checkpoint")
     name = "model.layers.2.mlp.experts.down_proj"
@@ -119,5 +123,7 @@ def test_a_run_that_was_killed_goes_on_at_its_layer(tmp_path: Path) -> None:
         written(job, quantizer, watched(2))
     at_work = written(job, quantizer, watched(9))
     assert asked == [0, 1, 2, 3] and at_work.figures() == {"starved_experts": 0}
+    starved = [one.folder / STARVED for one in (whole, job)]
+    assert starved[0].read_text() == starved[1].read_text()
     once, twice = parameters(whole.folder / "checkpoint"), parameters(job.folder / "checkpoint")
     assert all(torch.equal(once[name], twice[name]) for name in once)
