@@ -64,6 +64,18 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def with_sum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that is to be kept as JSON, with the sum of its own values under SUM."""
+    return dict(record) | {SUM: sum_of_record(record)}
+
+
+def without_sum(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it was before `with_sum`; ValueError where it has changed since."""
+    if record.pop(SUM, None) != sum_of_record(record):
+        raise ValueError("it has changed since it was written (another sha256)")
+    return record
+
+
 def sum_of_record(record: Mapping[str, Any]) -> str:
     """The sha256 of a record that is kept as JSON, which has it under SUM beside its own values."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

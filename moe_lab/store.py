@@ -26,7 +26,16 @@ from typing import Any, cast
 
 from moe_lab import processes
 from moe_lab.files import MODEL_CARD
-from moe_lab.integrity import PARTIAL, SUM, damage, flush, seal, sum_of_record, write_whole
+from moe_lab.integrity import (
+    PARTIAL,
+    SUM,
+    damage,
+    flush,
+    seal,
+    sum_of_record,
+    with_sum,
+    write_whole,
+)
 from moe_lab.locks import locked
 from moe_lab.provenance import commit, versions
 from moe_lab.types import UserError
@@ -289,7 +298,7 @@ def _mark_done(
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         FILES: seal(folder, without=(DONE, MODEL_CARD)),
     }
-    write_whole(folder / DONE, json.dumps(record | {SUM: sum_of_record(record)}, indent=2) + "\n")
+    write_whole(folder / DONE, json.dumps(with_sum(record), indent=2) + "\n")
     flush(folder.parent)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab.integrity import damage, flush, seal
+from moe_lab.integrity import damage, flush, seal, with_sum, without_sum
 
 
 @pytest.fixture
@@ -55,3 +55,12 @@ def test_flush_takes_files_and_folders(folder: Path) -> None:
     flush(folder / "plan.json")
     with pytest.raises(FileNotFoundError):
         flush(folder / "absent")
+
+
+def test_a_record_proves_itself() -> None:
+    record = {"files": {"a": 1}, "at": [2, None]}
+    kept = with_sum(record)
+    assert record == without_sum(dict(kept)) and kept.keys() - record.keys() == {"sha256"}
+    for changed in (kept | {"at": [3, None]}, kept | {"more": 0}, record, {}):
+        with pytest.raises(ValueError, match="it has changed since it was written"):
+            without_sum(dict(changed))

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moe_lab.integrity import SUM, sha256_of, sum_of_record, write_whole
+from moe_lab.integrity import sha256_of, with_sum, without_sum, write_whole
 from moe_lab.progress import progress
 
 REMEMBERED = 2**26  # bytes from which on a file is remembered: what is smaller is read in a moment
@@ -62,12 +62,11 @@ def _known(file: Path) -> str | None:
     if place is None:
         return None
     try:
-        record = json.loads(place.read_text(encoding="utf-8"))
-        whole = record.pop(SUM) == sum_of_record(record)
+        record = without_sum(json.loads(place.read_text(encoding="utf-8")))
         known: str = record.pop("content")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # then it is read, and written anew
-    return known if whole and record == _seen(blob) else None
+    return known if record == _seen(blob) else None
 
 
 def _read(file: Path) -> str:
@@ -81,7 +80,7 @@ def _read(file: Path) -> str:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             record = before | {"content": found}
-            write_whole(place, json.dumps(record | {SUM: sum_of_record(record)}))
+            write_whole(place, json.dumps(with_sum(record)))
         except OSError as error:
             logger.info("%s: its sha256 is not remembered: %s", blob, error)
     return found

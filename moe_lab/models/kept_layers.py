@@ -11,7 +11,15 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_lab.integrity import PARTIAL, SUM, put_in_place, seal_of, sum_of_record, write_whole
+from moe_lab.integrity import (
+    PARTIAL,
+    damage,
+    put_in_place,
+    seal_of,
+    with_sum,
+    without_sum,
+    write_whole,
+)
 
 
 class KeptLayers:
@@ -34,7 +42,7 @@ class KeptLayers:
         save_file(dict(tensors), partial)
         put_in_place(partial, file)
         record = {"seal": seal_of(file), "note": note}
-        write_whole(told, json.dumps(record | {SUM: sum_of_record(record)}) + "\n")
+        write_whole(told, json.dumps(with_sum(record)) + "\n")
 
     def read(self, layer: int) -> tuple[dict[str, Tensor], Any] | None:
         """A layer that was kept, and its note; None where it was not, or has changed since."""
@@ -42,12 +50,12 @@ class KeptLayers:
             return None
         file, told = self._files(layer)
         try:
-            record = json.loads(told.read_text(encoding="utf-8"))
-            proof = record.pop(SUM)
-            whole = proof == sum_of_record(record) and seal_of(file) == record["seal"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            record = without_sum(json.loads(told.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
-        return (load_file(file), record["note"]) if whole else None
+        if damage(self.folder, {file.name: record["seal"]}, quick=False):
+            return None
+        return load_file(file), record["note"]
 
     def remove(self) -> None:
         """All of them, where there are some."""

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab import stopping
-from moe_lab.integrity import SUM, damage, flush, seal_of, sum_of_record, write_whole
+from moe_lab.integrity import damage, flush, seal_of, with_sum, without_sum, write_whole
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
@@ -154,9 +154,7 @@ class Journal:
         if not path.exists():
             return {}
         try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if record.pop(SUM) != sum_of_record(record):
-                raise ValueError("it has changed since it was written (another sha256)")
+            record = without_sum(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             logger.warning("%s cannot be read (%s): the profile begins anew", path, error)
             return {}
@@ -230,7 +228,7 @@ class Journal:
             "of": self.of, "at": at, "counted": progress.counted, "files": self._seals,
         }  # fmt: skip
         record = json.loads(json.dumps(record))  # keys as they are read
-        told = json.dumps(record | {SUM: sum_of_record(record)}, indent=1)
+        told = json.dumps(with_sum(record), indent=1)
         write_whole(self.folder / RECORD, told + "\n")
 
     def _remove_all_but(self, named: Iterable[str]) -> None:

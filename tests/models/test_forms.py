@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from edited_models import applied, condense, drop, edited, in_fresh_process, moe_indices, prune
@@ -137,7 +136,8 @@ assert "moe_lab" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 ids = torch.tensor(json.loads(sys.argv[2]))
 with torch.no_grad():
-    print(json.dumps([model.config.num_experts_per_tok, model(ids).logits.double().tolist()]))
+    logits = model(ids).logits.double().tolist()
+print("RESULT" + json.dumps([model.config.num_experts_per_tok, logits]))
 """
 
 
@@ -168,12 +168,7 @@ def test_twins_make_unequal_layers_native_where_they_change_nothing(
     numbers = {str(layer.info.index): 3 + i for i, layer in enumerate(moe_layers(filled))}
     assert filled.config.distinct_experts == numbers
     assert sum(p.numel() for p in filled.parameters()) == exact + form.repeated
-    arguments = [str(tmp_path / "filled"), json.dumps(ids.tolist())]
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    top_k, logits = json.loads(done.stdout)
+    top_k, logits = fresh.result(STOCK, tmp_path / "filled", json.dumps(ids.tolist()))
     assert top_k == 1
     found = torch.tensor(logits, dtype=torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
