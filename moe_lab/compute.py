@@ -12,6 +12,7 @@ from moe_lab.types import UserError
 
 SHARDINGS = ("none", "fsdp")
 PROFILES = ("all", "routers")
+HALVES = {"bfloat16": "bf16", "float16": "fp16"}  # and how names of instructions call them
 CARD_NAMES = ("cpu", "a100", "b200", "h100", "h200", "l4", "l40s", "mi300x", "rtx4090")
 
 
@@ -104,6 +105,21 @@ class Compute(Plugin):
         if self.layerwise != "auto":
             return bool(self.layerwise)
         return weights > self.memory() / 2
+
+    def has_units_for(self, dtype: str) -> bool:
+        """Whether the device multiplies numbers of a dtype itself, not by way of wider ones.
+
+        A CPU that does not takes 3 to 20 times as long for half precision as for float32
+        (experiments/bench/half_precision.py). What is not known of one counts as there.
+        """
+        import torch
+
+        if dtype not in HALVES or self.card not in (None, "cpu"):
+            return True
+        if self.device.startswith("cuda"):
+            return dtype == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
+        known = torch.cpu.get_capabilities()
+        return not known or any(HALVES[dtype] in name and has for name, has in known.items())
 
     def device_cache(self) -> int:
         """Bytes of a GPU's memory for hidden states; 0 where the device is the machine itself."""

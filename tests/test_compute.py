@@ -33,6 +33,25 @@ def test_a_start_chooses_a_device_and_the_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "has"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "f16c": True}, (False, False)),
+        ({"avx512_bf16": True, "amx_bf16": False, "amx_fp16": False}, (True, False)),
+        ({"neon": True, "bf16": True, "fp16_arith": True}, (True, True)),
+        ({}, (True, True)),
+    ],
+)
+def test_units_for_half_precision(
+    capabilities: dict[str, Any], has: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    asked = ("bfloat16", "float16")
+    assert tuple(map(Compute("cpu").has_units_for, asked)) == has
+    assert all(map(Compute("cpu", card="h200").has_units_for, asked)), "of another machine"
+    assert Compute("cpu").has_units_for("float32")
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "compute.batch_size=0: it must be at least 1"),

@@ -60,7 +60,13 @@ class ModelOptions:
     name: Annotated[str, Option("what reports and tables call it")]
     path: Annotated[str, Option("a folder, owner/name on the hub, or shipped:<name>")]
     revision: Annotated[str | None, Option("a branch, tag or commit on the hub")]
-    dtype: Annotated[str, Option("of the weights in memory; auto, as they are stored")]
+    dtype: Annotated[
+        str,
+        Option(
+            "of the weights in memory; auto, as they are stored, or float32 where the device has "
+            "no units for that"
+        ),
+    ]
     ignore_tensors: Annotated[
         Sequence[str],
         Option("patterns of tensors that its family does not know and that may go"),

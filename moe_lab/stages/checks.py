@@ -28,6 +28,7 @@ from moe_lab.models.edits.prune import PruneExperts
 from moe_lab.models.forms import form_of
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.mtp_saving import foresee_mtp
+from moe_lab.models.opening import stored_dtype
 from moe_lab.models.quantised import packed_as, quantised_as, result_dtype
 from moe_lab.models.stored import dtype_name
 from moe_lab.models.weight_files import size_in_bytes
@@ -46,6 +47,39 @@ def compare_architecture(checkpoint: Checkpoint, model: Mapping[str, Any]) -> No
             "model.architecture=null compares nothing",
             checkpoint.path, model["name"], ", ".join(different),
         )  # fmt: skip
+
+
+def in_quick_dtype(
+    checkpoint: Checkpoint, layers: Sequence[LayerInfo], compute: Compute
+) -> Checkpoint:
+    """The checkpoint in the dtype to compute in: where that is left to us, one the device has.
+
+    model.dtype=auto takes that of the files; where the device has no units for it, float32, if the
+    model then takes no more than half of the memory. Either is said, and so is a dtype that was
+    asked for and will be slow.
+    """
+    left_to_us = checkpoint.dtype == "auto"
+    stored = dtype_name(stored_dtype(checkpoint.config))
+    asked = stored if left_to_us else checkpoint.dtype
+    if compute.has_units_for(asked):
+        return checkpoint
+    slow = f"this {'GPU' if compute.device.startswith('cuda') else 'CPU'} has no units for {asked}"
+    if not left_to_us:
+        logger.warning("%s, and takes several times as long as for float32, or for model.dtype="
+                       "auto, which chooses that here", slow)  # fmt: skip
+        return checkpoint
+    needed, there = 4 * layers[0].model_parameters, compute.memory()
+    if needed > there / 2:
+        logger.warning(
+            "%s, and is slow; in float32 the model would take %.3g GiB of %.3g, more than half: it "
+            "is computed in %s as it is stored. model.dtype=float32 takes float32 all the same",
+            slow, needed / 2**30, there / 2**30, asked,
+        )  # fmt: skip
+        return checkpoint
+    logger.info(
+        "%s: the model, stored in it, is computed in float32; model.dtype=%s keeps it", slow, asked
+    )
+    return replace(checkpoint, dtype="float32")
 
 
 def announce_dequantising(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -> None:

@@ -29,6 +29,7 @@ from moe_lab.models.file_sums import remember_in, unread_bytes
 from moe_lab.models.headers import described_checkpoint
 from moe_lab.models.opening import num_positions, text_config
 from moe_lab.models.weight_files import weight_files
+from moe_lab.stages.checks import in_quick_dtype
 from moe_lab.stages.context import Context
 from moe_lab.stages.forecasting import (
     Lengths,
@@ -76,6 +77,7 @@ def dry_run(config: Mapping[str, Any], parts: Parts) -> DryRun:
         place = (str(asked["path"]), asked["revision"], asked["dtype"], ignored)
         dense = described_checkpoint(*place, Path(home))
         layers = dense.layers()
+        dense = in_quick_dtype(dense, layers, compute)
         further = check_parts(config, parts, compute, dense, layers)
         texts = _texts(parts, dense)
         lengths, assumed = _lengths(parts, dense, texts)

@@ -24,7 +24,9 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.damage import explained
 from moe_lab.models.file_sums import remember_in
 from moe_lab.models.head import check_head, sized_with_head
+from moe_lab.models.layerwise import computing_dtype
 from moe_lab.models.opening import num_positions, text_config
+from moe_lab.models.stored import dtype_name
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.stages import forecasting, teach
 from moe_lab.stages.checks import (
@@ -39,6 +41,7 @@ from moe_lab.stages.checks import (
     check_served,
     check_steps,
     compare_architecture,
+    in_quick_dtype,
 )
 from moe_lab.stages.context import Context
 from moe_lab.stages.looking import Looking, NotThere
@@ -112,10 +115,12 @@ def prepare(
     check_writable(store.root, 0)
     remember_in(store.root)
     layers = dense.layers()
+    dense = in_quick_dtype(dense, layers, compute)
     further = check_parts(config, parts, compute, dense, layers)
     size = text_config(dense.config).vocab_size
     texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config), size)
     figures["hardware"] = compute.hardware()
+    figures["dtype"] = dtype_name(computing_dtype(dense))
     check_steps(parts.finetune, texts)
     context = Context(store, compute, log)
     run = Run(config, parts, context, folder, figures, texts, further)

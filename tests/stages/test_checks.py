@@ -5,9 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from families import tiny_model
 from mtp_checkpoints import write_with_mtp
+from running import Job
+from safetensors.torch import load_file
 
 from moe_lab.compute import Compute
 from moe_lab.evaluate.decoding.scmoe import SCMoE
@@ -34,8 +39,19 @@ from moe_lab.stages.checks import (
     check_profile,
     check_quantizer,
     compare_architecture,
+    in_quick_dtype,
 )
 from moe_lab.types import UserError
+
+
+@pytest.fixture
+def in_halves(tmp_path: Path, tokenizer: Any) -> Path:
+    """A checkpoint in bfloat16."""
+    folder = tmp_path / "halves"
+    model = tiny_model("qwen2_moe", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
@@ -49,6 +65,61 @@ def test_metrics_that_need_more_than_the_routers_are_refused() -> None:
     for wrong in ({"profile": "some"}, {"layerwise": "sometimes"}):
         with pytest.raises(UserError, match="there are"):
             Compute("cpu", **wrong).start()
+
+
+@pytest.mark.parametrize(
+    ("asked", "units", "room", "chosen", "told"),
+    [
+        ("auto", False, True, "float32", "is computed in float32; model.dtype=bfloat16 keeps it"),
+        (
+            "auto",
+            False,
+            False,
+            "auto",
+            "is computed in bfloat16 as it is stored. model.dtype=",
+        ),
+        ("auto", True, True, "auto", ""),
+        ("bfloat16", False, True, "bfloat16", "model.dtype=auto, which chooses that here"),
+        ("float32", False, True, "float32", ""),
+    ],
+)
+def test_a_dtype_that_the_device_has_units_for(
+    asked: str,
+    units: bool,
+    room: bool,
+    chosen: str,
+    told: str,
+    in_halves: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dense = Checkpoint(in_halves, asked)
+    layers = dense.layers()
+    memory = 8 * layers[0].model_parameters - (0 if room else 1)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    monkeypatch.setattr(Compute, "memory", lambda _: memory)
+    with caplog.at_level("INFO"):
+        assert in_quick_dtype(dense, layers, Compute("cpu")).dtype == chosen
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
+
+
+def test_the_chosen_dtype_is_part_of_what_a_result_is(
+    job: Job, in_halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {}
+    for units in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=units: {"bf16": has})
+        done = job("model.dtype=auto", f"model.path={in_halves}")
+        assert done.code == 0, done.text
+        results[done.report["dtype"]] = done.report["artifact/profile"]
+        written = load_file(Path(done.report["compressed/checkpoint"]) / "model.safetensors")
+        assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert sorted(results) == ["bfloat16", "float32"]
+    assert len(set(results.values())) == 2
+    monkeypatch.undo()
+    done = job("model.dtype=float32", f"model.path={in_halves}")
+    assert done.report["artifact/profile"] == results["float32"], "the same, asked for by name"
 
 
 def test_a_form_is_foreseen_only_where_widths_are(
