@@ -142,6 +142,7 @@ def observe(
         for layer in layers:
             _open.pop(layer.experts, None)
         model.set_experts_implementation(previous)
+        vars(observation).clear()  # it is in a cycle with its observer, which may hold the model
 
 
 def _hooks(observation: Observation, layer: MoELayer) -> list[RemovableHandle]:
