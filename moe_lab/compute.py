@@ -13,6 +13,7 @@ from moe_lab.types import UserError
 SHARDINGS = ("none", "fsdp")
 PROFILES = ("all", "routers")
 HALVES = {"bfloat16": "bf16", "float16": "fp16"}  # and how names of instructions call them
+LARGE = 2**28  # bytes of weights that a CPU reads a layer at a time at no further cost
 CARD_NAMES = ("cpu", "a100", "b200", "h100", "h200", "l4", "l40s", "mi300x", "rtx4090")
 
 
@@ -60,7 +61,8 @@ class Compute(Plugin):
         str | bool,
         Option(
             "profile with one decoder layer in memory at a time; auto: where the weights would "
-            "take more than half of the device's",
+            "take more than half of the device's, and on the CPU where they take more than 256 MiB "
+            "and than the hidden states of the text",
             among=("auto", True, False),
         ),
     ] = "auto"
@@ -100,11 +102,25 @@ class Compute(Plugin):
             device = _of_this_process(device, self.device, len(cards))
         return replace(self, device=device)
 
-    def goes_layerwise(self, weights: int) -> bool:
-        """Whether a profile holds one decoder layer at a time; weights: bytes of the model's."""
+    def goes_layerwise(self, weights: float, memory: float | None = None) -> bool:
+        """Whether only one decoder layer at a time is to be in memory, or that was asked for.
+
+        weights: bytes of the model's; memory: of the device, where it is not this machine's.
+        """
         if self.layerwise != "auto":
             return bool(self.layerwise)
-        return weights > self.memory() / 2
+        return weights > (self.memory() if memory is None else memory) / 2
+
+    def profiles_layerwise(
+        self, weights: float, states: float, memory: float | None = None
+    ) -> bool:
+        """Whether a profile does: also where it costs nothing on the CPU, and memory is saved.
+
+        states: bytes of the hidden states of its text, which are then held instead.
+        """
+        if self.layerwise != "auto" or self.device.startswith("cuda"):
+            return self.goes_layerwise(weights, memory)
+        return weights > max(LARGE, states) or self.goes_layerwise(weights, memory)
 
     def has_units_for(self, dtype: str) -> bool:
         """Whether the device multiplies numbers of a dtype itself, not by way of wider ones.

@@ -82,7 +82,7 @@ def need_of_profile(work: Work, costs: Costs) -> Need:
     text, flops = asked.text, shape.flops(asked.text.lengths, with_head=False)
     parts = parts_of_forward(shape, text)
     sums = _profile_bytes(shape, asked.neurons)
-    states = _states(dense, text)
+    states = states_of(dense, text)
     if asked.layerwise:
         held = min(states, asked.cache_bytes)
         workspace = held + sums + costs.bytes_of("profile_layerwise", parts)
@@ -110,7 +110,7 @@ def need_of_diagnose(work: Work, text: Text, costs: Costs) -> Need:
     dense, shape = work.dense, work.dense.shape
     most = max(one.num_experts for one in shape.decoders)
     outputs = FLOAT * most * text.at_once * shape.hidden_size
-    workspace = _states(dense, text) + 2.0 * outputs + costs.bytes_of("diagnose", {})
+    workspace = states_of(dense, text) + 2.0 * outputs + costs.bytes_of("diagnose", {})
     memory, mapped = streamed(dense, workspace, 1)
     flops = shape.flops(text.lengths, with_head=False) + _all_experts(shape, text)
     counts = {"flops": flops, "calls": calls_of(shape, text)}
@@ -135,7 +135,7 @@ def need_of_plan(work: Work, costs: Costs) -> Need:
         memory = 2.0 * sums + costs.bytes_of("plan", {})
         return Need("plan", memory=memory, on_device=False, seconds=costs.seconds_of("plan", {}))
     text, passes = asked.text, max(1.0, search.passes)
-    states = _states(dense, text)
+    states = states_of(dense, text)
     layers = min(len(shape.decoders), 1 + asked.cache_bytes // dense.layer_bytes)
     held = min(4.0 * states, asked.cache_bytes)
     most = max(one.num_experts for one in shape.decoders)
@@ -187,8 +187,8 @@ def need_of_teach(work: Work, costs: Costs) -> Need:
     workspace = costs.bytes_of("evaluate_held_out", parts) + min(
         tuning.teacher_bytes, TEACHER_SHARD
     )
-    if work.profiling.layerwise:
-        memory, mapped = streamed(dense, workspace + _states(dense, text), 1)
+    if tuning.layerwise:
+        memory, mapped = streamed(dense, workspace + states_of(dense, text), 1)
     else:
         memory, mapped = loaded(dense, workspace, costs)
     flops = dense.shape.flops(text.lengths) * tuning.steps
@@ -353,7 +353,7 @@ def _typed(kind: str, itemsize: int) -> str:
     return f"{kind}_{8 * itemsize}"
 
 
-def _states(dense: Weights, text: Text) -> float:
+def states_of(dense: Weights, text: Text) -> float:
     """A hidden state of every token, padding included."""
     ordered, padded = sorted(text.lengths), 0
     size = max(1, text.rows)

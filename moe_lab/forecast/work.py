@@ -117,7 +117,8 @@ class TuningWork:
 
     steps: updates; text: of one step's forward; validation: of all forwards that only look.
     trainable: parameters that train; first: the first decoder layer with some; itemsize: bytes of
-    a parameter that does not train; converted: whether that is another dtype than the files'.
+    a parameter that does not train; converted: whether that is another dtype than the files';
+    layerwise: whether its teacher is read one decoder layer at a time.
     """
 
     steps: int
@@ -130,6 +131,7 @@ class TuningWork:
     converted: bool = True
     checkpointing: bool = False
     teacher_bytes: int = 0
+    layerwise: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from moe_lab.models.layers import Output
 from moe_lab.types import UserError
 
 
+class NotLayerwise(UserError):
+    """A family whose decoder layers cannot be computed one after the other alone."""
+
+
 class Decoders(NamedTuple):
     """A model and its decoder layers; open(index) keeps the weights of one in memory."""
 
@@ -52,7 +56,7 @@ class HandedOn(NamedTuple):
 
     @classmethod
     def found(cls, decoders: Decoders, batch: Mapping[str, Tensor]) -> HandedOn:
-        """Found on a batch; UserError where a layer gets what only the layers before it know."""
+        """Found on a batch; NotLayerwise where a layer gets what only those before it know."""
         layer = decoders.layers[0]
         told = inspect.signature(type(layer).forward).return_annotation
         is_plain = told in (Tensor, "torch.Tensor", "Tensor")
@@ -62,7 +66,7 @@ class HandedOn(NamedTuple):
         for index, (some, others) in enumerate(zip(one, other, strict=True)):
             for name in sorted(some.keys() - set(found.names)):
                 if not _equal(some[name], others[name]):
-                    raise UserError(
+                    raise NotLayerwise(
                         f"{type(layer).__name__} {index} is given {name}, which the model computes "
                         "from the layers before it: this family cannot go layer by layer "
                         "(compute.layerwise=false keeps the whole model in memory)"

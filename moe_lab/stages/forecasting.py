@@ -17,6 +17,7 @@ from moe_lab.evaluate.tasks.tiny.tasks import ITEMS_PER_PERPLEXITY_SAMPLE, MULTI
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.finetune.recipe import Distilling, Recipe, sources
 from moe_lab.finetune.tuning import trained
+from moe_lab.forecast.stages import states_of
 from moe_lab.forecast.work import (
     EvaluatingWork,
     MeasuringWork,
@@ -69,13 +70,12 @@ def prospect_of(
     lengths: Lengths,
     assumed: Sequence[str] = (),
 ) -> Prospect:
-    """Everything that a forecast starts from; memory: bytes of the device that it is made for."""
+    """Everything that a forecast starts from; memory: bytes of the device that compute names."""
     dense = dense_weights(checkpoint, layers)
     behind = foreseen(checkpoint, parts.method, layers, dense)
     method = parts.method
     text = Text(tuple(lengths["calibration"]), compute.batch_size, compute.batch_tokens)
-    asked = compute.layerwise
-    layerwise = dense.bytes > memory / 2 if asked == "auto" else bool(asked)
+    layerwise = compute.profiles_layerwise(dense.bytes, states_of(dense, text), memory)
     cache = int(compute.cache_gib * 2**30)
     routers = compute.profile == "routers"
     told = list(assumed)
@@ -90,7 +90,7 @@ def prospect_of(
         search=search_of(method, layers),
         converts=isinstance(checkpoint, Original),
         diagnosed=_diagnosed(parts, text),
-        tuning=_tuning(checkpoint, layers, parts, behind, dense, lengths, compute),
+        tuning=_tuning(checkpoint, layers, parts, behind, dense, lengths, compute, memory),
         quantizing=_quantizing(checkpoint, layers, parts, behind, text),
         evaluating=_evaluating(checkpoint, layers, parts, lengths, compute),
         measuring=_measuring(parts),
@@ -134,6 +134,7 @@ def _tuning(
     dense: Weights,
     lengths: Lengths,
     compute: Compute,
+    memory: float,
 ) -> TuningWork | None:
     recipe = parts.finetune
     if recipe is None or (recipe.needs_edits and behind.weights is None):
@@ -165,6 +166,7 @@ def _tuning(
         converted=recipe.dtype == "float32" and stored != torch.float32,
         checkpointing=recipe.gradient_checkpointing,
         teacher_bytes=_teacher(recipe, lengths, dense),
+        layerwise=compute.goes_layerwise(dense.bytes, memory),
     )
 
 

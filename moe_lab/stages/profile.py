@@ -21,9 +21,10 @@ from moe_lab.files import LAYERS, USAGE
 from moe_lab.integrity import flush
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
+from moe_lab.models.handed_on import NotLayerwise
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerwiseModel, computing_dtype
-from moe_lab.models.opening import stored_dtype
+from moe_lab.models.opening import stored_dtype, text_config
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile import collect
 from moe_lab.profile.collect import Collection
@@ -140,11 +141,34 @@ def collect_profile(
     """
     empty, dtype = meta_model(checkpoint.config), computing_dtype(checkpoint)
     size = num_parameters(empty) * dtype.itemsize
-    if not compute.goes_layerwise(size):
-        model = checkpoint.load(compute.device)
-        with collect.collecting(model, only_routers, neurons) as collection:
-            _whole(model, collection, batches, journal)
-        return collection
+    tokens = sum(batch["input_ids"].numel() for _, batch in batches)
+    states = tokens * text_config(empty.config).hidden_size * dtype.itemsize
+    if compute.profiles_layerwise(size, states):
+        try:
+            return _collect_by_layer(
+                checkpoint, empty, batches, only_routers, compute, folder, neurons, journal
+            )
+        except NotLayerwise:
+            if compute.goes_layerwise(size):
+                raise
+    model = checkpoint.load(compute.device)
+    with collect.collecting(model, only_routers, neurons) as collection:
+        _whole(model, collection, batches, journal)
+    return collection
+
+
+def _collect_by_layer(
+    checkpoint: Checkpoint,
+    empty: Model,
+    batches: Batches,
+    only_routers: bool,
+    compute: Compute,
+    folder: Path,
+    neurons: bool,
+    journal: Journal | None,
+) -> Collection:
+    """The same with one decoder layer in memory; empty: the model without weights."""
+    dtype = computing_dtype(checkpoint)
     if journal and batches:
         asked = profile_needs.request_of(_shapes(batches), compute, neurons)
         converted = dtype != stored_dtype(checkpoint.config)

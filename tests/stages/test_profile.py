@@ -18,6 +18,7 @@ from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.methods.prune import Prune
 from moe_lab.methods.ratios.uniform import Uniform
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.handed_on import HandedOn, NotLayerwise
 from moe_lab.models.layerwise import LayerwiseModel
 from moe_lab.profile.collect import (
     collect_statistics,
@@ -82,6 +83,25 @@ def test_layers_behind_the_last_moe_layer_are_not_read(
     )
     assert opened == [None, 0, 1, 2], "each once, for all batches"
     assert [layer.info.index for layer in found.of_group()] == [1, 2]
+
+
+def test_where_a_family_cannot_go_layer_by_layer_a_profile_is_of_the_whole_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    checkpoint, data = Checkpoint(tmp_path), [(0, batch) for batch in batches(5)]
+    expected = collect_profile(checkpoint, data, False, Compute("cpu"), tmp_path).of_group()
+
+    def refuse(*_: object) -> None:
+        raise NotLayerwise("its layers need each other")
+
+    monkeypatch.setattr(HandedOn, "found", refuse)
+    monkeypatch.setattr(Compute, "profiles_layerwise", lambda *_: True)
+    found = collect_profile(checkpoint, data, False, Compute("cpu"), tmp_path).of_group()
+    assert all(torch.equal(one["count"], other["count"])
+               for one, other in zip(found, expected, strict=True))  # fmt: skip
+    with pytest.raises(NotLayerwise):
+        collect_profile(checkpoint, data, False, Compute("cpu", layerwise=True), tmp_path)
 
 
 def test_what_is_collected_and_how_changes_no_plan(tmp_path: Path) -> None:
