@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
+from moe_lab.models.adapters.base import AdaptedExperts
 from moe_lab.models.experts import (
     Experts,
     expert_hidden,
@@ -33,10 +34,34 @@ from moe_lab.types import LayerInfo, Routing, UserError
 OBSERVING = "moe_lab_observing"
 
 
-class Observation:
+class ValidTokens:
+    """Which tokens of a batch are data: `valid`, [B, L] bool, is set before each forward pass.
+
+    rows: where they are in the flattened batch, None where all of them are. It is found once, when
+    `valid` is set: on a GPU whoever asks how many rows there are waits for all work before.
+    """
+
+    rows: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """True where a token is data; None: everywhere."""
+        return self._valid
+
+    @valid.setter
+    def valid(self, valid_BL: Tensor | None) -> None:
+        self._valid, self.rows = valid_BL, None
+        if valid_BL is not None:
+            rows = valid_BL.flatten().nonzero()[:, 0]
+            self.rows = rows if len(rows) < valid_BL.numel() else None
+
+    _valid: Tensor | None = None
+
+
+class Observation(ValidTokens):
     """The open observation of one model: set `valid` before each forward pass.
 
-    valid: [B, L] bool, True where a token is data (no padding enters any statistic).
+    No padding enters any statistic.
     """
 
     def __init__(
@@ -50,7 +75,6 @@ class Observation:
         self.hidden: dict[nn.Module, Tensor] = {}
         self.shared_hidden: dict[nn.Module, Tensor] = {}
         self.implementation = implementation
-        self.valid: Tensor | None = None
         self.layer_of: dict[nn.Module, MoELayer] = {}
         self.logits: dict[nn.Module, Tensor] = {}
         self.shared_gate: dict[nn.Module, Tensor] = {}
@@ -72,10 +96,8 @@ class AllRouted(Exception):
     """Ends a forward pass at the last MoE layer's router: nothing behind it was asked for."""
 
 
-class RoutersObservation:
+class RoutersObservation(ValidTokens):
     """The open observation of a model's routers alone: set `valid` as of an Observation."""
-
-    valid: Tensor | None = None
 
 
 @contextmanager
@@ -99,9 +121,9 @@ def observe_routers(
             weight, index = (part.reshape(len(logits), -1) for part in output[1:3])
             index = without_none(layer, index, weight) if leaves_out else index
             routed: tuple[Tensor, ...] = logits, index, weight
-            if observation.valid is not None and not bool(observation.valid.all()):
-                valid = observation.valid.reshape(-1).to(logits.device)
-                routed = tuple(part[valid] for part in routed)
+            if observation.rows is not None:
+                rows = observation.rows.to(logits.device)
+                routed = tuple(part[rows] for part in routed)
             observer(layer, *routed)
             if layer is layers[-1] and not whole:
                 raise AllRouted
@@ -217,10 +239,9 @@ def _emitter(observation: Observation, layer: MoELayer) -> Hook:
         logits = _of_experts(observation.logits.pop(key), layer)
         gate = observation.shared_gate.pop(key, None)
         gate = None if gate is None else gate.reshape(-1).sigmoid()
-        valid = None if observation.valid is None else observation.valid.reshape(-1)
         around = _around(observation, layer, hidden_of(output), out)
         hidden = observation.shared_hidden.pop(key, None)
-        routing = _routing(_chosen(layer, routed), logits, gate, valid, around, hidden)
+        routing = _routing(_chosen(layer, routed), logits, gate, observation.rows, around, hidden)
         observation.observer(layer.info, routing)
 
     return hook
@@ -249,7 +270,7 @@ def _chosen(layer: MoELayer, routed: list[Tensor]) -> list[Tensor]:
     if not further_rows(layer):
         return routed
     x, index, weight, *pairs = routed
-    there = pairs[3] != 0  # their weights
+    there = (pairs[3] != 0).nonzero()[:, 0]  # their weights
     return [x, without_none(layer, index, weight), weight, *(part[there] for part in pairs)]
 
 
@@ -277,75 +298,132 @@ def _routing(
     routed: list[Tensor],
     logits: Tensor,
     gate: Tensor | None,
-    valid: Tensor | None,
+    rows: Tensor | None,
     around: tuple[Tensor | None, ...],
     shared: Tensor | None,
 ) -> Routing:
+    """Of the tokens in these rows alone; None: of all."""
     x, index, weight, y, expert, token, weight_s, *hidden = routed
     shared = None if shared is None else shared.reshape(-1, shared.shape[-1])
     h = hidden[0] if hidden else None
-    if valid is None or bool(valid.all()):
+    if rows is None:
         found = Routing(x, logits, index, weight, y, expert, token, weight_s, gate, *around)
         return replace(found, hidden_SI=h, shared_hidden_TI=shared)
-    valid = valid.to(x.device)
-    pairs = valid[token]
-    row = valid.cumsum(0) - 1  # a valid token's row after padding is gone
-    gate = None if gate is None else gate[valid]
+    rows = rows.to(x.device)
+    row = token.new_full((len(x),), -1)  # a valid token's row after padding is gone
+    row[rows] = torch.arange(len(rows), device=rows.device)
+    row_s = row[token]
+    if len(token) == index.numel():  # as many as the valid tokens have: nobody has to count them
+        pairs = torch.nonzero_static(row_s >= 0, size=len(rows) * index.shape[1])[:, 0]
+    else:
+        pairs = (row_s >= 0).nonzero()[:, 0]
+    gate = None if gate is None else gate[rows]
     found = Routing(
-        x[valid], logits[valid], index[valid], weight[valid],
-        y[pairs], expert[pairs], row[token[pairs]], weight_s[pairs], gate,
-        *(None if state is None else state[valid] for state in around),
+        x[rows], logits[rows], index[rows], weight[rows],
+        y[pairs], expert[pairs], row_s[pairs], weight_s[pairs], gate,
+        *(None if state is None else state[rows] for state in around),
     )  # fmt: skip
-    h, shared = None if h is None else h[pairs], None if shared is None else shared[valid]
+    h, shared = None if h is None else h[pairs], None if shared is None else shared[rows]
     return replace(found, hidden_SI=h, shared_hidden_TI=shared)
 
 
 def _observing_experts(
     self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The experts, one product per expert over the token-expert pairs sorted by expert.
+    """The experts, over the token-expert pairs sorted by expert.
 
-    Products have the shapes, and sums the order, of the implementation that was set before: on
-    CPU the logits are equal to the bit. `unbind` keeps the backward pass linear in the number of
-    experts.
+    Products are those of the implementation that was set before, and sums have its order: on CPU
+    the logits are equal to the bit.
     """
-    num_tokens, num_chosen = top_k_index.shape
+    observation = _open.get(self)
+    neurons = observation is not None and observation.neurons
+    num_tokens = len(top_k_index)
     expert_S, order_S = top_k_index.t().reshape(-1).sort(stable=True)
-    token_S = order_S % num_tokens
-    weight_S = top_k_weights[token_S, order_S // num_tokens]
+    count_E = expert_S.new_zeros(self.num_experts + 1)
+    count_E.scatter_add_(0, expert_S.clamp(max=self.num_experts), torch.ones_like(expert_S))
+    grouped = _is_grouped(self, observation)
+    counts = None if grouped else count_E[:-1].tolist()
+    if self._is_expert_parallel or counts is not None:  # else there is no index of nobody
+        number = int(count_E[:-1].sum()) if counts is None else sum(counts)
+        expert_S, order_S = expert_S[:number], order_S[:number]
+    token_S, rank_S = order_S % num_tokens, order_S // num_tokens
+    weight_S = top_k_weights[token_S, rank_S]
     x_SD = hidden_states[token_S]
     if scales_input(self):  # the weight is inside the outputs
         x_SD, weight_S = x_SD * weight_S[:, None], torch.ones_like(weight_S)
-    counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
-    if (number := sum(counts)) < len(expert_S):  # the rest went to stand-ins
-        parts = (part[:number] for part in (expert_S, order_S, token_S, weight_S, x_SD))
-        expert_S, order_S, token_S, weight_S, x_SD = parts
-    observation = _open.get(self)
-    neurons = observation is not None and observation.neurons
-    outputs, hidden = [], []
-    for parameters, x in zip(expert_parameters(self), x_SD.split(counts), strict=True):
-        if len(x):
-            h = expert_hidden(self, parameters, x)
-            outputs.append(expert_output(self, parameters, h))
-            hidden += [h] if neurons else []
-    y_SD = torch.cat(outputs or [x_SD])
+    if counts is None:
+        y_SD, h_SI = _grouped_outputs(self, x_SD, expert_S, count_E[:-1])
+    else:
+        y_SD, h_SI = _outputs_of_each(self, x_SD, counts, neurons)
+    del x_SD
     weighted_SD = y_SD * weight_S[:, None]
     if observation is not None and observation.implementation == "eager":
         out = torch.zeros_like(hidden_states)
         out.index_add_(0, token_S, weighted_SD.to(out.dtype))
     else:
-        slots = weighted_SD.new_zeros(top_k_index.numel(), weighted_SD.shape[1])
-        slots[token_S * num_chosen + order_S // num_tokens] = weighted_SD
-        out = slots.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_states.dtype)
+        out = _added_up(weighted_SD, order_S, top_k_index).to(hidden_states.dtype)
     if observation is not None:
         pairs: tuple[Tensor, ...] = y_SD, expert_S, token_S, weight_S
-        if neurons:
-            pairs += (torch.cat(hidden or [x_SD.new_empty(0, HiddenUnits(self).width)]),)
+        pairs += (h_SI,) if neurons else ()
         routed: tuple[Tensor, ...] = hidden_states, top_k_index, top_k_weights, *pairs, out
         if isinstance(self, RemappedExperts) and self.routed_to is not None:
             routed = _by_row(self, self.routed_to, routed, order_S)
         observation.inputs[self] = routed
     return out
+
+
+def _is_grouped(experts: Experts, observation: Observation | None) -> bool:
+    """Whether they were computed by grouped products before: one for all experts, not one each."""
+    before = None if observation is None else observation.implementation
+    return before == "grouped_mm" and not isinstance(experts, AdaptedExperts)
+
+
+def _grouped_outputs(
+    experts: Experts, x_SD: Tensor, expert_S: Tensor, count_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs [S, D] and hidden units [S, I] by transformers' own grouped products."""
+    ends_E = count_E.cumsum(0, dtype=torch.int32)
+
+    def product(x: Tensor, name: str) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert_S] if experts.has_bias else None
+        weight = getattr(experts, name)
+        return _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=experts.is_transposed)
+
+    if experts.has_gate:
+        h_SI = experts._apply_gate(product(x_SD, "gate_up_proj"))
+    else:
+        h_SI = experts.act_fn(product(x_SD, "up_proj"))
+    y_SD = product(h_SI, "down_proj")
+    return experts.post_expert_norm(y_SD) if experts.has_post_expert_norm else y_SD, h_SI
+
+
+def _outputs_of_each(
+    experts: Experts, x_SD: Tensor, counts: list[int], neurons: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by products of each expert, of which so many rows are, one after the other.
+
+    Without `neurons` there are no hidden units [0, I]. `unbind` keeps the backward pass linear in
+    the number of experts.
+    """
+    outputs, hidden = [], [x_SD.new_empty(0, HiddenUnits(experts).width)]
+    for parameters, x in zip(expert_parameters(experts), x_SD.split(counts), strict=True):
+        if len(x):
+            h = expert_hidden(experts, parameters, x)
+            outputs.append(expert_output(experts, parameters, h))
+            hidden += [h] if neurons else []
+    return torch.cat(outputs or [x_SD]), torch.cat(hidden)
+
+
+def _added_up(weighted_SD: Tensor, order_S: Tensor, index_TK: Tensor) -> Tensor:
+    """The sum [T, D] of each token's pairs, which stand at order_S = rank * T + token."""
+    num_tokens, num_chosen = index_TK.shape
+    if len(order_S) == index_TK.numel():
+        place_KT = torch.empty_like(order_S)
+        place_KT[order_S] = torch.arange(len(order_S), device=order_S.device)
+        return weighted_SD[place_KT.view(num_chosen, num_tokens).t()].sum(dim=1)
+    slots = weighted_SD.new_zeros(index_TK.numel(), weighted_SD.shape[1])
+    slots[order_S % num_tokens * num_chosen + order_S // num_tokens] = weighted_SD
+    return slots.view(num_tokens, num_chosen, -1).sum(dim=1)
 
 
 def _by_row(

@@ -15,6 +15,9 @@ VECTORS = 24  # sums with a number for each expert, at most
 LIBRARIES = 2**27  # what they take while they work
 STATES = 4  # hidden states of a batch that a layer holds beside what it works on
 SLOTS = 6  # of each token and chosen expert: in, out (as parts, joined), weighted, added (twice)
+UNIT_SLOTS = (
+    4  # and of each hidden unit, beside what goes in: gate, up, the gate's value, their product
+)
 ROUTED = 8  # of each token and expert, in float64, while the router's sums are made
 
 
@@ -139,11 +142,13 @@ def _forward(
     tokens, size = rows * length, weights.itemsize
     hidden = max(layer.hidden_size for layer in layers)
     slots = _slots(layers, rows, length)
-    units = max(layer.expert_width for layer in layers) if asked.neurons else 0
-    experts = slots * size * (SLOTS * hidden + 2 * units)
+    units = max(layer.expert_width for layer in layers)
+    kept = units if asked.neurons else 0
+    experts = slots * size * max(SLOTS * hidden + 2 * kept, hidden + UNIT_SLOTS * units)
     router = tokens * DOUBLE * ROUTED * max(layer.num_rows for layer in layers)
-    # An expert's outputs in float64 and their squares; states around the block in float32.
-    counting = slots * size * 2 * (hidden + units) + tokens * hidden * (2 * DOUBLE + 4 * 4)
+    # Outputs and hidden units that are counted; states around the block in float32.
+    counted = hidden + kept
+    counting = slots * size * 2 * counted + tokens * hidden * (2 * DOUBLE + 4 * 4)
     attention = tokens * weights.widest * size * 4
     scores = weights.eager_heads * rows * length**2 * (3 * size + 4)
     busiest = max(experts, counting + router, attention + scores)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ OVER_TOKENS = (
     "hidden_sum", "hidden_square_sum", "gate_hidden_square_sum", "hidden_max", "gate_hidden_max",
 )  # fmt: skip
 NEURON_STATISTICS = (*OVER_TOKENS, *OF_NEURONS)
+CACHED = 2**17  # numbers that are worked on at a time: copies of them stay in a CPU's cache
 SHARED = "shared_"  # before the names of the same statistics of the shared experts' hidden units
 # Over the tokens routed to an expert, of g^a ||f||^b: by (a, b), its weight g and its output f.
 POWERS = {
@@ -99,24 +100,40 @@ class LayerStatistics:
         scoring: str | None = None,
     ):
         self.info = info
-        self.sums = sums or {}
+        self._sums = sums or {}
         self.scoring = scoring  # None: found by looking at the first batch
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """All of them by name, on the CPU.
+
+        While batches are added they lie where these are computed; a GPU has to be waited for only
+        where somebody reads them.
+        """
+        away = {name: value for name, value in self._sums.items() if value.device.type != "cpu"}
+        self._sums |= {name: value.cpu() for name, value in away.items()}
+        return self._sums
+
+    @sums.setter
+    def sums(self, sums: dict[str, Tensor]) -> None:
+        self._sums = sums
 
     def add(self, routing: Routing) -> None:
         """Add one batch."""
         self.add_routed(routing.logits_TE, routing.index_TK, routing.weight_TK)
         norm_S = self._add_outputs(routing)
         weight_S = routing.weight_S.double()
-        for (gate_power, norm_power), name in POWERS.items():
-            if norm_power:
-                values_S = weight_S**gate_power * norm_S**norm_power
-                self._add(name, self._per_expert(routing.expert_S, values_S))
+        gate = (torch.ones_like(weight_S), weight_S, weight_S.square())
+        norm = (norm_S, norm_S.square())
+        values = {name: gate[a] * norm[b - 1] for (a, b), name in POWERS.items() if b}
         # Half precision would overflow and round: at least float32 is used.
         exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
         if routing.residual_TD is not None and routing.routed_TD is not None:
             change_T = _change(routing.residual_TD.to(exact), routing.routed_TD.to(exact))
-            values_S = weight_S * norm_S * change_T[routing.token_S]
-            self._add("gate_norm_change_sum", self._per_expert(routing.expert_S, values_S))
+            values["gate_norm_change_sum"] = values["gate_norm_sum"] * change_T[routing.token_S]
+        sums = self._per_expert(routing.expert_S, *values.values())
+        for name, sum_E in zip(values, sums, strict=True):
+            self._add(name, sum_E)
         if routing.leaving_TD is not None:
             leaving = routing.leaving_TD.to(exact)
             for name, state in (("block", routing.entering_TD), ("layer", routing.residual_TD)):
@@ -129,22 +146,18 @@ class LayerStatistics:
 
     def _add_hidden(self, routing: Routing) -> None:
         """Add what is said of hidden units, where they were asked for."""
-        if routing.hidden_SI is not None:
-            counts = torch.bincount(routing.expert_S, minlength=self.info.num_experts).tolist()
-            parts = zip(
-                routing.hidden_SI.split(counts), routing.weight_S.split(counts), strict=True
-            )
-            self._add_neurons("", [_of_neurons(*part) for part in parts])
-        if routing.shared_hidden_TI is not None:
+        if (h_SI := routing.hidden_SI) is not None:
+            number, expert_S = self.info.num_experts, routing.expert_S
+            self._add_neurons("", _of_neurons(h_SI, routing.weight_S, expert_S, number))
+        if (h_TI := routing.shared_hidden_TI) is not None:
             gate_T = routing.shared_gate_T
-            gate_T = (
-                routing.shared_hidden_TI.new_ones(len(routing.x_TD)) if gate_T is None else gate_T
-            )
-            self._add_neurons(SHARED, [_of_neurons(routing.shared_hidden_TI, gate_T)])
+            gate_T = h_TI.new_ones(len(h_TI)) if gate_T is None else gate_T
+            only_T = torch.zeros(len(h_TI), dtype=torch.long, device=h_TI.device)
+            self._add_neurons(SHARED, _of_neurons(h_TI, gate_T, only_T, 1))
 
-    def _add_neurons(self, prefix: str, parts: Sequence[dict[str, Tensor]]) -> None:
-        for name in parts[0]:
-            self._add(prefix + name, torch.stack([part[name] for part in parts]).double())
+    def _add_neurons(self, prefix: str, found: dict[str, Tensor]) -> None:
+        for name, value_EI in found.items():
+            self._add(prefix + name, value_EI)
 
     @property
     def has_neurons(self) -> bool:
@@ -165,22 +178,21 @@ class LayerStatistics:
     def _add_outputs(self, routing: Routing) -> Tensor:
         """Add what is said of each expert's outputs alone; returns their norms [S].
 
-        They lie together, and go to float64 an expert at a time: no copy of all of them is made.
+        They go to float64 a few rows at a time: no copy of all of them is made.
         """
-        counts = torch.bincount(routing.expert_S, minlength=self.info.num_experts).tolist()
-        output_ED = torch.zeros(
-            len(counts), routing.y_SD.shape[1], dtype=torch.float64, device=routing.y_SD.device
-        )
-        largest_E = output_ED.new_zeros(len(counts))
-        norms = [largest_E[:0]]
-        for expert, part_TD in enumerate(routing.y_SD.split(counts)):
-            if len(part_TD):
-                y_TD = part_TD.double()
-                norms.append(torch.linalg.vector_norm(y_TD, dim=1))
-                output_ED[expert] = y_TD.sum(dim=0)
-                largest_E[expert] = torch.stack(part_TD.aminmax()).abs().amax()
+        y_SD, number = routing.y_SD, self.info.num_experts
+        output_ED = y_SD.new_zeros(number, y_SD.shape[1], dtype=torch.float64)
+        largest_E = y_SD.new_zeros(number)
+        norms = [output_ED.new_zeros(0)]
+        held_ND = _held_for(y_SD)
+        for y_ND, expert_N in _few_rows(y_SD, routing.expert_S):
+            exact_ND = held_ND[: len(y_ND)].copy_(y_ND)
+            norms.append(torch.linalg.vector_norm(exact_ND, dim=1))
+            output_ED.index_add_(0, expert_N, exact_ND)
+            largest_N = torch.maximum(y_ND.amax(dim=1), -y_ND.amin(dim=1))
+            largest_E.scatter_reduce_(0, expert_N, largest_N, "amax")
         self._add("output_sum", output_ED)
-        self._add("max_activation", largest_E)
+        self._add("max_activation", largest_E.double())
         return torch.cat(norms)
 
     def add_routed(self, logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> None:
@@ -195,21 +207,24 @@ class LayerStatistics:
         # Families differ in the order of the chosen experts: here the heaviest comes first.
         weight_TK, order_TK = weight_TK.double().sort(dim=1, descending=True, stable=True)
         index_TK = index_TK.gather(1, order_TK)
-        ranks = [self._per_expert(index_T) for index_T in index_TK.unbind(1)]
         logits_TE = logits_TE.double()
+        rank_KE = logits_TE.new_zeros(index_TK.shape[1], self.info.num_rows + 1)
+        rank_KE.scatter_add_(1, index_TK.T, torch.ones_like(weight_TK.T))
+        rank_KE = rank_KE[:, :num_experts]
         self._add("tokens", torch.tensor([float(tokens)], dtype=torch.float64))
-        self._add("count", torch.stack(ranks).sum(dim=0))
+        self._add("count", rank_KE.sum(dim=0))
         if self.info.zero_experts:
             self._add("zero_count", (index_TK >= num_experts).sum(dtype=torch.float64)[None])
         expert_S, weight_S = index_TK.flatten(), weight_TK.flatten()
-        self._add("gate_sum", self._per_expert(expert_S, weight_S))
-        self._add("gate_square_sum", self._per_expert(expert_S, weight_S.square()))
+        gate_E, gate_square_E = self._per_expert(expert_S, weight_S, weight_S.square())
+        self._add("gate_sum", gate_E)
+        self._add("gate_square_sum", gate_square_E)
         chosen_TE = torch.zeros(tokens, self.info.num_rows + 1, device=logits_TE.device)
         chosen_TE = chosen_TE.scatter_(1, index_TK, 1.0)[:, :num_experts]
         real_TE = logits_TE[:, :num_experts]
         self._add("pair_count", (chosen_TE.T @ chosen_TE).double())  # exact: whole numbers
         self._add("logit_product_sum", _products(real_TE))
-        self._add("rank_count", torch.stack(ranks))
+        self._add("rank_count", rank_KE)
         share_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True)
         share_TK = share_TK.where(weight_TK > 0, 0.0)  # of a token that gets no expert at all
         self._add("rank_share_sum", share_TK.sum(dim=0))
@@ -223,13 +238,20 @@ class LayerStatistics:
             log_TE = share_TE.clamp(min=tiny).log()
             self._add("entropy_sum", -(share_TE * log_TE).sum()[None])
 
-    def _per_expert(self, expert_S: Tensor, values_S: Tensor | None = None) -> Tensor:
-        number = self.info.num_experts
-        return torch.bincount(expert_S, values_S, minlength=number)[:number].double()
+    def _per_expert(self, expert_S: Tensor, *values_S: Tensor) -> tuple[Tensor, ...]:
+        """The sums [E] of each of these values; an expert behind the last is none."""
+        values_SN = torch.stack(values_S, dim=1)
+        sum_EN = values_SN.new_zeros(self.info.num_rows + 1, len(values_S))
+        return (
+            sum_EN.index_add_(0, expert_S, values_SN)[: self.info.num_experts]
+            .T.contiguous()
+            .unbind()
+        )
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value.cpu()
-        self.sums[name] = combined(name, [self.sums[name], value]) if name in self.sums else value
+        if name in self._sums:
+            value = combined(name, [self._sums[name].to(value.device), value])
+        self._sums[name] = value
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.sums:
@@ -294,25 +316,48 @@ class LayerStatistics:
         return torch.where(count > 0, self[name] / count.clamp(min=1), torch.zeros_like(count))
 
 
-def _of_neurons(h_TI: Tensor, gate_T: Tensor) -> dict[str, Tensor]:
-    """What one batch says of the hidden units of one expert, each [I]; 0 without tokens."""
-    exact = torch.promote_types(h_TI.dtype, torch.float32)
-    h_TI, gate_T = h_TI.to(exact), gate_T.to(exact)
-    if not len(h_TI):
-        return dict.fromkeys(OVER_TOKENS, h_TI.new_zeros(h_TI.shape[1]))
-    square_TI = h_TI.square()
-    gated_TI = square_TI * gate_T.square()[:, None]
-    values = (h_TI.sum(dim=0), square_TI.sum(dim=0), gated_TI.sum(dim=0),
-              square_TI.amax(dim=0).sqrt(), gated_TI.amax(dim=0).sqrt())  # fmt: skip
-    return dict(zip(OVER_TOKENS, values, strict=True))
+def _of_neurons(h_SI: Tensor, gate_S: Tensor, expert_S: Tensor, number: int) -> dict[str, Tensor]:
+    """What one batch says of the hidden units of so many experts, each [E, I]; 0 without tokens."""
+    shape = number, h_SI.shape[1]
+    sums = {name: h_SI.new_zeros(shape, dtype=torch.float64) for name in OVER_TOKENS}
+    size_held, square_held = _held_for(h_SI), _held_for(h_SI)
+    for h_NI, gate_N, expert_N in _few_rows(h_SI, gate_S, expert_S):
+        size_NI, square_NI = size_held[: len(h_NI)], square_held[: len(h_NI)]
+        sums["hidden_sum"].index_add_(0, expert_N, size_NI.copy_(h_NI))
+        for gated, factor_N in (("", None), ("gate_", gate_N)):
+            size_NI.abs_() if factor_N is None else size_NI.mul_(factor_N.double()[:, None].abs())
+            torch.square(size_NI, out=square_NI)
+            sums[f"{gated}hidden_square_sum"].index_add_(0, expert_N, square_NI)
+            expert_NI = expert_N[:, None].expand(h_NI.shape)
+            sums[f"{gated}hidden_max"].scatter_reduce_(0, expert_NI, size_NI, "amax")
+    return sums
+
+
+def _rows_at_once(one_ND: Tensor) -> int:
+    """How many rows are in float64 at a time: few, that they stay in a CPU's cache.
+
+    On a GPU, where each product starts a kernel, they are more.
+    """
+    numbers = CACHED if one_ND.device.type == "cpu" else CACHED * 128
+    return max(1, numbers // max(1, one_ND.shape[1]))
+
+
+def _few_rows(first_ND: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of all of these at a time."""
+    rows = _rows_at_once(first_ND)
+    return zip(*(one.split(rows) for one in (first_ND, *others)), strict=True)
+
+
+def _held_for(one_ND: Tensor) -> Tensor:
+    """Where a few rows go in float64: a new place each time would cost more than their sums."""
+    return one_ND.new_empty(
+        min(_rows_at_once(one_ND), len(one_ND)), one_ND.shape[1], dtype=torch.float64
+    )
 
 
 def _products(logits_TE: Tensor) -> Tensor:
     """Sums over tokens of the products of two experts' logits [E, E]; a masked one (-inf) is 0."""
-    product_EE = logits_TE.T @ logits_TE
-    if bool(product_EE.isfinite().all()):
-        return product_EE
-    known_TE = logits_TE.masked_fill(logits_TE == -torch.inf, 0.0)
+    known_TE = logits_TE.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
     return known_TE.T @ known_TE
 
 

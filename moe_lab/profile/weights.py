@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from moe_lab.finite import check_experts
 from moe_lab.models.hidden_units import HiddenUnits
 from moe_lab.models.layers import MoELayer, by_expert, has_hidden_units
 from moe_lab.models.remapped import by_row
-from moe_lab.profile.layer import OF_NEURONS, SHARED
+from moe_lab.profile.layer import CACHED, OF_NEURONS, SHARED
 from moe_lab.types import UserError
-
-FEW = 8  # experts at a time: no copy of all of them is made
 
 
 def weight_statistics(layer: MoELayer) -> dict[str, Tensor]:
@@ -35,23 +33,52 @@ def neuron_statistics(layer: MoELayer) -> dict[str, Tensor]:
     shared experts [1, I] with "shared_" before the names, where they are a plain or gated MLP.
     """
     units = HiddenUnits(layer.experts)
-    found = [_of_each(list(units.parts(e).values()), c) for e, c in enumerate(units.down_columns())]
-    sums = dict(zip(OF_NEURONS, map(torch.stack, zip(*found, strict=True)), strict=True))
-    if layer.shared is None or not has_hidden_units(layer.shared):
-        return sums
-    weights = {n: m.weight for n, m in layer.shared.named_children() if isinstance(m, nn.Linear)}
-    column_ID = weights.pop("down_proj").T
-    shared = _of_each([*weights.values(), column_ID], column_ID)
-    return sums | {SHARED + n: value[None] for n, value in zip(OF_NEURONS, shared, strict=True)}
+    absolute, square = _by_unit(units.tensors[units.down], units.places[units.down][0])
+    every = torch.zeros_like(square)
+    for name, (axis, place_IN) in units.places.items():
+        square_ER = _by_unit(units.tensors[name], axis)[1]
+        every += square_ER[:, place_IN.to(square_ER.device)].sum(dim=2)
+    found = dict(zip(OF_NEURONS, (absolute, square, every), strict=True))
+    if layer.shared is not None and has_hidden_units(layer.shared):
+        children = layer.shared.named_children()
+        weights = {name: one.weight for name, one in children if isinstance(one, nn.Linear)}
+        absolute, square = _by_unit(weights.pop("down_proj").T[None], 0)
+        every = square + torch.stack([_by_unit(one[None], 0)[1] for one in weights.values()]).sum(0)
+        values = (absolute, square, every)
+        found |= {SHARED + name: value for name, value in zip(OF_NEURONS, values, strict=True)}
+    return {name: value.cpu() for name, value in found.items()}
 
 
-def _of_each(parts: Sequence[Tensor], column_ID: Tensor) -> tuple[Tensor, ...]:
-    """OF_NEURONS of one expert, [I] each; parts: all weights of each hidden unit [I, F]."""
-    exact = torch.promote_types(column_ID.dtype, torch.float32)
-    every = torch.stack([part.to(exact).square().sum(dim=1).double() for part in parts])
-    column_ID = column_ID.to(exact)
-    sums = column_ID.abs().sum(dim=1), column_ID.square().sum(dim=1), every.sum(dim=0)
-    return tuple(one.double().cpu() for one in sums)
+def _by_unit(tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The sums [E, R] of the absolute values and of the squares at each place of an axis.
+
+    Of one expert's part of a tensor [E, ...]. Added up in float32 at least; they are float64.
+    """
+    others = [dim for dim in range(1, tensor.dim()) if dim != axis + 1]
+    shape = len(tensor), tensor.shape[axis + 1]
+    absolute_ER, square_ER = (tensor.new_zeros(shape, dtype=torch.float64) for _ in range(2))
+    for size, place in _absolute(tensor, axis + 1):
+        absolute_ER[place] = (size.sum(dim=others) if others else size).double()
+        size.square_()
+        square_ER[place] = (size.sum(dim=others) if others else size).double()
+    return absolute_ER, square_ER
+
+
+def _absolute(tensor: Tensor, dim: int) -> Iterator[tuple[Tensor, tuple[slice, slice]]]:
+    """The absolute values of a tensor [E, ...], some experts and places of `dim` at a time.
+
+    In float32 at least, and all in one place of memory: a new one each time would cost more than
+    what is computed there. With which experts, and which places, they are.
+    """
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    size, length = tensor[0].numel(), tensor.shape[dim]
+    few, some = max(1, CACHED // size), min(length, max(1, CACHED * length // size))
+    held = torch.empty(few * some * size // length, dtype=exact, device=tensor.device)
+    for experts in range(0, len(tensor), few):
+        for start in range(0, length, some):
+            place = slice(experts, experts + few), slice(start, start + some)
+            part = tensor.detach()[place[0]].narrow(dim, start, min(some, length - start))
+            yield held[: part.numel()].view(part.shape).copy_(part).abs_(), place
 
 
 def check_vectors(layer: MoELayer) -> None:
@@ -86,18 +113,16 @@ def weight_sums(layer: MoELayer) -> dict[str, Tensor]:
     weight_abs_sum and weight_square_sum [E], of their absolute values and squares; weight_count
     [1], how many one expert has. Rows of a matrix are added up in float32 at least.
     """
-    absolute_E = square_E = torch.zeros((), dtype=torch.float64)
-    count = 0
-    experts = layer.experts
+    experts, count = layer.experts, 0
     up = experts.gate_up_proj[: len(experts.down_proj)] if experts.has_gate else experts.up_proj
+    sum_E2 = torch.zeros(len(up), 2, dtype=torch.float64, device=up.device)
     for matrices in (up, experts.down_proj):
-        exact = torch.promote_types(matrices.dtype, torch.float32)
-        parts = matrices.split(FEW)
-        rows = torch.cat([part.abs().sum(dim=2, dtype=exact) for part in parts])
-        absolute_E = absolute_E + rows.sum(dim=1, dtype=torch.float64)
-        rows = torch.cat([torch.linalg.vector_norm(part, dim=2, dtype=exact) for part in parts])
-        square_E = square_E + rows.double().square().sum(dim=1)
+        for size, (few, _) in _absolute(matrices, 1):
+            rows = size.sum(dim=2), torch.linalg.vector_norm(size, dim=2).double().square()
+            both = [one.sum(dim=1, dtype=torch.float64) for one in rows]
+            sum_E2[few] += torch.stack(both, dim=1)
         count += matrices[0].numel()
+    absolute_E, square_E = sum_E2.unbind(1)
     return {
         "weight_abs_sum": by_row(layer.experts, absolute_E).cpu(),
         "weight_square_sum": by_row(layer.experts, square_E).cpu(),

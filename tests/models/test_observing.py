@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from families import EACH_FAMILY, logits_of, tiny_batch, tiny_model
+from host_reads import host_reads
 from slow_router import observed
 
 from moe_lab.models.layers import moe_layers
+from moe_lab.profile.collect import collect_batch, collecting
 
 
 @EACH_FAMILY
@@ -25,3 +27,26 @@ def test_observing_changes_no_logit(family: str, implementation: str) -> None:
     assert len(seen) == len(moe_layers(model))
     assert model.config._experts_implementation == implementation
     assert torch.equal(logits_of(model, batch), plain)
+
+
+@pytest.mark.parametrize("only_routers", [False, True])
+@pytest.mark.parametrize("experts", [4, 16])
+def test_nobody_waits_for_a_gpu_in_a_pass_but_once_a_batch(
+    experts: int, only_routers: bool
+) -> None:
+    """Neither each layer nor each expert: by grouped products, and where tokens are padding."""
+    config = tiny_model("mixtral").config
+    config.num_local_experts = experts
+    model = type(tiny_model("mixtral"))(config).eval()
+    model.set_experts_implementation("grouped_mm")
+    batch = tiny_batch()
+    assert not batch["attention_mask"].all()
+    with torch.inference_mode(), host_reads() as read:
+        model(**batch, use_cache=False, logits_to_keep=1)
+    plain = read.by_operator
+    with collecting(model, only_routers, neurons=not only_routers) as collection:
+        collect_batch(collection, model, batch)  # the first one reads the weights
+        with host_reads() as read:
+            collect_batch(collection, model, batch)
+    waited = read.by_operator - plain
+    assert waited.total() <= 1, waited

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from families import tiny_batch, tiny_model
+from host_reads import host_reads
 from layer_statistics import FOUR, by_hand, sent_to_one
 from slow_neurons import NEURON_FAMILIES, slow_sums
 
@@ -14,9 +17,10 @@ from moe_lab.methods.metrics.max_activation import max_activation
 from moe_lab.methods.metrics.mone import mone
 from moe_lab.methods.metrics.soft_count import soft_count
 from moe_lab.models.layers import moe_layers
+from moe_lab.profile import layer as layer_module
 from moe_lab.profile.collect import added, collect_statistics
 from moe_lab.profile.layer import NEURON_STATISTICS, LayerStatistics
-from moe_lab.types import NotFinite, UserError
+from moe_lab.types import NotFinite, Routing, UserError
 
 
 def test_an_expert_without_tokens_scores_zero_and_divides_nothing() -> None:
@@ -163,3 +167,68 @@ def test_shared_hidden_units_are_those_of_one_expert_that_sees_all_tokens() -> N
             torch.testing.assert_close(shared[name][0], expected, rtol=1e-5, atol=1e-8)
     with pytest.raises(UserError, match="no shared experts whose hidden units"):
         collect_statistics(tiny_model("mixtral"), [batch], neurons=True)[0].shared()
+
+
+def routing_of(tokens: int, num_experts: int, dtype: torch.dtype) -> Routing:
+    """A batch of random numbers; the last expert gets no token."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    logits_TE = draw(tokens, num_experts)
+    logits_TE[:, -1] = -30.0
+    weight_TK, index_TK = logits_TE.float().softmax(dim=1).topk(3)
+    expert_S, order_S = index_TK.flatten().sort(stable=True)
+    token_S, weight_S = order_S // 3, weight_TK.flatten()[order_S]
+    pairs = draw(len(expert_S), 10), expert_S, token_S, weight_S
+    around = [draw(tokens, 10) for _ in range(4)]
+    return Routing(
+        draw(tokens, 10), logits_TE, index_TK, weight_TK, *pairs, None, *around,
+        hidden_SI=draw(len(expert_S), 7), shared_hidden_TI=draw(tokens, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cached", [1, 64, 2**17])
+def test_sums_are_those_of_a_loop_over_experts(
+    dtype: torch.dtype, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows are taken at a time."""
+    monkeypatch.setattr(layer_module, "CACHED", cached)
+    info = replace(moe_layers(tiny_model("mixtral"))[1].info, top_k=3)
+    one = routing_of(60, info.num_experts, dtype)
+    found = LayerStatistics(info, scoring="softmax")
+    found.add(one)
+    for expert in range(info.num_experts):
+        rows = [row for row, number in enumerate(one.expert_S.tolist()) if number == expert]
+        assert found["count"][expert].item() == len(rows)
+        y_ND, h_NI = one.y_SD[rows].double(), one.hidden_SI[rows].double()
+        gate_N, norm_N = one.weight_S[rows].double(), y_ND.norm(dim=1)
+        expected = {
+            "norm_sum": norm_N.sum(), "gate_norm_sum": (gate_N * norm_N).sum(),
+            "gate_square_norm_square_sum": (gate_N * norm_N).square().sum(),
+            "output_sum": y_ND.sum(dim=0), "hidden_sum": h_NI.sum(dim=0),
+            "gate_hidden_square_sum": (gate_N[:, None] * h_NI).square().sum(dim=0),
+        }  # fmt: skip
+        largest = {
+            "max_activation": y_ND.flatten(), "hidden_max": h_NI,
+            "gate_hidden_max": gate_N[:, None] * h_NI,
+        }  # fmt: skip
+        for name, value in largest.items():
+            no_token = torch.zeros(value.shape[1:])
+            expected[name] = value.abs().amax(dim=0) if rows else no_token
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name][expert], value.double(), rtol=1e-12, atol=1e-12)
+
+
+def test_sums_stay_where_they_are_computed_until_somebody_reads_them() -> None:
+    """A GPU is waited for once a pass. The meta device is one without any numbers to wait for."""
+    info = moe_layers(tiny_model("mixtral"))[1].info
+    one = LayerStatistics(replace(info, top_k=3), scoring="softmax")
+    values = dataclasses.asdict(routing_of(60, info.num_experts, torch.float32))
+    on_meta = {key: value if value is None else value.to("meta") for key, value in values.items()}
+    with host_reads() as read:
+        for _ in range(2):
+            one.add(Routing(**on_meta))
+    assert read.number == 0

@@ -22,7 +22,7 @@ def test_sums_are_those_of_each_expert_by_itself(
     """Biases do not count, and neither does it how many experts are read at a time."""
     for layer in moe_layers(tiny_model(family)):
         found = weights.weight_statistics(layer)
-        monkeypatch.setattr(weights, "FEW", 3)
+        monkeypatch.setattr(weights, "CACHED", 1500)
         assert all(torch.equal(found[n], v) for n, v in weights.weight_statistics(layer).items())
         for expert in range(8):
             values = [float(x) for name in MATRICES
