@@ -131,7 +131,7 @@ LIBRARIES = {
 
 # Plug-ins: every file of these packages but the named ones, which plug-ins build on.
 PLUGIN_PACKAGES: dict[str, tuple[str, ...]] = {
-    "data": ("source", "rows", "reading", "chat", "standard_library", "tokens"),
+    "data": ("source", "rows", "reading", "chat", "standard_library", "kept_text", "tokens"),
     "evaluate.decoding": ("base",),
     "export": (
         "__main__",

@@ -38,6 +38,7 @@ WITHOUT_RESULTS = {
     "moe_lab.compute": "where they are computed; what is the machine's has it in its key",
     "moe_lab.models.reading_back": "it refuses a checkpoint, and changes none",
     "moe_lab.option": "what options are called, and which values of them are refused",
+    "moe_lab.data.kept_text": "how generated text is kept, not what it is",
     "moe_lab.data.source": "where text comes from: text enters keys by its tokens",
 }
 # Modules of ours that look for others by name, and the folder of these.

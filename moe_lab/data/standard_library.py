@@ -11,14 +11,19 @@ import ast
 import hashlib
 import importlib
 import inspect
+import os
 import random
+import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from moe_lab.data.kept_text import kept
+
 DOMAINS = ("prose", "code", "arithmetic", "recall")
 SPLITS = ("train", "validation", "test")
+LIBRARY_DOMAINS = ("prose", "code")
 QUESTION_DOMAINS = ("arithmetic", "recall")
 # Share of tokens per domain in training; `mixture` draws samples of similar length by it.
 MIXTURE: dict[str, float] = {"prose": 0.25, "code": 0.2, "arithmetic": 0.25, "recall": 0.3}
@@ -146,22 +151,44 @@ def _check(domain: str, split: str) -> None:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
 
 
-@cache
+def _source(domain: str, split: str) -> str:
+    """12 hexadecimal digits over what texts are made from: the interpreter, this file, modules."""
+    _check(domain, split)
+    made_by = [sys.version, Path(__file__).read_bytes()]
+    return hashlib.sha256(repr((made_by, _module_files(domain))).encode()).hexdigest()[:12]
+
+
+def _module_files(domain: str) -> list[tuple[str, int, int, int]]:
+    """The files that a domain is read from: path, size, and the times of their last changes."""
+    if domain not in LIBRARY_DOMAINS:
+        return []
+    topics = Path(importlib.import_module("pydoc_data.topics").__file__ or "")
+    files = [path for _, path in _modules()] + [topics]
+    stats = ((str(file), file.stat()) for file in files)
+    return [(file, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for file, told in stats]
+
+
+@kept("documents", _source)
 def _cached_documents(domain: str, split: str) -> tuple[str, ...]:
+    return _made_documents(domain, split)
+
+
+@kept("passages", _source)
+def _cached_passages(domain: str, split: str) -> tuple[str, ...]:
+    all_passages: list[str] = []
+    for document in _made_documents(domain, split):
+        all_passages.extend(_cut(document))
+    return tuple(all_passages)
+
+
+@cache
+def _made_documents(domain: str, split: str) -> tuple[str, ...]:
     _check(domain, split)
     if domain == "arithmetic":
         return tuple(_arithmetic(split))
     if domain == "recall":
         return tuple(_recall(split))
-    return tuple(_library_documents()[domain, split])
-
-
-@cache
-def _cached_passages(domain: str, split: str) -> tuple[str, ...]:
-    all_passages: list[str] = []
-    for document in _cached_documents(domain, split):
-        all_passages.extend(_cut(document))
-    return tuple(all_passages)
+    return tuple(_library_documents(split)[domain])
 
 
 def _cut(document: str) -> Iterator[str]:
@@ -200,38 +227,41 @@ def _draw(pool: tuple[str, ...], count: int, generator: random.Random) -> list[s
 
 
 @cache
-def _library_documents() -> dict[tuple[str, str], list[str]]:
-    """Prose and code of the standard library by (domain, split), modules in alphabetic order."""
-    by_split: dict[tuple[str, str], list[str]] = {
-        (domain, split): [] for domain in ("prose", "code") for split in SPLITS
-    }
+def _library_documents(split: str) -> dict[str, list[str]]:
+    """Prose and code of a split of the standard library by domain, modules in alphabetic order."""
+    by_domain: dict[str, list[str]] = {domain: [] for domain in LIBRARY_DOMAINS}
     for name, path in _modules():
+        if split_of(name) != split:
+            continue
         source = path.read_bytes().decode("ascii", errors="ignore").replace("\r\n", "\n")
         try:
-            prose, code = _separate(source.expandtabs(4))
+            texts = _separate(source.expandtabs(4))
         except SyntaxError:  # templates and files for other language versions
             continue
-        for domain, document in (("prose", prose), ("code", code)):
+        for domain, document in zip(LIBRARY_DOMAINS, texts, strict=True):
             if len(document) >= MINIMUM_CHARACTERS:
-                by_split[domain, split_of(name)].append(document)
+                by_domain[domain].append(document)
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
-        document = topics[name].encode("ascii", errors="ignore").decode()
-        by_split["prose", split_of(f"topic {name}")].append(_without_examples(document))
-    return by_split
+        if split_of(f"topic {name}") == split:
+            document = topics[name].encode("ascii", errors="ignore").decode()
+            by_domain["prose"].append(_without_examples(document))
+    return by_domain
 
 
 def _modules() -> list[tuple[str, Path]]:
     """Dotted names and paths of the standard library's modules, without tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts)
-        generated = parts[-1].startswith("_sysconfigdata") or parts[0].startswith("config-")
-        skipped = generated or name in _SKIPPED_MODULES
-        if not skipped and _SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
-            modules.append((name, path))
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS]
+        above = Path(folder).relative_to(root).parts
+        for file in files:
+            stem, ending = os.path.splitext(file)
+            name = ".".join([*above, stem])
+            generated = stem.startswith("_sysconfigdata") or (*above, stem)[0].startswith("config-")
+            if ending == ".py" and not generated and name not in _SKIPPED_MODULES:
+                modules.append((name, Path(folder, file)))
     return sorted(modules)
 
 

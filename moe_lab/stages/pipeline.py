@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_lab import processes, stopping
 from moe_lab.compute import Compute
+from moe_lab.data.kept_text import keep_in
 from moe_lab.evaluate.top_k import other_top_k
 from moe_lab.forecast.costs import measured_costs
 from moe_lab.forecast.fitting import disk_shortage
@@ -114,6 +115,7 @@ def prepare(
     store = Store(Path(config["store"]))
     check_writable(store.root, 0)
     remember_in(store.root)
+    keep_in(store.root)
     layers = dense.layers()
     dense = in_quick_dtype(dense, layers, compute)
     further = check_parts(config, parts, compute, dense, layers)

@@ -26,12 +26,11 @@ def test_splits_share_no_document(domain: str) -> None:
 def test_documents_are_the_same_when_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     some = standard_library._modules()[:25]
     monkeypatch.setattr(standard_library, "_modules", lambda: some)
-    assert (
-        standard_library._library_documents.__wrapped__()
-        == standard_library._library_documents.__wrapped__()
-    )
+    assert standard_library._library_documents.__wrapped__(
+        "train"
+    ) == standard_library._library_documents.__wrapped__("train")
     for domain in ("arithmetic", "recall"):
-        again = standard_library._cached_documents.__wrapped__(domain, "test")
+        again = standard_library._made_documents.__wrapped__(domain, "test")
         assert standard_library.documents(domain, "test") == list(again)
 
 
