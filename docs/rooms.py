@@ -51,7 +51,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "evaluate": ("tasks and held-out text", ("profile", "models", "data")),
     "forecast": ("what a run will cost, from shapes and from costs once measured", ("models",)),
-    "report": ("report.json; its tables, pictures, card, page", ("store", "models.edits")),
+    "report": (
+        "report.json; its tables, pictures, card, page",
+        ("store", "dependencies", "models.edits"),
+    ),
     "tables": ("many reports as one table", ("report",)),
     "diagnose": ("what experts do", ("profile", "models", "report.plots")),
     "trace": (

@@ -152,7 +152,7 @@ def follow(title: str, home: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs draw no pictures, which take longer than all else of a small one."""
-    monkeypatch.setattr("moe_lab.runs.job.draw_run", lambda folder: [])
+    monkeypatch.setattr("moe_lab.runs.job._drawn", lambda *_: [])
     monkeypatch.setattr("moe_lab.diagnose.pictures.draw_experts", lambda *tables: None)
 
 

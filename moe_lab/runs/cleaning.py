@@ -1,8 +1,9 @@
 """What a store holds, which of it some runs use, and removing what may go.
 
 A report names the results of its stages (`artifact/<stage>`), and each result's identity names what
-it was made from; following both finds all that is used. Two kinds are made within a stage and named
-by no report (UNNAMED): they count as used where they were asked about something that is.
+it was made from; following both finds all that is used. Some kinds are made within a stage, or
+behind all of them, and named by no report (UNNAMED): they count as used where they were asked about
+something that is.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from moe_lab.types import UserError
 KINDS = (
     "convert", "profile", "search", "plan", "compress", "teacher", "finetune", "quantize",
     "evaluate", "measure", "measure_vllm", "similarity", "diagnose", "trace", "serving", "served",
+    "pictures",
 )  # fmt: skip
-UNNAMED = ("search", "similarity")
+UNNAMED = ("search", "similarity", "pictures")
 UNUSED, CHECKPOINTS, SEARCH = CHOICES = ("unused", "checkpoints", "search")
 KINDS_WITH_WEIGHTS = ("convert", "compress", "finetune", "quantize")
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}(\.damaged-\d+)?")  # with a word: set aside by the store

@@ -21,8 +21,9 @@ from moe_lab.progress import duration
 from moe_lab.report.card import model_card
 from moe_lab.report.figures import VARIANTS
 from moe_lab.report.frame import REQUEST
+from moe_lab.report.plots.kept import run_pictures
 from moe_lab.report.plots.run import draw_run
-from moe_lab.report.report import Report, read_report, write_report
+from moe_lab.report.report import OK, Report, read_report, write_report
 from moe_lab.report.summary import (
     result_markdown,
     result_rows,
@@ -148,7 +149,7 @@ def _tracked(
     finally:
         # Also after a signal, and not left by a further one: what is known so far is not lost.
         with stopping.hold():
-            report["status"] = "ok" if code == 0 else "failed"
+            report["status"] = OK if code == 0 else "failed"
             report["seconds/total"] = round(time.perf_counter() - started, 3)
             report |= planned_layers(job.folder) if code == 0 else {}
             write_report(job.folder, report)
@@ -218,7 +219,7 @@ def _no_room(error: OSError) -> str | None:
 def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:
     """Log all of a job that was not logged while it ran; pictures are drawn before."""
     # Of a run that was stopped none: its time may be up soon, and it goes on.
-    drawn = [] if stopping.asked() else _drawn(job.folder)
+    drawn = [] if stopping.asked() else _drawn(job, report)
     curve = job.folder / CURVE
     for line in curve.read_text().splitlines() if curve.is_file() else ():
         tracker.log_curve(json.loads(line))
@@ -230,12 +231,14 @@ def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:
     tracker.artifacts(artifacts.tracked_artifacts(report, job.store))
 
 
-def _drawn(folder: Path) -> list[Path]:
+def _drawn(job: Description, report: dict[str, Any]) -> list[Path]:
     """The run's pictures; a failure to draw is told and costs nothing else."""
     try:
-        return draw_run(folder)
+        if report["status"] == OK:
+            return run_pictures(job.folder, report, job.store)
+        return draw_run(job.folder)  # perhaps there is no store to keep them in
     except Exception:  # a picture is no result
-        logger.exception("the pictures of %s were not drawn", folder)
+        logger.exception("the pictures of %s were not drawn", job.folder)
         return []
 
 

@@ -157,8 +157,11 @@ class Sweep(Callback):
             return self._end_of_dry_run()
         if not report_folders(self.folder):
             return 1
+        store = Path(str(self.config.store))
         written, shown = write_outputs(
-            self.folder, instantiate(self.config.table, _convert_="object")
+            self.folder,
+            instantiate(self.config.table, _convert_="object"),
+            store if store.is_dir() else None,
         )
         for table in shown:
             table.show()

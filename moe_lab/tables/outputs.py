@@ -13,6 +13,7 @@ import pandas as pd
 
 from moe_lab.report.frame import read_reports
 from moe_lab.report.page.page import write_page
+from moe_lab.report.plots.kept import sweep_pictures
 from moe_lab.report.plots.sweep import draw_sweep
 from moe_lab.tables.comparison import compare_to_baseline
 from moe_lab.tables.expected import compare_to_published
@@ -36,10 +37,13 @@ def make_comparison(frame: pd.DataFrame, request: Request) -> Table:
     return compare_to_published(filtered(frame, request.filters), Path(request.expected or ""))
 
 
-def write_outputs(folder: Path, request: Request) -> tuple[list[Path], list[Table]]:
+def write_outputs(
+    folder: Path, request: Request, store: Path | None = None
+) -> tuple[list[Path], list[Table]]:
     """Everything of a sweep into its folder: tables, comparison, pictures, page.
 
     The files' paths, and the tables to be shown, of the comparison what is not within tolerance.
+    store: where pictures are kept; without one they are drawn.
     What cannot be made (a file that is no comparison, a disk that is full) is told, and costs
     nothing of the rest.
     """
@@ -54,7 +58,11 @@ def write_outputs(folder: Path, request: Request) -> tuple[list[Path], list[Tabl
     written = _guarded("table", lambda: files("table", make_table))
     if request.expected:
         written += _guarded("comparison", lambda: files("expected", make_comparison))
-    written += _guarded("pictures", lambda: draw_sweep(folder, frame))
+
+    def pictures() -> list[Path]:
+        return sweep_pictures(folder, frame, store) if store else draw_sweep(folder, frame)
+
+    written += _guarded("pictures", pictures)
     written += _guarded("page", lambda: [write_page(folder)])
     return written, [one.only(~_within(one)) for one in shown]
 

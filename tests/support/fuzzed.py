@@ -56,7 +56,7 @@ def told(overrides: Sequence[str], folder: Path, whole: bool = False) -> Told:
     message = None
     with (
         mock.patch.object(pipeline, "pipeline", pipeline.pipeline if whole else pipeline.prepare),
-        mock.patch.object(job, "draw_run", lambda folder: []),
+        mock.patch.object(job, "_drawn", lambda *_: []),
         _Logged() as raised,
         _within(SECONDS, GIBIBYTES),
     ):

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -14,6 +16,8 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.report.plots import curve, plan, style
 from moe_lab.report.report import read_report
 
+TOLD = ("metric", "condense/layers", "condense/experts")  # of a report: names in the pictures
+
 
 def draw_run(folder: Path) -> list[Path]:
     """Draw into <folder>/plots what the files of one run tell, each of which may be missing.
@@ -21,9 +25,23 @@ def draw_run(folder: Path) -> list[Path]:
     usage.csv (layer, expert, tokens, usage): usage; plan.json: scores, kept, divergence;
     curve.jsonl: curves. report.json names the metric and the ways to choose.
     """
-    home = folder / PLOTS
+    report = read_report(folder) if (folder / REPORT).is_file() else {}
+    return draw(folder, told_of(report), folder / PLOTS)
+
+
+def told_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What pictures take from a run's report."""
+    return {key: report[key] for key in TOLD if key in report}
+
+
+def shown_files(folder: Path) -> list[Path]:
+    """The files of a run that pictures show, those that are there."""
+    return [folder / name for name in (USAGE, PLAN, CURVE) if (folder / name).is_file()]
+
+
+def draw(folder: Path, told: Mapping[str, Any], home: Path) -> list[Path]:
+    """Draw the `shown_files` of a run's folder into the folder `home`; told: as of `told_of`."""
     written: list[Path | None] = []
-    told = read_report(folder) if (folder / REPORT).is_file() else {}
     sizes: dict[int, int] = {}
     if (folder / USAGE).is_file():
         usage = pd.read_csv(folder / USAGE)

@@ -17,7 +17,7 @@ import pandas as pd
 from moe_lab.files import CURVE, PLOTS
 from moe_lab.report import figures
 from moe_lab.report.figures import Figure
-from moe_lab.report.frame import NONE, STATUS, free_keys, label_of
+from moe_lab.report.frame import NONE, STATUS, free_keys, keys_of, label_of
 from moe_lab.report.plots import cloud, curve, style
 from moe_lab.report.report import OK
 
@@ -26,8 +26,10 @@ VARIANT_LABELS = {
     "compressed": "compressed (hollow)",
     "finetuned": "fine-tuned or quantized (filled)",
 }
-
-
+# Keys of a report that no picture shows: where and when a job was done, and with what.
+NOT_SHOWN = re.compile(
+    r"(sweep|run_id|url|error|commit|hardware|[^/]+/checkpoint)$|(seconds|cached|artifact|versions)/"
+)
 DRAWN_COSTS = tuple(cost for cost in figures.COSTS if cost.picture)
 # What tells the points of a sweep apart is the first of these that differs, else what is text.
 FIRST = (
@@ -49,8 +51,24 @@ def draw_sweep(folder: Path, frame: pd.DataFrame) -> list[Path]:
     pareto_<cost>: the quality left against each cost; by_<setting>: quality along each swept
     number; curves: fine-tuning.
     """
+    return draw(folder, shown(frame), folder / PLOTS)
+
+
+def shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """What pictures show of reports: jobs that went well, without places, times and origin."""
     frame = frame[frame[STATUS] == OK] if STATUS in frame else frame[:0]
-    home, quality = folder / PLOTS, _quality(frame)
+    return frame[[key for key in keys_of(frame) if not NOT_SHOWN.match(key)]]
+
+
+def curve_files(folder: Path, frame: pd.DataFrame) -> dict[str, Path]:
+    """The fine-tunings' curves that there are, by job."""
+    files = {name: folder / name / CURVE for name in frame.index}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def draw(folder: Path, frame: pd.DataFrame, home: Path) -> list[Path]:
+    """Draw the jobs of `shown` into the folder `home`; folder: theirs."""
+    quality = _quality(frame)
     written = []
     if quality:
         for cost in DRAWN_COSTS:
@@ -175,8 +193,7 @@ def _along(frame: pd.DataFrame, setting: str, path: Path) -> Path | None:
 
 def _all_curves(folder: Path, frame: pd.DataFrame, path: Path) -> Path | None:
     """The fine-tunings of all jobs: a row of panels for each model."""
-    files = {name: folder / name / CURVE for name in frame.index}
-    read = {name: curve.read_curve(file) for name, file in files.items() if file.is_file()}
+    read = {name: curve.read_curve(file) for name, file in curve_files(folder, frame).items()}
     frame = frame.loc[list(read)]
     shown = [key for key in curve.LOSSES if any(key in rows for rows in read.values())]
     if not shown:
