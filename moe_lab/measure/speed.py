@@ -1,6 +1,7 @@
 """What a model costs: parameters, peak memory of a forward, prefill and decode speed.
 
-All models are in one process and take turns, so that a busy machine slows them alike.
+All models are in one process and take turns, so that a busy machine slows them alike. On a GPU
+that does not hold them all they come one after the other: there nobody else computes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import gc
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,13 +53,15 @@ class Measurement(Plugin):
 
 @torch.inference_mode()
 def measure(
-    models: Mapping[str, Model],
+    loading: Mapping[str, Callable[[], Model]],
     prompt_length: int,
     batch_size: int,
     decode_tokens: int,
     repeats: int,
     vocabulary_size: int,
     seed: int,
+    together: bool = True,
+    besides: Callable[[str, Model], Mapping[str, float]] | None = None,
 ) -> dict[str, float]:
     """Flat figures `<variant>/<figure>` of every model; ratios are to the one named "dense".
 
@@ -66,27 +69,58 @@ def measure(
     cache and computes the last position's logits; decode is greedy, `decode_tokens` steps through
     the cache, and its seconds are per step (one token for each sequence of the batch). Times are
     medians over `repeats` rounds in which each model takes its turn, the order alternating.
+
+    loading: what loads each model. together: whether all are held at once and take turns; else
+    each has all of its turns before the next one is loaded. besides: more figures of a variant
+    while its model is there.
     """
     generator = torch.Generator().manual_seed(seed)
     prompt_BL = torch.randint(vocabulary_size, (batch_size, prompt_length), generator=generator)
-    peaks = _peaks(models, prompt_BL)
-    times = _times(models, prompt_BL, decode_tokens, repeats)
     figures: dict[str, float] = {}
-    for name, model in models.items():
-        prefill, decode = times[name]
-        dense_prefill, dense_decode = times[REFERENCE]
-        figures |= {
-            f"{name}/parameters": parameters(model),
-            f"{name}/parameter_ratio": parameters(model) / parameters(models[REFERENCE]),
-            **counted(name, model, prompt_length),
-            f"{name}/peak_memory_bytes": peaks[name],
-            f"{name}/memory_ratio": peaks[name] / peaks[REFERENCE],
-            f"{name}/prefill_seconds": prefill,
-            f"{name}/prefill_speedup": dense_prefill / prefill,
-            f"{name}/decode_seconds_per_token": decode,
-            f"{name}/decode_speedup": dense_decode / decode,
-        }
-    return figures
+    for names in [list(loading)] if together else [[name] for name in loading]:
+        models = {name: loading[name]() for name in names}
+        peaks = _peaks(models, prompt_BL)
+        times = _times(models, prompt_BL, decode_tokens, repeats)
+        for name, model in models.items():
+            figures |= {
+                f"{name}/parameters": parameters(model),
+                **counted(name, model, prompt_length),
+                f"{name}/peak_memory_bytes": peaks[name],
+                f"{name}/prefill_seconds": times[name][0],
+                f"{name}/decode_seconds_per_token": times[name][1],
+                **(besides(name, model) if besides else {}),
+            }
+        del models, model  # before the next one is loaded
+        gc.collect()
+    return figures | _compared(figures, list(loading))
+
+
+def _compared(figures: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The figures of each variant against those of the reference."""
+    ratios = {
+        "parameter_ratio": "parameters", "memory_ratio": "peak_memory_bytes",
+    }  # fmt: skip
+    speedups = {
+        "prefill_speedup": "prefill_seconds", "decode_speedup": "decode_seconds_per_token",
+    }  # fmt: skip
+    dense = {
+        what: figures[f"{REFERENCE}/{what}"] for what in (*ratios.values(), *speedups.values())
+    }
+    found = {}
+    for name in names:
+        for ratio, what in ratios.items():
+            found[f"{name}/{ratio}"] = figures[f"{name}/{what}"] / dense[what]
+        for speedup, what in speedups.items():
+            found[f"{name}/{speedup}"] = dense[what] / figures[f"{name}/{what}"]
+    return found
+
+
+def fit_together(sizes: Sequence[int], device: str) -> bool:
+    """Whether models of so many bytes can be held at once: on a GPU in half of what is free there,
+    since they need room to compute; in the machine's memory always."""
+    if not device.startswith("cuda"):
+        return True
+    return sum(sizes) <= torch.cuda.mem_get_info(device)[0] / 2
 
 
 def counted(name: str, model: Model, length: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from moe_lab.measure.speed import (
     Measurement,
     bytes_on_disk,
     counted,
+    fit_together,
     measure,
     seconds_in_turns,
 )
@@ -79,19 +81,26 @@ def measure_variants(context: Context, asked: Measuring) -> Artifact:
 def _measured(asked: Measuring, device: str) -> dict[str, float]:
     variants, how = asked.variants, asked.how
     whole = {name: one for name, one in variants.items() if one.top_k is None}
-    models = {name: checkpoint.load(device) for name, checkpoint in whole.items()}
-    vocabulary = text_config(next(iter(models.values())).config).vocab_size
-    figures = measure(models, vocabulary_size=vocabulary, **asdict(how))
-    model_of = {checkpoint.path: models[name] for name, checkpoint in whole.items()}
-    for name in (name for name in variants if name not in whole):
-        with at_top_k(model := model_of[variants[name].path], variants[name].top_k):
-            figures |= counted(name, model, how.prompt_length)
-    dense_bytes = bytes_on_disk(variants[REFERENCE].path)
-    for name, checkpoint in whole.items():
-        figures[f"{name}/bytes"] = bytes_on_disk(checkpoint.path)
-        figures[f"{name}/bytes_ratio"] = figures[f"{name}/bytes"] / dense_bytes
+    sizes = {name: bytes_on_disk(one.path) for name, one in whole.items()}
+    vocabulary = text_config(variants[REFERENCE].config).vocab_size
+
+    def besides(name: str, model: Model) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for other, one in variants.items():
+            if other not in whole and one.path == whole[name].path:
+                with at_top_k(model, one.top_k):
+                    figures |= counted(other, model, how.prompt_length)
         if asked.decoding:
-            figures |= _decoded(name, models[name], asked.decoding, how, vocabulary)
+            figures |= _decoded(name, model, asked.decoding, how, vocabulary)
+        return figures
+
+    loading = {name: functools.partial(one.load, device) for name, one in whole.items()}
+    together = fit_together(list(sizes.values()), device)
+    figures = measure(
+        loading, vocabulary_size=vocabulary, together=together, besides=besides, **asdict(how)
+    )
+    for name, size in sizes.items():
+        figures |= {f"{name}/bytes": size, f"{name}/bytes_ratio": size / sizes[REFERENCE]}
     return figures
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from moe_lab.measure.speed import (
     _StorageCounter,
     active_parameters,
     bytes_on_disk,
+    fit_together,
     flops_per_token,
     measure,
     peak_memory_bytes,
@@ -81,17 +85,30 @@ def test_peak_memory_holds_the_cache() -> None:
     assert peak_memory_bytes(model, prompt()) > 4 * num_parameters(model) + cache
 
 
-def test_measure_gives_every_key() -> None:
-    models = {"dense": tiny(), "compressed": tiny(experts=4)}
+@pytest.mark.parametrize("together", [True, False])
+def test_measure_gives_every_key(together: bool) -> None:
+    """Also where one model at a time is held: then the one before is gone when the next comes."""
+    models = {"dense": EXPERTS, "compressed": 4}
+    held: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    def load(experts: int) -> Any:
+        alive.append(sum(one() is not None for one in held))
+        model = tiny(experts=experts)
+        held.append(weakref.ref(model))
+        return model
+
     figures = measure(
-        models,
+        {name: functools.partial(load, experts) for name, experts in models.items()},
         prompt_length=16,
         batch_size=2,
         decode_tokens=3,
         repeats=2,
         vocabulary_size=VOCABULARY,
         seed=0,
+        together=together,
     )
+    assert alive == ([0, 1] if together else [0, 0])
     names = {
         "parameters",
         "parameter_ratio",
@@ -116,6 +133,13 @@ def test_measure_gives_every_key() -> None:
     assert figures["compressed/peak_memory_bytes"] < figures["dense/peak_memory_bytes"]
     speedup = figures["dense/prefill_seconds"] / figures["compressed/prefill_seconds"]
     assert figures["compressed/prefill_speedup"] == pytest.approx(speedup)
+
+
+def test_models_share_a_gpu_where_half_of_it_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 400))
+    assert fit_together([20, 30], "cuda:0")
+    assert not fit_together([20, 31], "cuda")
+    assert fit_together([2000, 3100], "cpu")
 
 
 def test_bytes_on_disk_counts_weights_alone(tmp_path: Path) -> None:
