@@ -15,14 +15,19 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import json
+import logging
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
+from moe_lab.integrity import with_sum, without_sum, write_whole
 from moe_lab.lookup import names_in
 
+logger = logging.getLogger(__name__)
 OURS = __name__.partition(".")[0]
 # Modules of ours that stages and plug-ins import and that decide no result, and why.
 WITHOUT_RESULTS = {
@@ -56,7 +61,17 @@ def code_version(*objects: object) -> str:
     and, where it is a dataclass, what its fields hold. The modules' syntax trees are compared
     without docstrings and comments, so explaining code invalidates no result.
     """
-    return _digest("\n".join(version_of(name) for name in sorted(modules_of(*objects))))
+    digest = _digest("\n".join(version_of(name) for name in sorted(modules_of(*objects))))
+    if _memory.found:
+        _memory.note()
+    return digest
+
+
+def remember_in(store: Path) -> None:
+    """Have a store's folder, which need not be there, hold what is read of modules from now on."""
+    reader = repr((sys.version, Path(__file__).read_bytes()))
+    _memory.file = store / "code" / f"{_digest(reader)}.json"
+    _memory.known = _read_record(_memory.file)
 
 
 def modules_of(*objects: object) -> set[str]:
@@ -73,10 +88,14 @@ def modules_of(*objects: object) -> set[str]:
 
 def imported_by(name: str) -> tuple[str, ...]:
     """The modules of ours, or of a user's own, that a module imports, also inside functions."""
-    package = name if _own_file(name).name == "__init__.py" else name.rpartition(".")[0]
-    names = [*_imports(source_of(name), package), *_found_by_name(name)]
+    code = _read_code(source_of(name), _package_of(name))
+    return _modules_in((*code.imports, *_found_by_name(name)), name)
+
+
+@functools.cache
+def _modules_in(names: tuple[str, ...], by: str) -> tuple[str, ...]:
     modules = (_module_in(full) for full in names)
-    return tuple(module for module in modules if module and module != name)
+    return tuple(module for module in modules if module and module != by)
 
 
 def _found_by_name(name: str) -> list[str]:
@@ -86,7 +105,7 @@ def _found_by_name(name: str) -> list[str]:
 
 def version_of(name: str) -> str:
     """A module's name, and 12 hexadecimal digits over its code."""
-    return f"{name} {_digest(_without_words(source_of(name)))}"
+    return f"{name} {_read_code(source_of(name), _package_of(name)).version}"
 
 
 def source_of(name: str) -> str:
@@ -120,10 +139,65 @@ def _read(path: Path, module: ModuleType | None) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def _package_of(name: str) -> str:
+    return name if _own_file(name).name == "__init__.py" else name.rpartition(".")[0]
+
+
+class Code(NamedTuple):
+    """Of a module's text: every name that it imports, in full, and digits over its code.
+
+    Not what only type checkers import.
+    """
+
+    imports: tuple[str, ...]
+    version: str
+
+
+@dataclasses.dataclass
+class _Memory:
+    """What was read of modules, by the sha256 of their package and text; found: in this process.
+
+    file: where it is kept for other processes, which put the whole file in place.
+    """
+
+    file: Path | None = None
+    known: dict[str, Code] = dataclasses.field(default_factory=dict)
+    found: dict[str, Code] = dataclasses.field(default_factory=dict)
+
+    def note(self) -> None:
+        """Keep what this process found, where a file can be written, beside what is there."""
+        if self.file is None:
+            return
+        self.known = _read_record(self.file) | self.known | self.found
+        self.found = {}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.file, json.dumps(with_sum(self.known)))
+        except OSError as error:
+            logger.info("%s: what was read of our modules is not kept: %s", self.file, error)
+
+
+_memory = _Memory()
+
+
+def _read_record(file: Path) -> dict[str, Code]:
+    """What other processes read; nothing of a file that is not there or has changed since."""
+    try:
+        record = without_sum(json.loads(file.read_text(encoding="utf-8")))
+        return {key: Code(tuple(imports), told) for key, (imports, told) in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 @functools.cache  # keys are asked for layer by layer, and parsing takes long
-def _imports(source: str, package: str) -> tuple[str, ...]:
-    """Every name that a module imports, in full; not what only type checkers import."""
-    return tuple(dict.fromkeys(_imported(ast.parse(source), package)))
+def _read_code(source: str, package: str) -> Code:
+    key = hashlib.sha256(f"{package}\n{source}".encode()).hexdigest()
+    known = _memory.known.get(key)
+    if known is None:
+        tree = ast.parse(source)
+        imports = tuple(dict.fromkeys(_imported(tree, package)))
+        known = _memory.found[key] = Code(imports, _digest(_without_words(tree)))
+    return known
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:
@@ -140,10 +214,8 @@ def _imported(tree: ast.AST, package: str) -> Iterator[str]:
             yield from _imported(node, package)
 
 
-@functools.cache
-def _without_words(source: str) -> str:
+def _without_words(tree: ast.Module) -> str:
     """A module's code without docstrings, comments, and what an `Option` says of an option."""
-    tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:

@@ -181,3 +181,35 @@ def test_our_imports_are_all_seen() -> None:
         assert ours - {"moe_lab.models", "moe_lab.profile"} <= set(imported_by(name)) | {
             one for one in ours if Path(one.replace(".", "/"), "__init__.py").is_file()
         }
+
+
+def test_what_is_read_of_modules_is_kept_for_other_processes(
+    module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same versions, without parsing; parsed where the file is damaged or cannot be written."""
+    text = "import json\nfrom moe_lab.types import UserError\n\ndef f(x):\n    return x + 1\n"
+    one = module("kept_d", text)
+    parse, parsed = ast.parse, []
+    monkeypatch.setattr(
+        dependencies.ast, "parse", lambda text, *rest: parsed.append(1) or parse(text, *rest)
+    )
+
+    def asked(store: Path) -> tuple[str, set[str]]:
+        """As a new process asks."""
+        monkeypatch.setattr(dependencies, "_memory", dependencies._Memory())
+        dependencies._read_code.cache_clear()
+        dependencies.remember_in(store)
+        del parsed[:]
+        return code_version(one), modules_of(one)
+
+    first = asked(tmp_path / "store")
+    assert parsed and "moe_lab.types" in first[1]
+    assert asked(tmp_path / "store") == first and not parsed
+    (file,) = (tmp_path / "store" / "code").iterdir()
+    record = file.read_text()
+    for wrong in (record[:-9], record.replace("moe_lab.types", "moe_lab.finite"), "[]", ""):
+        file.write_text(wrong)
+        assert asked(tmp_path / "store") == first and parsed
+        assert file.read_text() == record
+    (tmp_path / "file").write_text("")
+    assert asked(tmp_path / "file") == first == asked(tmp_path / "file") and parsed

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_lab import processes, stopping
+from moe_lab import dependencies, processes, stopping
 from moe_lab.compute import Compute
 from moe_lab.data.kept_text import keep_in
 from moe_lab.evaluate.top_k import other_top_k
@@ -116,6 +116,7 @@ def prepare(
     check_writable(store.root, 0)
     remember_in(store.root)
     keep_in(store.root)
+    dependencies.remember_in(store.root)
     layers = dense.layers()
     dense = in_quick_dtype(dense, layers, compute)
     further = check_parts(config, parts, compute, dense, layers)
