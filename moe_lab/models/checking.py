@@ -43,7 +43,7 @@ def check_folder(folder: Path, ignored: Sequence[str] = ()) -> None:
             f"to it, and others not. {MERGE}; or remove adapter_config.json"
         )
     check_links(folder)
-    _check(folder, tuple(ignored), _stamp([folder / NAME, folder / INDEX, *weight_files(folder)]))
+    _check(folder, tuple(ignored), stamp_of(folder))
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,7 +108,9 @@ def check_tokens(folder: Path, tokenizer: Any, size: int) -> None:
     raise UserError(f"{told}. Is the tokenizer that of this model?")
 
 
-def _stamp(files: Sequence[Path]) -> Stamp:
+def stamp_of(folder: Path) -> Stamp:
+    """What tells a checkpoint's config and weights from those that were there before."""
+    files = [folder / NAME, folder / INDEX, *weight_files(folder)]
     stats = ((str(file), file.stat()) for file in files if file.exists())
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 

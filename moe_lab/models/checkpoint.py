@@ -20,7 +20,7 @@ import moe_lab.models.own_form  # noqa: F401  # by which `hook` builds what is l
 from moe_lab.files import PACKAGE
 from moe_lab.models.adapters.base import check_supported
 from moe_lab.models.building import LOCAL, blamed_on, built_config, built_model
-from moe_lab.models.checking import check_folder, check_routing, check_tokens
+from moe_lab.models.checking import Stamp, check_folder, check_routing, check_tokens, stamp_of
 from moe_lab.models.config_file import NAME, config_values
 from moe_lab.models.families.base import (
     check_original,
@@ -112,19 +112,7 @@ class Checkpoint:
 
         Their bytes are those that its weights take when saved again, with the headers of its files.
         """
-        model = built_model(self.path, self.config)
-        files = self.held_by(model)
-        _set_saved_dtypes(model, files)
-        layers = [layer.info for layer in moe_layers(model)]
-        if not layers:
-            raise UserError(
-                f"{self.path} is not a Mixture-of-Experts model that moe_lab can read: its family "
-                f"{self.config.model_type!r} has no experts modules of the common contract"
-            )
-        check_routing(self.path, layers)
-        beside = sum(map(header_bytes, weight_files(self.path)))
-        beside += sum(one.num_bytes for parts in files.others.values() for one in parts)
-        return [replace(info, model_bytes=info.model_bytes + beside) for info in layers]
+        return list(_layers_of(self, stamp_of(self.path)))
 
     def held_by(self, model: PreTrainedModel) -> Held:
         """What its files hold of a model of its config, without reading any tensor."""
@@ -272,6 +260,23 @@ def meta_model(config: Any) -> PreTrainedModel:
     """A model of this config without weights; UserError for families that cannot be compressed."""
     check_supported(config.model_type)
     return empty_model(config)
+
+
+@functools.lru_cache(maxsize=64)  # a folder that has not changed is not looked through again
+def _layers_of(checkpoint: Checkpoint, _: Stamp) -> tuple[LayerInfo, ...]:
+    model = built_model(checkpoint.path, checkpoint.config)
+    files = checkpoint.held_by(model)
+    _set_saved_dtypes(model, files)
+    layers = [layer.info for layer in moe_layers(model)]
+    if not layers:
+        raise UserError(
+            f"{checkpoint.path} is not a Mixture-of-Experts model that moe_lab can read: its "
+            f"family {checkpoint.config.model_type!r} has no experts modules of the common contract"
+        )
+    check_routing(checkpoint.path, layers)
+    beside = sum(map(header_bytes, weight_files(checkpoint.path)))
+    beside += sum(one.num_bytes for parts in files.others.values() for one in parts)
+    return tuple(replace(info, model_bytes=info.model_bytes + beside) for info in layers)
 
 
 def _set_saved_dtypes(model: PreTrainedModel, files: Held) -> None:

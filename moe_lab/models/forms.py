@@ -5,6 +5,8 @@ Found on models without weights, so that it is known before any work.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,9 +81,29 @@ def form_of(
     padding, convert: see `save`. Raises UserError for blocks that cannot be dropped from this
     family.
     """
-    model = meta_model(config)
+    asked = (_Read(config.to_json_string(use_diff=False), config), tuple(edits), padding, convert)
+    try:
+        hash(asked)
+    except TypeError:  # of one's own edits, whose fields may be anything
+        return _form_of.__wrapped__(*asked)
+    return _form_of(*asked)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A config, which is another's equal where both say the same."""
+
+    text: str
+    config: Any = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)  # jobs of a sweep ask for the same again and again
+def _form_of(
+    read: _Read, edits: tuple[Edit, ...], padding: float | None, convert: str | None
+) -> Form:
+    model = meta_model(read.config)
     restructure_model(model, edits)
-    return choose_form(model, padding_limit(config, padding), convert=convert)
+    return choose_form(model, padding_limit(read.config, padding), convert=convert)
 
 
 def padding_limit(config: Any, padding: float | None) -> float:

@@ -6,6 +6,7 @@ does so family by family: of some it demands the tensor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_lab.models.checking import Stamp, stamp_of
 from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.forms import Form
 from moe_lab.models.layers import moe_layers
@@ -37,14 +39,22 @@ def sized_with_head(
     checkpoint: Checkpoint, layers: Sequence[LayerInfo], how: str
 ) -> list[LayerInfo]:
     """The layers with the bytes of a model that is written with the head that `how` gives it."""
-    model = meta_model(checkpoint.config)
-    if not _untied(model, how):
+    if not _wanted(checkpoint.config, how):
         return list(layers)
+    size = _bytes_of_head(checkpoint, stamp_of(checkpoint.path))
+    return [replace(one, model_bytes=one.model_bytes + size) for one in layers]
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes_of_head(checkpoint: Checkpoint, _: Stamp) -> int:
+    """Of a head that is its embedding, as a tensor of its own; 0 of one that is another."""
+    model = meta_model(checkpoint.config)
+    if not _shares(model):
+        return 0
     embedding = model.get_input_embeddings().get_parameter("weight")
     name = next(name for name, one in model.named_parameters() if one is embedding)
     stored = checkpoint.held_by(model).dtype(name) or embedding.dtype
-    size = embedding.numel() * stored.itemsize
-    return [replace(one, model_bytes=one.model_bytes + size) for one in layers]
+    return embedding.numel() * stored.itemsize
 
 
 @torch.no_grad()
@@ -91,8 +101,11 @@ def repeated_head(model: PreTrainedModel) -> int:
 
 def _untied(model: PreTrainedModel, how: str) -> bool:
     """Whether a model's head is to become a tensor of its own, as far as its family says that."""
-    wanted = how == "untied" or (how == "auto" and model.config.model_type in NEED_A_HEAD)
-    return wanted and _shares(model)
+    return _wanted(model.config, how) and _shares(model)
+
+
+def _wanted(config: Any, how: str) -> bool:
+    return how == "untied" or (how == "auto" and config.model_type in NEED_A_HEAD)
 
 
 def _shares(model: PreTrainedModel) -> bool:
