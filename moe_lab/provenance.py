@@ -27,13 +27,16 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, read from their metadata."""
-    by_name = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            by_name[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            by_name[name] = "not installed"
-    return by_name
+    return {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
+
+
+@functools.cache
+def version(package: str) -> str:
+    """The version of an installed package, as it was when that was first asked."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def processor() -> str:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from moe_lab import processes
 from moe_lab.dependencies import code_version
 from moe_lab.files import PLOTS
 from moe_lab.integrity import sha256_of
+from moe_lab.provenance import version
 from moe_lab.report.frame import REQUEST
 from moe_lab.report.plots import run, sweep
 from moe_lab.report.report import Report
