@@ -25,12 +25,13 @@ try:
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
-    from moe_lab.runs import option_help, options, refusals, sweep, worker
+    from moe_lab.runs import composing, option_help, options, refusals, sweep, worker
 except stopping.Stopped as stop:
     sys.exit(stopping.exit_code(stop))
 
 ONLY_TOLD = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}  # no job runs
 exit_codes: list[int] = []
+composing.share_schemas()
 OmegaConf.register_new_resolver("chosen_options", option_help.chosen_options, replace=True)
 
 

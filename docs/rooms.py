@@ -116,7 +116,7 @@ LIBRARIES = {
     "rich.markup": (),
     "datasets": ("data.hub", "evaluate.tasks.harness"),
     "gguf": ("export.gguf_converter", "serving.in_llama_cpp"),
-    "hydra": ("run.py", "runs.sweep", "runs.quoting"),
+    "hydra": ("run.py", "runs.sweep", "runs.composing", "runs.quoting"),
     "huggingface_hub": (
         "models.checkpoint",
         "models.headers",

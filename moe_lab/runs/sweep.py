@@ -31,6 +31,7 @@ from moe_lab import processes, stopping
 from moe_lab.files import CHECKOUT, HYDRA, PAGE, REPORT, SWEEP
 from moe_lab.option import word_of
 from moe_lab.runs import worker
+from moe_lab.runs.composing import compose_once
 from moe_lab.runs.options import EARLY, check_early, check_whole
 from moe_lab.runs.refusals import USER_MISTAKE, refusal
 from moe_lab.types import UserError
@@ -79,6 +80,8 @@ class Sweep(Callback):
                 )
             _check_place_of_dry_run(config, config.hydra.sweep.dir, SWEEP)
             self.folder = _made(config.hydra.sweep.dir)
+        if not self.elsewhere:
+            compose_once(GlobalHydra.instance().config_loader())
         if not processes.is_main():
             return
         Sweep.started, self.num_jobs = self, len(of_jobs or ())
