@@ -1,7 +1,7 @@
 """A run's result: one flat JSON object, and the tables made from it.
 
 The keys are the contract: `<variant>/<figure>` for dense, compressed, finetuned and quantized, and
-`seconds/<stage>`, `cached/<stage>` for the stages.
+`seconds/<stage>`, `cached/<stage>` for the stages, and `seconds/<part>` for what is around them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from moe_lab.report.figures import finite
 from moe_lab.types import UserError
 
 OK = "ok"  # the status of a job that went well
+PARTS = ("start", "text", "pictures", "total")  # of a job's time, which are no stages
 Report = dict[str, str | int | float | bool | None]
 
 

@@ -52,7 +52,10 @@ def summary_line(report: Mapping[str, Any]) -> str:
 
 
 def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The stages as text: a head, then what each took and whether it was found finished."""
+    """The stages, and what is around them, as text: what each took, and if it was found finished.
+
+    The first row is a head.
+    """
     stages = [key.removeprefix("seconds/") for key in report if key.startswith("seconds/")]
     body = [
         [

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,16 @@ def _run(job: Description, tracker: Tracker, work: Callable[[dict[str, Any]], No
             lock.remove()
 
 
+_ended: list[float] = []  # when jobs of this process did, in seconds since the epoch
+
+
+def _begun() -> float:
+    """When a job's time began: with its process, or when the job before it ended there."""
+    import psutil
+
+    return _ended[-1] if _ended else psutil.Process().create_time()
+
+
 def _report_before(folder: Path) -> Report:
     """The report of a job that was here before; one that cannot be read is none."""
     if not (folder / REPORT).is_file():
@@ -129,7 +139,7 @@ def _tracked(
     work: Callable[[dict[str, Any]], None],
     report: dict[str, Any],
 ) -> int:
-    started = time.perf_counter()
+    started = _begun()
     for copied in (CURVE, USAGE):  # of what was asked for here before: it would be taken for ours
         (job.folder / copied).unlink(missing_ok=True)
     write_report(job.folder, report)
@@ -139,6 +149,7 @@ def _tracked(
     tracker.start(job.folder, config, job.sweep, job.name, tags_of(job), identity=report["run_id"])
     report |= {"url": tracker.url} if tracker.url else {}
     code = 1
+    report["seconds/start"] = round(time.time() - started, 3)
     try:
         processes.broadcast(True)
         code = _guarded(work, report)
@@ -150,13 +161,16 @@ def _tracked(
         # Also after a signal, and not left by a further one: what is known so far is not lost.
         with stopping.hold():
             report["status"] = OK if code == 0 else "failed"
-            report["seconds/total"] = round(time.perf_counter() - started, 3)
             report |= planned_layers(job.folder) if code == 0 else {}
+            write_report(job.folder, report)
+            drawn = _drawn(job, report)
+            report["seconds/total"] = round(time.time() - started, 3)
             write_report(job.folder, report)
             if code == 0:
                 _write_cards(job, report)
-            _track(job, tracker, report)
+            _track(job, tracker, report, drawn)
             tracker.finish(code)
+            _ended.append(time.time())
     _show(job, report)
     stopping.check()  # of one that came behind the work: a sweep's next job is not begun
     return code
@@ -216,10 +230,10 @@ def _no_room(error: OSError) -> str | None:
     return None
 
 
-def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:
-    """Log all of a job that was not logged while it ran; pictures are drawn before."""
-    # Of a run that was stopped none: its time may be up soon, and it goes on.
-    drawn = [] if stopping.asked() else _drawn(job, report)
+def _track(
+    job: Description, tracker: Tracker, report: dict[str, Any], drawn: Sequence[Path]
+) -> None:
+    """Log all of a job that was not logged while it ran; drawn: its pictures."""
     curve = job.folder / CURVE
     for line in curve.read_text().splitlines() if curve.is_file() else ():
         tracker.log_curve(json.loads(line))
@@ -232,7 +246,13 @@ def _track(job: Description, tracker: Tracker, report: dict[str, Any]) -> None:
 
 
 def _drawn(job: Description, report: dict[str, Any]) -> list[Path]:
-    """The run's pictures; a failure to draw is told and costs nothing else."""
+    """The run's pictures, noting what they took; a failure to draw is told and costs nothing else.
+
+    Of a run that was stopped none: its time may be up soon, and it goes on.
+    """
+    if stopping.asked():
+        return []
+    started = time.perf_counter()
     try:
         if report["status"] == OK:
             return run_pictures(job.folder, report, job.store)
@@ -240,6 +260,8 @@ def _drawn(job: Description, report: dict[str, Any]) -> list[Path]:
     except Exception:  # a picture is no result
         logger.exception("the pictures of %s were not drawn", job.folder)
         return []
+    finally:
+        report["seconds/pictures"] = round(time.perf_counter() - started, 3)
 
 
 def _write_cards(job: Description, report: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import yaml
 
 from moe_lab.files import DRY_RUN, HYDRA, LOCK, LOG, REPORT, SWEEP
 from moe_lab.locks import held
-from moe_lab.report.report import OK, Report, job_order, read_report
+from moe_lab.report.report import OK, PARTS, Report, job_order, read_report
 from moe_lab.types import UserError
 
 FAILED, KILLED, RUNNING, NOT_STARTED = "failed", "killed", "running", "missing"
@@ -68,7 +68,8 @@ class Job:
     def stages(self) -> list[str]:
         """The stages that it finished, in their order."""
         keys = [key for key in self._told if key.startswith("seconds/")]
-        return [key.removeprefix("seconds/") for key in keys if key != "seconds/total"]
+        names = (key.removeprefix("seconds/") for key in keys)
+        return [name for name in names if name not in PARTS]
 
     @property
     def artifacts(self) -> dict[str, str]:

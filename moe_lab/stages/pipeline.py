@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,11 @@ def prepare(
     folder: Path,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Run:
-    """Refuse whatever can be refused before anything expensive, and read the text."""
+    """Refuse whatever can be refused before anything expensive, and read the text.
+
+    What that takes is told as seconds/text, and all else as part of seconds/start.
+    """
+    started = time.perf_counter()
     compute, asked = parts.compute.start(), config["model"]
     ignored = asked.get("ignore_tensors") or ()
     dense = checkpoint.resolve(asked["path"], asked["revision"], asked["dtype"], ignored)
@@ -121,7 +126,11 @@ def prepare(
     dense = in_quick_dtype(dense, layers, compute)
     further = check_parts(config, parts, compute, dense, layers)
     size = text_config(dense.config).vocab_size
-    texts = tokenize(parts, dense.tokenizer(), num_positions(dense.config), size)
+    tokenizer, reading = dense.tokenizer(), time.perf_counter()
+    texts = tokenize(parts, tokenizer, num_positions(dense.config), size)
+    seconds = time.perf_counter() - reading
+    figures.setdefault("seconds/start", 0.0)  # a job's time before it came here
+    figures["seconds/text"] = round(seconds, 3)
     figures["hardware"] = compute.hardware()
     figures["dtype"] = dtype_name(computing_dtype(dense))
     check_steps(parts.finetune, texts)
@@ -134,6 +143,8 @@ def prepare(
     run.add_variant("dense", dense)
     if teaching := teach.teaching_of(run):
         teach.check_teacher(store, teaching)
+    before = time.perf_counter() - started - seconds
+    figures["seconds/start"] = round(figures["seconds/start"] + before, 3)
     return run
 
 

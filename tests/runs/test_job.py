@@ -78,6 +78,10 @@ def test_stages_are_told_as_they_end(
     assert seen["status"] == "running" and "seconds/plan" not in seen
     assert (outcome.store / seen["artifact/profile"] / "artifact.json").is_file()
     assert outcome.report["artifact/plan"].startswith("plan/")
+    took = [key.partition("/")[2] for key in outcome.report if key.startswith("seconds/")]
+    assert took[:3] == ["start", "text", "profile"] and took[-2:] == ["pictures", "total"]
+    parts = [outcome.report[f"seconds/{name}"] for name in ("start", "text", "pictures")]
+    assert min(parts) > 0 and sum(parts) < outcome.report["seconds/total"]
 
 
 def test_a_failure_of_ours_is_reported_with_its_traceback(
