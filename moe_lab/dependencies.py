@@ -67,7 +67,7 @@ def code_version(*objects: object) -> str:
     return digest
 
 
-def remember_in(store: Path) -> None:
+def remember_modules_in(store: Path) -> None:
     """Have a store's folder, which need not be there, hold what is read of modules from now on."""
     reader = repr((sys.version, Path(__file__).read_bytes()))
     _memory.file = store / "code" / f"{_digest(reader)}.json"

@@ -198,7 +198,7 @@ def test_what_is_read_of_modules_is_kept_for_other_processes(
         """As a new process asks."""
         monkeypatch.setattr(dependencies, "_memory", dependencies._Memory())
         dependencies._read_code.cache_clear()
-        dependencies.remember_in(store)
+        dependencies.remember_modules_in(store)
         del parsed[:]
         return code_version(one), modules_of(one)
 

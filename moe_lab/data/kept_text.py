@@ -29,7 +29,7 @@ def keep_in(store: Path) -> None:
     _memory = store / "text"
 
 
-def kept(
+def kept_by_source(
     what: str, source: Callable[[str, str], str]
 ) -> Callable[[Callable[[str, str], Texts]], Callable[[str, str], Texts]]:
     """Decorates what gives the texts of a domain and a split: at most once for each process.

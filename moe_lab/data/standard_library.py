@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from moe_lab.data.kept_text import kept
+from moe_lab.data.kept_text import kept_by_source
 
 DOMAINS = ("prose", "code", "arithmetic", "recall")
 SPLITS = ("train", "validation", "test")
@@ -168,12 +168,12 @@ def _module_files(domain: str) -> list[tuple[str, int, int, int]]:
     return [(file, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for file, told in stats]
 
 
-@kept("documents", _source)
+@kept_by_source("documents", _source)
 def _cached_documents(domain: str, split: str) -> tuple[str, ...]:
     return _made_documents(domain, split)
 
 
-@kept("passages", _source)
+@kept_by_source("passages", _source)
 def _cached_passages(domain: str, split: str) -> tuple[str, ...]:
     all_passages: list[str] = []
     for document in _made_documents(domain, split):

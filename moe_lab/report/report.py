@@ -17,7 +17,7 @@ from moe_lab.report.figures import finite
 from moe_lab.types import UserError
 
 OK = "ok"  # the status of a job that went well
-PARTS = ("start", "text", "pictures", "total")  # of a job's time, which are no stages
+AROUND_STAGES = ("start", "text", "pictures", "total")  # of a job's time, which are no stages
 Report = dict[str, str | int | float | bool | None]
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from moe_lab.files import DRY_RUN, HYDRA, LOCK, LOG, REPORT, SWEEP
 from moe_lab.locks import held
-from moe_lab.report.report import OK, PARTS, Report, job_order, read_report
+from moe_lab.report.report import AROUND_STAGES, OK, Report, job_order, read_report
 from moe_lab.types import UserError
 
 FAILED, KILLED, RUNNING, NOT_STARTED = "failed", "killed", "running", "missing"
@@ -69,7 +69,7 @@ class Job:
         """The stages that it finished, in their order."""
         keys = [key for key in self._told if key.startswith("seconds/")]
         names = (key.removeprefix("seconds/") for key in keys)
-        return [name for name in names if name not in PARTS]
+        return [name for name in names if name not in AROUND_STAGES]
 
     @property
     def artifacts(self) -> dict[str, str]:

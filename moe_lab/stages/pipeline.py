@@ -121,7 +121,7 @@ def prepare(
     check_writable(store.root, 0)
     remember_in(store.root)
     keep_in(store.root)
-    dependencies.remember_in(store.root)
+    dependencies.remember_modules_in(store.root)
     layers = dense.layers()
     dense = in_quick_dtype(dense, layers, compute)
     further = check_parts(config, parts, compute, dense, layers)

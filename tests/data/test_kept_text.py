@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.data import kept_text, standard_library
-from moe_lab.data.kept_text import keep_in, kept
+from moe_lab.data.kept_text import keep_in, kept_by_source
 
 
 class Maker:
@@ -21,7 +21,7 @@ class Maker:
     def texts(self) -> tuple[str, ...]:
         """As a new process gets them."""
 
-        @kept("passages", lambda domain, split: f"{domain}{self.version}")
+        @kept_by_source("passages", lambda domain, split: f"{domain}{self.version}")
         def make(domain: str, split: str) -> tuple[str, ...]:
             self.made += 1
             return (f"{domain} of {split}", f"a\n{self.version}", "")
@@ -101,7 +101,7 @@ def test_embedded_text_comes_back_as_it_was_generated(
     keep_in(tmp_path)
     for name in ("_cached_documents", "_cached_passages"):
         generated = getattr(standard_library, name).__wrapped__
-        asked = kept(name, standard_library._source)
+        asked = kept_by_source(name, standard_library._source)
         for domain in ("prose", "arithmetic"):
             texts = generated(domain, "validation")
             assert asked(generated)(domain, "validation") == texts

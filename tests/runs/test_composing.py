@@ -13,6 +13,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from running import ROOT
 
@@ -24,6 +25,7 @@ JOBS = (["metric=reap", "ratio.ratio=0.5", "method=prune"], ["method=merge", "se
 @pytest.fixture
 def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Hydra's loader, by which files are read as it reads them."""
+    Plugins.instance()  # which registers its own reading of files
     monkeypatch.setitem(SourcesRegistry.instance().types, "file", FileConfigSource)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()

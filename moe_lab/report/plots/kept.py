@@ -28,7 +28,7 @@ from moe_lab.report.report import Report
 from moe_lab.store import DONE, Store
 
 DRAWN_WITH = ("matplotlib", "numpy", "pandas", "pillow", "fonttools")
-SETTINGS = "matplotlibrc"
+MATPLOTLIBRC = "matplotlibrc"
 
 
 def run_pictures(folder: Path, report: Report, root: Path) -> list[Path]:
@@ -38,17 +38,17 @@ def run_pictures(folder: Path, report: Report, root: Path) -> list[Path]:
         return []
     told = run.told_of(report)
     seen = {"told": told, "files": {file.name: sha256_of(file) for file in shown}}
-    drawn = functools.partial(run.draw, folder, told)
+    drawn = functools.partial(run.draw_run_into, folder, told)
     return _kept(folder, root, [report.get(REQUEST)], seen, drawn)
 
 
 def sweep_pictures(folder: Path, frame: pd.DataFrame, root: Path) -> list[Path]:
     """The PNGs of `draw_sweep` in a sweep's folder, likewise."""
-    shown = sweep.shown(frame)
+    shown = sweep.shown_jobs(frame)
     rows = [list(shown), list(shown.index), shown.to_numpy().tolist()]
     curves = {name: sha256_of(file) for name, file in sweep.curve_files(folder, shown).items()}
     asked = list(shown[REQUEST]) if REQUEST in shown else []
-    drawn = functools.partial(sweep.draw, folder, shown)
+    drawn = functools.partial(sweep.draw_sweep_into, folder, shown)
     return _kept(folder, root, asked, {"rows": rows, "curves": curves}, drawn)
 
 
@@ -93,8 +93,8 @@ def _settings() -> Iterator[str]:
     """What matplotlib may read of a user's wishes, from each of the places where it looks."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "matplotlib"
     own = Path(os.environ.get("MPLCONFIGDIR") or home)
-    asked = Path(os.environ.get("MATPLOTLIBRC") or SETTINGS)
-    for file in (Path(SETTINGS), asked, asked / SETTINGS, own / SETTINGS):
+    asked = Path(os.environ.get("MATPLOTLIBRC") or MATPLOTLIBRC)
+    for file in (Path(MATPLOTLIBRC), asked, asked / MATPLOTLIBRC, own / MATPLOTLIBRC):
         if file.is_file():
             yield file.read_text(encoding="utf-8", errors="replace")
 

@@ -16,7 +16,11 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.report.plots import curve, plan, style
 from moe_lab.report.report import read_report
 
-TOLD = ("metric", "condense/layers", "condense/experts")  # of a report: names in the pictures
+TOLD_IN_PICTURES = (
+    "metric",
+    "condense/layers",
+    "condense/experts",
+)  # of a report: names in the pictures
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -26,12 +30,12 @@ def draw_run(folder: Path) -> list[Path]:
     curve.jsonl: curves. report.json names the metric and the ways to choose.
     """
     report = read_report(folder) if (folder / REPORT).is_file() else {}
-    return draw(folder, told_of(report), folder / PLOTS)
+    return draw_run_into(folder, told_of(report), folder / PLOTS)
 
 
 def told_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """What pictures take from a run's report."""
-    return {key: report[key] for key in TOLD if key in report}
+    return {key: report[key] for key in TOLD_IN_PICTURES if key in report}
 
 
 def shown_files(folder: Path) -> list[Path]:
@@ -39,7 +43,7 @@ def shown_files(folder: Path) -> list[Path]:
     return [folder / name for name in (USAGE, PLAN, CURVE) if (folder / name).is_file()]
 
 
-def draw(folder: Path, told: Mapping[str, Any], home: Path) -> list[Path]:
+def draw_run_into(folder: Path, told: Mapping[str, Any], home: Path) -> list[Path]:
     """Draw the `shown_files` of a run's folder into the folder `home`; told: as of `told_of`."""
     written: list[Path | None] = []
     sizes: dict[int, int] = {}

@@ -51,10 +51,10 @@ def draw_sweep(folder: Path, frame: pd.DataFrame) -> list[Path]:
     pareto_<cost>: the quality left against each cost; by_<setting>: quality along each swept
     number; curves: fine-tuning.
     """
-    return draw(folder, shown(frame), folder / PLOTS)
+    return draw_sweep_into(folder, shown_jobs(frame), folder / PLOTS)
 
 
-def shown(frame: pd.DataFrame) -> pd.DataFrame:
+def shown_jobs(frame: pd.DataFrame) -> pd.DataFrame:
     """What pictures show of reports: jobs that went well, without places, times and origin."""
     frame = frame[frame[STATUS] == OK] if STATUS in frame else frame[:0]
     return frame[[key for key in keys_of(frame) if not NOT_SHOWN.match(key)]]
@@ -66,8 +66,8 @@ def curve_files(folder: Path, frame: pd.DataFrame) -> dict[str, Path]:
     return {name: file for name, file in files.items() if file.is_file()}
 
 
-def draw(folder: Path, frame: pd.DataFrame, home: Path) -> list[Path]:
-    """Draw the jobs of `shown` into the folder `home`; folder: theirs."""
+def draw_sweep_into(folder: Path, frame: pd.DataFrame, home: Path) -> list[Path]:
+    """Draw the jobs of `shown_jobs` into the folder `home`; folder: theirs."""
     quality = _quality(frame)
     written = []
     if quality:

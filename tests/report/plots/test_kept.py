@@ -36,7 +36,7 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
         return [home / "scores.png"]
 
     counted.__module__ = run.__name__  # whose code the pictures depend on
-    monkeypatch.setattr(run, "draw", counted)
+    monkeypatch.setattr(run, "draw_run_into", counted)
 
     def take(folder: Path) -> dict[str, bytes]:
         pngs = run_pictures(folder, read_report(folder), tmp_path / "store")
@@ -144,6 +144,6 @@ def test_pictures_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {file.name for file in fresh} <= first.keys()
     assert all(file.read_bytes() == first[file.name] for file in fresh)
     frame = read_reports(tmp_path / "one")
-    assert not {"sweep", "seconds/total"} & set(sweep.shown(frame)) and "ratio" in sweep.shown(
+    assert not {"sweep", "seconds/total"} & set(sweep.shown_jobs(frame)) and "ratio" in sweep.shown(
         frame
     )
