@@ -29,7 +29,7 @@ class ExpertsUsed:
 
     def __init__(self, layer: MoELayer):
         self.index, self._experts = layer.info.index, layer.experts
-        self.tokens, self.pairs = 0, 0
+        self.tokens, self.pairs = 0, torch.zeros((), dtype=torch.int64)
         self.count_E = torch.zeros(num_real_experts(layer), dtype=torch.int64)
 
     def add(self, index_TK: Tensor) -> None:
@@ -41,15 +41,16 @@ class ExpertsUsed:
         place_TK = place_TK.clamp(max=number)
         used_TE = torch.zeros(len(place_TK), number + 1, dtype=torch.bool, device=place_TK.device)
         used_TE.scatter_(1, place_TK, True)
-        self.count_E += used_TE[:, :number].sum(dim=0).cpu()
-        self.pairs += int((place_TK < number).sum())
+        # Where the choices lie, until they are gathered: a GPU is not waited for.
+        self.count_E = self.count_E.to(place_TK.device) + used_TE[:, :number].sum(dim=0)
+        self.pairs = self.pairs.to(place_TK.device) + (place_TK < number).sum()
         self.tokens += len(place_TK)
 
     def gathered(self) -> ExpertsUsed:
         """With what all processes saw, in place."""
-        parts = processes.gather((self.tokens, self.pairs, self.count_E.tolist()))
+        parts = processes.gather((self.tokens, self.pairs.tolist(), self.count_E.tolist()))
         tokens, pairs, counts = zip(*parts, strict=True)
-        self.tokens, self.pairs = sum(tokens), sum(pairs)
+        self.tokens, self.pairs = sum(tokens), torch.tensor(pairs).sum()
         self.count_E = torch.tensor(counts).sum(dim=0)
         return self
 
@@ -72,7 +73,7 @@ def used_figures(model: Model, layers: Sequence[ExpertsUsed]) -> dict[str, float
     if not layers or not layers[0].tokens:
         return {}
     used = {one.index: float(one.count_E.sum()) / one.tokens for one in layers}
-    computed = {one.index: one.pairs / one.tokens for one in layers}
+    computed = {one.index: int(one.pairs) / one.tokens for one in layers}
     figures = {
         "routing/active_parameters": float(active_parameters(model, used)),
         "routing/expert_flops": expert_flops(model, computed),
@@ -91,7 +92,7 @@ def used_by_layer(layers: Sequence[ExpertsUsed]) -> dict[str, list[float]]:
     """
     if not layers or not layers[0].tokens:
         return {}
-    told = {"experts_per_token": [one.pairs / one.tokens for one in layers]}
+    told = {"experts_per_token": [int(one.pairs) / one.tokens for one in layers]}
     for batch in BATCHES:
         if layers[0].tokens >= batch:
             told[f"distinct_experts_{batch}"] = [one.distinct(batch) for one in layers]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_lab import processes
 from moe_lab.evaluate.experts_used import ExpertsUsed, used_by_layer, used_figures
@@ -17,7 +18,7 @@ from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.observing import observe_routers
-from moe_lab.models.predictions import divergence_terms, log_probabilities, next_token_logits
+from moe_lab.models.predictions import divergence_and_loss
 from moe_lab.models.remapped import RemappedExperts, stand_in_rows
 from moe_lab.models.routers import at_top_k, scoring
 from moe_lab.profile.collect import added
@@ -69,25 +70,28 @@ def compare_held_out(
     mine = processes.share(range(len(batches)))
     for number in progress(mine, "evaluate: held-out text"):
         batch = batches[number]
-        valid = batch["attention_mask"][:, 1:].bool()
-        target = batch["input_ids"][:, 1:][valid]
+        valid = batch["attention_mask"].bool()
+        predicts = F.pad(valid[:, 1:], (0, 1))  # where the next token is data
+        positions = predicts.flatten().nonzero()[:, 0]
         with observe_routers(model, routing.add, whole=True) as observation:
-            observation.valid = batch["attention_mask"].bool()
-            q = log_probabilities(next_token_logits(model, batch, valid))
+            observation.valid = valid
+            q = model(**batch, use_cache=False).logits
         p = q
         if dense is not model or dense_top_k:
             with at_top_k(dense, dense_top_k):
-                p = log_probabilities(next_token_logits(dense, batch, valid))
-        divergence += divergence_terms(p, q).sum(dtype=torch.float64).item()
-        loss -= q.gather(1, target[:, None]).sum(dtype=torch.float64).item()
+                p = dense(**batch, use_cache=False).logits
+        terms, losses = divergence_and_loss(p, q, batch["input_ids"], positions)
+        del p, q  # before the next batch's
+        more = torch.stack([terms.sum(), losses.sum()]).tolist()
+        divergence, loss = divergence + more[0], loss + more[1]
         if not math.isfinite(divergence + loss):
-            row = first_rows[number] + _first_row(valid, p, q)
+            row = first_rows[number] + _first_row(positions // valid.shape[1], terms)
             place = row if documents is None else documents[row]
             raise NotFinite(
                 f"the predictions for document {place} of the held-out text are not finite: loss "
                 f"{number_word(loss)}, divergence from dense {number_word(divergence)}"
             )
-        count += len(target)
+        count += len(positions)
     parts = processes.gather((divergence, loss, count))
     divergence, loss, count = (sum(values) for values in zip(*parts, strict=True))
     told = routing.told()
@@ -136,11 +140,10 @@ def perplexity(loss: float) -> float:
         ) from error
 
 
-def _first_row(valid_BL: Tensor, p_NV: Tensor, q_NV: Tensor) -> int:
-    """The first sequence of a batch whose predictions [N, V], of its valid positions, are none."""
-    bad_N = divergence_terms(p_NV, q_NV).sum(dim=-1).isfinite().logical_not()
-    row_N = valid_BL.nonzero()[:, 0]
-    return int(row_N[bad_N.to(row_N.device)].min()) if bool(bad_N.any()) else 0
+def _first_row(row_N: Tensor, divergence_N: Tensor) -> int:
+    """The first sequence of a batch whose predictions, in the rows [N], are none."""
+    bad_N = divergence_N.isfinite().logical_not()
+    return int(row_N[bad_N].min()) if bool(bad_N.any()) else 0
 
 
 def _routing_figures(routers: Sequence[LayerStatistics]) -> dict[str, float]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+VALUES_AT_ONCE = 2**22  # of positions times the vocabulary: five copies in float32 are 80 MiB
+
 
 def exact(values: Tensor) -> Tensor:
     """Logits or states in float32 or better, in which distributions and errors are computed."""
@@ -34,3 +36,23 @@ def log_probabilities(logits_NV: Tensor) -> Tensor:
 def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (log p - log q) for each class [N, V]: their sum over classes is KL(p || q), in nats."""
     return log_p.exp() * (log_p - log_q)
+
+
+def divergence_and_loss(
+    p_logits_BLV: Tensor, q_logits_BLV: Tensor, ids_BL: Tensor, row_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and -log q(next token) at the positions `row_N` of a flattened batch, [N] float64.
+
+    A few positions at a time: beside the logits it takes some `VALUES_AT_ONCE` in float32,
+    however many positions and tokens there are.
+    """
+    target_BL = ids_BL.roll(-1, dims=1)  # no document's last token is asked for
+    divergence, loss = ([ids_BL.new_zeros(0, dtype=torch.float64)] for _ in range(2))
+    for row in row_N.split(max(1, VALUES_AT_ONCE // q_logits_BLV.shape[-1])):
+        log_q = log_probabilities(q_logits_BLV.flatten(0, 1)[row])
+        same = p_logits_BLV is q_logits_BLV
+        log_p = log_q if same else log_probabilities(p_logits_BLV.flatten(0, 1)[row])
+        target = target_BL.flatten()[row][:, None]
+        loss.append(-log_q.gather(1, target)[:, 0].double())
+        divergence.append(divergence_terms(log_p, log_q).sum(dim=-1, dtype=torch.float64))
+    return torch.cat(divergence), torch.cat(loss)
