@@ -10,7 +10,7 @@ AUDIT := .venv-audit
 PIP_AUDIT := pip-audit==2.10.1
 BENCHES := $(sort $(wildcard experiments/bench/*.py))
 
-.PHONY: help run test faults bench families serving lint format audit
+.PHONY: help run test faults bench gpu families serving lint format audit
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
 	@echo "make faults [FUZZ=60]                       kills, races, rot, full disks; fuzzers for an hour"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
+	@echo "make gpu                                    tests and speeds on a GPU, in under eight minutes"
 	@echo "make families                               check every MoE model type that transformers has"
 	@echo "make serving                                serve what is written by vLLM, llama.cpp, transformers"
 	@echo "     [ARGS='--engines vllm --only mixtral']  some of it, without writing the matrix"
@@ -47,6 +48,11 @@ bench: $(STAMP)
 		$(VENV)/bin/python $$bench || failed=1; \
 	done; \
 	exit $$failed
+
+# What needs a GPU: its tests, and experiments/speed/<card>.md anew. Without one it shows that the
+# script works, in a few minutes, at a fifth of the widths.
+gpu: $(STAMP)
+	$(VENV)/bin/python experiments/speed/gpu.py $(ARGS)
 
 # Of every type, by tiny random models, and the table of docs/families.md anew: about ten minutes.
 families: $(STAMP)

@@ -42,6 +42,7 @@ OF_NO_MODULE = {
     "test_launchers.py": "the launchers of docs/sweeps.md, in whole sweeps",
     "test_extending.py": "code from outside the package",
     "test_golden.py": "the figures of whole runs",
+    "test_gpu.py": "what a GPU computes",
     "test_options_page.py": "docs/options.md and the help",
     "test_models_page.py": "docs/models.md",
     "test_not_finite.py": "NaN and infinities, in whole jobs",
