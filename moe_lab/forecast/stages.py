@@ -86,7 +86,7 @@ def need_of_profile(work: Work, costs: Costs) -> Need:
     if asked.layerwise:
         held = min(states, asked.cache_bytes)
         workspace = held + sums + costs.bytes_of("profile_layerwise", parts)
-        memory, mapped = streamed(dense, workspace, 2)
+        memory, mapped = streamed(dense, workspace, 1 + asked.ahead)
         spilled = max(0.0, states - asked.cache_bytes)
     else:
         memory, mapped = loaded(dense, sums + costs.bytes_of("profile", parts), costs)

@@ -87,13 +87,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class ProfilingWork:
-    """A profile; layerwise: one decoder layer in memory at a time."""
+    """A profile; layerwise: one decoder layer in memory at a time; ahead: and the next one."""
 
     text: Text
     layerwise: bool
     cache_bytes: int
     only_routers: bool = False
     neurons: bool = False
+    ahead: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +100,7 @@ class LayerwiseModel:
             match = numbered.match(name)  # a tower for images may have numbered layers, too
             part = int(match[1]) if match else None
             self._stored.setdefault(part, []).extend((name, one) for one in stored)
+        self._experts = _plain_experts(self.model, self.dtype)
         self._fill(None)
         self.model.tie_weights()
         self._make_buffers()
@@ -106,6 +108,7 @@ class LayerwiseModel:
         self._kept = 0
         self._ahead: tuple[int, Future[None]] | None = None
         self._told = False
+        self.fills_ahead = not device.startswith("cpu")
         names = [n for n, p in self.model.named_parameters() if p.is_meta]
         if missing := [name for name in names if not numbered.match(name)]:
             raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}")
@@ -116,10 +119,11 @@ class LayerwiseModel:
     ) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights; UserError where the checkpoint lacks some.
 
-        then: the layer that is asked for next. It is read while this one is used, where memory has
-        room for both; what goes wrong with it is raised when it is asked for. without: names of
-        tensors of the model that are not read. Modules that are taken out of it while it is open
-        lose their weights when it closes, whoever holds them.
+        then: the layer that is asked for next. It is read while this one is used: onto a GPU where
+        memory has room for both, and what goes wrong with it is raised when it is asked for; for
+        the CPU into the system's page cache alone, which takes none of the process's memory.
+        without: names of tensors of the model that are not read. Modules that are taken out of it
+        while it is open lose their weights when it closes, whoever holds them.
         """
         decoder = self.layers[index]
         if index in self._filled:
@@ -159,6 +163,9 @@ class LayerwiseModel:
     def _read_ahead(self, index: int | None) -> None:
         if index is None or index in self._filled:
             return
+        if not self.fills_ahead:
+            _read_pages(stored for _, stored in self._stored.get(index, []))
+            return
         needed, free = int(AHEAD * bytes_of(self.layers[index])), free_memory(self.device)
         if needed > free:
             self._tell_no_room(needed, free)
@@ -186,7 +193,27 @@ class LayerwiseModel:
             files = {file for one in wanted for file in one.files()}
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
             slices = {one.key: one.slice_of(opened) for one in wanted}
+            widened = self._as_stored(part)
             _load_into(self.model, slices | self._instead_of(slices), self.dtype, self.device)
+        for name, dtype in widened.items():  # one at a time
+            _set_dtype(self.model, name, dtype)
+
+    def _as_stored(self, part: int | None) -> dict[str, torch.dtype]:
+        """Have the experts of a layer, still empty, read in the dtype of the files if it is narrow.
+
+        Gives the dtypes that they have to get then. Joining experts only moves their numbers, so
+        that these are the same; but until they are joined they are pages of the file, and never
+        does memory hold them one by one in a wide dtype, too.
+        """
+        there = dict(self.model.named_parameters()) if self._experts else {}
+        wide: dict[str, torch.dtype] = {}
+        for name, stored in self._stored.get(part, []):
+            if name in self._experts and name in there and stored.dtype and not stored.parts:
+                narrow, wanted = stored.dtype, there[name].dtype
+                if narrow != wanted and torch.promote_types(narrow, wanted) == wanted:
+                    wide.setdefault(name, wanted)
+                    _set_dtype(self.model, name, narrow)
+        return wide
 
     def _instead_of(self, slices: Mapping[str, Any]) -> dict[str, Tensor]:
         return {key: tensor for key, tensor in self._instead.items() if key in slices}
@@ -242,6 +269,35 @@ class OverlaidModel:
     def _put(self, part: int | None) -> None:
         for name in self._of.get(part, []):
             self.model.get_parameter(name).data = self._tensors[name]
+
+
+def _read_pages(stored: Iterable[Stored]) -> None:
+    """Ask the system to have tensors in its page cache soon, where it has a call for that."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    by_file: dict[Path, list[Stored]] = {}
+    for one in (part for whole in stored for part in (dict(whole.parts).values() or (whole,))):
+        by_file.setdefault(one.file, []).append(one)
+    for file, some in by_file.items():
+        with suppress(OSError), file.open("rb") as handle:
+            for one in some:
+                advice = os.POSIX_FADV_WILLNEED
+                os.posix_fadvise(handle.fileno(), one.offset, one.num_bytes, advice)
+
+
+def _set_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Have a parameter in another dtype; a new one, since it may be of inference mode."""
+    owner, _, key = name.rpartition(".")
+    tensor = _tensor(model, name).detach().to(dtype)
+    model.get_submodule(owner)._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _plain_experts(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of the routed experts' parameters, where they are loaded in one dtype, as they are."""
+    if quantised_as(model.config) or model._get_dtype_plan(dtype):
+        return set()
+    experts = {id(p) for layer in moe_layers(model) for p in layer.experts.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -43,7 +43,7 @@ class ProfileRequest:
     """What of a profile decides its needs.
 
     batches: samples and tokens of each (of all groups, of one process); groups: how many;
-    neurons: sums of hidden units, too; ahead: the next layer is read meanwhile. cache: bytes of
+    neurons: sums of hidden units, too; ahead: the next layer is filled meanwhile. cache: bytes of
     hidden states in memory; journal: whether there is one.
     """
 

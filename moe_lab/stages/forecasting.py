@@ -77,7 +77,7 @@ def prospect_of(
     text = Text(tuple(lengths["calibration"]), compute.batch_size, compute.batch_tokens)
     layerwise = compute.profiles_layerwise(dense.bytes, states_of(dense, text), memory)
     cache = int(compute.cache_gib * 2**30)
-    routers = compute.profile == "routers"
+    routers, ahead = compute.profile == "routers", compute.device.startswith("cuda")
     told = list(assumed)
     if parts.eval and (others := others_of(parts.eval.tasks)):
         told.append(_assumed_of(parts.eval, len(others)))
@@ -86,7 +86,7 @@ def prospect_of(
     work = Work(
         dense=dense,
         edited=behind.weights,
-        profiling=ProfilingWork(text, layerwise, cache, routers, method.of_neurons),
+        profiling=ProfilingWork(text, layerwise, cache, routers, method.of_neurons, ahead),
         search=search_of(method, layers),
         converts=isinstance(checkpoint, Original),
         diagnosed=_diagnosed(parts, text),

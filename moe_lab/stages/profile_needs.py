@@ -45,6 +45,7 @@ def request_of(
         batches=[(rows, length) for _, rows, length in batches],
         groups=len({group for group, _, _ in batches}),
         neurons=neurons,
+        ahead=compute.device.startswith("cuda"),
         cache=int(compute.cache_gib * 2**30) + compute.device_cache(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from moe_lab.models.edits.plan import Plan, apply_plan
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.layerwise import LayerwiseModel, OverlaidModel, routers_only
 from moe_lab.models.saving import save_checkpoint
+from moe_lab.models.stored import stored_in
 from moe_lab.types import UserError
 
 
@@ -130,6 +132,7 @@ def test_a_layer_that_is_read_ahead_is_the_same(
 ) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     plain, ahead = (LayerwiseModel(Checkpoint(tmp_path)) for _ in range(2))
+    ahead.fills_ahead = True  # as onto a GPU
     filled: list[tuple[int | None, bool]] = []
     fill = LayerwiseModel._fill
 
@@ -149,9 +152,40 @@ def test_a_layer_that_is_read_ahead_is_the_same(
     assert sorted(part for part, is_main in filled if not is_main) == [1, 2, 3]
 
 
+def test_for_the_cpu_only_the_pages_of_the_next_layer_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("qwen2_moe").save_pretrained(tmp_path)
+    model, asked = LayerwiseModel(Checkpoint(tmp_path)), list[tuple[int, int]]()
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, start, size, how: asked.append((start, size))
+    )
+    with model.layer(0, then=1):
+        assert is_empty(model.layers[1])
+    stored = [one for one in stored_in(tmp_path / "model.safetensors") if ".layers.1." in one.key]
+    assert sorted(asked) == sorted((one.offset, one.num_bytes) for one in stored)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_experts_in_a_wider_dtype_are_those_that_were_widened_one_by_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path)
+    found = LayerwiseModel(Checkpoint(tmp_path, "float32"))
+    monkeypatch.setattr("moe_lab.models.layerwise._plain_experts", lambda *_: set())
+    expected = LayerwiseModel(Checkpoint(tmp_path, "float32"))
+    for _ in range(2):  # also where it was filled before
+        with torch.inference_mode(), found.layer(1) as one, expected.layer(1) as other:
+            values = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+            for (name, a), (same, b) in values:
+                assert (name, a.dtype) == (same, b.dtype) and torch.equal(a, b)
+            assert not any(p.requires_grad for p in one.parameters())
+
+
 def test_another_layer_than_was_read_ahead(tmp_path: Path) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     model = LayerwiseModel(Checkpoint(tmp_path))
+    model.fills_ahead = True
     with model.layer(0, then=1):
         pass
     with model.layer(2):
@@ -164,6 +198,7 @@ def test_nothing_is_read_ahead_where_memory_is_short(
 ) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     model = LayerwiseModel(Checkpoint(tmp_path))
+    model.fills_ahead = True
     size = sum(p.nbytes for p in model.layers[1].parameters())
     for free, is_ahead in ((int(2.5 * size) - 1, False), (int(2.5 * size), True)):
         monkeypatch.setattr("moe_lab.models.layerwise.free_memory", lambda device, free=free: free)
@@ -187,6 +222,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(
     del tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = LayerwiseModel(Checkpoint(tmp_path))
+    model.fills_ahead = True
     with model.layer(1, then=2):
         pass
     with pytest.raises(UserError, match="lacks tensors of layer 2"), model.layer(2):
@@ -203,6 +239,7 @@ def test_what_only_went_wrong_ahead_is_read_again(
 ) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     model, fill = LayerwiseModel(Checkpoint(tmp_path)), LayerwiseModel._fill
+    model.fills_ahead = True
 
     def fails_ahead(self: LayerwiseModel, *arguments: object) -> None:
         if threading.current_thread() is not threading.main_thread():
