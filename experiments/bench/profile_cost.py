@@ -5,7 +5,7 @@ rounds. The plain forward uses transformers' default experts implementation and,
 computes only the last position's logits, so that nothing which both share flatters the ratio.
 Beside the shipped models: random ones of 8 to 256 experts, as wide as published ones are beside
 their hidden size, with 128 to 2048 tokens in a batch. What is read off the weights, once a pass, is
-part of the cost, over half of the tokens that the default run collects from.
+part of the cost, over as many tokens as the default run collects from.
 
     python experiments/bench/profile_cost.py                       all of it
     python experiments/bench/profile_cost.py --experts 256 --tokens 512 --hidden 256
@@ -128,7 +128,7 @@ def main() -> int:
         for hidden in given.hidden:
             model = random_model(experts, hidden)
             for tokens in given.tokens:
-                batches = batches_for(model, 4096 // tokens, tokens)
+                batches = batches_for(model, 8192 // tokens, tokens)
                 name = f"{experts} experts, hidden {hidden}, batches of {tokens} tokens"
                 # A pass of routers ends before the last of two layers' experts: it says nothing.
                 kinds = tuple(kind for kind in LIMITS if kind != "routers")

@@ -29,11 +29,17 @@ from moe_lab.models.skipping import none_skipped
 from moe_lab.types import UserError
 
 SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
-    # Over the first dimension, since over a short last one it takes several times as long.
-    "softmax": lambda logits: logits.T.contiguous().softmax(dim=0).T,
+    "softmax": lambda logits: _softmax(logits),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
+
+
+def _softmax(logits_TE: Tensor) -> Tensor:
+    """Over a short last dimension it takes several times as long as over the first one."""
+    if logits_TE.shape[-1] < 128:
+        return logits_TE.T.contiguous().softmax(dim=0).T
+    return logits_TE.softmax(dim=-1)
 
 
 @torch.no_grad()
