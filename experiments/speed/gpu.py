@@ -59,7 +59,7 @@ from moe_lab.models.layers import moe_layers, num_parameters
 from moe_lab.models.stream import LayerStream
 from moe_lab.profile.collect import collect_statistics
 from moe_lab.profile.profile import Profile
-from moe_lab.provenance import commit, processor, versions
+from moe_lab.provenance import commit, versions
 from moe_lab.types import LayerInfo
 
 FOLDER = Path(__file__).resolve().parent
@@ -540,7 +540,7 @@ def main() -> int:
     machine = Compute(device).hardware()
     batch, length = setting.prompt
     lines = [
-        f"# {card}", "", f"{date.today()}, {machine}; {processor()}; commit {commit()}; "
+        f"# {card}", "", f"{date.today()}, {machine}; commit {commit()}; "
         + ", ".join(f"{name} {version}" for name, version in versions().items())
         + f". Random weights in {str(setting.dtype).removeprefix('torch.')}, {batch} sequences of "
         f"{length} tokens"
