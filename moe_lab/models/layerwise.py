@@ -206,13 +206,20 @@ class LayerwiseModel:
         does memory hold them one by one in a wide dtype, too.
         """
         there = dict(self.model.named_parameters()) if self._experts else {}
+        parts: dict[str, list[Stored]] = {}
+        for name, one in self._stored.get(part, []):
+            if name in self._experts and name in there:
+                parts.setdefault(name, []).append(one)
         wide: dict[str, torch.dtype] = {}
-        for name, stored in self._stored.get(part, []):
-            if name in self._experts and name in there and stored.dtype and not stored.parts:
-                narrow, wanted = stored.dtype, there[name].dtype
-                if narrow != wanted and torch.promote_types(narrow, wanted) == wanted:
-                    wide.setdefault(name, wanted)
-                    _set_dtype(self.model, name, narrow)
+        for name, some in parts.items():
+            # What is unpacked when it is read, or taken instead, is wider than it says.
+            as_it_says = not any(one.parts or one.key in self._instead for one in some)
+            narrow, wanted = some[0].dtype, there[name].dtype
+            if not as_it_says or narrow is None or {one.dtype for one in some} != {narrow}:
+                continue
+            if narrow != wanted and torch.promote_types(narrow, wanted) == wanted:
+                wide[name] = wanted
+                _set_dtype(self.model, name, narrow)
         return wide
 
     def _instead_of(self, slices: Mapping[str, Any]) -> dict[str, Tensor]:

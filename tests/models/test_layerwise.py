@@ -182,6 +182,16 @@ def test_experts_in_a_wider_dtype_are_those_that_were_widened_one_by_one(
             assert not any(p.requires_grad for p in one.parameters())
 
 
+def test_what_is_taken_instead_of_narrow_experts_is_not_rounded(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe").to(torch.bfloat16).save_pretrained(tmp_path)
+    key = "model.layers.1.mlp.experts.0.down_proj.weight"
+    (stored,) = (one for one in stored_in(tmp_path / "model.safetensors") if one.key == key)
+    instead = torch.full(stored.shape, 1 / 3)
+    model = LayerwiseModel(Checkpoint(tmp_path, "float32"), instead={key: instead})
+    with model.layer(1):
+        assert torch.equal(moe_layers(model.model)[0].experts.down_proj[0], instead)
+
+
 def test_another_layer_than_was_read_ahead(tmp_path: Path) -> None:
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     model = LayerwiseModel(Checkpoint(tmp_path))
