@@ -172,7 +172,7 @@ def need_of_compress(work: Work, edited: Weights, costs: Costs) -> Need:
         "compress",
         memory=costs.bytes_of("compress", parts),
         read=dense.file_bytes + edited.file_bytes,  # what was written is read back
-        kept=edited.file_bytes,
+        kept=edited.file_bytes - edited.shared,
         seconds=costs.seconds_of("compress", {"bytes": moved}),
         on_device=False,
     )

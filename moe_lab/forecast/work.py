@@ -51,13 +51,15 @@ class Weights:
 
     converted: whether it is computed in another dtype than the files', so that each tensor is
     copied as it is read. Else tensors that are in the model what they are in a file stay there: the
-    process has them mapped, and the system may take their memory and read them again.
+    process has them mapped, and the system may take their memory and read them again. shared: bytes
+    of the files that are links to others, and take no room.
     """
 
     shape: ModelShape
     itemsize: int
     file_bytes: int
     converted: bool = True
+    shared: int = 0
 
     @property
     def bytes(self) -> int:

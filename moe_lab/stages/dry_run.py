@@ -85,7 +85,7 @@ def dry_run(config: Mapping[str, Any], parts: Parts) -> DryRun:
         remember_in(root)
         machine = _machine(compute, store)
         there = replace(compute, device="cuda" if machine.card else compute.device)
-        run = prospect_of(dense, layers, parts, there, machine.memory, lengths, assumed)
+        run = prospect_of(dense, layers, parts, there, machine.memory, lengths, assumed, root)
         cached = _cached(config, parts, compute, dense, texts, further, store)
     found = tuple(
         replace(need, cached=cached.get(need.stage)) for need in needs(run.work, measured_costs())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,7 @@ from moe_lab.models.layers import layer_index, moe_layers
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packing import packed_bytes
 from moe_lab.models.rounding import Scheme
+from moe_lab.models.weight_files import weight_files
 from moe_lab.stages.foreseen import Foreseen, dense_weights, edited_model, foreseen, search_of
 from moe_lab.stages.parts import Parts
 from moe_lab.stages.texts import all_sources
@@ -69,8 +71,12 @@ def prospect_of(
     memory: float,
     lengths: Lengths,
     assumed: Sequence[str] = (),
+    store: Path | None = None,
 ) -> Prospect:
-    """Everything that a forecast starts from; memory: bytes of the device that compute names."""
+    """Everything that a forecast starts from; memory: bytes of the device that compute names.
+
+    store: where results go, which files of the checkpoint can be linked into, if it is known.
+    """
     dense = dense_weights(checkpoint, layers)
     behind = foreseen(checkpoint, parts.method, layers, dense)
     method = parts.method
@@ -85,7 +91,7 @@ def prospect_of(
         told.append("how much goes of each layer is known with the plan: sizes are about right")
     work = Work(
         dense=dense,
-        edited=behind.weights,
+        edited=_linked(behind, checkpoint, store),
         profiling=ProfilingWork(text, layerwise, cache, routers, method.of_neurons, ahead),
         search=search_of(method, layers),
         converts=isinstance(checkpoint, Original),
@@ -97,6 +103,16 @@ def prospect_of(
         tracing=_tracing(parts, lengths),
     )
     return Prospect(checkpoint, layers, behind, work, tuple(told))
+
+
+def _linked(behind: Foreseen, checkpoint: Checkpoint, store: Path | None) -> Weights | None:
+    """What is written of an edited model: files that stay are linked, where one disk has both."""
+    if behind.weights is None or store is None:
+        return behind.weights
+    there = next(one for one in (store, *store.resolve().parents) if one.exists())
+    source = weight_files(checkpoint.path)[0].resolve()
+    one_disk = there.stat().st_dev == source.stat().st_dev
+    return replace(behind.weights, shared=behind.shared if one_disk else 0)
 
 
 def lengths_of(texts: Mapping[str, Tokens]) -> dict[str, Sequence[int]]:

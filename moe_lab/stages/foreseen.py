@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from moe_lab.forecast.shape import ModelShape, shape_of
@@ -17,6 +18,8 @@ from moe_lab.methods.ratios.budget import Budget
 from moe_lab.methods.skip import Skip
 from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
 from moe_lab.models.edits.base import Edit
+from moe_lab.models.edits.drop_block import DropBlock
+from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.merge import MergeExperts
 from moe_lab.models.edits.plan import restructure_model
 from moe_lab.models.edits.prune import PruneExperts
@@ -24,7 +27,7 @@ from moe_lab.models.forms import Form, form_of
 from moe_lab.models.layers import decoders_path
 from moe_lab.models.layerwise import computing_dtype
 from moe_lab.models.opening import stored_dtype
-from moe_lab.models.weight_files import size_in_bytes
+from moe_lab.models.weight_files import size_in_bytes, weight_files
 from moe_lab.types import LayerInfo
 
 SEARCHING = ("sensitivity", "evolutionary")  # ratios that try what their numbers cost
@@ -35,13 +38,15 @@ class Foreseen:
     """What a plan leaves; None: it changes nothing.
 
     exact: whether the size is that of the plan, and not the most that it may be. edits: of the
-    plan's kind and numbers, of example experts and layers.
+    plan's kind and numbers, of example experts and layers. shared: bytes of the source's files that
+    are surely the result's, too, and take no room where they can be linked.
     """
 
     weights: Weights | None
     form: Form | None
     exact: bool
     edits: tuple[Edit, ...] = ()
+    shared: int = 0
 
 
 def dense_weights(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -> Weights:
@@ -68,7 +73,56 @@ def foreseen(
     exact = exact and method.foresees_form(layers)
     shape = _shape_behind(checkpoint.config, edits, form, decoders_path(layers[0].name))
     size = round(shape.parameters * stored)
-    return Foreseen(replace(dense, shape=shape, file_bytes=size), form, exact, edits)
+    shared = _shared(checkpoint, _changed(method, edits, layers), edits, form, layers)
+    return Foreseen(replace(dense, shape=shape, file_bytes=size), form, exact, edits, shared)
+
+
+def _changed(
+    method: Method, edits: Sequence[Edit], layers: Sequence[LayerInfo]
+) -> list[int | None]:
+    """The layers that change, by index; None for each that is known only with the plan."""
+    named = getattr(method, "layers", None)
+    if isinstance(named, Sequence) and not isinstance(named, str):
+        return list(named)
+    experts = {info.index: info.num_experts for info in layers}
+    changed = {
+        edit.index
+        for edit in edits
+        if not isinstance(edit, KeepLayer) and len(getattr(edit, "kept", ())) < experts[edit.index]
+    }
+    return list(changed) if len(changed) == len(layers) else [None] * len(changed)
+
+
+def _shared(
+    checkpoint: Checkpoint,
+    changed: Sequence[int | None],
+    edits: Sequence[Edit],
+    form: Form,
+    layers: Sequence[LayerInfo],
+) -> int:
+    """Bytes of the source's files in which nothing changes, at least.
+
+    changed: layers; for each that is not known yet the one is taken whose files are the most.
+    """
+    files = weight_files(checkpoint.path)
+    other = form.config.model_type != checkpoint.config.model_type
+    if len(files) < 2 or other or any(isinstance(edit, DropBlock) for edit in edits):
+        return 0
+    held = checkpoint.held_by(meta_model(checkpoint.config))
+    of_layer: dict[int, set[Path]] = {}
+    for info in layers:  # attention and norms beside the block stay
+        inside = (some for name, some in held.by_name.items() if name.startswith(f"{info.name}."))
+        of_layer[info.index] = {file for some in inside for one in some for file in one.files()}
+    sizes = {file: file.stat().st_size for file in files}
+    for parts in held.others.values():
+        for file in {file for one in parts for file in one.files()}:
+            sizes.pop(file, None)
+    for index in changed:
+        if index is None:
+            index = max(of_layer, key=lambda at: sum(sizes.get(file, 0) for file in of_layer[at]))
+        for file in of_layer.pop(index):
+            sizes.pop(file, None)
+    return sum(sizes.values())
 
 
 def edited_model(config: Any, edits: Sequence[Edit]) -> Model:

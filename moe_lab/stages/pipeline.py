@@ -191,7 +191,9 @@ def check_disk(run: Run, dense: Checkpoint, layers: Sequence[LayerInfo]) -> None
     if 4 * largest + trained <= shutil.disk_usage(root).free:
         return
     compute, lengths = run.context.compute, forecasting.lengths_of(run.texts)
-    asked = forecasting.prospect_of(dense, layers, run.parts, compute, compute.memory(), lengths)
+    asked = forecasting.prospect_of(
+        dense, layers, run.parts, compute, compute.memory(), lengths, store=root
+    )
     expected = list(needs(asked.work, measured_costs()))
     if told := disk_shortage(expected, shutil.disk_usage(root).free):
         known = cached_results(run, dense)

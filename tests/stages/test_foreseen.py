@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import tiny_model
 from running import Job
 
 from moe_lab.forecast.work import Search
@@ -16,6 +18,48 @@ from moe_lab.methods.skip import Skip
 from moe_lab.models.checkpoint import resolve
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.stages.foreseen import dense_weights, foreseen, search_of
+
+LM = (
+    "calibration@finetune.phases.lm.data=files",
+    "finetune.phases.lm.data.files=${calibration.files}", "finetune.phases.lm.validation=null",
+    "finetune.phases.lm.data.num_samples=4", "+finetune.phases.lm.num_steps=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=prune", "metric=frequency", "ratio.ratio=0.5", "finetune=experts", *LM),
+        ("method=condense", "condense.layers=[2,3]", "condense.experts=[0,3]"),
+        ("method=drop_layers", "method.layers=[2]"),
+    ],
+    ids=lambda one: one[0],
+)  # fmt: skip
+def test_what_is_written_on_disk_is_foreseen(
+    overrides: tuple[str, ...],
+    job: Job,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files of the source that are linked take no room."""
+    monkeypatch.setattr("moe_lab.models.shard_writer._clone", lambda *_: False)
+    dense = tmp_path / "dense"
+    model = tiny_model("qwen2_moe", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(dense, max_shard_size="100KB")
+    tokenizer.save_pretrained(dense)
+    foretold = job("dry_run=true", f"model.path={dense}", *overrides)
+    assert foretold.code == 0, foretold.text
+    told = foretold_of(foretold.text)
+    done = job(f"model.path={dense}", *overrides)
+    assert done.code == 0, done.text
+    written, expected = {}, {}
+    for stage in {"compress", "finetune"} & set(done.stages()):
+        files = [file.stat() for file in (done.store / stage).rglob("*.safetensors")]
+        written[stage] = sum(one.st_size for one in files if one.st_nlink == 1)
+        expected[stage] = told[f"{stage}/disk_gib"] * 2**30
+    assert "compress" in written
+    assert expected == pytest.approx(written, rel=0.05)
 
 
 @pytest.mark.parametrize(
