@@ -45,6 +45,7 @@ OF_NO_MODULE = {
     "test_gpu.py": "what a GPU computes",
     "test_options_page.py": "docs/options.md and the help",
     "test_models_page.py": "docs/models.md",
+    "stages/test_lifetimes.py": "what outlives a stage, in whole jobs",
     "test_not_finite.py": "NaN and infinities, in whole jobs",
     "test_mutations.py": "the list of mutations/",
     "test_real_models.py": "the models of conf/model/ that are on the hub",
