@@ -13,7 +13,7 @@ from moe_lab.types import UserError
 SHARDINGS = ("none", "fsdp")
 PROFILES = ("all", "routers")
 HALVES = {"bfloat16": "bf16", "float16": "fp16"}  # and how names of instructions call them
-LARGE = 2**28  # bytes of weights that a CPU reads a layer at a time at no further cost
+LAYERWISE_BYTES = 2**28  # bytes of weights that a CPU reads a layer at a time at no further cost
 CARD_NAMES = ("cpu", "a100", "b200", "h100", "h200", "l4", "l40s", "mi300x", "rtx4090")
 
 
@@ -120,7 +120,7 @@ class Compute(Plugin):
         """
         if self.layerwise != "auto" or self.device.startswith("cuda"):
             return self.goes_layerwise(weights, memory)
-        return weights > max(LARGE, states) or self.goes_layerwise(weights, memory)
+        return weights > max(LAYERWISE_BYTES, states) or self.goes_layerwise(weights, memory)
 
     def has_units_for(self, dtype: str) -> bool:
         """Whether the device multiplies numbers of a dtype itself, not by way of wider ones.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.compute import LARGE, Compute
+from moe_lab.compute import LAYERWISE_BYTES, Compute
 from moe_lab.types import UserError
 
 
@@ -21,11 +21,13 @@ def test_auto_goes_layerwise_where_the_model_is_large() -> None:
 
 def test_a_profile_on_the_cpu_goes_layerwise_where_that_saves_memory() -> None:
     compute = Compute("cpu")
-    assert compute.profiles_layerwise(LARGE + 1, LARGE)
-    assert not compute.profiles_layerwise(LARGE, 0), "small ones are read faster at once"
-    assert not compute.profiles_layerwise(2 * LARGE, 2 * LARGE), "its text would take as much"
+    assert compute.profiles_layerwise(LAYERWISE_BYTES + 1, LAYERWISE_BYTES)
+    assert not compute.profiles_layerwise(LAYERWISE_BYTES, 0), "small ones are read faster at once"
+    assert not compute.profiles_layerwise(2 * LAYERWISE_BYTES, 2 * LAYERWISE_BYTES), (
+        "its text would take as much"
+    )
     assert compute.profiles_layerwise(2**60, 2**60), "nothing else fits"
-    assert not Compute("cuda").profiles_layerwise(2 * LARGE, 0, memory=2**40)
+    assert not Compute("cuda").profiles_layerwise(2 * LAYERWISE_BYTES, 0, memory=2**40)
     assert not Compute("cpu", layerwise=False).profiles_layerwise(2**60, 0)
     assert Compute("cpu", layerwise=True).profiles_layerwise(1, 2)
 
