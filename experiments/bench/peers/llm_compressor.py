@@ -1,0 +1,98 @@
+"""The job of `job.py` by llm-compressor's REAPPruningModifier, in an environment of its own.
+
+    python experiments/bench/peers/llm_compressor.py [folder] [--rounds 3]
+
+makes the environment (.venv-llm-compressor beside this file, of llm_compressor.txt), and lets the
+two take turns over one checkpoint and one text. llm-compressor goes by its sequential pipeline, a
+sample at a time as it does by default. It computes only the experts that a token is sent to, as it
+advises for REAP (moe_calibrate_all_experts), and each layer once; by default it computes each again
+behind its pruning, so that deeper layers are scored on what pruned ones give (propagate_error).
+That is told beside, of one run. Prints PASS or FAIL beside each limit, and whether the same experts
+stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import job
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT, PINS = HERE / ".venv-llm-compressor", HERE / "llm_compressor.txt"
+CPU_LIMIT, MEMORY_LIMIT = 0.40, 1.0
+
+
+def interpreter() -> Path:
+    """The Python of the peer's environment, which is made where it is not there yet."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "complete").is_file():
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "-r", str(PINS)]
+        subprocess.run(install, check=True)
+        (ENVIRONMENT / "complete").touch()
+    return python
+
+
+def prune(dense: Path, text: Path, out: Path, again: bool = False) -> None:
+    """Of a process in that environment: the job, and experts.json with those kept.
+
+    again: each layer is computed once more behind its pruning.
+    """
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
+    from llmcompressor.utils import load_context
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    # Loading looks into every module of transformers that is known, and behind these names it would
+    # import all image processors, which want a torchvision that torch's build for CPUs has not.
+    for name in [one for one in sys.modules if one.startswith("transformers.models.")]:
+        if name.endswith("_fast"):
+            del sys.modules[name]
+    samples = [torch.tensor(ids) for ids in job.tokens_of(text, dense)]
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
+    with load_context():
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    reap = REAPPruningModifier(sparsity=job.SHARE, report_path=f"{out}/experts.json")
+    oneshot(
+        model=model, recipe=reap,
+        dataset=DataLoader(rows, batch_size=1), num_calibration_samples=len(rows),
+        pipeline="sequential", moe_calibrate_all_experts=False, propagate_error=again,
+    )  # fmt: skip
+    model.save_pretrained(out / "checkpoint")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(out / "checkpoint")
+
+
+def main() -> int:
+    """Take turns, and compare; 1 where a limit is passed."""
+    folder, rounds = job.asked(__doc__)
+    dense = job.checkpoint_in(folder)
+    text, out = job.text_in(folder), folder / "llm_compressor"
+    command = [str(interpreter()), __file__, "--of", *map(str, (dense, text, out))]
+    ours, theirs = [], []
+    for _ in range(rounds):
+        cost, kept = job.prune(dense, folder / "ours")
+        ours.append(cost)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        theirs.append(job.watched(command))
+    report = json.loads((out / "experts.json").read_text())
+    by_default = job.watched([*command, "again"])
+    print(f"with each layer computed again behind its pruning {by_default.seconds:.0f} s and "
+          f"{by_default.peak / job.MIB:.0f} MiB, one run")  # fmt: skip
+    other = {int(name.split(".")[2]): sorted(experts) for name, experts in report.items()}
+    return job.compared("llm-compressor 0.14.0", ours, theirs, kept, other, CPU_LIMIT, MEMORY_LIMIT)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--of"]:
+        prune(*map(Path, sys.argv[2:5]), again=sys.argv[5:] == ["again"])
+        sys.exit(0)
+    sys.exit(main())
