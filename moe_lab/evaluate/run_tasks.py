@@ -12,48 +12,43 @@ from typing import Any
 
 from moe_lab import processes
 from moe_lab.data.tokens import Tokenizer
+from moe_lab.evaluate.built_tasks import built_tasks
+from moe_lab.evaluate.continuations import BATCH_TOKENS
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
-from moe_lab.evaluate.tasks.tiny.tasks import configs, write_items
 from moe_lab.finite import check_number
 from moe_lab.models.checkpoint import Model
 from moe_lab.types import NotFinite
 
 
 def run_tasks(
-    model: Model, tokenizer: Tokenizer, suite: Suite, folder: Path, batch_size: int
+    model: Model,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    folder: Path,
+    batch_size: int,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, float]:
     """lm-eval's metrics as <task>/<metric>, and the mean accuracy as average.
 
     The same in each of several processes, which share the requests (`WatchedLM`). UserError where
     the model's routers do not obey the suite's decoding.
     """
-    others = others_of(suite.tasks)
-    embedded = [name for name in suite.tasks if name not in others]
-    local = not others or suite.mirror is not None
+    local = not others_of(suite.tasks) or suite.mirror is not None
     results: dict[str, dict[str, Any]] = {}
     offline = harness.offline() if local else contextlib.nullcontext()
     with suite.how.opened(model) as decoder, offline, _quiet():
         from lm_eval import evaluator, simple_evaluate
-        from lm_eval.tasks import TaskManager
 
         from moe_lab.evaluate.watched import WatchedLM
 
         evaluator.get_git_commit_hash = str  # it asks git of where we are, which may complain
-        wrapped = WatchedLM(decoder, tokenizer=tokenizer, batch_size=batch_size)
+        built = built_tasks(suite, folder)
+        wrapped = WatchedLM(decoder, batch_tokens, tokenizer=tokenizer, batch_size=batch_size)
         common = {"model": wrapped, "bootstrap_iters": 0, "num_fewshot": suite.num_fewshot}
-        if embedded:
-            if processes.is_main():
-                write_items(folder, num_items=suite.num_items)
-            processes.wait()
-            chosen = [config for config in configs(folder) if config["task"] in embedded]
-            manager = TaskManager(include_defaults=False)
-            results |= _evaluated(simple_evaluate, tasks=chosen, task_manager=manager, **common)
-        if others:
-            with processes.main_first(), harness.data_from(others, suite.mirror):
-                chosen = harness.load_tasks(others)
-            common |= {"limit": suite.limit, "task_manager": harness.manager_of(others)}
-            results |= _evaluated(simple_evaluate, tasks=chosen, **common)
+        for tasks in (built.embedded, built.others):
+            if tasks:
+                results |= _evaluated(simple_evaluate, log_samples=False, **common, **tasks)
     return _flat(results, suite)
 
 

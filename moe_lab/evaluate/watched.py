@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from moe_lab import processes
+from moe_lab.evaluate.continuations import BATCH_TOKENS, Continuation, Continuations
 from moe_lab.evaluate.decoding.base import Decoder
 from moe_lab.finite import number_word
 from moe_lab.types import NotFinite
@@ -30,14 +30,28 @@ class WatchedLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     pads their shares and has the figures in one process alone.
     """
 
-    def __init__(self, decoder: Decoder, **options: Any):
+    def __init__(self, decoder: Decoder, batch_tokens: int = BATCH_TOKENS, **options: Any):
         super().__init__(pretrained=decoder.model, **options)
-        self.decoder = decoder
+        self.decoder, self.batch_tokens = decoder, batch_tokens
+        self._encoded: dict[tuple[object, ...], list[int]] = {}
 
-    def _model_call(self, inps: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        """Logits [B, L, V]; what else lm-eval hands over is for other kinds of models."""
-        with torch.no_grad():
-            return self.decoder.logits(inps)
+    def tok_encode(self, string: str, *arguments: Any, **named: Any) -> list[int]:
+        """Token ids; a prompt with several answers is encoded once."""
+        key = (string, *arguments, *sorted(named.items()))
+        if key not in self._encoded:
+            self._encoded[key] = super().tok_encode(string, *arguments, **named)
+        return self._encoded[key]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], **options: Any
+    ) -> list[tuple[float, bool]]:
+        """lm-eval's sums over continuations, of (request, prompt's ids, continuation's ids)."""
+        asked = []
+        for _, prompt, continuation in requests:
+            ids = (*prompt, *continuation)[-(self.max_length + 1) :]
+            asked.append(Continuation(ids[:-1], tuple(continuation)))
+        found = Continuations(self.decoder, self.batch_size, self.batch_tokens, self.softmax_dtype)
+        return found.scores(asked)
 
     def _model_generate(self, *arguments: Any, **named: Any) -> Tensor:
         """Token ids, prompts included."""

@@ -5,11 +5,12 @@ Letters beside those of types.py: N positions, V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VALUES_AT_ONCE = 2**22  # of positions times the vocabulary: five copies in float32 are 80 MiB
 
@@ -24,8 +25,34 @@ def next_token_logits(model: Any, inputs: Mapping[str, Tensor], chosen_BL: Tenso
 
     inputs: input_ids and attention_mask [B, L].
     """
-    logits: Tensor = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[chosen_BL]
+    return logits_at(model, nn.functional.pad(chosen_BL, (0, 1)), **inputs, use_cache=False)
+
+
+def logits_at(model: Any, chosen_BL: Tensor, **inputs: Any) -> Tensor:
+    """The logits [N, V] of the positions that `chosen_BL` marks; inputs: of the forward pass."""
+    with head_at(model, chosen_BL):
+        logits: Tensor = model(**inputs).logits
+    return logits[chosen_BL] if logits.shape[:2] == chosen_BL.shape else logits[0]
+
+
+@contextmanager
+def head_at(model: Any, chosen_BL: Tensor) -> Iterator[None]:
+    """While open, the model's head gets the chosen states alone, as one text [1, N, D].
+
+    A head that would get other states than those of all [B, L] positions gets them as ever.
+    """
+
+    def choose(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        states, *rest = args
+        return (states[chosen_BL][None], *rest) if states.shape[:2] == chosen_BL.shape else None
+
+    head = model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def log_probabilities(logits_NV: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def evaluate(context: Context, asked: Evaluation) -> Artifact:
         results: dict[str, float] = {}
         if suite.tasks:
             tokenizer = asked.variant.tokenizer()
-            results |= run_tasks(model, tokenizer, suite, folder, compute.batch_size)
+            sizes = compute.batch_size, compute.batch_tokens
+            results |= run_tasks(model, tokenizer, suite, folder, *sizes)
         if asked.held_out is not None:
             compared = _compared(asked, asked.held_out, model, compute)
             results |= compared.figures

@@ -70,7 +70,8 @@ def evaluate_groups(context: Context, asked: GroupEvaluation) -> Artifact:
             logger.info("evaluate: group %s: %s", group, ", ".join(suite.tasks))
             plan = Plan.load(asked.plans.folder / PLANS / f"{number}.json")
             with left_with(model, left_by(plan)):
-                scores = run_tasks(model, tokenizer, suite, folder, context.compute.batch_size)
+                sizes = context.compute.batch_size, context.compute.batch_tokens
+                scores = run_tasks(model, tokenizer, suite, folder, *sizes)
             averages += [scores.pop("average")] if "average" in scores else []
             results |= scores
         if averages:

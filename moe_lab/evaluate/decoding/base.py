@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_lab.chosen import ChosenBy, all_options
 from moe_lab.lookup import named
 from moe_lab.models.checkpoint import Model
+from moe_lab.models.predictions import head_at, logits_at
 from moe_lab.option import Plugin, check_options, plain_options
 from moe_lab.types import LayerInfo, UserError
 
@@ -28,17 +29,28 @@ class Decoder:
     """One model as it is decoded: the model's own logits, and transformers' own loop.
 
     loop: in the place of that loop, what `generate` takes as its `custom_generate`.
+    shares_prompts: whether texts may go on from what `cache` gave of their beginning.
     """
 
     loop: Callable[..., Tensor] | None = None
+    shares_prompts = True
 
     def __init__(self, model: Model):
         self.model = model
 
-    def logits(self, ids_BL: Tensor) -> Tensor:
-        """Logits [B, L, V] of which a softmax gives the probabilities of log-likelihoods."""
-        logits_BLV: Tensor = self.model(ids_BL).logits
-        return logits_BLV
+    def logits(self, ids_BL: Tensor, chosen_BL: Tensor, cache: Any = None) -> Tensor:
+        """Logits [N, V] of which a softmax gives the probabilities of log-likelihoods.
+
+        chosen_BL: where they are wanted; cache: of what stands before, which takes in these ids.
+        """
+        told = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        return logits_at(self.model, chosen_BL, input_ids=ids_BL, **told)
+
+    def cache(self, ids_BL: Tensor) -> Any:
+        """The model's cache behind these ids, of which none is padding."""
+        nowhere_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+        with head_at(self.model, nowhere_BL):
+            return self.model(input_ids=ids_BL, use_cache=True).past_key_values
 
     def generated(self, ids_BL: Tensor, tokens: int) -> Tensor:
         """Prompts without padding, and so many tokens behind each, whatever they say."""

@@ -57,6 +57,8 @@ def contrasted_probabilities(strong: Tensor, weak: Tensor, alpha: float, beta: f
 class ContrastingDecoder(Decoder):
     """A model with two routings, each opened for its own forward passes."""
 
+    shares_prompts = False  # two caches would have to be carried along
+
     def __init__(self, model: Model, strongly: Open, weakly: Open, asked: SCMoE):
         super().__init__(model)
         self.strongly, self.weakly, self.asked = strongly, weakly, asked
@@ -65,18 +67,14 @@ class ContrastingDecoder(Decoder):
     def _scores(self, strong: Tensor, weak: Tensor) -> Tensor:
         return contrasted(strong, weak, self.asked.alpha, self.asked.beta)
 
-    def logits(self, ids_BL: Tensor) -> Tensor:
-        """Of `contrasted_probabilities`, text by text: a vocabulary is large."""
+    def logits(self, ids_BL: Tensor, chosen_BL: Tensor, cache: Any = None) -> Tensor:
+        """Of `contrasted_probabilities`."""
         with self.strongly():
-            strong_BLV = super().logits(ids_BL)
+            strong_NV = super().logits(ids_BL, chosen_BL)
         with self.weakly():
-            weak_BLV = super().logits(ids_BL)
+            weak_NV = super().logits(ids_BL, chosen_BL)
         alpha, beta = self.asked.alpha, self.asked.beta
-        rows = [
-            contrasted_probabilities(strong.float(), weak.float(), alpha, beta)
-            for strong, weak in zip(strong_BLV, weak_BLV, strict=True)
-        ]
-        return torch.stack(rows)
+        return contrasted_probabilities(strong_NV.float(), weak_NV.float(), alpha, beta)
 
 
 @dataclass(frozen=True)

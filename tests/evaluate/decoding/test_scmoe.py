@@ -9,6 +9,7 @@ import slow_decoding
 import torch
 from families import FAMILIES, tiny_model
 
+from moe_lab.evaluate.decoding.base import Decoder
 from moe_lab.evaluate.decoding.scmoe import SCMoE, contrasted, contrasted_probabilities
 from moe_lab.types import LayerInfo, UserError
 
@@ -25,6 +26,11 @@ def test_the_formula() -> None:
     assert torch.equal(every, 1.5 * LOGITS - 0.5 * WEAK)
 
 
+def everywhere(decoder: Decoder, ids_BL: torch.Tensor) -> torch.Tensor:
+    """The decoder's logits [B, L, V]."""
+    return decoder.logits(ids_BL, torch.ones_like(ids_BL).bool()).view(*ids_BL.shape, -1)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES])
 def test_without_contrast_or_choice_it_is_greedy(family: str) -> None:
     model = tiny_model(family)
@@ -36,7 +42,7 @@ def test_without_contrast_or_choice_it_is_greedy(family: str) -> None:
     for asked in (SCMoE(beta=0.0), SCMoE(alpha=1.0), SCMoE(beta=2.0), SCMoE(weak="random")):
         with asked.opened(model) as decoder, torch.no_grad():
             texts.append(model.generate(**given, custom_generate=decoder.loop))
-            logits = decoder.logits(ids)
+            logits = everywhere(decoder, ids)
         torch.testing.assert_close(logits.logsumexp(dim=-1), torch.zeros(2, 6), atol=1e-5, rtol=0)
         assert logits.isfinite().all()
         if asked in (SCMoE(beta=0.0), SCMoE(alpha=1.0)):
@@ -51,7 +57,7 @@ def test_log_likelihoods_are_the_formula_s(family: str) -> None:
     model, (alpha, beta, rank) = tiny_model(family), (0.2, 0.7, 3)
     ids = [5, 9, 31, 77, 12]
     with SCMoE(alpha, beta, rank=rank).opened(model) as decoder, torch.no_grad():
-        found = decoder.logits(torch.tensor([ids]))[0, -1]
+        found = everywhere(decoder, torch.tensor([ids]))[0, -1]
     strong = slow_decoding.logits_after(model, ids)
     with slow_decoding.Routed(model, slow_decoding.at_rank(rank)):
         weak = slow_decoding.logits_after(model, ids)
@@ -76,7 +82,7 @@ def test_no_probability_is_none() -> None:
 def test_more_experts_for_the_strong_routing() -> None:
     model, ids = tiny_model("mixtral"), torch.tensor([[5, 9, 31]])
     with SCMoE(beta=0.0, strong_top_k=4).opened(model) as decoder, torch.no_grad():
-        found = decoder.logits(ids)
+        found = everywhere(decoder, ids)
         with slow_decoding.Routed(model, slow_decoding.first(4)):
             expected = model(ids).logits.log_softmax(dim=-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
