@@ -96,6 +96,7 @@ LIBRARIES = {
         "models.adapters",
         "models.condensing",
         "models.factorized",
+        "models.grouped",
         "models.observing",
     ),
     "transformers.core_model_loading": ("models.stored", "models.uneven"),

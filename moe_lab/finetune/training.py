@@ -27,9 +27,9 @@ from moe_lab.finetune.state import WEIGHT, SavedState, read_state, write_state
 from moe_lab.finetune.teacher import Teacher
 from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.finite import number_word
-from moe_lab.models import observing
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.edits.plan import Plan
+from moe_lab.models.grouped import GROUPED_EXPERTS
 from moe_lab.models.layers import num_parameters
 from moe_lab.progress import progress
 from moe_lab.types import NotFinite, UserError
@@ -74,8 +74,8 @@ class Training:
         if self.divided:
             self.tuning.trainable = sharding.shard(model, self.tuning.trainable, self.device)
         self.trainable = self.tuning.trainable
-        # Experts computed in a sorted loop: eager's backward pass is quadratic in their number.
-        model.set_experts_implementation(observing.OBSERVING)
+        # Eager's backward pass is quadratic in their number.
+        model.set_experts_implementation(GROUPED_EXPERTS)
         if recipe.gradient_checkpointing:
             checkpoint_trained_layers(model)
         self.steps_of = {

@@ -1,0 +1,136 @@
+"""The experts where nobody looks at what each of them gives: whole arrays, a product for each.
+
+`observing.py` keeps what each expert computes apart; here there is one array between the two
+products, and a backward pass that knows where each row came from. Letters beside those of types.py:
+P = T * K pairs of a token and an expert, token by token; S the same pairs sorted by expert, those
+of nobody (an index behind all experts) last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_lab.models.experts import Experts, scales_input
+
+GROUPED_EXPERTS = "moe_lab_grouped"
+
+
+class _ToPairs(torch.autograd.Function):
+    """Each pair's token [S, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_S: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (place_TK,) = ctx.saved_tensors
+        return F.embedding_bag(place_TK, gradients[0], mode="sum"), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """The weighted sum of each token's pairs [T, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_SD: Tensor, weight_TK: Tensor, pair_S: Tensor, place_TK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_SD, weight_TK, pair_S, place_TK)
+        return F.embedding_bag(place_TK, y_SD, mode="sum", per_sample_weights=weight_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        y_SD, weight_TK, pair_S, place_TK = ctx.saved_tensors
+        g_SD = gradients[0].index_select(0, pair_S // weight_TK.shape[1])
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = (g_SD * y_SD).sum(dim=1)[place_TK]
+        weight_S = weight_TK.reshape(-1)[pair_S]
+        return g_SD.mul_(weight_S[:, None]), for_weight, None, None
+
+
+class _Products(torch.autograd.Function):
+    """x_SI times the matrix [I, O] of each pair's expert; 0 for pairs of nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, weight_EIO: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x_SI, weight_EIO)
+        ctx.counts = counts
+        return _products(x_SI, weight_EIO, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_SI, weight_EIO = ctx.saved_tensors
+        g_SO, counts, for_x, for_weight = gradients[0], ctx.counts, None, None
+        if ctx.needs_input_grad[0]:
+            for_x = _products(g_SO, weight_EIO.transpose(1, 2), counts)
+        if ctx.needs_input_grad[1]:
+            for_weight = torch.zeros_like(weight_EIO)
+            end = sum(counts)
+            parts = x_SI[:end].split(counts), g_SO[:end].split(counts)
+            for into, x, g in zip(for_weight, *parts, strict=True):
+                if len(x):
+                    torch.mm(x.t(), g, out=into)
+        return for_x, for_weight, None
+
+
+def _products(x_SI: Tensor, weight_EIO: Tensor, counts: Sequence[int]) -> Tensor:
+    made_SO, end = x_SI.new_empty(len(x_SI), weight_EIO.shape[2]), sum(counts)
+    made_SO[end:] = 0
+    parts = x_SI[:end].split(counts), made_SO[:end].split(counts)
+    for weight, x, into in zip(weight_EIO, *parts, strict=True):
+        if len(x):
+            torch.mm(x, weight, out=into)
+    return made_SO
+
+
+def _linear(
+    experts: Experts, name: str, x_SI: Tensor, expert_S: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """One of the experts' projections [S, O], in autocast's dtype where that is on."""
+    dtype, device = x_SI.dtype, x_SI.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    weight = getattr(experts, name)[: len(counts)].to(dtype)
+    weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
+    y_SO: Tensor = _Products.apply(x_SI.to(dtype), weight_EIO, counts)  # type: ignore[no-untyped-call]
+    if not experts.has_bias:
+        return y_SO
+    bias_EO: Tensor = getattr(experts, f"{name}_bias").to(dtype)
+    return y_SO + bias_EO[expert_S.clamp(max=len(bias_EO) - 1)]
+
+
+def _grouped_experts(
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The weighted sum [T, D] of the chosen experts' outputs."""
+    number, num_chosen = len(self.down_proj), top_k_index.shape[1]
+    expert_S, pair_S = top_k_index.reshape(-1).sort(stable=True)
+    place_P = torch.empty_like(pair_S)
+    place_P[pair_S] = torch.arange(len(pair_S), device=pair_S.device)
+    place_TK = place_P.view(top_k_index.shape)
+    counts = torch.bincount(expert_S, minlength=number)[:number].tolist()
+    weight_TK, nobody_TK = top_k_weights, top_k_index >= number
+    x_SD: Tensor = _ToPairs.apply(hidden_states, pair_S // num_chosen, place_TK)  # type: ignore[no-untyped-call]
+    if scales_input(self):
+        x_SD = x_SD * weight_TK.reshape(-1)[pair_S][:, None]
+        weight_TK = torch.ones_like(weight_TK)
+    h_SI = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x_SD, expert_S, counts)
+    h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
+    y_SD = _linear(self, "down_proj", h_SI, expert_S, counts)
+    if self.has_post_expert_norm:
+        y_SD = self.post_expert_norm(y_SD)
+    dtype = torch.promote_types(y_SD.dtype, weight_TK.dtype)
+    weight_TK = weight_TK.masked_fill(nobody_TK, 0).to(dtype)
+    out_TD: Tensor = _ToTokens.apply(y_SD.to(dtype), weight_TK, pair_S, place_TK)  # type: ignore[no-untyped-call]
+    return out_TD.to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, _grouped_experts)

@@ -1,0 +1,73 @@
+"""Experts by whole arrays, forward and back, against the families' own loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import EACH_FAMILY, tiny_batch, tiny_model
+from odd_families import odd_model
+from stand_ins import saved
+from torch import Tensor
+
+from moe_lab.finetune.tuning import next_token_loss
+from moe_lab.models.checkpoint import Model, load
+from moe_lab.models.grouped import GROUPED_EXPERTS
+from moe_lab.models.layers import moe_layers
+from moe_lab.models.observing import OBSERVING
+
+
+def gradients(model: Model, implementation: str) -> dict[str, Tensor]:
+    """Of the loss, with its own value, by parameter."""
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    batch = tiny_batch()
+    loss = next_token_loss(model, batch | {"labels": batch["input_ids"]})
+    loss.backward()
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return found | {"loss": loss.detach()}
+
+
+def check(model: Model, reference: str = "eager") -> None:
+    expected, found = gradients(model, reference), gradients(model, GROUPED_EXPERTS)
+    assert found.keys() == expected.keys() and any("experts" in name for name in found)
+    for name, gradient in expected.items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * size, msg=name)
+
+
+@EACH_FAMILY
+def test_losses_and_gradients_are_the_family_s(family: str) -> None:
+    check(tiny_model(family))
+
+
+def test_weights_may_stand_inside_the_experts() -> None:
+    check(odd_model("llama4_text"), OBSERVING)
+
+
+def test_nobody_s_pairs_add_nothing(tmp_path: Path) -> None:
+    """Router rows that lead to constants in the place of experts."""
+    saved("qwen2_moe", tmp_path / "x")
+    model = load(tmp_path / "x" / "model")
+    assert any(hasattr(layer.experts, "place_E") for layer in moe_layers(model))
+    check(model)
+
+
+def test_frozen_experts_get_no_gradient() -> None:
+    model = tiny_model("mixtral")
+    expected = gradients(model, "eager")
+    for layer in moe_layers(model):
+        layer.experts.requires_grad_(False)
+    found = gradients(model, GROUPED_EXPERTS)
+    name = "model.layers.1.mlp.gate.weight"
+    assert not any("experts" in key for key in found)
+    torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    model = tiny_model("mixtral")
+    with torch.autocast("cpu", torch.bfloat16):
+        half, expected = (gradients(model, one)["loss"] for one in (GROUPED_EXPERTS, OBSERVING))
+    assert float(half) == pytest.approx(float(expected), rel=2e-3)
+    assert float(half) != float(gradients(model, GROUPED_EXPERTS)["loss"])
