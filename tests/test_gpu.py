@@ -15,9 +15,11 @@ from trainings import PLANS, samples, steps_of
 from trainings import recipe_of as tiny_recipe
 
 from moe_lab.compute import Compute
+from moe_lab.evaluate.dense_predictions import DensePredictions
 from moe_lab.evaluate.held_out import compare_held_out
 from moe_lab.finetune.training import Training
 from moe_lab.measure.speed import measure
+from moe_lab.models.activations import Activations
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.layers import moe_layers
 from moe_lab.profile.collect import collect_batch, collect_statistics, collecting
@@ -93,9 +95,11 @@ def test_held_out_figures_are_the_processors() -> None:
     dense, batches = tiny_model("qwen2_moe"), [tiny_batch(0), tiny_batch(1)]
     pruned = copy.deepcopy(dense)
     apply_plan(pruned, plan_for(pruned, "prune"))
-    expected = compare_held_out(dense, pruned, batches)
-    there = [copy.deepcopy(one).to(DEVICE) for one in (dense, pruned)]
-    found = compare_held_out(*there, [moved(batch) for batch in batches])
+    said = DensePredictions(dense, batches, Activations(2**30))
+    expected = compare_held_out(pruned, batches, said)
+    batches, kept = [moved(batch) for batch in batches], Activations(2**30, device=DEVICE)
+    said = DensePredictions(copy.deepcopy(dense).to(DEVICE), batches, kept)
+    found = compare_held_out(copy.deepcopy(pruned).to(DEVICE), batches, said)
     assert found.routed == expected.routed
     for name, value in expected.figures.items():
         assert found.figures[name] == pytest.approx(value, rel=1e-4), name

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_lab import processes
+from moe_lab.evaluate.dense_predictions import DensePredictions, predicting
 from moe_lab.evaluate.experts_used import ExpertsUsed, used_by_layer, used_figures
 from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import MoELayer, moe_layers
 from moe_lab.models.observing import observe_routers
-from moe_lab.models.predictions import divergence_and_loss
+from moe_lab.models.predictions import divergence_and_loss, logits_at
 from moe_lab.models.remapped import RemappedExperts, stand_in_rows
-from moe_lab.models.routers import at_top_k, scoring
+from moe_lab.models.routers import scoring
 from moe_lab.profile.collect import added
 from moe_lab.profile.layer import LayerStatistics
 from moe_lab.progress import progress
@@ -51,15 +51,14 @@ class HeldOut:
 
 @torch.inference_mode()
 def compare_held_out(
-    dense: Model,
     model: Model,
     batches: Sequence[dict[str, Tensor]],
-    dense_top_k: int | None = None,
+    dense: DensePredictions | None = None,
     documents: Sequence[int] | None = None,
 ) -> HeldOut:
-    """Both models on `batches` (input_ids, attention_mask [B, L]); they may be one and the same.
+    """A model on `batches` (input_ids, attention_mask [B, L]), and beside what the dense one says.
 
-    dense_top_k: experts per token of the dense model, None for as many as it has now. documents:
+    dense: its predictions on the same batches, None where the model is the dense one. documents:
     the numbers of the batches' rows, which a NotFinite names; None: they are in order.
     Several processes take every so-manieth batch each, and find the same.
     """
@@ -70,17 +69,14 @@ def compare_held_out(
     mine = processes.share(range(len(batches)))
     for number in progress(mine, "evaluate: held-out text"):
         batch = batches[number]
-        valid = batch["attention_mask"].bool()
-        predicts = F.pad(valid[:, 1:], (0, 1))  # where the next token is data
+        valid, predicts = batch["attention_mask"].bool(), predicting(batch)
         positions = predicts.flatten().nonzero()[:, 0]
+        targets = batch["input_ids"].roll(-1, dims=1).flatten()[positions]
         with observe_routers(model, routing.add, whole=True) as observation:
             observation.valid = valid
-            q = model(**batch, use_cache=False).logits
-        p = q
-        if dense is not model or dense_top_k:
-            with at_top_k(dense, dense_top_k):
-                p = dense(**batch, use_cache=False).logits
-        terms, losses = divergence_and_loss(p, q, batch["input_ids"], positions)
+            q = logits_at(model, predicts, **batch, use_cache=False)
+        p, head = dense.logits(number, batch) if dense else (None, None)
+        terms, losses = divergence_and_loss(p, head, q, targets)
         del p, q  # before the next batch's
         more = torch.stack([terms.sum(), losses.sum()]).tolist()
         divergence, loss = divergence + more[0], loss + more[1]

@@ -29,7 +29,7 @@ from moe_lab.finetune.tuning import OVER_TARGETS
 from moe_lab.finite import number_word
 from moe_lab.models.checkpoint import Model
 from moe_lab.models.edits.plan import Plan
-from moe_lab.models.grouped import GROUPED_EXPERTS
+from moe_lab.models.grouped import GROUPED_EXPERTS, widen_but_experts
 from moe_lab.models.layers import num_parameters
 from moe_lab.progress import progress
 from moe_lab.types import NotFinite, UserError
@@ -71,6 +71,8 @@ class Training:
         for parameter in self.tuning.trainable.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        if recipe.dtype == "float32":
+            widen_but_experts(model)
         if self.divided:
             self.tuning.trainable = sharding.shard(model, self.tuning.trainable, self.device)
         self.trainable = self.tuning.trainable

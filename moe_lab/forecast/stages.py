@@ -212,7 +212,7 @@ def need_of_finetune(work: Work, costs: Costs) -> Need:
     first = len(shape.decoders) - 1 if tuning.checkpointing else tuning.first
     parts = saved_parts(shape, text, first)
     weights = replace(model, itemsize=tuning.itemsize, converted=tuning.converted)
-    trained = tuning.trainable * (TRAINED - tuning.itemsize)
+    trained = tuning.trainable * (TRAINED - tuning.itemsize) - tuning.narrow_bytes
     looking = 0.0
     if tuning.validation:
         looking = costs.bytes_of("evaluate_held_out", parts_of_forward(shape, tuning.validation))
@@ -261,13 +261,14 @@ def need_of_quantize(work: Work, asked: QuantizingWork) -> Need:
 
 
 def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
-    """Each variant on tasks and on held-out text, there beside the dense model."""
+    """Each variant on tasks and on held-out text, for which the dense model comes before it."""
     asked, dense = work.evaluating, work.dense
     assert asked is not None
     for name, model in work.variants.items():
         pair = name != "dense" and asked.held_out is not None
         workspaces, flops, calls = [0.0], 0.0, 0.0
-        mapped = model.mapped_bytes + pair * dense.mapped_bytes
+        mapped = max(model.mapped_bytes, pair * dense.mapped_bytes)
+        before = 0.0
         for kind, text in (("tasks", asked.tasks), ("held_out", asked.held_out)):
             if text is None:
                 continue
@@ -280,7 +281,11 @@ def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
             flops += model.shape.flops(text.lengths)
             calls += calls_of(model.shape, text)
             if kind == "held_out" and pair:
-                workspace += dense.bytes + costs.bytes_of("evaluate_pair", parts)
+                # Its head stays, with what goes into that.
+                workspace += dense.outside_bytes + costs.bytes_of("evaluate_pair", parts)
+                workspace += states_of(dense, text)
+                reading = costs.bytes_of("evaluate_held_out", parts_of_forward(dense.shape, text))
+                before, _ = loaded(dense, reading, costs)
                 flops += dense.shape.flops(text.lengths)
                 calls += calls_of(dense.shape, text)
             workspaces.append(workspace)
@@ -289,7 +294,7 @@ def need_of_evaluate(work: Work, costs: Costs) -> Iterator[Need]:
         seconds = costs.seconds_of(_typed("forward", model.itemsize), counts)
         yield Need(
             f"evaluate_{name}",
-            memory=memory,
+            memory=max(memory, before),
             mapped=mapped,
             read=model.file_bytes + (dense.file_bytes if pair else 0),
             flops=flops * asked.variants,

@@ -120,7 +120,8 @@ class TuningWork:
 
     steps: updates; text: of one step's forward; validation: of all forwards that only look.
     trainable: parameters that train; first: the first decoder layer with some; itemsize: bytes of
-    a parameter that does not train; converted: whether that is another dtype than the files';
+    a parameter that does not train; narrow_bytes: how many fewer the frozen experts take, which
+    stay as they are stored; converted: whether that is another dtype than the files';
     layerwise: whether its teacher is read one decoder layer at a time.
     """
 
@@ -131,6 +132,7 @@ class TuningWork:
     trainable: int
     first: int
     itemsize: int
+    narrow_bytes: int = 0
     converted: bool = True
     checkpointing: bool = False
     teacher_bytes: int = 0

@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lab.models.experts import Experts, scales_input
+from moe_lab.models.adapters.base import AdaptedExperts
+from moe_lab.models.experts import Experts, OneExpert, scales_input
+from moe_lab.models.layers import moe_layers
 
 GROUPED_EXPERTS = "moe_lab_grouped"
+WIDENED = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class _ToPairs(torch.autograd.Function):
@@ -87,7 +91,7 @@ def _products(x_SI: Tensor, weight_EIO: Tensor, counts: Sequence[int]) -> Tensor
     parts = x_SI[:end].split(counts), made_SO[:end].split(counts)
     for weight, x, into in zip(weight_EIO, *parts, strict=True):
         if len(x):
-            torch.mm(x, weight, out=into)
+            torch.mm(x, weight.to(x.dtype), out=into)
     return made_SO
 
 
@@ -98,7 +102,8 @@ def _linear(
     dtype, device = x_SI.dtype, x_SI.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    weight = getattr(experts, name)[: len(counts)].to(dtype)
+    weight = getattr(experts, name)[: len(counts)]
+    weight = weight.to(dtype) if weight.requires_grad else weight  # else one expert's at a time
     weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
     y_SO: Tensor = _Products.apply(x_SI.to(dtype), weight_EIO, counts)  # type: ignore[no-untyped-call]
     if not experts.has_bias:
@@ -131,6 +136,29 @@ def _grouped_experts(
     weight_TK = weight_TK.masked_fill(nobody_TK, 0).to(dtype)
     out_TD: Tensor = _ToTokens.apply(y_SD.to(dtype), weight_TK, pair_S, place_TK)  # type: ignore[no-untyped-call]
     return out_TD.to(hidden_states.dtype)
+
+
+def experts_in_files_dtype(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The matrices of routed experts that do not train: GROUPED_EXPERTS widens them as it goes."""
+    return [
+        one
+        for experts in (layer.experts for layer in moe_layers(model))
+        if not isinstance(experts, (AdaptedExperts, OneExpert))
+        for name, one in experts.named_parameters(recurse=False)
+        if name in WIDENED and not one.requires_grad
+    ]
+
+
+def widen_but_experts(model: PreTrainedModel) -> None:
+    """Have all of a model but its `experts_in_files_dtype` in float32, in place.
+
+    These stay in the dtype that they have, and are widened one by one as they are multiplied, so
+    that the results are those of a model in float32, to the bit.
+    """
+    narrow = {id(one) for one in experts_in_files_dtype(model)}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and id(tensor) not in narrow:
+            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, _grouped_experts)

@@ -66,20 +66,22 @@ def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def divergence_and_loss(
-    p_logits_BLV: Tensor, q_logits_BLV: Tensor, ids_BL: Tensor, row_N: Tensor
+    p_ND: Tensor | None, head: nn.Module | None, q_logits_NV: Tensor, target_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL(p || q) and -log q(next token) at the positions `row_N` of a flattened batch, [N] float64.
+    """KL(p || q) and -log q(target) at N positions, [N] float64.
 
-    A few positions at a time: beside the logits it takes some `VALUES_AT_ONCE` in float32,
-    however many positions and tokens there are.
+    p_ND: what `head` makes p's logits of; these themselves without a head; None where p is q. A few
+    positions at a time: beside these it takes some `VALUES_AT_ONCE` in float32, however many
+    positions and tokens there are.
     """
-    target_BL = ids_BL.roll(-1, dims=1)  # no document's last token is asked for
-    divergence, loss = ([ids_BL.new_zeros(0, dtype=torch.float64)] for _ in range(2))
-    for row in row_N.split(max(1, VALUES_AT_ONCE // q_logits_BLV.shape[-1])):
-        log_q = log_probabilities(q_logits_BLV.flatten(0, 1)[row])
-        same = p_logits_BLV is q_logits_BLV
-        log_p = log_q if same else log_probabilities(p_logits_BLV.flatten(0, 1)[row])
-        target = target_BL.flatten()[row][:, None]
-        loss.append(-log_q.gather(1, target)[:, 0].double())
+    divergence, loss = ([target_N.new_zeros(0, dtype=torch.float64)] for _ in range(2))
+    rows = max(1, VALUES_AT_ONCE // q_logits_NV.shape[-1])
+    for start in range(0, len(target_N), rows):
+        few = slice(start, start + rows)
+        log_q = log_probabilities(q_logits_NV[few])
+        log_p = log_q
+        if p_ND is not None:
+            log_p = log_probabilities(p_ND[few] if head is None else head(p_ND[few]))
+        loss.append(-log_q.gather(1, target_N[few][:, None])[:, 0].double())
         divergence.append(divergence_terms(log_p, log_q).sum(dim=-1, dtype=torch.float64))
     return torch.cat(divergence), torch.cat(loss)

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from moe_lab import processes
 from moe_lab.compute import Compute
 from moe_lab.data.embedded import standard_library_fingerprint
 from moe_lab.data.tokens import Tokens
 from moe_lab.dependencies import code_version
 from moe_lab.evaluate.decoding.base import PLAIN, Decoding, decoding_identity
-from moe_lab.evaluate.held_out import HeldOut, compare_held_out
+from moe_lab.evaluate.dense_predictions import DensePredictions
+from moe_lab.evaluate.held_out import compare_held_out
 from moe_lab.evaluate.run_tasks import run_tasks
 from moe_lab.evaluate.suite import Suite, others_of
 from moe_lab.evaluate.tasks import harness
 from moe_lab.integrity import write_whole
-from moe_lab.models.checkpoint import Checkpoint, Model, meta_model
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Checkpoint, meta_model
 from moe_lab.models.layers import moe_layers
 from moe_lab.stages.context import Context
 from moe_lab.stages.stage import Stage
@@ -67,6 +71,10 @@ def evaluate(context: Context, asked: Evaluation) -> Artifact:
     def make(folder: Path) -> None:
         suite, compute = asked.suite, context.compute
         _check_left(suite.how, asked.variant)
+        text = asked.held_out
+        batches = text and text.batches(compute.batch_size, compute.device, compute.batch_tokens)
+        # Before the variant is loaded: a device holds one model at a time.
+        dense = _dense_predictions(asked, batches, compute, folder) if batches else None
         model = asked.variant.load(compute.device)
         logger.info("evaluate: %s", ", ".join(suite.tasks) or "held-out text")
         results: dict[str, float] = {}
@@ -74,8 +82,8 @@ def evaluate(context: Context, asked: Evaluation) -> Artifact:
             tokenizer = asked.variant.tokenizer()
             sizes = compute.batch_size, compute.batch_tokens
             results |= run_tasks(model, tokenizer, suite, folder, *sizes)
-        if asked.held_out is not None:
-            compared = _compared(asked, asked.held_out, model, compute)
+        if text and batches:
+            compared = compare_held_out(model, batches, dense, text.positions_by_length())
             results |= compared.figures
             if processes.is_main():
                 write_whole(folder / ROUTING, json.dumps(compared.routed) + "\n")
@@ -84,13 +92,16 @@ def evaluate(context: Context, asked: Evaluation) -> Artifact:
     return context.store.get("evaluate", asked.identity(), make, together=True)
 
 
-def _compared(asked: Evaluation, text: Tokens, model: Model, compute: Compute) -> HeldOut:
+def _dense_predictions(
+    asked: Evaluation, batches: Sequence[dict[str, Tensor]], compute: Compute, folder: Path
+) -> DensePredictions | None:
+    """Those of the dense model, which is gone then; None where it is the variant itself."""
     variant, dense = asked.variant, asked.dense
-    same = variant.path == dense.path  # perhaps at another number of experts per token
-    reference = model if same else dense.load(compute.device)
-    top_k = dense.layers()[0].top_k if variant.top_k and same else None
-    batches = text.batches(compute.batch_size, compute.device, compute.batch_tokens)
-    return compare_held_out(reference, model, batches, top_k, text.positions_by_length())
+    if variant.path == dense.path and variant.top_k in (None, dense.layers()[0].top_k):
+        return None
+    limit = int(compute.cache_gib * 2**30)
+    kept = Activations(limit, folder, compute.device, compute.device_cache())
+    return DensePredictions(dense.load(compute.device), batches, kept)
 
 
 def _check_left(how: Decoding, variant: Checkpoint) -> None:

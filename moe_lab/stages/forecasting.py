@@ -33,9 +33,11 @@ from moe_lab.forecast.work import (
 from moe_lab.models.checkpoint import Checkpoint, Original
 from moe_lab.models.edits.keep import KeepLayer
 from moe_lab.models.edits.plan import Plan
+from moe_lab.models.grouped import experts_in_files_dtype
 from moe_lab.models.layers import layer_index, moe_layers
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packing import packed_bytes
+from moe_lab.models.quantised import packed_as, quantised_as
 from moe_lab.models.rounding import Scheme
 from moe_lab.models.weight_files import weight_files
 from moe_lab.stages.foreseen import Foreseen, dense_weights, edited_model, foreseen, search_of
@@ -155,7 +157,7 @@ def _tuning(
     recipe = parts.finetune
     if recipe is None or (recipe.needs_edits and behind.weights is None):
         return None
-    training = _trained(checkpoint, layers, recipe, behind)
+    training, narrow = _trained(checkpoint, layers, recipe, behind)
     phases = {name: (one, lengths[f"{name}/data"]) for name, one in recipe.phases.items()}
     steps = sum(phase.steps(len(samples)) for phase, samples in phases.values())
     largest = max(phases.values(), key=lambda one: one[0].batch_size * max(one[1]))
@@ -170,7 +172,11 @@ def _tuning(
     ]
     looks = 1 + -(-steps // recipe.validate_every)
     stored = getattr(checkpoint.config, "dtype", None)
-    kept = stored.itemsize if stored is not None and recipe.dtype != "float32" else 4
+    size_of_stored = stored.itemsize if stored is not None else 4
+    in_float32 = recipe.dtype == "float32"
+    config = checkpoint.config
+    if not in_float32 or compute.sharding == "fsdp" or quantised_as(config) or packed_as(config):
+        narrow = 0
     return TuningWork(
         steps=steps,
         accumulation=largest[0].gradient_accumulation,
@@ -178,8 +184,9 @@ def _tuning(
         validation=Text(tuple(looked * looks), compute.batch_size) if looked else None,
         trainable=sum(training.values()),
         first=_first(training),
-        itemsize=kept,
-        converted=recipe.dtype == "float32" and stored != torch.float32,
+        itemsize=4 if in_float32 else size_of_stored,
+        narrow_bytes=narrow * max(0, 4 - size_of_stored),
+        converted=in_float32 and stored != torch.float32,
         checkpointing=recipe.gradient_checkpointing,
         teacher_bytes=_teacher(recipe, lengths, dense),
         layerwise=compute.goes_layerwise(dense.bytes, memory),
@@ -188,8 +195,11 @@ def _tuning(
 
 def _trained(
     checkpoint: Checkpoint, layers: Sequence[LayerInfo], recipe: Recipe, behind: Foreseen
-) -> dict[str, int]:
-    """Parameters by the names of the tensors that train, of a model without weights."""
+) -> tuple[dict[str, int], int]:
+    """Parameters by the names of the tensors that train, of a model without weights.
+
+    And how many there are that may stay in the dtype of the files.
+    """
     model = edited_model(checkpoint.config, behind.edits)
     indices = {edit.index for edit in behind.edits}
     kept = (KeepLayer(one.index, one.name) for one in layers if one.index not in indices)
@@ -198,7 +208,10 @@ def _trained(
         found = trained(model, moe_layers(model), trains)
     else:
         found = recipe.prepare(model, Plan((*behind.edits, *kept))).trainable
-    return {name: parameter.numel() for name, parameter in found.items()}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    narrow = sum(parameter.numel() for parameter in experts_in_files_dtype(model))
+    return {name: parameter.numel() for name, parameter in found.items()}, narrow
 
 
 def _first(training: Mapping[str, int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,13 +11,26 @@ import torch
 from families import tiny_model
 
 from moe_lab.data.tokens import Tokens
-from moe_lab.evaluate.held_out import compare_held_out, perplexity
+from moe_lab.evaluate.dense_predictions import DensePredictions
+from moe_lab.evaluate.held_out import HeldOut, compare_held_out, perplexity
 from moe_lab.models import routers
+from moe_lab.models.activations import Activations
+from moe_lab.models.checkpoint import Model
 from moe_lab.models.layers import moe_layers
 from moe_lab.types import NotFinite
 
 SAMPLES = tuple(tuple(range(3 + number, 9 + 3 * number)) for number in range(5))
 TOKENS = Tokens(SAMPLES, pad_id=0)
+
+
+def compare(
+    dense: Model,
+    model: Model,
+    batches: Sequence[dict[str, torch.Tensor]],
+    documents: Sequence[int] | None = None,
+) -> HeldOut:
+    said = DensePredictions(dense, batches, Activations(2**30))
+    return compare_held_out(model, batches, said, documents)
 
 
 def router_inputs(model: Any) -> list[torch.Tensor]:
@@ -46,7 +60,7 @@ def router_inputs(model: Any) -> list[torch.Tensor]:
 def test_routing_equals_an_independent_router(family: str, top_k: int) -> None:
     model = tiny_model(family)
     routers.set_top_k(model, top_k)
-    found = compare_held_out(model, model, TOKENS.batches(2))
+    found = compare_held_out(model, TOKENS.batches(2))
     entropies, shares, counts = [], [], []
     for layer, x_TD in zip(moe_layers(model), router_inputs(model), strict=True):
         logits_TE = x_TD @ layer.router.weight.double().T
@@ -87,7 +101,7 @@ def test_divergence_and_perplexity_are_means_over_positions_with_a_next_token() 
         for at, target in enumerate(sample[1:]):
             divergences.append(float((p[at] * (p[at] / q[at]).log()).sum()))
             losses.append(-math.log(float(q[at, target])))
-    found = compare_held_out(dense, model, TOKENS.batches(2)).figures
+    found = compare(dense, model, TOKENS.batches(2)).figures
     assert found["kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
     perplexity = math.exp(sum(losses) / len(losses))
     assert found["held_out/perplexity"] == pytest.approx(perplexity, rel=1e-5)
@@ -97,17 +111,17 @@ def test_figures_do_not_depend_on_batches_and_nothing_stays_behind() -> None:
     dense, model = tiny_model("mixtral"), tiny_model("mixtral")
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    one, four = (compare_held_out(dense, model, TOKENS.batches(size)) for size in (1, 4))
+    one, four = (compare(dense, model, TOKENS.batches(size)) for size in (1, 4))
     assert one.routed == four.routed
     assert one.figures == pytest.approx(four.figures, 1e-5)
     assert one.figures["kl"] > 1e-3
-    assert compare_held_out(dense, dense, TOKENS.batches(4)).figures["kl"] == 0
+    assert compare_held_out(dense, TOKENS.batches(4)).figures["kl"] == 0
     assert not any(layer.router._forward_hooks for layer in moe_layers(model))
 
 
 def test_a_model_without_routers_has_no_routing() -> None:
     model = tiny_model("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])
-    found = compare_held_out(model, model, TOKENS.batches(4))
+    found = compare_held_out(model, TOKENS.batches(4))
     assert set(found.figures) == {"held_out/perplexity", "kl"}
     assert found.routed == {"layers": [], "rank_count": []}
 
@@ -118,17 +132,15 @@ def test_a_prediction_that_is_none_names_its_document() -> None:
     samples = ((5, 6, 7, 8, 9, 10), (11, 12), (13, 14, 15), (16, 17, 18, 19))
     tokens = Tokens(samples, pad_id=0)
     model, dense = tiny_model("mixtral"), tiny_model("mixtral")
-    compare_held_out(dense, model, tokens.batches(2))
+    compare(dense, model, tokens.batches(2))
     for broken in (model, dense):
         weight = broken.model.embed_tokens.weight
         before = weight[17].clone()
         weight[17] = math.nan
         with pytest.raises(NotFinite, match="document 3 of the held-out text are not finite"):
-            compare_held_out(
-                dense, model, tokens.batches(2), documents=tokens.positions_by_length()
-            )
+            compare(dense, model, tokens.batches(2), tokens.positions_by_length())
         with pytest.raises(NotFinite, match="document 2 of"):  # in the order of the batches
-            compare_held_out(dense, model, tokens.batches(3))
+            compare(dense, model, tokens.batches(3))
         weight[17] = before
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lab.finetune.tuning import next_token_loss
 from moe_lab.models.checkpoint import Model, load
-from moe_lab.models.grouped import GROUPED_EXPERTS
+from moe_lab.models.grouped import GROUPED_EXPERTS, WIDENED, widen_but_experts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.observing import OBSERVING
 
@@ -71,3 +71,25 @@ def test_autocast_computes_in_its_dtype() -> None:
         half, expected = (gradients(model, one)["loss"] for one in (GROUPED_EXPERTS, OBSERVING))
     assert float(half) == pytest.approx(float(expected), rel=2e-3)
     assert float(half) != float(gradients(model, GROUPED_EXPERTS)["loss"])
+
+
+@EACH_FAMILY
+def test_frozen_experts_stay_narrow_and_nothing_changes(family: str) -> None:
+    """As a model all in float32, to the bit; and most of its weights in half of the room."""
+    found, sizes = [], []
+    for widen in (lambda model: model.float(), widen_but_experts):
+        model = tiny_model(family).to(torch.bfloat16)
+        for layer in moe_layers(model):
+            for parameter in layer.experts.parameters():
+                parameter.requires_grad_(False)
+        for layer in moe_layers(model)[1:]:  # and some that train
+            for name in WIDENED:
+                if name in dict(layer.experts.named_parameters()):
+                    layer.experts.get_parameter(name).requires_grad_(True)
+        widen(model)
+        sizes.append(sum(one.nbytes for one in moe_layers(model)[0].experts.parameters()))
+        found.append(gradients(model, GROUPED_EXPERTS))
+    assert sizes[1] < 0.55 * sizes[0]
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name

@@ -402,7 +402,7 @@ def test_statistics_count_every_row_as_an_expert(tmp_path: Path) -> None:
                 norm[row] += weight * slow_row(layer, row, x).norm()
         assert one["count"].tolist() == count.tolist()
         torch.testing.assert_close(one["gate_norm_sum"], norm, rtol=1e-5, atol=1e-5)
-    figures = compare_held_out(model, model, [batch]).figures
+    figures = compare_held_out(model, [batch]).figures
     gone = sum(
         (layer.experts.place_E[seen[layer.info.index][1]] >= layer.experts.num_experts).sum()
         for layer in moe_layers(model)

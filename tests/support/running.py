@@ -44,8 +44,9 @@ class Outcome:
     store: Path
 
     def stages(self) -> list[str]:
-        """The kinds of result that its store holds."""
-        return sorted(path.name for path in self.store.glob("*") if any(path.glob("*/*.json")))
+        """The kinds of result that its store holds, but for pictures, drawn behind all stages."""
+        kinds = {path.name for path in self.store.glob("*") if any(path.glob("*/*.json"))}
+        return sorted(kinds - {"pictures"})
 
 
 Job = Callable[..., Outcome]
