@@ -309,11 +309,13 @@ def load(
     _refuse_original(folder)
     config = built_config(folder)
     quantised = quantised_as(config)  # of which a dequantised model's config says nothing
+    # Tensor by tensor straight to a GPU: the machine's memory need not hold the model.
+    place = {} if device == "cpu" else {"device_map": {"": device}}
     try:
         with no_bars(), empty_tensors(), blamed_on(folder / NAME, config_values(folder)):
             loaded: Any = model_class(config).from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                **LOCAL,
+                **place, **LOCAL,
             )  # fmt: skip
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error

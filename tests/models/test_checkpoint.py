@@ -128,3 +128,16 @@ def _stored(model: Any, folder: Path, dtype: torch.dtype) -> Path:
     """A checkpoint of the model in this dtype."""
     copy.deepcopy(model).to(dtype).save_pretrained(folder / "stored")
     return folder / "stored"
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss"])
+def test_what_goes_straight_to_a_device_is_the_same_model(family: str, tmp_path: Path) -> None:
+    """By a name of the processor that is taken for another device's."""
+    tiny_model(family).save_pretrained(tmp_path)
+    here, there = load(tmp_path), load(tmp_path, device="cpu:0")
+    expected, found = here.state_dict(), there.state_dict()
+    assert expected.keys() == found.keys() and not there.training
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    batch = tiny_batch()
+    with torch.no_grad():
+        assert torch.equal(here(**batch).logits, there(**batch).logits)
