@@ -8,12 +8,14 @@ token; both are computed in forms that do not subtract nearly equal numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 EPSILON = 1e-10
+CACHED = 2**15  # numbers at a time: what is computed of them stays in a CPU's cache
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of what `probability` gave, and a hidden state
 
 
@@ -28,6 +30,21 @@ def weighted_mean(weight_T: Tensor, value_T: Tensor) -> Tensor:
     return weight_T @ value_T.double()
 
 
+def _few_rows(measure: Divergence) -> Divergence:
+    """The same, a few tokens at a time on a CPU."""
+
+    @functools.wraps(measure)
+    def values(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
+        if u_TD.device.type != "cpu":
+            return measure(u_TD, candidate_TD)
+        rows = max(1, CACHED // u_TD.shape[1])
+        parts = zip(u_TD.split(rows), candidate_TD.split(rows), strict=True)
+        return torch.cat([measure(u, candidate) for u, candidate in parts])
+
+    return values
+
+
+@_few_rows
 def js(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
     """Jensen-Shannon divergence [T]: KL(u||m)/2 + KL(v||m)/2 with m = (u + v)/2.
 
@@ -41,6 +58,7 @@ def js(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
     return inner.mul_(total).sum(dim=-1) / 4
 
 
+@_few_rows
 def kl(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
     """Kullback-Leibler divergence [T] of the candidate from the intact state: KL(u||v).
 
