@@ -547,7 +547,7 @@ def test_too_little_space(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with mounted(tmp_path / "disk", "size=400k") as folder:
+    with mounted(tmp_path / "disk", "size=800k") as folder:
         yield folder
 
 
@@ -558,7 +558,7 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_found_before_any_work(job: Job, small_disk: Path) -> None:
-    (small_disk / "large").write_bytes(b"x" * 300_000)
+    (small_disk / "large").write_bytes(b"x" * 700_000)
     assert_refused(job(f"store={small_disk / 'store'}"), "needs about", str(small_disk))
 
 
@@ -567,7 +567,7 @@ def test_a_disk_that_fills_up_loses_nothing(
 ) -> None:
     free = shutil.disk_usage(small_disk)._replace(free=2**40)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    (small_disk / "large").write_bytes(b"x" * 200_000)
+    (small_disk / "large").write_bytes(b"x" * 600_000)
     store = small_disk / "store"
     outcome = job(f"store={store}")
     assert outcome.code == 2 and "Traceback" not in outcome.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,9 @@ from moe_lab.report.frame import REQUEST
 from moe_lab.report.plots import run, sweep
 from moe_lab.report.report import Report
 from moe_lab.store import DONE, Store
+from moe_lab.types import UserError
+
+logger = logging.getLogger(__name__)
 
 DRAWN_WITH = ("matplotlib", "numpy", "pandas", "pillow", "fonttools")
 MATPLOTLIBRC = "matplotlibrc"
@@ -72,11 +76,19 @@ def _kept(
     }
 
     def make(home: Path) -> None:
-        drawn(home)
+        try:
+            drawn(home)
+        except BaseException:  # none is left half drawn, to take up a disk that may be full
+            shutil.rmtree(home)
+            raise
 
     store = Store(root)
-    with processes.alone():
-        made = store.get("pictures", identity, make)
+    try:
+        with processes.alone():
+            made = store.get("pictures", identity, make)
+    except UserError as error:
+        logger.warning("pictures are drawn and not kept: %s", error)
+        return drawn(folder / PLOTS)
     return _copied(made.folder, folder / PLOTS)
 
 
