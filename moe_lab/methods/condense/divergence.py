@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-10
-NUMBERS_AT_ONCE = 2**15  # numbers at a time: what is computed of them stays in a CPU's cache
+HELD_IN_CACHE = 2**15  # numbers at a time: what is computed of them stays in a CPU's cache
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of what `probability` gave, and a hidden state
 
 
@@ -37,7 +37,7 @@ def _few_rows(measure: Divergence) -> Divergence:
     def values(u_TD: Tensor, candidate_TD: Tensor) -> Tensor:
         if u_TD.device.type != "cpu":
             return measure(u_TD, candidate_TD)
-        rows = max(1, NUMBERS_AT_ONCE // u_TD.shape[1])
+        rows = max(1, HELD_IN_CACHE // u_TD.shape[1])
         parts = zip(u_TD.split(rows), candidate_TD.split(rows), strict=True)
         return torch.cat([measure(u, candidate) for u, candidate in parts])
 
