@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.evaluate.decoding.base import Decoder
+from moe_lab.progress import progress
 
 logger = logging.getLogger(__name__)
 Likelihood = tuple[
@@ -78,14 +79,15 @@ class Continuations:
             places = max(shared, key=lambda places: len(asked[places[0]].inputs))
             shared.remove(places)
             found |= zip(places, self._tried([asked[place] for place in places]), strict=True)
-        for places in self._batches(asked, shared if self._shares else []):
-            scores = self._behind_prompts([asked[place] for place in places])
-            found |= zip(places, scores, strict=True)
-        rest = [place for place in range(len(asked)) if place not in found]
+        behind = list(self._batches(asked, shared if self._shares else []))
+        known = found.keys() | {place for places in behind for place in places}
+        rest = [place for place in range(len(asked)) if place not in known]
         rest.sort(key=lambda place: -len(asked[place].inputs))
-        for start in range(0, len(rest), self.batch_size):
-            places = rest[start : start + self.batch_size]
-            found |= zip(places, self._whole([asked[place] for place in places]), strict=True)
+        whole = [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
+        ways = [(self._behind_prompts, one) for one in behind]
+        ways += [(self._whole, one) for one in whole]
+        for score, places in progress(ways, "evaluate: tasks"):
+            found |= zip(places, score([asked[place] for place in places]), strict=True)
         return [found[place] for place in range(len(asked))]
 
     def _batches(
