@@ -47,6 +47,10 @@ from moe_lab.models.streamed import write_edited
 from moe_lab.models.weight_files import weight_files
 from moe_lab.progress import duration
 
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+from job import anonymous
+
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = int(4.9 * GIB)
@@ -243,16 +247,6 @@ def watched(command: Sequence[str], lines: list[str] | None = None) -> tuple[flo
     if lines is not None:
         lines.extend(told)
     return time.perf_counter() - started, peak
-
-
-def anonymous(process: int) -> int:
-    """Bytes of a process's memory that are no pages of files."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(found[0]) * 1024 if found else 0
 
 
 def forget(folder: Path) -> None:

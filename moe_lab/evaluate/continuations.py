@@ -19,9 +19,8 @@ from moe_lab.evaluate.decoding.base import Decoder
 from moe_lab.progress import progress
 
 logger = logging.getLogger(__name__)
-Likelihood = tuple[
-    float, bool
-]  # log-likelihood in nats; whether each of its tokens is the likeliest
+# Log-likelihood in nats; whether each of its tokens is the likeliest.
+Likelihood = tuple[float, bool]
 BATCH_TOKENS = 16384
 # What families raise whose caches take no several tokens, or none at all.
 REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -7,7 +7,6 @@ go into it. Letters beside those of types.py: N the positions of a batch that pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from moe_lab import processes
 from moe_lab.models.activations import Activations
 from moe_lab.models.checkpoint import Model
-from moe_lab.models.predictions import logits_at
+from moe_lab.models.predictions import head_at, logits_at
 from moe_lab.progress import progress
 
 COMPARED = 64  # positions of a batch whose logits are computed, to be compared
@@ -46,22 +45,9 @@ class DensePredictions:
 
     def _keep(self, model: Model, batch: dict[str, Tensor], number: int) -> bool:
         """Keep what goes into the head at a batch, if the head makes the logits of it alone."""
-        predicts = predicting(batch)
-        taken: list[Tensor] = []
-
-        def take(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            states, *others = args
-            if states.shape[:2] != predicts.shape:
-                return None
-            taken.append(states[predicts])
-            return (taken[0][:COMPARED][None], *others)
-
         assert self._head is not None
-        handle = self._head.register_forward_pre_hook(take)
-        try:
+        with head_at(model, predicting(batch), most=COMPARED) as taken:
             logits = model(**batch, use_cache=False).logits
-        finally:
-            handle.remove()
         if len(taken) != 1:
             return False
         made = self._head(taken[0][:COMPARED][None])

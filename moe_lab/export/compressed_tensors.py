@@ -28,7 +28,7 @@ from moe_lab.models.packed_form import (
 )
 from moe_lab.models.packed_writing import write_packed
 from moe_lab.models.packing import SCHEME, scheme_of
-from moe_lab.models.quantised import packed_as, quantised_as
+from moe_lab.models.quantised import stored_in_few_bits
 from moe_lab.models.reading_back import NotReadBack
 from moe_lab.models.rounding import BITS, Levels, Scheme, rounded
 from moe_lab.models.stored import stored_in
@@ -70,7 +70,7 @@ def _rounded(checkpoint: Checkpoint, out: Path, bits: int, group_size: str) -> l
         raise UserError(f"--bits {bits}: it packs {min(BITS)} to {max(BITS)}")
     if group_size not in GROUP_SIZES:
         raise UserError(f"--group-size {group_size}: there are {', '.join(GROUP_SIZES)}")
-    if kind := quantised_as(checkpoint.config) or packed_as(checkpoint.config):
+    if kind := stored_in_few_bits(checkpoint.config):
         raise UserError(f"--to compressed-tensors: {checkpoint.path} is stored in {kind} already")
     matrices = matrices_of(checkpoint)
     scheme = Scheme(bits, None if group_size == CHANNEL else int(group_size))

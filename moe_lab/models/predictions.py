@@ -36,20 +36,26 @@ def logits_at(model: Any, chosen_BL: Tensor, **inputs: Any) -> Tensor:
 
 
 @contextmanager
-def head_at(model: Any, chosen_BL: Tensor) -> Iterator[None]:
+def head_at(model: Any, chosen_BL: Tensor, most: int | None = None) -> Iterator[list[Tensor]]:
     """While open, the model's head gets the chosen states alone, as one text [1, N, D].
 
-    A head that would get other states than those of all [B, L] positions gets them as ever.
+    Gives the list of all that were chosen [N, D], of each forward pass; most: of which so many go
+    into the head. A head that would get other states than those of all [B, L] positions gets them
+    as ever.
     """
+    chosen: list[Tensor] = []
 
     def choose(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         states, *rest = args
-        return (states[chosen_BL][None], *rest) if states.shape[:2] == chosen_BL.shape else None
+        if states.shape[:2] != chosen_BL.shape:
+            return None
+        chosen.append(states[chosen_BL])
+        return (chosen[-1][:most][None], *rest)
 
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(choose)
     try:
-        yield
+        yield chosen
     finally:
         if handle is not None:
             handle.remove()

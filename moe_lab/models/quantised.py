@@ -151,6 +151,11 @@ def packed_as(config: Any) -> str | None:
     return f"{', '.join(sorted(own['bits']))} bits (moe_lab's own form)" if own else None
 
 
+def stored_in_few_bits(config: Any) -> str | None:
+    """In which way a checkpoint of this config is quantised, in words; None for plain weights."""
+    return quantised_as(config) or packed_as(config)
+
+
 @torch.no_grad()
 def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let a model whose files are quantised compute in a wider dtype than theirs, in place.

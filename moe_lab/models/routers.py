@@ -28,18 +28,19 @@ from moe_lab.models.probing import probe, route, skeleton
 from moe_lab.models.skipping import none_skipped
 from moe_lab.types import UserError
 
-SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
-    "softmax": lambda logits: _softmax(logits),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
-}
-
 
 def _softmax(logits_TE: Tensor) -> Tensor:
     """Over a short last dimension it takes several times as long as over the first one."""
     if logits_TE.shape[-1] < 128:
         return logits_TE.T.contiguous().softmax(dim=0).T
     return logits_TE.softmax(dim=-1)
+
+
+SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of logits [T, E]
+    "softmax": _softmax,
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
 
 
 @torch.no_grad()

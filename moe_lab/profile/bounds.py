@@ -15,9 +15,8 @@ VECTORS = 24  # sums with a number for each expert, at most
 LIBRARIES = 2**27  # what they take while they work
 STATES = 4  # hidden states of a batch that a layer holds beside what it works on
 SLOTS = 6  # of each token and chosen expert: in, out (as parts, joined), weighted, added (twice)
-UNIT_SLOTS = (
-    4  # and of each hidden unit, beside what goes in: gate, up, the gate's value, their product
-)
+# And of each hidden unit, beside what goes in: gate, up, the gate's value, their product.
+UNIT_SLOTS = 4
 ROUTED = 8  # of each token and expert, in float64, while the router's sums are made
 
 

@@ -23,7 +23,7 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.matrices import WeightMatrices, WeightMatrix, What
 from moe_lab.models.packed_form import packed_form, vllm_obstacle
 from moe_lab.models.packed_writing import WrittenForm
-from moe_lab.models.quantised import packed_as, quantised_as
+from moe_lab.models.quantised import stored_in_few_bits
 from moe_lab.models.rounding import BITS, Levels, Reads, Scheme
 from moe_lab.option import Option, Plugin, check_options
 from moe_lab.types import UserError
@@ -195,7 +195,7 @@ class Quantizer(Plugin, ABC):
 
 def check_unquantised(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that is in few bits already: rounding twice loses twice."""
-    kind = quantised_as(checkpoint.config) or packed_as(checkpoint.config)
+    kind = stored_in_few_bits(checkpoint.config)
     if kind:
         raise UserError(
             f"{checkpoint.path} is stored in {kind} already, and quantize rounds what is not. Give "

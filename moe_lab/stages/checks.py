@@ -29,7 +29,7 @@ from moe_lab.models.forms import form_of
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.mtp_saving import foresee_mtp
 from moe_lab.models.opening import stored_dtype
-from moe_lab.models.quantised import packed_as, quantised_as, result_dtype
+from moe_lab.models.quantised import result_dtype, stored_in_few_bits
 from moe_lab.models.stored import dtype_name
 from moe_lab.models.weight_files import size_in_bytes
 from moe_lab.quantize.base import Quantizer, check_unquantised
@@ -84,7 +84,7 @@ def in_quick_dtype(
 
 def announce_dequantising(checkpoint: Checkpoint, layers: Sequence[LayerInfo]) -> None:
     """Say that a quantised model is dequantised, and how large the result will be."""
-    kind = quantised_as(checkpoint.config) or packed_as(checkpoint.config)
+    kind = stored_in_few_bits(checkpoint.config)
     if isinstance(checkpoint, Original) or not kind:
         return
     dtype = dtype_name(result_dtype(checkpoint.config))

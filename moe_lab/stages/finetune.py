@@ -25,7 +25,7 @@ from moe_lab.models.edited_model import Saving
 from moe_lab.models.edits.plan import Plan
 from moe_lab.models.layers import num_parameters
 from moe_lab.models.layerwise import LayerSource, OverlaidModel, WholeModel
-from moe_lab.models.quantised import packed_as, quantised_as
+from moe_lab.models.quantised import stored_in_few_bits
 from moe_lab.models.streamed import write_model
 from moe_lab.quantize.base import Quantizer
 from moe_lab.stages.context import Context
@@ -102,8 +102,7 @@ def _trained(context: Context, asked: FineTuning, plan: Plan, folder: Path) -> L
     divides = compute.sharding == "fsdp" and processes.number() > 1
     # Weights that do not train stay as they are stored; what is divided is all of one dtype, and
     # what is dequantised is exact in float32 alone.
-    config = asked.compressed.config
-    whole = divides or quantised_as(config) or packed_as(config)
+    whole = divides or stored_in_few_bits(asked.compressed.config)
     dtype = "float32" if recipe.dtype == "float32" and whole else "auto"
     compressed = dataclasses.replace(asked.compressed, dtype=dtype)
     teacher = Teacher(asked.taught.folder, tokens.values()) if asked.taught else None

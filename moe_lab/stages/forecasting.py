@@ -37,7 +37,7 @@ from moe_lab.models.grouped import experts_in_files_dtype
 from moe_lab.models.layers import layer_index, moe_layers
 from moe_lab.models.matrices import matrices_of
 from moe_lab.models.packing import packed_bytes
-from moe_lab.models.quantised import packed_as, quantised_as
+from moe_lab.models.quantised import stored_in_few_bits
 from moe_lab.models.rounding import Scheme
 from moe_lab.models.weight_files import weight_files
 from moe_lab.stages.foreseen import Foreseen, dense_weights, edited_model, foreseen, search_of
@@ -174,8 +174,8 @@ def _tuning(
     stored = getattr(checkpoint.config, "dtype", None)
     size_of_stored = stored.itemsize if stored is not None else 4
     in_float32 = recipe.dtype == "float32"
-    config = checkpoint.config
-    if not in_float32 or compute.sharding == "fsdp" or quantised_as(config) or packed_as(config):
+    few_bits = stored_in_few_bits(checkpoint.config)
+    if not in_float32 or compute.sharding == "fsdp" or few_bits:
         narrow = 0
     return TuningWork(
         steps=steps,

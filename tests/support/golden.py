@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from running import OFFLINE, ROOT, run_command
+
 FIGURES = ROOT / "tests" / "golden" / "figures.json"
 # Everything that a sweep may have, at a size that a test can afford; the default run is whole.
 SMALL = ["eval.num_items=24", "eval.held_out.num_samples=24", "measure=none", "track=off"]
@@ -44,13 +43,7 @@ def run(name: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Run one of COMMANDS in a folder: the figures of each job, by the job's number."""
     words = COMMANDS[name]
     place = f"hydra.sweep.dir={folder / name}" if "-m" in words else f"run_dir={folder / name}/0"
-    command = [sys.executable, str(ROOT / "run.py"), *words, place, f"store={folder / 'store'}"]
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {key: value for key, value in os.environ.items() if "WANDB" not in key}
-    done = subprocess.run(
-        [*command, "compute.threads=1"], cwd=folder, capture_output=True, text=True,
-        env=environment | settings,
-    )  # fmt: skip
+    done = run_command(folder, *words, place, f"store={folder / 'store'}", "compute.threads=1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     reports = sorted((folder / name).glob("*/report.json"))
     return {path.parent.name: _figures(json.loads(path.read_text())) for path in reports}
@@ -67,6 +60,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Write all figures, as they are now."""
+    os.environ.update(OFFLINE)
     with tempfile.TemporaryDirectory() as folder:
         figures = {name: run(name, Path(folder)) for name in COMMANDS}
     FIGURES.parent.mkdir(exist_ok=True)

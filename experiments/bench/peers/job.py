@@ -135,6 +135,23 @@ def prune(dense: Path, out: Path, *options: str, root: Path = ROOT) -> tuple[Cos
     return cost, {edit["index"]: sorted(edit["kept"]) for edit in plan["layers"]}
 
 
+def take_turns(
+    dense: Path, ours: Path, command: Sequence[str], theirs: Path, rounds: int
+) -> tuple[list[Cost], list[Cost], Kept]:
+    """The job by run.py into one folder, by a peer's command into another: costs, and our experts.
+
+    Both folders are new in each round.
+    """
+    mine, its, kept = [], [], Kept()
+    for _ in range(rounds):
+        cost, kept = prune(dense, ours)
+        mine.append(cost)
+        shutil.rmtree(theirs, ignore_errors=True)
+        theirs.mkdir()
+        its.append(watched(command))
+    return mine, its, kept
+
+
 def asked(told: str | None) -> tuple[Path, int]:
     """What a comparison is asked for: the folder that it works in, and how many rounds."""
     parser = argparse.ArgumentParser(description=(told or "").split("\n")[0])

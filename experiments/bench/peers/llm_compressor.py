@@ -76,13 +76,7 @@ def main() -> int:
     dense = job.checkpoint_in(folder)
     text, out = job.text_in(folder), folder / "llm_compressor"
     command = [str(interpreter()), __file__, "--of", *map(str, (dense, text, out))]
-    ours, theirs = [], []
-    for _ in range(rounds):
-        cost, kept = job.prune(dense, folder / "ours")
-        ours.append(cost)
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        theirs.append(job.watched(command))
+    ours, theirs, kept = job.take_turns(dense, folder / "ours", command, out, rounds)
     report = json.loads((out / "experts.json").read_text())
     by_default = job.watched([*command, "again"])
     print(f"with each layer computed again behind its pruning {by_default.seconds:.0f} s and "

@@ -12,7 +12,6 @@ transformers. In moe_lab's own environment; prints PASS or FAIL beside each limi
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -79,13 +78,7 @@ def main() -> int:
     dense = job.checkpoint_in(folder)
     text, out = job.text_in(folder), folder / "reap_by_hooks"
     command = [sys.executable, __file__, "--of", *map(str, (dense, text, out))]
-    ours, theirs = [], []
-    for _ in range(rounds):
-        cost, kept = job.prune(dense, folder / "ours")
-        ours.append(cost)
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        theirs.append(job.watched(command))
+    ours, theirs, kept = job.take_turns(dense, folder / "ours", command, out, rounds)
     other = dict(enumerate(json.loads((out / "experts.json").read_text())))
     return job.compared("hooks", ours, theirs, kept, other, CPU_LIMIT, MEMORY_LIMIT)
 

@@ -16,11 +16,8 @@ from moe_lab.models.edits.plan import Plan
 from moe_lab.report.plots import curve, plan, style
 from moe_lab.report.report import read_report
 
-TOLD_IN_PICTURES = (
-    "metric",
-    "condense/layers",
-    "condense/experts",
-)  # of a report: names in the pictures
+# Of a report: names in the pictures.
+TOLD_IN_PICTURES = ("metric", "condense/layers", "condense/experts")
 
 
 def draw_run(folder: Path) -> list[Path]:
