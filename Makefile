@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 AUDIT := .venv-audit
 PIP_AUDIT := pip-audit==2.10.1
-BENCHES := $(sort $(wildcard experiments/bench/*.py))
+PEERS := $(sort $(wildcard experiments/bench/peers/*.py))
+BENCHES := $(sort $(wildcard experiments/bench/*.py)) $(PEERS)
 
 .PHONY: help run test faults bench gpu families serving lint format audit
 .DEFAULT_GOAL := help
@@ -19,6 +20,7 @@ help:
 	@echo "     [WORKERS=4]                            by so many processes at a time (2)"
 	@echo "make faults [FUZZ=60]                       kills, races, rot, full disks; fuzzers for an hour"
 	@echo "make bench                                  run the benchmarks of experiments/bench in turn"
+	@echo "     [BENCHES=experiments/bench/gptq.py]     some of them"
 	@echo "make gpu                                    tests and speeds on a GPU, in under eight minutes"
 	@echo "make families                               check every MoE model type that transformers has"
 	@echo "make serving                                serve what is written by vLLM, llama.cpp, transformers"
@@ -40,7 +42,8 @@ faults: $(STAMP)
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --faults=long --fuzz-minutes=$(FUZZ) \
 		--write-faults docs/faults.md $(or $(ARGS),tests/faults)
 
-# Every benchmark runs, also after a failed one; the target fails if any did.
+# Every benchmark runs, also after a failed one; the target fails if any did. Peers of other tools
+# have environments of their own, made beside them when they first run.
 bench: $(STAMP)
 	@failed=0; \
 	for bench in $(BENCHES); do \

@@ -49,7 +49,7 @@ from moe_lab.progress import duration
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-from job import anonymous
+from job import memory_of
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +239,7 @@ def watched(command: Sequence[str], lines: list[str] | None = None) -> tuple[flo
     started, peak = time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            peak = max(peak, memory_of(process.pid).get("RssAnon", 0))
             time.sleep(0.02)
         told = process.stdout.read().splitlines() if process.stdout else []
     if process.returncode:

@@ -3,9 +3,9 @@
 The job: a random qwen3_moe of 0.81 GB in bfloat16 (16 layers of 32 experts, top-4, hidden 512), the
 embedded calibration text of a default run (64 samples of 128 tokens), a quarter of each layer's
 experts removed by REAP's score, the result written. What is measured of a process is its CPU time,
-user and system, of all its threads (one is asked for), and the most anonymous memory that it has at
-once (RssAnon of /proc/<pid>/status, looked at every 20 ms: pages of mapped files, which the kernel
-can drop at any time, are none of it).
+user and system, of all its threads (one is asked for), and the most memory that it has at once:
+anonymous (RssAnon of /proc/<pid>/status, looked at every 20 ms: pages of mapped files, which the
+kernel can drop at any time, are none of it) and resident (VmHWM: those pages, too).
 
     python experiments/bench/peers/job.py <folder>
 
@@ -40,10 +40,11 @@ Kept = dict[int, list[int]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process: CPU seconds of all its threads, anonymous memory in bytes at its highest."""
+    """Of one process: CPU seconds of all its threads, bytes of memory at their highest."""
 
     seconds: float
-    peak: int
+    anonymous: int
+    resident: int
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -97,26 +98,28 @@ def watched(command: Sequence[str], environment: Mapping[str, str] | None = None
     given = os.environ | one | (environment or {})
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=given)
-        peak, done = 0, (0, 0, None)
+        anonymous, resident, done = 0, 0, (0, 0, None)
         while not done[0]:
-            peak = max(peak, anonymous(process.pid))
+            memory = memory_of(process.pid)
+            anonymous = max(anonymous, memory.get("RssAnon", 0))
+            resident = max(resident, memory.get("VmHWM", 0))
             time.sleep(0.02)
             done = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(done[1])
         if process.returncode:
             said.seek(0)
             sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()[-5000:]}")
-    return Cost(done[2].ru_utime + done[2].ru_stime, peak)
+    return Cost(done[2].ru_utime + done[2].ru_stime, anonymous, resident)
 
 
-def anonymous(process: int) -> int:
-    """Bytes of a process's memory that are no pages of files."""
+def memory_of(process: int) -> dict[str, int]:
+    """What the kernel tells of a process's memory, in bytes; nothing of one that has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
-        return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(found[0]) * 1024 if found else 0
+        return {}
+    lines = [line.split() for line in status.splitlines() if line.endswith(" kB")]
+    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in lines}
 
 
 def prune(dense: Path, out: Path, *options: str, root: Path = ROOT) -> tuple[Cost, Kept]:
@@ -136,19 +139,21 @@ def prune(dense: Path, out: Path, *options: str, root: Path = ROOT) -> tuple[Cos
 
 
 def take_turns(
-    dense: Path, ours: Path, command: Sequence[str], theirs: Path, rounds: int
-) -> tuple[list[Cost], list[Cost], Kept]:
-    """The job by run.py into one folder, by a peer's command into another: costs, and our experts.
+    dense: Path, ours: Path, commands: Mapping[str, Sequence[str]], theirs: Path, rounds: int
+) -> tuple[list[Cost], dict[str, list[Cost]], Kept]:
+    """The job by run.py into one folder, by each of a peer's commands into another.
 
-    Both folders are new in each round.
+    Both folders are new each time. Gives costs, the peer's by command, and our experts.
     """
-    mine, its, kept = [], [], Kept()
+    mine, kept = [], Kept()
+    its: dict[str, list[Cost]] = {name: [] for name in commands}
     for _ in range(rounds):
         cost, kept = prune(dense, ours)
         mine.append(cost)
-        shutil.rmtree(theirs, ignore_errors=True)
-        theirs.mkdir()
-        its.append(watched(command))
+        for name, command in commands.items():
+            shutil.rmtree(theirs, ignore_errors=True)
+            theirs.mkdir()
+            its[name].append(watched(command))
     return mine, its, kept
 
 
@@ -166,38 +171,47 @@ def asked(told: str | None) -> tuple[Path, int]:
 
 
 def compared(
-    peer: str,
     ours: Sequence[Cost],
-    theirs: Sequence[Cost],
-    kept: Kept,
-    other: Kept,
+    theirs: Mapping[str, Sequence[Cost]],
     cpu_limit: float,
     memory_limit: float,
 ) -> int:
-    """Print the medians beside their limits, and where other experts stay; 1 for a limit passed.
+    """Print our medians as multiples of a peer's, by its commands; 1 where a limit is passed.
 
-    The limits are of ours, as multiples of the peer's.
+    The limits are of the first command; those of memory are of what is resident.
     """
-    mine, its = _median(ours), _median(theirs)
-    figures = [
-        ("CPU", mine.seconds, its.seconds, cpu_limit, "s"),
-        ("anonymous memory", mine.peak / MIB, its.peak / MIB, memory_limit, "MiB"),
-    ]
-    for name, one, two, limit, unit in figures:
-        told = "PASS" if one <= limit * two else "FAIL"
-        print(f"{name}: {one:.0f} {unit}, {peer} {two:.0f} {unit}: {one / two:.2f}x, limit "
-              f"{limit:.2f}x: {told}")  # fmt: skip
-    print("all CPU seconds, in turn:", *(f"{a.seconds:.1f}/{b.seconds:.1f}"
-                                         for a, b in zip(ours, theirs, strict=True)))  # fmt: skip
-    for layer in kept:
-        both = len(set(kept[layer]) & set(other[layer]))
-        print(f"layer {layer}: {both} of {len(kept[layer])} experts that stay are the same")
-    return int(any(one > limit * two for _, one, two, limit, _ in figures))
+    mine, passed = median_of(ours), False
+    for number, (name, costs) in enumerate(theirs.items()):
+        its = median_of(costs)
+        for what, one, two, unit, limit in (
+            ("CPU", mine.seconds, its.seconds, "s", cpu_limit),
+            ("resident memory", mine.resident / MIB, its.resident / MIB, "MiB", memory_limit),
+            ("anonymous memory", mine.anonymous / MIB, its.anonymous / MIB, "MiB", None),
+        ):
+            told = f"{what}: {one:.0f} {unit}, {name} {two:.0f} {unit}: {one / two:.2f}x"
+            if number == 0 and limit is not None:
+                passed |= one > limit * two
+                told += f", limit {limit:.2f}x: {'FAIL' if one > limit * two else 'PASS'}"
+            print(told)
+    turns = zip(ours, *theirs.values(), strict=True)
+    print(
+        "all CPU seconds, in turn:", *("/".join(f"{a.seconds:.1f}" for a in one) for one in turns)
+    )
+    return int(passed)
 
 
-def _median(costs: Sequence[Cost]) -> Cost:
-    seconds = statistics.median(one.seconds for one in costs)
-    return Cost(seconds, int(statistics.median(one.peak for one in costs)))
+def show_kept(ours: Kept, theirs: Mapping[int, Sequence[int]]) -> None:
+    """Print in how many experts of each layer two results agree."""
+    for layer, kept in ours.items():
+        both = len(set(kept) & set(theirs[layer]))
+        print(f"layer {layer}: {both} of {len(kept)} experts that stay are the same")
+
+
+def median_of(costs: Sequence[Cost]) -> Cost:
+    """The medians of what several runs cost, each by itself."""
+    values = zip(*((one.seconds, one.anonymous, one.resident) for one in costs), strict=True)
+    seconds, anonymous, resident = map(statistics.median, values)
+    return Cost(seconds, int(anonymous), int(resident))
 
 
 def main() -> int:
@@ -205,12 +219,11 @@ def main() -> int:
     folder, rounds = asked(__doc__)
     dense = checkpoint_in(folder)
     text_in(folder)
-    costs = [prune(dense, folder / "ours")[0] for _ in range(rounds)]
-    cost = _median(costs)
-    told = "PASS" if cost.peak <= PEAK else "FAIL"
-    print(f"{cost.seconds:.1f} s of CPU, {cost.peak / 1e9:.2f} GB of anonymous memory, limit "
-          f"{PEAK / 1e9:.2f}: {told}")  # fmt: skip
-    return int(cost.peak > PEAK)
+    cost = median_of([prune(dense, folder / "ours")[0] for _ in range(rounds)])
+    told = "PASS" if cost.anonymous <= PEAK else "FAIL"
+    print(f"{cost.seconds:.1f} s of CPU, {cost.resident / 1e9:.2f} GB of memory; "
+          f"anonymous: {cost.anonymous / 1e9:.2f} GB, limit {PEAK / 1e9:.2f}: {told}")  # fmt: skip
+    return int(cost.anonymous > PEAK)
 
 
 if __name__ == "__main__":

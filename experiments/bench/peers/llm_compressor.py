@@ -5,10 +5,10 @@
 makes the environment (.venv-llm-compressor beside this file, of llm_compressor.txt), and lets the
 two take turns over one checkpoint and one text. llm-compressor goes by its sequential pipeline, a
 sample at a time as it does by default. It computes only the experts that a token is sent to, as it
-advises for REAP (moe_calibrate_all_experts), and each layer once; by default it computes each again
-behind its pruning, so that deeper layers are scored on what pruned ones give (propagate_error).
-That is told beside, of one run. Prints PASS or FAIL beside each limit, and whether the same experts
-stay.
+advises for REAP (moe_calibrate_all_experts). By default it computes each layer again behind its
+pruning, so that deeper layers are scored on what pruned ones give (propagate_error): the limits are
+of that. Each layer once, as we score, is told beside. Prints PASS or FAIL beside each limit, and
+whether the same experts stay where each layer is computed once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import job
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT, PINS = HERE / ".venv-llm-compressor", HERE / "llm_compressor.txt"
+PEER = "llm-compressor 0.14.0"
 CPU_LIMIT, MEMORY_LIMIT = 0.40, 1.0
 
 
@@ -75,14 +76,12 @@ def main() -> int:
     folder, rounds = job.asked(__doc__)
     dense = job.checkpoint_in(folder)
     text, out = job.text_in(folder), folder / "llm_compressor"
-    command = [str(interpreter()), __file__, "--of", *map(str, (dense, text, out))]
-    ours, theirs, kept = job.take_turns(dense, folder / "ours", command, out, rounds)
+    once = [str(interpreter()), __file__, "--of", *map(str, (dense, text, out))]
+    commands = {f"{PEER} by default": [*once, "again"], f"{PEER}, each layer once": once}
+    ours, theirs, kept = job.take_turns(dense, folder / "ours", commands, out, rounds)
     report = json.loads((out / "experts.json").read_text())
-    by_default = job.watched([*command, "again"])
-    print(f"with each layer computed again behind its pruning {by_default.seconds:.0f} s and "
-          f"{by_default.peak / job.MIB:.0f} MiB, one run")  # fmt: skip
-    other = {int(name.split(".")[2]): sorted(experts) for name, experts in report.items()}
-    return job.compared("llm-compressor 0.14.0", ours, theirs, kept, other, CPU_LIMIT, MEMORY_LIMIT)
+    job.show_kept(kept, {int(name.split(".")[2]): experts for name, experts in report.items()})
+    return job.compared(ours, theirs, CPU_LIMIT, MEMORY_LIMIT)
 
 
 if __name__ == "__main__":

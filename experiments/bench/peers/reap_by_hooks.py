@@ -78,9 +78,9 @@ def main() -> int:
     dense = job.checkpoint_in(folder)
     text, out = job.text_in(folder), folder / "reap_by_hooks"
     command = [sys.executable, __file__, "--of", *map(str, (dense, text, out))]
-    ours, theirs, kept = job.take_turns(dense, folder / "ours", command, out, rounds)
-    other = dict(enumerate(json.loads((out / "experts.json").read_text())))
-    return job.compared("hooks", ours, theirs, kept, other, CPU_LIMIT, MEMORY_LIMIT)
+    ours, theirs, kept = job.take_turns(dense, folder / "ours", {"hooks": command}, out, rounds)
+    job.show_kept(kept, dict(enumerate(json.loads((out / "experts.json").read_text()))))
+    return job.compared(ours, theirs, CPU_LIMIT, MEMORY_LIMIT)
 
 
 if __name__ == "__main__":
