@@ -32,6 +32,9 @@ from moe_lab.models.skipping import is_skipping
 from moe_lab.types import LayerInfo, Routing, UserError
 
 OBSERVING = "moe_lab_observing"
+# Numbers that products on a CPU give at a time: blocks of 16 MB and less are used again, larger
+# ones are given back to the system, which clears each page before it hands it out again.
+AT_ONCE = 2**22
 
 
 class ValidTokens:
@@ -348,20 +351,23 @@ def _observing_experts(
         expert_S, order_S = expert_S[:number], order_S[:number]
     token_S, rank_S = order_S % num_tokens, order_S // num_tokens
     weight_S = top_k_weights[token_S, rank_S]
-    x_SD = hidden_states[token_S]
-    if scales_input(self):  # the weight is inside the outputs
-        x_SD, weight_S = x_SD * weight_S[:, None], torch.ones_like(weight_S)
+    scale_S = weight_S if scales_input(self) else None
+    if scale_S is not None:  # it is inside the outputs
+        weight_S = torch.ones_like(weight_S)
+
+    def entering(rows: slice) -> Tensor:
+        x_ND = hidden_states.index_select(0, token_S[rows])
+        return x_ND if scale_S is None else x_ND * scale_S[rows, None]
+
     if counts is None:
-        y_SD, h_SI = _grouped_outputs(self, x_SD, expert_S, count_E[:-1])
+        y_SD, h_SI = _grouped_outputs(self, entering, expert_S, count_E[:-1], neurons)
     else:
-        y_SD, h_SI = _outputs_of_each(self, x_SD, counts, neurons)
-    del x_SD
-    weighted_SD = y_SD * weight_S[:, None]
+        y_SD, h_SI = _outputs_of_each(self, entering(slice(None)), counts, neurons)
     if observation is not None and observation.implementation == "eager":
         out = torch.zeros_like(hidden_states)
-        out.index_add_(0, token_S, weighted_SD.to(out.dtype))
+        out.index_add_(0, token_S, (y_SD * weight_S[:, None]).to(out.dtype))
     else:
-        out = _added_up(weighted_SD, order_S, top_k_index).to(hidden_states.dtype)
+        out = _added_up(y_SD, weight_S, order_S, top_k_index).to(hidden_states.dtype)
     if observation is not None:
         pairs: tuple[Tensor, ...] = y_SD, expert_S, token_S, weight_S
         pairs += (h_SI,) if neurons else ()
@@ -379,22 +385,68 @@ def _is_grouped(experts: Experts, observation: Observation | None) -> bool:
 
 
 def _grouped_outputs(
-    experts: Experts, x_SD: Tensor, expert_S: Tensor, count_E: Tensor
+    experts: Experts,
+    entering: Callable[[slice], Tensor],
+    expert_S: Tensor,
+    count_E: Tensor,
+    neurons: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [S, D] and hidden units [S, I] by transformers' own grouped products."""
+    """Outputs [S, D] by transformers' own grouped products; hidden units [S, I] for `neurons`.
+
+    entering(rows): what enters the experts in these rows.
+    """
+    parts = list(_at_a_time(experts, expert_S, count_E))
+    y_SD = h_SI = None
+    for some, rows in parts:
+        y_ND, h_NI = _grouped_part(experts, entering(rows), some, expert_S[rows], count_E[some])
+        h_NI = h_NI if neurons else h_NI[:0]
+        if len(parts) == 1:
+            return y_ND, h_NI
+        if y_SD is None or h_SI is None:
+            y_SD = y_ND.new_empty(len(expert_S), y_ND.shape[1])
+            h_SI = h_NI.new_empty(len(expert_S) if neurons else 0, h_NI.shape[1])
+        y_SD[rows] = y_ND
+        h_SI[rows] = h_NI
+    assert y_SD is not None and h_SI is not None
+    return y_SD, h_SI
+
+
+def _at_a_time(
+    experts: Experts, expert_S: Tensor, count_E: Tensor
+) -> Iterator[tuple[slice, slice]]:
+    """Experts that are computed together, and the rows of their pairs: all of them on a GPU, which
+    would have to be waited for, and where gradients are wanted."""
+    widest = max(max(p.shape[1:]) for p in experts.parameters(recurse=False) if p.dim() > 2)
+    fit = len(expert_S) * widest <= AT_ONCE
+    if fit or count_E.device.type != "cpu" or torch.is_grad_enabled():
+        yield slice(None), slice(None)
+        return
+    first = begin = rows = 0
+    for expert, count in enumerate(count_E.tolist()):
+        if rows and rows + count > AT_ONCE // widest:
+            yield slice(first, expert), slice(begin, begin + rows)
+            first, begin, rows = expert, begin + rows, 0
+        rows += count
+    yield slice(first, None), slice(begin, None)
+
+
+def _grouped_part(
+    experts: Experts, x_ND: Tensor, some: slice, expert_N: Tensor, count_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What these experts give, and their hidden units, for the rows that go to them."""
     ends_E = count_E.cumsum(0, dtype=torch.int32)
 
     def product(x: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert_S] if experts.has_bias else None
-        weight = getattr(experts, name)
+        bias = getattr(experts, f"{name}_bias")[expert_N] if experts.has_bias else None
+        weight = getattr(experts, name)[some]
         return _grouped_linear(x, weight, ends_E, bias=bias, is_transposed=experts.is_transposed)
 
     if experts.has_gate:
-        h_SI = experts._apply_gate(product(x_SD, "gate_up_proj"))
+        h_NI = experts._apply_gate(product(x_ND, "gate_up_proj"))
     else:
-        h_SI = experts.act_fn(product(x_SD, "up_proj"))
-    y_SD = product(h_SI, "down_proj")
-    return experts.post_expert_norm(y_SD) if experts.has_post_expert_norm else y_SD, h_SI
+        h_NI = experts.act_fn(product(x_ND, "up_proj"))
+    y_ND = product(h_NI, "down_proj")
+    return experts.post_expert_norm(y_ND) if experts.has_post_expert_norm else y_ND, h_NI
 
 
 def _outputs_of_each(
@@ -414,18 +466,27 @@ def _outputs_of_each(
     return torch.cat(outputs or [x_SD]), torch.cat(hidden)
 
 
-def _added_up(weighted_SD: Tensor, order_S: Tensor, index_TK: Tensor) -> Tensor:
-    """The sum [T, D] of each token's pairs, which stand at order_S = rank * T + token."""
+def _added_up(y_SD: Tensor, weight_S: Tensor, order_S: Tensor, index_TK: Tensor) -> Tensor:
+    """The sum [T, D] of each token's weighted pairs, which stand at order_S = rank * T + token."""
     num_tokens, num_chosen = index_TK.shape
-    if len(order_S) == index_TK.numel():
-        place_KT = torch.empty_like(order_S)
-        place_KT[order_S] = torch.arange(len(order_S), device=order_S.device)
-        place_TK = place_KT.view(num_chosen, num_tokens).t().reshape(-1)
+    if len(order_S) != index_TK.numel():
+        weighted_SD = y_SD * weight_S[:, None]
+        slots = weighted_SD.new_zeros(index_TK.numel(), weighted_SD.shape[1])
+        slots[order_S % num_tokens * num_chosen + order_S // num_tokens] = weighted_SD
+        return slots.view(num_tokens, num_chosen, -1).sum(dim=1)
+    place_KT = torch.empty_like(order_S)
+    place_KT[order_S] = torch.arange(len(order_S), device=order_S.device)
+    place_TK = place_KT.view(num_chosen, num_tokens).t()
+    at_once = num_tokens
+    if y_SD.device.type == "cpu" and not torch.is_grad_enabled():
+        at_once = max(1, AT_ONCE // (num_chosen * y_SD.shape[1]))
+    sums = []
+    for place_NK in place_TK.split(at_once):
+        place_P = place_NK.reshape(-1)
         # Not by plain indexing, which takes three times as long for the same.
-        return weighted_SD.index_select(0, place_TK).view(num_tokens, num_chosen, -1).sum(dim=1)
-    slots = weighted_SD.new_zeros(index_TK.numel(), weighted_SD.shape[1])
-    slots[order_S % num_tokens * num_chosen + order_S // num_tokens] = weighted_SD
-    return slots.view(num_tokens, num_chosen, -1).sum(dim=1)
+        weighted_PD = y_SD.index_select(0, place_P) * weight_S.index_select(0, place_P)[:, None]
+        sums.append(weighted_PD.view(*place_NK.shape, -1).sum(dim=1))
+    return torch.cat(sums)
 
 
 def _by_row(
