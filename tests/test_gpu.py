@@ -18,7 +18,9 @@ from moe_lab.compute import Compute
 from moe_lab.evaluate.dense_predictions import DensePredictions
 from moe_lab.evaluate.held_out import compare_held_out
 from moe_lab.finetune.training import Training
+from moe_lab.finetune.tuning import next_token_loss
 from moe_lab.measure.speed import measure
+from moe_lab.models import grouped
 from moe_lab.models.activations import Activations
 from moe_lab.models.edits.plan import Plan, apply_plan, read_edit
 from moe_lab.models.layers import moe_layers
@@ -120,6 +122,28 @@ def test_steps_of_fine_tuning_are_the_processors(kind: str, tmp_path: Path) -> N
     for one, other in zip(curves[DEVICE], curves["cpu"], strict=True):
         for name in ("loss", "gradient_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_of_all_experts_in_one_call_are_those_of_each(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and back in bfloat16, in which `finetune=cd_moe` computes."""
+    plain, found = grouped.in_one_call, []
+    batch = moved(tiny_batch())
+    for way in (plain, lambda *_: False):
+        calls: list[bool] = []
+        watched = lambda *given, way=way, calls=calls: calls.append(way(*given)) or calls[-1]  # noqa: E731
+        monkeypatch.setattr(grouped, "in_one_call", watched)
+        model = tiny_model(family).to(DEVICE)
+        model.set_experts_implementation(grouped.GROUPED_EXPERTS)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            next_token_loss(model, batch | {"labels": batch["input_ids"]}).backward()
+        assert set(calls) == {way is plain}
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[1].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[0][name], gradient, rtol=0.05, atol=0.02 * scale, msg=name)
 
 
 @pytest.mark.parametrize("together", [True, False])

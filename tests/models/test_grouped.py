@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from families import EACH_FAMILY, tiny_batch, tiny_model
+from host_reads import host_reads
 from odd_families import odd_model
 from stand_ins import saved
 from torch import Tensor
 
 from moe_lab.finetune.tuning import next_token_loss
+from moe_lab.models import grouped
 from moe_lab.models.checkpoint import Model, load
-from moe_lab.models.grouped import GROUPED_EXPERTS, WIDENED, widen_but_experts
+from moe_lab.models.grouped import GROUPED_EXPERTS, WIDENED, in_one_call, widen_but_experts
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.observing import OBSERVING
 
@@ -37,16 +40,46 @@ def check(model: Model, reference: str = "eager") -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * size, msg=name)
 
 
+@pytest.fixture(params=["each expert", "one call"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways: of the second torch has a kernel on a GPU, and on the processor the same call."""
+    monkeypatch.setattr(grouped, "in_one_call", lambda *_: request.param == "one call")
+    return str(request.param)
+
+
 @EACH_FAMILY
-def test_losses_and_gradients_are_the_family_s(family: str) -> None:
+def test_losses_and_gradients_are_the_family_s(family: str, products: str) -> None:
     check(tiny_model(family))
+
+
+def test_products_in_one_call_have_nobody_wait_for_a_gpu(products: str) -> None:
+    model = tiny_model("mixtral")
+    layer = moe_layers(model)[0]
+    number, size = layer.info.num_experts, layer.info.hidden_size
+    model.set_experts_implementation(GROUPED_EXPERTS)
+    hidden = torch.randn(6, size, requires_grad=True)
+    index = torch.tensor([[0, 1], [1, 2], [2, number], [0, number], [1, 0], [2, 1]])
+    with host_reads() as reads:
+        layer.experts(hidden, index, torch.rand(6, 2)).sum().backward()
+    assert reads.number == (0 if products == "one call" else 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "fits"),
+    [("bfloat16", 8, True), ("bfloat16", 12, False), ("float32", 8, False)],
+)
+def test_one_call_is_for_what_torch_has_a_kernel_for(dtype: str, width: int, fits: bool) -> None:
+    x, weight = mock.Mock(is_cuda=True, dtype=getattr(torch, dtype)), torch.zeros(2, 16, width)
+    x.element_size.return_value = x.dtype.itemsize
+    assert in_one_call(x, weight) is fits
+    assert not in_one_call(torch.zeros(3, 16, dtype=x.dtype), weight)
 
 
 def test_weights_may_stand_inside_the_experts() -> None:
     check(odd_model("llama4_text"), OBSERVING)
 
 
-def test_nobody_s_pairs_add_nothing(tmp_path: Path) -> None:
+def test_nobody_s_pairs_add_nothing(tmp_path: Path, products: str) -> None:
     """Router rows that lead to constants in the place of experts."""
     saved("qwen2_moe", tmp_path / "x")
     model = load(tmp_path / "x" / "model")
@@ -54,7 +87,7 @@ def test_nobody_s_pairs_add_nothing(tmp_path: Path) -> None:
     check(model)
 
 
-def test_frozen_experts_get_no_gradient() -> None:
+def test_frozen_experts_get_no_gradient(products: str) -> None:
     model = tiny_model("mixtral")
     expected = gradients(model, "eager")
     for layer in moe_layers(model):
