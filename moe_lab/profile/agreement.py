@@ -57,7 +57,8 @@ def _sums(states: HiddenStates, index: int) -> dict[str, Tensor]:
     }
     for routing in states.routings(index):
         columns_EID = HiddenUnits(states.stream.moe[index].experts).down_columns()
-        counts = torch.bincount(routing.expert_S, minlength=info.num_experts).cpu()
+        counts = torch.bincount(routing.expert_S, minlength=info.num_experts)
+        sums = {name: total.to(counts.device) for name, total in sums.items()}
         sums["count"] += counts
         sums["turn_sum"] += _turns(routing, counts)
         split = routing.y_SD.split(counts.tolist())
@@ -65,8 +66,8 @@ def _sums(states: HiddenStates, index: int) -> dict[str, Tensor]:
             exact = torch.promote_types(h_NI.dtype, torch.float32)
             along_ND = F.normalize(split[expert].to(exact), dim=-1)
             along_NI = h_NI.to(exact) * (along_ND @ columns_EID[expert].to(exact).T)
-            sums["projection_sum"][expert] += along_NI.sum(dim=0, dtype=torch.float64).cpu()
-    return sums
+            sums["projection_sum"][expert] += along_NI.sum(dim=0, dtype=torch.float64)
+    return {name: total.cpu() for name, total in sums.items()}
 
 
 def _turns(routing: Routing, counts: Tensor) -> Tensor:
@@ -74,6 +75,6 @@ def _turns(routing: Routing, counts: Tensor) -> Tensor:
     exact = torch.promote_types(routing.y_SD.dtype, torch.float32)
     x_SD, y_SD = routing.x_TD[routing.token_S].to(exact), routing.y_SD.to(exact)
     turn_S = (1 - F.cosine_similarity(x_SD, y_SD, dim=-1)) * y_SD.norm(dim=-1)
-    gated_S = (turn_S * routing.weight_S.to(exact)).double().cpu()
-    sum_E = torch.zeros(len(counts), dtype=torch.float64)
-    return sum_E.index_add_(0, routing.expert_S.cpu(), gated_S)
+    gated_S = (turn_S * routing.weight_S.to(exact)).double()
+    sum_E = torch.zeros(len(counts), dtype=torch.float64, device=gated_S.device)
+    return sum_E.index_add_(0, routing.expert_S, gated_S)

@@ -27,9 +27,10 @@ def output_distances(experts: AllExperts) -> Tensor:
     """
     total_ED = torch.zeros(experts.info.num_experts, experts.info.hidden_size).double()
     for chunk in experts.chunks():
+        total_ED = total_ED.to(chunk.outputs_ETD.device)
         for total_D, y_TD in zip(total_ED, chunk.outputs_ETD, strict=True):
-            total_D += y_TD.sum(dim=0, dtype=torch.float64).cpu()  # no copy of all in float64
-    mean_ED = total_ED / experts.num_tokens
+            total_D += y_TD.sum(dim=0, dtype=torch.float64)  # no copy of all in float64
+    mean_ED = total_ED.cpu() / experts.num_tokens
     # Not by way of inner products, whose differences would hide small distances.
     return torch.cdist(mean_ED, mean_ED, compute_mode="donot_use_mm_for_euclid_dist")
 

@@ -37,11 +37,12 @@ def gated_cosine(experts: AllExperts) -> Tensor:
     total_ED = torch.zeros(experts.info.num_experts, experts.info.hidden_size).double()
     for chunk in experts.chunks():
         probability_ET = score(chunk.logits_TE.double()).T
+        total_ED = total_ED.to(probability_ET.device)
         for total_D, probability_T, y_TD in zip(
             total_ED, probability_ET, chunk.outputs_ETD, strict=True
         ):
-            total_D += (probability_T @ y_TD.double()).cpu()
-    unit_ED = F.normalize(total_ED, dim=1)
+            total_D += probability_T @ y_TD.double()
+    unit_ED = F.normalize(total_ED.cpu(), dim=1)
     return unit_ED @ unit_ED.T
 
 

@@ -88,10 +88,13 @@ def attributions(states: HiddenStates, index: int, batch: int) -> Tensor:
             group_T = group_B[row : row + len(valid)].repeat_interleave(valid.sum(dim=1))
             row += len(valid)
             y_TD = _block_output(layer, routing, outputs.pop(), valid)
-            square_G.index_add_(0, group_T, y_TD.double().square().sum(dim=1).cpu())
+            group_T, square_G, product_GEI = (
+                one.to(y_TD.device) for one in (group_T, square_G, product_GEI)
+            )
+            square_G.index_add_(0, group_T, y_TD.double().square().sum(dim=1))
             _add_products(layer, routing, group_T, product_GEI)
     factor_G = 2 * (1 - STRENGTH) / (square_G + EPSILON)
-    return factor_G[:, None, None] * product_GEI.clamp(min=0)
+    return (factor_G[:, None, None] * product_GEI.clamp(min=0)).cpu()
 
 
 def _block_output(layer: MoELayer, routing: Routing, output: Tensor, valid: Tensor) -> Tensor:
@@ -114,8 +117,7 @@ def _add_products(layer: MoELayer, routing: Routing, group_T: Tensor, product_GE
         parts.append((expert, gated_NI, token_N, column_ID))
     for expert, gated_NI, token_N, column_ID in parts:
         product_NI = gated_NI * (routed_TD[token_N] @ column_ID.T)
-        group_N = group_T[token_N.cpu()]
-        product_GEI[:, expert].index_add_(0, group_N, product_NI.double().cpu())
+        product_GEI[:, expert].index_add_(0, group_T[token_N], product_NI.double())
 
 
 @contextmanager
