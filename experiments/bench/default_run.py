@@ -4,9 +4,9 @@ Peak memory is the largest sum over the run's processes of what each holds in RA
 sizes, looked at five times a second). Everything is written to a temporary folder. Arguments are
 handed on to run.py, to look at another run against the same limits.
 
-`--before <checkout>`: the run of another checkout too, by turns with this one's, and the share of
-its CPU seconds that this one takes. One of the day when runs took 197 to 204 of them (two cores of
-a Xeon without units for bfloat16) is what the limit is meant for. Both want
+`--before <checkout or revision>`: the run of another checkout too, by turns with this one's, and
+the share of its CPU seconds that this one takes. The limit is meant for a8f50ea, whose runs took
+197 to 204 of them (two cores of a Xeon without units for bfloat16). Both want
 `track=off compute.threads=1`, and a machine that does nothing else: beside other work CPU seconds
 grow too, by as much as they differ.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,15 +93,27 @@ def beside(before: Path, options: list[str]) -> int:
     return int(share > SHARE)
 
 
+def checkout(named: str, folder: Path) -> Path:
+    """A checkout that is named, or the files of a revision of this one, put into the folder."""
+    if Path(named).is_dir():
+        return Path(named).resolve()
+    with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
+        subprocess.run(["git", "archive", "-o", archive.name, named], cwd=ROOT, check=True)
+        shutil.unpack_archive(archive.name, folder)
+    return folder
+
+
 def main() -> int:
     """Run twice; 1 where a figure is over its limit."""
     if sys.argv[1:2] == ["--before"]:
-        return beside(Path(sys.argv[2]).resolve(), sys.argv[3:])
+        with tempfile.TemporaryDirectory() as folder:
+            return beside(checkout(sys.argv[2], Path(folder)), sys.argv[3:])
     options = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         first, cpu, peak = run_once(Path(folder), "first", options)
         second, _, _ = run_once(Path(folder), "second", options)
-    print(f"default run, CPU time: {cpu:.1f} s")
+    print(f"default run, CPU time: {cpu:.1f} s (limit {SHARE} of what a8f50ea takes on the same "
+          "machine: --before a8f50ea)")  # fmt: skip
     figures = [
         ("default run, wall time", first, FIRST_SECONDS, "s"),
         ("default run, peak memory", peak, PEAK_GIB, "GiB"),
