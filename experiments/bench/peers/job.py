@@ -200,11 +200,12 @@ def compared(
     return int(passed)
 
 
-def show_kept(ours: Kept, theirs: Mapping[int, Sequence[int]]) -> None:
-    """Print in how many experts of each layer two results agree."""
-    for layer, kept in ours.items():
-        both = len(set(kept) & set(theirs[layer]))
-        print(f"layer {layer}: {both} of {len(kept)} experts that stay are the same")
+def show_kept(
+    whose: str, one: Mapping[int, Sequence[int]], other: Mapping[int, Sequence[int]]
+) -> None:
+    """Print in how many of the experts that stay two results agree, for each layer."""
+    same = " ".join(str(len(set(kept) & set(other[layer]))) for layer, kept in one.items())
+    print(f"the same experts stay by {whose}, of {len(one[0])}, by layer: {same}")
 
 
 def median_of(costs: Sequence[Cost]) -> Cost:

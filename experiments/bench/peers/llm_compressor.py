@@ -7,8 +7,9 @@ two take turns over one checkpoint and one text. llm-compressor goes by its sequ
 sample at a time as it does by default. It computes only the experts that a token is sent to, as it
 advises for REAP (moe_calibrate_all_experts). By default it computes each layer again behind its
 pruning, so that deeper layers are scored on what pruned ones give (propagate_error): the limits are
-of that. Each layer once, as we score, is told beside. Prints PASS or FAIL beside each limit, and
-whether the same experts stay where each layer is computed once.
+of that. Each layer once, as we score, is told beside. Prints PASS or FAIL beside each limit; where
+each layer is computed once, which experts stay as with ours; and why others do: by plain hooks the
+same formula keeps llm-compressor's where attention has no causal mask, so that its own has none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 import job
+import reap_by_hooks
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT, PINS = HERE / ".venv-llm-compressor", HERE / "llm_compressor.txt"
@@ -80,7 +82,12 @@ def main() -> int:
     commands = {f"{PEER} by default": [*once, "again"], f"{PEER}, each layer once": once}
     ours, theirs, kept = job.take_turns(dense, folder / "ours", commands, out, rounds)
     report = json.loads((out / "experts.json").read_text())
-    job.show_kept(kept, {int(name.split(".")[2]): experts for name, experts in report.items()})
+    other = {int(name.split(".")[2]): experts for name, experts in report.items()}
+    job.show_kept(f"ours and {PEER}", kept, other)
+    hooked = folder / "unmasked"
+    hooked.mkdir(exist_ok=True)
+    job.watched([*reap_by_hooks.command_for(dense, text, hooked), "unmasked"])
+    job.show_kept(f"hooks without a causal mask and {PEER}", reap_by_hooks.kept_in(hooked), other)
     return job.compared(ours, theirs, CPU_LIMIT, MEMORY_LIMIT)
 
 
