@@ -34,7 +34,7 @@ run: $(STAMP)
 	$(VENV)/bin/python run.py $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What goes wrong, on purpose, and the figures of docs/faults.md anew: about half an hour, and FUZZ
 # minutes for all fuzzers together.

@@ -35,6 +35,14 @@ os.environ.setdefault("MKL_CBWR", WIDEST)
 pytest.register_assert_rewrite(*({path.stem for path in SUPPORT.glob("*.py")} - {"running"}))
 
 
+# Files whose few tests take minutes: they come first, or a process that begins one last ends alone.
+LONG = ("test_golden.py", "test_run.py", "test_launchers.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return byte_tokenizer()
