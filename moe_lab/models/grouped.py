@@ -61,7 +61,7 @@ class _ToTokens(torch.autograd.Function):
         return g_SD.mul_(weight_S[:, None]), for_weight, None, None
 
 
-class Groups:
+class RowsOfExperts:
     """Which of S sorted rows are whose expert's: as whole numbers, or where the products lie.
 
     Products expert by expert need the numbers, for which a GPU has to be waited for; those in one
@@ -84,8 +84,7 @@ class Groups:
 
 def in_one_call(x_SI: Tensor, weight_EIO: Tensor) -> bool:
     """Whether torch has a kernel for these products of all experts, and not a loop of its own."""
-    rows = (weight_EIO.shape[1], weight_EIO.shape[2])
-    fit = not any(width * x_SI.element_size() % GROUPED_BYTES for width in rows)
+    fit = not any(width * x_SI.element_size() % GROUPED_BYTES for width in weight_EIO.shape[1:])
     return fit and x_SI.is_cuda and x_SI.dtype == torch.bfloat16
 
 
@@ -93,56 +92,60 @@ class _Products(torch.autograd.Function):
     """x_SI times the matrix [I, O] of each pair's expert; 0 for pairs of nobody."""
 
     @staticmethod
-    def forward(ctx: Any, x_SI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+    def forward(ctx: Any, x_SI: Tensor, weight_EIO: Tensor, rows: RowsOfExperts) -> Tensor:
         ctx.save_for_backward(x_SI, weight_EIO)
-        ctx.groups = groups
-        return _products(x_SI, weight_EIO, groups)
+        ctx.rows = rows
+        return _products(x_SI, weight_EIO, rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_SI, weight_EIO = ctx.saved_tensors
-        g_SO, groups, for_x, for_weight = gradients[0].contiguous(), ctx.groups, None, None
+        g_SO, rows, for_x, for_weight = gradients[0].contiguous(), ctx.rows, None, None
         if ctx.needs_input_grad[0]:
-            for_x = _products(g_SO, weight_EIO.transpose(1, 2), groups)
+            for_x = _products(g_SO, weight_EIO.transpose(1, 2), rows)
         if ctx.needs_input_grad[1]:
-            for_weight = _products_of_rows(x_SI, g_SO, weight_EIO, groups)
+            for_weight = _products_of_rows(x_SI, g_SO, weight_EIO, rows)
         return for_x, for_weight, None
 
 
-def _products(x_SI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+def _products(x_SI: Tensor, weight_EIO: Tensor, rows: RowsOfExperts) -> Tensor:
     if in_one_call(x_SI, weight_EIO):
-        made_SO = F.grouped_mm(x_SI, weight_EIO.to(x_SI.dtype), offs=groups.ends_E)
-        return made_SO.masked_fill_(groups.nobody_S1, 0)  # where it wrote nothing
-    made_SO, end = x_SI.new_empty(len(x_SI), weight_EIO.shape[2]), sum(groups.counts)
+        made_SO = F.grouped_mm(x_SI, weight_EIO.to(x_SI.dtype), offs=rows.ends_E)
+        return made_SO.masked_fill_(rows.nobody_S1, 0)  # where it wrote nothing
+    made_SO, end = x_SI.new_empty(len(x_SI), weight_EIO.shape[2]), sum(rows.counts)
     made_SO[end:] = 0
-    parts = x_SI[:end].split(groups.counts), made_SO[:end].split(groups.counts)
+    parts = x_SI[:end].split(rows.counts), made_SO[:end].split(rows.counts)
     for weight, x, into in zip(weight_EIO, *parts, strict=True):
         if len(x):
             torch.mm(x, weight.to(x.dtype), out=into)
     return made_SO
 
 
-def _products_of_rows(x_SI: Tensor, g_SO: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+def _products_of_rows(
+    x_SI: Tensor, g_SO: Tensor, weight_EIO: Tensor, rows: RowsOfExperts
+) -> Tensor:
     """Of the rows of each expert x^T g, like its matrix."""
     if in_one_call(x_SI, weight_EIO):
-        return F.grouped_mm(x_SI.t(), g_SO, offs=groups.ends_E)
-    made_EIO, end = torch.zeros_like(weight_EIO), sum(groups.counts)
-    parts = x_SI[:end].split(groups.counts), g_SO[:end].split(groups.counts)
+        return F.grouped_mm(x_SI.t(), g_SO, offs=rows.ends_E)
+    made_EIO, end = torch.zeros_like(weight_EIO), sum(rows.counts)
+    parts = x_SI[:end].split(rows.counts), g_SO[:end].split(rows.counts)
     for into, x, g in zip(made_EIO, *parts, strict=True):
         if len(x):
             torch.mm(x.t(), g, out=into)
     return made_EIO
 
 
-def _linear(experts: Experts, name: str, x_SI: Tensor, expert_S: Tensor, groups: Groups) -> Tensor:
+def _linear(
+    experts: Experts, name: str, x_SI: Tensor, expert_S: Tensor, rows: RowsOfExperts
+) -> Tensor:
     """One of the experts' projections [S, O], in autocast's dtype where that is on."""
     dtype, device = x_SI.dtype, x_SI.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    weight = getattr(experts, name)[: len(groups.count_E)]
+    weight = getattr(experts, name)[: len(rows.count_E)]
     weight = weight.to(dtype) if weight.requires_grad else weight  # else one expert's at a time
     weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
-    y_SO: Tensor = _Products.apply(x_SI.to(dtype), weight_EIO, groups)  # type: ignore[no-untyped-call]
+    y_SO: Tensor = _Products.apply(x_SI.to(dtype), weight_EIO, rows)  # type: ignore[no-untyped-call]
     if not experts.has_bias:
         return y_SO
     bias_EO: Tensor = getattr(experts, f"{name}_bias").to(dtype)
@@ -158,15 +161,15 @@ def _grouped_experts(
     place_P = torch.empty_like(pair_S)
     place_P[pair_S] = torch.arange(len(pair_S), device=pair_S.device)
     place_TK = place_P.view(top_k_index.shape)
-    groups = Groups(expert_S, number)
+    rows = RowsOfExperts(expert_S, number)
     weight_TK, nobody_TK = top_k_weights, top_k_index >= number
     x_SD: Tensor = _ToPairs.apply(hidden_states, pair_S // num_chosen, place_TK)  # type: ignore[no-untyped-call]
     if scales_input(self):
         x_SD = x_SD * weight_TK.reshape(-1)[pair_S][:, None]
         weight_TK = torch.ones_like(weight_TK)
-    h_SI = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x_SD, expert_S, groups)
+    h_SI = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x_SD, expert_S, rows)
     h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
-    y_SD = _linear(self, "down_proj", h_SI, expert_S, groups)
+    y_SD = _linear(self, "down_proj", h_SI, expert_S, rows)
     if self.has_post_expert_norm:
         y_SD = self.post_expert_norm(y_SD)
     dtype = torch.promote_types(y_SD.dtype, weight_TK.dtype)

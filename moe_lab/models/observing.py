@@ -34,7 +34,7 @@ from moe_lab.types import LayerInfo, Routing, UserError
 OBSERVING = "moe_lab_observing"
 # Numbers that products on a CPU give at a time: blocks of 16 MB and less are used again, larger
 # ones are given back to the system, which clears each page before it hands it out again.
-AT_ONCE = 2**22
+REUSABLE_NUMBERS = 2**22
 
 
 class ValidTokens:
@@ -417,13 +417,13 @@ def _at_a_time(
     """Experts that are computed together, and the rows of their pairs: all of them on a GPU, which
     would have to be waited for, and where gradients are wanted."""
     widest = max(max(p.shape[1:]) for p in experts.parameters(recurse=False) if p.dim() > 2)
-    fit = len(expert_S) * widest <= AT_ONCE
+    fit = len(expert_S) * widest <= REUSABLE_NUMBERS
     if fit or count_E.device.type != "cpu" or torch.is_grad_enabled():
         yield slice(None), slice(None)
         return
     first = begin = rows = 0
     for expert, count in enumerate(count_E.tolist()):
-        if rows and rows + count > AT_ONCE // widest:
+        if rows and rows + count > REUSABLE_NUMBERS // widest:
             yield slice(first, expert), slice(begin, begin + rows)
             first, begin, rows = expert, begin + rows, 0
         rows += count
@@ -479,7 +479,7 @@ def _added_up(y_SD: Tensor, weight_S: Tensor, order_S: Tensor, index_TK: Tensor)
     place_TK = place_KT.view(num_chosen, num_tokens).t()
     at_once = num_tokens
     if y_SD.device.type == "cpu" and not torch.is_grad_enabled():
-        at_once = max(1, AT_ONCE // (num_chosen * y_SD.shape[1]))
+        at_once = max(1, REUSABLE_NUMBERS // (num_chosen * y_SD.shape[1]))
     sums = []
     for place_NK in place_TK.split(at_once):
         place_P = place_NK.reshape(-1)

@@ -43,8 +43,8 @@ def test_experts_computed_a_few_at_a_time_give_the_same(
     model.set_experts_implementation("grouped_mm")
     found = []
     with torch.inference_mode():
-        for number in (observing.AT_ONCE, at_once):
-            monkeypatch.setattr(observing, "AT_ONCE", number)
+        for number in (observing.REUSABLE_NUMBERS, at_once):
+            monkeypatch.setattr(observing, "REUSABLE_NUMBERS", number)
             parts = list(observing._at_a_time(moe_layers(model)[0].experts, SENT, SENT.bincount()))
             assert (len(parts) > 1) is (number == at_once)
             logits = observed(model, batch)[0]
