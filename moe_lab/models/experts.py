@@ -56,6 +56,16 @@ def scales_input(experts: Experts) -> bool:
     return bool(getattr(experts, "scales_input", False))
 
 
+def rows_of_each(expert_S: Tensor, number: int) -> Tensor:
+    """How many of these rows each of so many experts has [E]; an index behind the last is nobody's.
+
+    Not by `bincount`, for which a GPU has to be waited for.
+    """
+    count_E = expert_S.new_zeros(number + 1)
+    ones_S = expert_S.new_ones(len(expert_S))
+    return count_E.scatter_add_(0, expert_S.clamp(max=number), ones_S)[:number]
+
+
 def expert_parameters(experts: Experts) -> list[dict[str, Tensor]]:
     """Each existing expert's own weights: a dictionary of slices per expert, without copying."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_lab.models.adapters.base import AdaptedExperts
-from moe_lab.models.experts import Experts, OneExpert, scales_input
+from moe_lab.models.experts import Experts, OneExpert, rows_of_each, scales_input
 from moe_lab.models.layers import moe_layers
 from moe_lab.models.narrowing import GROUPED_BYTES
 
@@ -69,10 +69,9 @@ class RowsOfExperts:
     """
 
     def __init__(self, expert_S: Tensor, number: int):
+        self.expert_S = expert_S
         self.nobody_S1 = (expert_S >= number)[:, None]
-        self.count_E = expert_S.new_zeros(number + 1)
-        self.count_E.scatter_add_(0, expert_S.clamp(max=number), torch.ones_like(expert_S))
-        self.count_E = self.count_E[:number]
+        self.count_E = rows_of_each(expert_S, number)
         self.ends_E = self.count_E.cumsum(0, dtype=torch.int32)
 
     @functools.cached_property
@@ -80,6 +79,11 @@ class RowsOfExperts:
         """How many rows each expert has."""
         counts: list[int] = self.count_E.tolist()
         return counts
+
+    def by_expert(self, x_SI: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert."""
+        parts: tuple[Tensor, ...] = x_SI[: sum(self.counts)].split(self.counts)
+        return parts
 
 
 def in_one_call(x_SI: Tensor, weight_EIO: Tensor) -> bool:
@@ -112,10 +116,10 @@ def _products(x_SI: Tensor, weight_EIO: Tensor, rows: RowsOfExperts) -> Tensor:
     if in_one_call(x_SI, weight_EIO):
         made_SO = F.grouped_mm(x_SI, weight_EIO.to(x_SI.dtype), offs=rows.ends_E)
         return made_SO.masked_fill_(rows.nobody_S1, 0)  # where it wrote nothing
-    made_SO, end = x_SI.new_empty(len(x_SI), weight_EIO.shape[2]), sum(rows.counts)
-    made_SO[end:] = 0
-    parts = x_SI[:end].split(rows.counts), made_SO[:end].split(rows.counts)
-    for weight, x, into in zip(weight_EIO, *parts, strict=True):
+    made_SO = x_SI.new_empty(len(x_SI), weight_EIO.shape[2])
+    made_SO[sum(rows.counts) :] = 0
+    parts = zip(weight_EIO, rows.by_expert(x_SI), rows.by_expert(made_SO), strict=True)
+    for weight, x, into in parts:
         if len(x):
             torch.mm(x, weight.to(x.dtype), out=into)
     return made_SO
@@ -127,17 +131,14 @@ def _products_of_rows(
     """Of the rows of each expert x^T g, like its matrix."""
     if in_one_call(x_SI, weight_EIO):
         return F.grouped_mm(x_SI.t(), g_SO, offs=rows.ends_E)
-    made_EIO, end = torch.zeros_like(weight_EIO), sum(rows.counts)
-    parts = x_SI[:end].split(rows.counts), g_SO[:end].split(rows.counts)
-    for into, x, g in zip(made_EIO, *parts, strict=True):
+    made_EIO = torch.zeros_like(weight_EIO)
+    for into, x, g in zip(made_EIO, rows.by_expert(x_SI), rows.by_expert(g_SO), strict=True):
         if len(x):
             torch.mm(x.t(), g, out=into)
     return made_EIO
 
 
-def _linear(
-    experts: Experts, name: str, x_SI: Tensor, expert_S: Tensor, rows: RowsOfExperts
-) -> Tensor:
+def _linear(experts: Experts, name: str, x_SI: Tensor, rows: RowsOfExperts) -> Tensor:
     """One of the experts' projections [S, O], in autocast's dtype where that is on."""
     dtype, device = x_SI.dtype, x_SI.device.type
     if torch.is_autocast_enabled(device):
@@ -149,7 +150,7 @@ def _linear(
     if not experts.has_bias:
         return y_SO
     bias_EO: Tensor = getattr(experts, f"{name}_bias").to(dtype)
-    return y_SO + bias_EO[expert_S.clamp(max=len(bias_EO) - 1)]
+    return y_SO + bias_EO[rows.expert_S.clamp(max=len(bias_EO) - 1)]
 
 
 def _grouped_experts(
@@ -167,9 +168,9 @@ def _grouped_experts(
     if scales_input(self):
         x_SD = x_SD * weight_TK.reshape(-1)[pair_S][:, None]
         weight_TK = torch.ones_like(weight_TK)
-    h_SI = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x_SD, expert_S, rows)
+    h_SI = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x_SD, rows)
     h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
-    y_SD = _linear(self, "down_proj", h_SI, expert_S, rows)
+    y_SD = _linear(self, "down_proj", h_SI, rows)
     if self.has_post_expert_norm:
         y_SD = self.post_expert_norm(y_SD)
     dtype = torch.promote_types(y_SD.dtype, weight_TK.dtype)

@@ -23,6 +23,7 @@ from moe_lab.models.experts import (
     expert_hidden,
     expert_output,
     expert_parameters,
+    rows_of_each,
     scales_input,
 )
 from moe_lab.models.hidden_units import HiddenUnits
@@ -342,12 +343,11 @@ def _observing_experts(
     neurons = observation is not None and observation.neurons
     num_tokens = len(top_k_index)
     expert_S, order_S = top_k_index.t().reshape(-1).sort(stable=True)
-    count_E = expert_S.new_zeros(self.num_experts + 1)
-    count_E.scatter_add_(0, expert_S.clamp(max=self.num_experts), torch.ones_like(expert_S))
+    count_E = rows_of_each(expert_S, self.num_experts)
     grouped = _is_grouped(self, observation)
-    counts = None if grouped else count_E[:-1].tolist()
+    counts = None if grouped else count_E.tolist()
     if self._is_expert_parallel or counts is not None:  # else there is no index of nobody
-        number = int(count_E[:-1].sum()) if counts is None else sum(counts)
+        number = int(count_E.sum()) if counts is None else sum(counts)
         expert_S, order_S = expert_S[:number], order_S[:number]
     token_S, rank_S = order_S % num_tokens, order_S // num_tokens
     weight_S = top_k_weights[token_S, rank_S]
@@ -360,7 +360,7 @@ def _observing_experts(
         return x_ND if scale_S is None else x_ND * scale_S[rows, None]
 
     if counts is None:
-        y_SD, h_SI = _grouped_outputs(self, entering, expert_S, count_E[:-1], neurons)
+        y_SD, h_SI = _grouped_outputs(self, entering, expert_S, count_E, neurons)
     else:
         y_SD, h_SI = _outputs_of_each(self, entering(slice(None)), counts, neurons)
     if observation is not None and observation.implementation == "eager":
@@ -414,11 +414,10 @@ def _grouped_outputs(
 def _at_a_time(
     experts: Experts, expert_S: Tensor, count_E: Tensor
 ) -> Iterator[tuple[slice, slice]]:
-    """Experts that are computed together, and the rows of their pairs: all of them on a GPU, which
-    would have to be waited for, and where gradients are wanted."""
+    """Experts that are computed together, and the rows of their pairs."""
     widest = max(max(p.shape[1:]) for p in experts.parameters(recurse=False) if p.dim() > 2)
     fit = len(expert_S) * widest <= REUSABLE_NUMBERS
-    if fit or count_E.device.type != "cpu" or torch.is_grad_enabled():
+    if fit or not _is_cut(count_E):
         yield slice(None), slice(None)
         return
     first = begin = rows = 0
@@ -428,6 +427,12 @@ def _at_a_time(
             first, begin, rows = expert, begin + rows, 0
         rows += count
     yield slice(first, None), slice(begin, None)
+
+
+def _is_cut(one: Tensor) -> bool:
+    """Whether work is done in blocks: not on a GPU, which would have to be waited for to know
+    where they end, nor where gradients are wanted."""
+    return one.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _grouped_part(
@@ -478,7 +483,7 @@ def _added_up(y_SD: Tensor, weight_S: Tensor, order_S: Tensor, index_TK: Tensor)
     place_KT[order_S] = torch.arange(len(order_S), device=order_S.device)
     place_TK = place_KT.view(num_chosen, num_tokens).t()
     at_once = num_tokens
-    if y_SD.device.type == "cpu" and not torch.is_grad_enabled():
+    if _is_cut(y_SD):
         at_once = max(1, REUSABLE_NUMBERS // (num_chosen * y_SD.shape[1]))
     sums = []
     for place_NK in place_TK.split(at_once):
